@@ -1,0 +1,88 @@
+# `make` lists the targets. Everything is installed into .venv, never into the system.
+
+# The interpreter that .venv is made with; by default the first of CANDIDATES that is recent enough.
+PYTHON ?=
+CANDIDATES := python3.11 python3.12 python3.13 python3
+# Passed on: to `rpg-kernels demo` by `make demo`, to pytest by `make test`.
+ARGS ?=
+# What `make test` collects: doctests of the package, and the tests.
+TESTS ?= rpg_kernels tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INPUTS := pyproject.toml setup.py constraints-dev.txt rpg_kernels/_version.py
+
+export PYTHON
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint bench docs gpu-check FORCE
+
+help: ## this list
+	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## install, train on real images, compare and draw (ARGS="--data PATH" for CIFAR-10)
+	$(BIN)/rpg-kernels demo $(ARGS)
+
+test: $(VENV)/.dev ## run the tests and doctests (ARGS="-x -k law"; TESTS=tests/test_law.py)
+	$(BIN)/python -m pytest --doctest-modules $(TESTS) $(ARGS)
+
+lint: $(VENV)/.dev ## check style, format and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy rpg_kernels
+
+bench: ## time the kernels (not built yet)
+	$(error make $@ is not built yet)
+
+docs: ## build the documentation (not built yet)
+	$(error make $@ is not built yet)
+
+gpu-check: ## everything that needs a GPU (not built yet)
+	$(error make $@ is not built yet)
+
+# .venv is made anew when it cannot be trusted: it is missing, its interpreter is gone, an
+# installation into it was interrupted, the checkout was copied or moved (scripts and the editable
+# install hold absolute paths), or PYTHON now names another interpreter.
+USABLE := $(shell [ -x $(BIN)/python ] && [ ! -e $(VENV)/.installing ] \
+	&& [ "$$(cat $(VENV)/.checkout 2>/dev/null)" = "$$(pwd -P)" ] \
+	&& { [ -z '$(PYTHON)' ] || [ "$$(cat $(VENV)/.python 2>/dev/null)" = '$(PYTHON)' ]; } && echo yes)
+ifneq ($(USABLE),yes)
+$(VENV)/.created: FORCE
+endif
+
+$(VENV)/.created:
+	@recent='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; else set -- $(CANDIDATES); fi; \
+	for python; do \
+		"$$python" -c "$$recent" 2>/dev/null && break; \
+		python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "No Python 3.11 or later: tried $$*." >&2; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3" >&2; \
+		exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$python"; \
+	rm -rf $(VENV); \
+	if ! "$$python" -m venv $(VENV); then \
+		rm -rf $(VENV); \
+		echo "'$$python -m venv' failed. Debian and Ubuntu ship it apart from Python:" >&2; \
+		echo "apt-get install python3-venv" >&2; \
+		exit 1; \
+	fi; \
+	pwd -P > $(VENV)/.checkout; \
+	echo "$$python" > $(VENV)/.python; \
+	touch $@
+
+# $(VENV)/.demo and $(VENV)/.dev: the package, editable, with the extra of that name.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.created $(INPUTS)
+	@echo 'Installing rpg-kernels[$(patsubst .%,%,$(@F))] into $(VENV); the first time this downloads PyTorch'
+	@touch $(VENV)/.installing
+	$(PIP) install --quiet -c constraints-dev.txt -e '.[$(patsubst .%,%,$(@F))]'
+	@rm $(VENV)/.installing
+	@touch $@
+
+FORCE:

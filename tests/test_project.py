@@ -1,0 +1,136 @@
+"""The project's own files agree with each other, and the build contains what it should."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email import message_from_string
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from rpg_kernels._version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_BUILT = ("bench", "docs", "gpu-check")
+BUILT = ("help", "demo", "test", "lint")
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # These tests usually run under make themselves; its flags are not meant for this one.
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_version_has_one_source() -> None:
+    project = tomllib.loads(read("pyproject.toml"))
+    assert "version" in project["project"]["dynamic"]
+    source = project["tool"]["setuptools"]["dynamic"]["version"]["attr"]
+    assert source == "rpg_kernels._version.__version__"
+
+    import rpg_kernels
+
+    assert rpg_kernels.__version__ == __version__
+
+
+def test_installed_version() -> None:
+    try:
+        installed = metadata.version("rpg-kernels")
+    except metadata.PackageNotFoundError:
+        pytest.skip("rpg-kernels is imported from the checkout, not installed")
+    assert installed == __version__
+
+
+def test_citation_and_changelog_name_the_version() -> None:
+    assert re.search(r"^version: (\S+)$", read("CITATION.cff"), re.MULTILINE)[1] == __version__
+    headings = re.findall(r"^## \[([^\]]+)\]", read("CHANGELOG.md"), re.MULTILINE)
+    assert next(name for name in headings if name != "Unreleased") == __version__
+
+
+def test_constraints_pin_what_the_lint_extra_pins() -> None:
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    constraints = read("constraints-dev.txt").splitlines()
+    assert set(project["optional-dependencies"]["lint"]) <= set(constraints)
+
+
+def test_every_environment_variable_is_documented() -> None:
+    source = "".join(path.read_text("utf-8") for path in (ROOT / "rpg_kernels").rglob("*.py"))
+    used = set(re.findall(r"\bRPG_KERNELS_[A-Z_]+\b", source))
+    documented = set(re.findall(r"^\| `(RPG_KERNELS_[A-Z_]+)`", read("CONTRIBUTING.md"), re.M))
+    assert used == documented
+
+
+@needs_make
+def test_help_is_the_default_and_lists_every_target() -> None:
+    listing = make()
+    assert listing.returncode == 0
+    assert listing.stdout == make("help").stdout
+    listed = re.findall(r"^  ([a-z-]+) +\S", listing.stdout, re.MULTILINE)
+    assert sorted(listed) == sorted(BUILT + NOT_BUILT)
+
+
+@needs_make
+@pytest.mark.parametrize("target", BUILT)
+def test_built_targets_have_a_recipe(target: str) -> None:
+    dry_run = make("--dry-run", target)
+    assert dry_run.returncode == 0, dry_run.stderr
+    assert dry_run.stdout.strip()
+
+
+@needs_make
+@pytest.mark.parametrize("target", NOT_BUILT)
+def test_targets_not_built_yet_say_so_and_fail(target: str) -> None:
+    result = make(target)
+    assert result.returncode != 0
+    assert f"make {target} is not built yet" in result.stderr
+
+
+def test_ci_script_is_executable() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_wheel_contents(tmp_path: Path) -> None:
+    # Built from a copy: setuptools writes beside the sources.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("rpg_kernels", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    build = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=300
+    )
+    assert build.returncode == 0, build.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"rpg_kernels-{__version__}-py3-none-any.whl"
+    info = f"rpg_kernels-{__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        meta = message_from_string(archive.read(f"{info}/METADATA").decode())
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+    modules = {str(p.relative_to(source)) for p in (source / "rpg_kernels").rglob("*.py")}
+    assert modules <= set(names), "a folder of the package lacks __init__.py"
+    assert {f"{info}/licenses/LICENSE", "rpg_kernels/py.typed"} <= set(names)
+    assert {name.partition("/")[0] for name in names} == {"rpg_kernels", info}
+
+    assert meta["License-Expression"] == "BSD-3-Clause"
+    assert meta["Requires-Python"] == ">=3.11"
+    required = [r for r in meta.get_all("Requires-Dist") if "extra ==" not in r]
+    assert required == ["torch>=2.11"]
+    assert "rpg-kernels = rpg_kernels.cli:main" in entry_points
