@@ -56,9 +56,7 @@ def keys(seed: int, layer: int, band: int, first: int, count: int) -> tuple[int,
     state = 0
     for word in (seed, layer, band):
         state = mix64((state + word + _GOLDEN64) & _M64)
-    return tuple(
-        mix64((state + (first + i + 1) * _GOLDEN64) & _M64) >> 32 for i in range(count)
-    )
+    return tuple(mix64((state + (first + i + 1) * _GOLDEN64) & _M64) >> 32 for i in range(count))
 
 
 @lru_cache(maxsize=4096)
@@ -173,12 +171,16 @@ def sign_word(q: Tensor, seed: int, layer: int, band: int, word: int) -> Tensor:
     return h.bitwise_xor_(h >> 16)
 
 
-def sign_bit(element: int) -> int:
-    """Which bit of its sign word belongs to an element (reflect ``"element"``).
+def sign_bits(element: Tensor) -> Tensor:
+    """Which bit of its sign word belongs to each element (reflect ``"element"``).
 
-    Pairs of neighbouring elements take bits 15 apart from 31 and 15 downwards, so that packed
-    16-bit kernels get both signs of pair p with one shift: ``(word << p) & 0x80008000``.
-    ``"vector"`` uses bit 31 of word 0 for the whole block.
+    Neighbours share a shift: bits 15 - p and 31 - p are those of pair p, so that packed 16-bit
+    kernels get both signs at once as ``(word << p) & 0x80008000``. ``"vector"`` uses bit 31 of
+    word 0 for the whole block.
+
+    Example:
+        >>> sign_bits(torch.tensor([0, 1, 2, 3, 31, 32])).tolist()
+        [15, 31, 14, 30, 16, 15]
     """
     e = element % WORD_BITS
     return 15 - e // 2 + 16 * (e % 2)
@@ -288,8 +290,7 @@ class LayerLaw:
         if self.reflect == "vector":
             return (words >> 31).bool().expand(shape)
         e = torch.arange(self.granularity, device=n.device)
-        shift = 15 - (e % WORD_BITS) // 2 + 16 * (e % 2)
-        return ((words[..., e // WORD_BITS] >> shift) & 1).bool()
+        return ((words[..., e // WORD_BITS] >> sign_bits(e)) & 1).bool()
 
     def positions(self, slot: int) -> Tensor:
         """The inverse: every position that reads a slot.

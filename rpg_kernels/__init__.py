@@ -1,0 +1,43 @@
+"""rpg-kernels: networks whose weights are generated instead of stored.
+
+Ŵ = scale · G · w: every weight of every layer is read from one small parameter bank w by a
+generating matrix G that permutes, reflects and samples it evenly (Wang et al., "Compact and
+Optimal Deep Learning with Recurrent Parameter Generators", WACV 2023).
+"""
+
+from rpg_kernels import functional, nn
+from rpg_kernels._version import __version__
+from rpg_kernels.bank import ParameterBank
+from rpg_kernels.config import RPGConfig
+from rpg_kernels.conversion import (
+    attach,
+    convert,
+    initialize,
+    materialize,
+    param_groups,
+    summary,
+)
+from rpg_kernels.dispatch import explain
+from rpg_kernels.generator import Generator, TableGenerator
+from rpg_kernels.settings import backend, scratch_limit
+from rpg_kernels.virtual_weight import VirtualWeight
+
+__all__ = [
+    "Generator",
+    "ParameterBank",
+    "RPGConfig",
+    "TableGenerator",
+    "VirtualWeight",
+    "__version__",
+    "attach",
+    "backend",
+    "convert",
+    "explain",
+    "functional",
+    "initialize",
+    "materialize",
+    "nn",
+    "param_groups",
+    "scratch_limit",
+    "summary",
+]

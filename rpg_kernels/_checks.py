@@ -1,0 +1,54 @@
+"""Argument checks: every error names the argument, what was got and what was wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+INT32_MAX = 2**31 - 1
+
+
+def fail(argument: str, got: object, wanted: str) -> ValueError:
+    """A ValueError in the package's one form."""
+    return ValueError(f"{argument}: got {got}, wanted {wanted}")
+
+
+def integer(argument: str, value: object, low: int, high: int, unit: str = "") -> int:
+    """An int in [low, high]; bool and float are refused with a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument}: got {value!r} ({type(value).__name__}), wanted an int")
+    if not low <= value <= high:
+        raise fail(argument, value, f"an int from {low} to {high}{unit}")
+    return value
+
+
+def finite(argument: str, value: object) -> float:
+    """A finite float, given as float or int."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument}: got {value!r} ({type(value).__name__}), wanted a float")
+    if not math.isfinite(value):
+        raise fail(argument, value, "a finite number")
+    return float(value)
+
+
+def boolean(argument: str, value: object) -> bool:
+    """A bool, nothing that merely behaves like one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: got {value!r} ({type(value).__name__}), wanted a bool")
+    return value
+
+
+def choice(argument: str, value: object, options: Sequence[str]) -> str:
+    """One of a few names."""
+    if not isinstance(value, str) or value not in options:
+        raise fail(argument, repr(value), "one of " + ", ".join(map(repr, options)))
+    return value
+
+
+def granularity(value: object) -> int:
+    """A power of two from 1 to 128."""
+    integer("granularity", value, 1, 128)
+    assert isinstance(value, int)
+    if value & (value - 1):
+        raise fail("granularity", value, "a power of two from 1 to 128")
+    return value

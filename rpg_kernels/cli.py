@@ -1,0 +1,92 @@
+"""The console script ``rpg-kernels``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rpg_kernels import demo
+from rpg_kernels._version import __version__
+from rpg_kernels.demo.extras import MissingExtraError
+
+MODELS = ("resnet18", "resnet34")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``rpg-kernels``; the result is the exit status.
+
+    Args:
+        arguments: the command line without the program's name; None takes ``sys.argv``.
+    """
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        args.command(args)
+    except (MissingExtraError, OSError, TypeError, ValueError) as error:
+        print(f"rpg-kernels: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("rpg-kernels: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rpg-kernels",
+        description="Networks whose layers read their weights from one small shared bank.",
+    )
+    parser.add_argument("--version", action="version", version=f"rpg-kernels {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo_parser = commands.add_parser(
+        "demo",
+        help="train on real images and compare with dense and published networks",
+        description="Train a dense network, a dense one narrowed to the same number of "
+        "parameters, the network as published and ours at several degrees of freedom, on real "
+        "images, with the same code, seeds and schedule. Print accuracy, memory and time.",
+    )
+    demo.add_arguments(demo_parser)
+    demo_parser.set_defaults(command=demo.run)
+
+    summary_parser = commands.add_parser(
+        "summary",
+        help="list the shared layers of a model",
+        description="List the shared layers of a model of the paper: shape, granularity, place "
+        "on the ring, scale. Nothing is allocated.",
+    )
+    _summary_arguments(summary_parser)
+    summary_parser.set_defaults(command=_summary)
+    return parser
+
+
+def _summary_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument(
+        "--dof", type=int, default=2_000_000, help="degrees of freedom (default: 2000000)"
+    )
+    parser.add_argument(
+        "--granularity", type=int, default=64, help="bank elements in a slot (default: 64)"
+    )
+    parser.add_argument("--reflect", choices=("element", "vector", "none"), default="vector")
+    parser.add_argument("--seed", type=int, default=0, help="of the generating matrix")
+    parser.add_argument("--stem", choices=("imagenet", "cifar"), default="imagenet")
+    parser.add_argument("--num-classes", type=int, default=1000)
+
+
+def _summary(args: argparse.Namespace) -> None:
+    import torch
+
+    from rpg_kernels import RPGConfig, models, summary
+
+    config = RPGConfig(
+        dof=args.dof, granularity=args.granularity, reflect=args.reflect, seed=args.seed
+    )
+    with torch.device("meta"):
+        model = getattr(models, args.model)(args.num_classes, stem=args.stem, rpg=config)
+    print(summary(model))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

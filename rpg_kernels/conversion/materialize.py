@@ -1,0 +1,92 @@
+"""materialize: back from virtual weights to plain torch.nn."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from rpg_kernels.bank import ParameterBank
+from rpg_kernels.conversion.ownership import BANK_NAME
+from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """A dense copy of a model: the same function of its inputs, no rpg layer, no bank.
+
+    Args:
+        model: a model with rpg layers; left as it is.
+
+    Returns:
+        A new model whose rpg layers are torch.nn layers with the unpacked weights as parameters.
+        Layers that shared one virtual weight share one parameter.
+
+    Raises:
+        TypeError: model is not an nn.Module.
+
+    Example:
+        >>> import rpg_kernels as rpg
+        >>> net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+        >>> dense = materialize(rpg.convert(net, rpg.RPGConfig(dof=128)))
+        >>> type(dense[1])
+        <class 'torch.nn.modules.linear.Linear'>
+        >>> x = torch.randn(2, 16)
+        >>> torch.allclose(dense(x), net(x), atol=1e-6)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
+    model = copy.deepcopy(model)
+    parameters: dict[tuple[int, str], nn.Parameter] = {}
+    dense: dict[int, nn.Module] = {}
+    for module in list(model.modules()):
+        if isinstance(module, VirtualLayer):
+            dense[id(module)] = _dense(module, parameters)
+    if id(model) in dense:
+        return dense[id(model)]
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child is not None and id(child) in dense:
+                parent._modules[key] = dense[id(child)]
+    if isinstance(model._modules.get(BANK_NAME), ParameterBank):
+        delattr(model, BANK_NAME)
+    return model
+
+
+def _dense(layer: VirtualLayer, parameters: dict[tuple[int, str], nn.Parameter]) -> nn.Module:
+    vw = layer.virtual_weight
+    key = (id(vw.bank), vw.spec)
+    if key not in parameters:
+        with torch.no_grad():
+            weight = vw.unpack()
+            padding_idx = getattr(layer, "padding_idx", None)
+            if padding_idx is not None:
+                weight[padding_idx] = 0
+            parameters[key] = nn.Parameter(weight, requires_grad=vw.bank.weight.requires_grad)
+    module: nn.Module
+    if isinstance(layer, Linear):
+        module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    elif isinstance(layer, Embedding):
+        module = nn.Embedding(
+            layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta"
+        )
+    else:
+        assert isinstance(layer, Conv2d)
+        module = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            bias=False,
+            padding_mode=cast(Any, layer.padding_mode),
+            device="meta",
+        )
+    module.weight = parameters[key]
+    if layer.bias is not None:
+        module.bias = layer.bias
+    return module.train(layer.training)

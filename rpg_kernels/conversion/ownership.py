@@ -1,0 +1,167 @@
+"""Who owns the bank: registering it with a model, initialising, and grouping for an optimiser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpg_kernels import _checks
+from rpg_kernels.bank import ParameterBank
+from rpg_kernels.nn import VirtualLayer
+
+BANK_NAME = "rpg_bank"
+
+
+def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
+    """Register a shared bank as ``model.rpg_bank``, for models built by hand.
+
+    Layers refer to their bank without registering it, so without this an optimiser, ``to`` and
+    ``state_dict`` would miss it.
+
+    Args:
+        model: the model whose layers read the bank.
+        bank: the bank.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: bank is not a ParameterBank.
+        ValueError: the model has another bank under this name.
+
+    Example:
+        >>> import rpg_kernels as rpg
+        >>> bank = rpg.ParameterBank(dof=1024)
+        >>> net = nn.Sequential(rpg.nn.Linear(64, 64, bank=bank), rpg.nn.Linear(64, 64, bank=bank))
+        >>> [name for name, _ in attach(net, bank).named_parameters()]
+        ['0.bias', '1.bias', 'rpg_bank.weight']
+    """
+    if not isinstance(bank, ParameterBank):
+        raise TypeError(f"bank: got a {type(bank).__name__}, wanted a ParameterBank")
+    if getattr(model, BANK_NAME, bank) is not bank:
+        raise _checks.fail("model", f"a model with another {BANK_NAME}", "none, or the same bank")
+    model.register_module(BANK_NAME, bank)
+    return model
+
+
+def initialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+    """Bring a model from ``meta`` to a device and draw its parameters. In place.
+
+    Memory is allocated for the bank and for what is not shared, never for virtual weights. Every
+    module with parameters or buffers of its own must have ``reset_parameters``, as torch's do.
+
+    Args:
+        model: a model on meta, usually after ``convert``.
+        device: where to.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: some tensor is not on meta, or a module cannot initialise itself; the model is
+            then unchanged.
+
+    Example:
+        >>> import rpg_kernels as rpg
+        >>> with torch.device("meta"):
+        ...     net = nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(4)))
+        >>> net = rpg.convert(net, rpg.RPGConfig(dof=65536), filter_fn=lambda m, name: True)
+        >>> initialize(net)(torch.randn(1, 4096)).shape
+        torch.Size([1, 4096])
+    """
+    unable, alive = [], []
+    for name, module in model.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        alive += [name for tensor in own if tensor.device.type != "meta"]
+        if own and _reset_of(module) is None:
+            unable.append(f"{name} ({type(module).__name__})")
+    if alive:
+        raise _checks.fail("model", f"tensors in {sorted(set(alive))}", "every tensor on meta")
+    if unable:
+        wanted = "modules with reset_parameters, or values loaded by load_state_dict instead"
+        raise _checks.fail("model", ", ".join(unable), wanted)
+    model.to_empty(device=device)
+    for module in model.modules():
+        reset = _reset_of(module)
+        if reset is not None:
+            reset()
+    return model
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    bank_lr: float | None = None,
+    bank_weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Optimiser groups: the banks, the other weights, and norms and biases without decay.
+
+    A bank element's gradient is the sum over all its uses (virtual weights / dof of them), while
+    its decay acts once. With the paper's ``init_std`` the dense network's learning rate and decay
+    are the place to start, for SGD as for Adam: the layers' scales carry the fan. Clip the norm
+    of the bank's gradient apart from the others', or not at all.
+
+    Args:
+        model: a model with rpg layers.
+        lr, weight_decay: of everything but the banks; weight_decay not of norms and biases.
+        bank_lr, bank_weight_decay: of the banks; None for the same values.
+
+    Returns:
+        A list of groups with keys ``params``, ``lr``, ``weight_decay`` and ``name`` ("bank",
+        "weights", "no_decay"), without empty ones.
+
+    Raises:
+        ValueError: a layer's bank is not registered with the model, so that it would not train.
+
+    Example:
+        >>> import rpg_kernels as rpg
+        >>> net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+        >>> groups = param_groups(rpg.convert(net, rpg.RPGConfig(dof=128)), lr=0.1)
+        >>> [(g["name"], len(g["params"])) for g in groups]
+        [('bank', 1), ('weights', 2), ('no_decay', 3)]
+    """
+    lost = orphans(model)
+    if lost:
+        wanted = "banks registered with the model; see rpg.attach"
+        raise _checks.fail("model", f"layers whose bank it does not own: {lost}", wanted)
+    bank = [m.weight for m in model.modules() if isinstance(m, ParameterBank)]
+    ids = {id(p) for p in bank}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    groups = [
+        {
+            "name": "bank",
+            "params": bank,
+            "lr": lr if bank_lr is None else bank_lr,
+            "weight_decay": weight_decay if bank_weight_decay is None else bank_weight_decay,
+        },
+        {
+            "name": "weights",
+            "params": [p for p in others if p.dim() > 1],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {
+            "name": "no_decay",
+            "params": [p for p in others if p.dim() <= 1],
+            "lr": lr,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def orphans(model: nn.Module) -> list[str]:
+    """Names of rpg layers whose bank no module of the model registers."""
+    owned = {id(m) for m in model.modules() if isinstance(m, ParameterBank)}
+    return [
+        name or "(the model)"
+        for name, module in model.named_modules()
+        if isinstance(module, VirtualLayer) and id(module.virtual_weight.bank) not in owned
+    ]
+
+
+def _reset_of(module: nn.Module) -> Any:
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)

@@ -1,0 +1,176 @@
+"""summary: what a model shares, layer by layer, and what it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from rpg_kernels.bank import ParameterBank
+from rpg_kernels.conversion.ownership import orphans
+from rpg_kernels.nn import VirtualLayer
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One rpg layer: where its virtual weight lies and how it is scaled.
+
+    ``start`` and ``span`` are a ring address and a length in elements, padding counted; ``laps``
+    is span / dof; ``std`` is the standard deviation of the unpacked weight at initialisation;
+    ``residual`` that of a least-squares start, or None; ``tied_to`` the layer whose virtual
+    weight this one uses, or "".
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    virtual_weights: int
+    layer: int
+    granularity: int
+    start: int
+    span: int
+    laps: float
+    scale: float
+    std: float
+    residual: float | None
+    tied_to: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``rpg.summary`` returns. Printable.
+
+    ``virtual_weights`` counts tied weights once; ``unshared`` is the number of other trainable
+    parameters; ``orphans`` names layers whose bank the model does not own.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    skipped: dict[str, str]
+    banks: tuple[str, ...]
+    dof: int
+    virtual_weights: int
+    unshared: int
+    orphans: tuple[str, ...]
+
+    @property
+    def compression(self) -> float:
+        """Virtual weights per degree of freedom."""
+        return self.virtual_weights / self.dof if self.dof else 0.0
+
+    def __str__(self) -> str:
+        header = ("layer", "shape", "virtual", "g", "start", "laps", "scale", "std", "")
+        rows = [header]
+        for x in self.layers:
+            note = f"tied to {x.tied_to}" if x.tied_to else ""
+            if x.residual is not None:
+                note = f"{note} residual {x.residual:.1%}".strip()
+            shape = "x".join(map(str, x.shape))
+            rows.append(
+                (
+                    x.name,
+                    shape,
+                    f"{x.virtual_weights:,}",
+                    str(x.granularity),
+                    f"{x.start:,}",
+                    f"{x.laps:.3g}",
+                    f"{x.scale:.4g}",
+                    f"{x.std:.4g}",
+                    note,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        left = {0, 1, len(header) - 1}
+        lines = [
+            "  ".join(
+                c.ljust(w) if i in left else c.rjust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        lines += list(self.banks)
+        lines.append(
+            f"{self.virtual_weights:,} virtual weights from {self.dof:,} degrees of freedom "
+            f"({self.compression:.3g} uses each), {self.unshared:,} parameters not shared"
+        )
+        if self.virtual_weights and self.compression <= 1:
+            lines.append(
+                "the bank is at least as large as the model: each slot is used at most once"
+            )
+        if self.skipped:
+            lines.append("not shared:")
+            lines += [f"  {name or '(the model)'}: {why}" for name, why in self.skipped.items()]
+        if self.orphans:
+            lines.append(
+                "WARNING: no module of this model owns the bank of "
+                + ", ".join(self.orphans)
+                + "; an optimiser would miss it (rpg.attach registers a bank)"
+            )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """What a model shares, per layer: shape, virtual weights, ring segment, scale; and the rest.
+
+    Args:
+        model: a model with or without rpg layers, on any device.
+
+    Raises:
+        TypeError: model is not an nn.Module.
+
+    Example:
+        >>> import rpg_kernels as rpg
+        >>> net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+        >>> s = summary(rpg.convert(net, rpg.RPGConfig(dof=1024)))
+        >>> s.virtual_weights, s.dof, [layer.name for layer in s.layers]
+        (4096, 1024, ['1'])
+        >>> s.skipped["2"]
+        'last layer (classifier), kept by the default rule'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
+    banks: dict[int, ParameterBank] = {}
+    seen: dict[tuple[int, str], str] = {}
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, ParameterBank):
+            banks.setdefault(id(module), module)
+        if not isinstance(module, VirtualLayer):
+            continue
+        vw = module.virtual_weight
+        banks.setdefault(id(vw.bank), vw.bank)
+        key = (id(vw.bank), vw.spec)
+        layers.append(_layer(name, module, seen.get(key, "")))
+        seen.setdefault(key, name)
+    skipped: dict[str, str] = {}
+    for bank in banks.values():
+        skipped.update(bank.skipped)
+    parameters = {id(b.weight) for b in banks.values()}
+    return Summary(
+        layers=tuple(layers),
+        skipped=skipped,
+        banks=tuple(str(b) for b in banks.values()),
+        dof=sum(b.dof for b in banks.values()),
+        virtual_weights=sum(x.virtual_weights for x in layers if not x.tied_to),
+        unshared=sum(p.numel() for p in model.parameters() if id(p) not in parameters),
+        orphans=tuple(orphans(model)),
+    )
+
+
+def _layer(name: str, module: VirtualLayer, tied_to: str) -> LayerSummary:
+    vw = module.virtual_weight
+    p, bank = vw.placement, vw.bank
+    return LayerSummary(
+        name=name,
+        kind=type(module).__name__,
+        shape=tuple(vw.shape),
+        virtual_weights=vw.numel(),
+        layer=p.layer,
+        granularity=p.matrix.block,
+        start=p.start,
+        span=p.matrix.span,
+        laps=p.matrix.span / bank.dof,
+        scale=p.scale,
+        std=abs(p.scale) * bank.init_std,
+        residual=bank.residuals.get(name),
+        tied_to=tied_to,
+    )

@@ -1,0 +1,222 @@
+"""torch.nn.functional's signatures with a VirtualWeight in place of the weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rpg_kernels import _checks, ops, settings
+
+if TYPE_CHECKING:
+    from rpg_kernels.virtual_weight import VirtualWeight
+
+__all__ = ["conv2d", "embedding", "linear", "pack", "unpack"]
+
+_op = torch.ops.rpg_kernels
+assert ops  # importing it registers the operators
+Pair = int | tuple[int, int]
+
+
+def linear(x: Tensor, weight: VirtualWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x · Ŵᵀ + bias.
+
+    Args:
+        x: ``[..., K]`` in the bank's dtype; bfloat16 or float16 also beside a float32 bank, and
+            the product is then computed in x's dtype (autocast casts x for you).
+        weight: virtual weight ``[N, K]``.
+        bias: ``[N]`` or None, in x's or the bank's dtype.
+
+    Returns:
+        ``[..., N]`` in x's dtype. Saves x and refers to the bank for the backward, nothing else.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is wrong.
+        RuntimeError: the scratch limit or a forced back end does not allow the call.
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> weight = ParameterBank(dof=256, granularity=16).place((30, 20))
+        >>> linear(torch.randn(4, 20), weight).shape
+        torch.Size([4, 30])
+    """
+    bank, table = _source(weight)
+    return _tensor(_op.linear(x, bank, table, bias, weight.spec, settings.forced_backend()))
+
+
+def conv2d(
+    x: Tensor,
+    weight: VirtualWeight,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Two-dimensional cross-correlation of x with Ŵ.
+
+    Args:
+        x: ``[B, C, H, W]`` or ``[C, H, W]``; dtype as in ``linear``.
+        weight: virtual weight ``[out, C/groups, kh, kw]``.
+        bias: ``[out]`` or None.
+        stride, padding, dilation: an int or a pair; padding also ``"same"`` (stride 1 only) or
+            ``"valid"``.
+        groups: divides C and out.
+
+    Returns:
+        ``[B, out, H', W']`` (or without B) in x's dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is wrong.
+        RuntimeError: the scratch limit or a forced back end does not allow the call.
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> weight = ParameterBank(dof=256, granularity=16).place((8, 3, 3, 3))
+        >>> conv2d(torch.randn(2, 3, 9, 9), weight, padding="same").shape
+        torch.Size([2, 8, 9, 9])
+    """
+    bank, table = _source(weight)
+    if len(weight.shape) != 4:
+        wanted = "a virtual weight [out, in/groups, kh, kw]"
+        raise _checks.fail("weight", f"shape {list(weight.shape)}", wanted)
+    if x.dim() not in (3, 4):
+        raise _checks.fail("x", f"shape {list(x.shape)}", "[B, C, H, W] or [C, H, W]")
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        _checks.choice("padding", padding, ("same", "valid"))
+        pads = (0, 0)
+        if padding == "same":
+            if strides != (1, 1):
+                raise _checks.fail("stride", strides, "1 with padding='same'")
+            batched, pads = _pad_same(batched, weight.shape[2:], dilations)
+    else:
+        pads = _pair("padding", padding)
+    y = _tensor(
+        _op.conv2d(
+            batched,
+            bank,
+            table,
+            bias,
+            weight.spec,
+            strides,
+            pads,
+            dilations,
+            groups,
+            settings.forced_backend(),
+        )
+    )
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def embedding(indices: Tensor, weight: VirtualWeight, padding_idx: int | None = None) -> Tensor:
+    """Rows of Ŵ.
+
+    Args:
+        indices: int32 or int64, any shape, values from 0 to rows - 1.
+        weight: virtual weight ``[rows, dim]``.
+        padding_idx: a row that reads as zeros and gets no gradient; negative counts from the
+            end. (torch keeps such a row in the table and initialises it to zero; a virtual row
+            has no storage of its own, so it is masked.)
+
+    Returns:
+        ``[*indices.shape, dim]`` in the bank's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape or device is wrong.
+        IndexError: an index, on CPU, is out of range. On CUDA the device asserts, as in torch.
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> weight = ParameterBank(dof=256, granularity=16).place((10, 32))
+        >>> embedding(torch.tensor([[1, 2], [9, 0]]), weight).shape
+        torch.Size([2, 2, 32])
+    """
+    bank, table = _source(weight)
+    y = _tensor(_op.embedding(bank, table, indices, weight.spec, settings.forced_backend()))
+    if padding_idx is None:
+        return y
+    rows = weight.shape[0]
+    _checks.integer("padding_idx", padding_idx, -rows, rows - 1)
+    return y.masked_fill((indices == padding_idx % rows).unsqueeze(-1), 0)
+
+
+def unpack(weight: VirtualWeight) -> Tensor:
+    """Ŵ = scale · G · w as a dense tensor, for people and for export.
+
+    Args:
+        weight: virtual weight.
+
+    Returns:
+        torch's layout, scale included, the bank's dtype. Differentiable: its gradient is pack.
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> unpack(ParameterBank(dof=256, granularity=16).place((10, 32))).shape
+        torch.Size([10, 32])
+    """
+    bank, table = _source(weight)
+    return _tensor(_op.unpack(bank, table, weight.spec, settings.forced_backend()))
+
+
+def pack(dense: Tensor, weight: VirtualWeight) -> Tensor:
+    """The exact adjoint of unpack: scale · Gᵀ · dŴ.
+
+    Args:
+        dense: a tensor of the virtual weight's shape, in the bank's dtype (or in bfloat16 or
+            float16 beside a float32 bank). Accumulated in float32 (float64 for float64).
+        weight: virtual weight.
+
+    Returns:
+        ``[slots, granularity]`` in the bank's dtype. Differentiable: its gradient is unpack.
+
+    Raises:
+        TypeError, ValueError: the tensor's shape, dtype or device is wrong.
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> weight = ParameterBank(dof=256, granularity=16).place((10, 32))
+        >>> pack(torch.ones(10, 32), weight).shape
+        torch.Size([16, 16])
+    """
+    bank, table = _source(weight)
+    if dense.device != bank.device:
+        raise _checks.fail("dense", f"device {dense.device}", f"device {bank.device}")
+    backend = settings.forced_backend()
+    return _tensor(_op.pack(dense, table, weight.spec, bank.dtype, backend))
+
+
+def _source(weight: VirtualWeight) -> tuple[Tensor, Tensor | None]:
+    """The bank's parameter and table."""
+    bank = getattr(weight, "bank", None)
+    if bank is None:
+        got = f"{type(weight).__name__}"
+        raise TypeError(f"weight: got a {got}, wanted a VirtualWeight")
+    return bank.weight, bank.table
+
+
+def _tensor(result: object) -> Tensor:
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _pair(argument: str, value: Pair) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if len(value) != 2:
+        raise _checks.fail(argument, value, "an int or a pair of ints")
+    return value[0], value[1]
+
+
+def _pad_same(
+    x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """As torch: the symmetric part is left to the convolution, an odd one is padded behind."""
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    odd = [t % 2 for t in total]
+    if any(odd):
+        x = F.pad(x, (0, odd[1], 0, odd[0]))
+    return x, (total[0] // 2, total[1] // 2)

@@ -1,0 +1,163 @@
+"""The generating matrix G as a frozen description: computed by a law, or read from a table."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from rpg_kernels import _checks
+from rpg_kernels.config import REFLECT, check_window
+from rpg_kernels.law import LAW_VERSION
+
+TABLE_LAW = "table"
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A generating matrix that the packing law computes; nothing is stored but these numbers.
+
+    Args:
+        slots: slots on the ring, 1 to 2^31 - 1.
+        granularity: elements per slot, a power of two from 1 to 128.
+        reflect: ``"element"``, ``"vector"`` or ``"none"``.
+        permute: False reads the ring in order.
+        window: None, the whole ring.
+        seed: 0 to 2^63 - 1.
+        law: version of the packing law.
+
+    Raises:
+        TypeError, ValueError: a field is out of range, or a law that this version does not know.
+
+    Example:
+        >>> g = Generator(slots=31250, granularity=64, reflect="vector")
+        >>> g.dof, Generator.from_json(g.to_json()) == g
+        (2000000, True)
+    """
+
+    slots: int
+    granularity: int
+    reflect: str
+    permute: bool = True
+    window: int | None = None
+    seed: int = 0
+    law: int = LAW_VERSION
+
+    def __post_init__(self) -> None:
+        if type(self.law) is not int or self.law != LAW_VERSION:
+            raise _checks.fail("law", repr(self.law), f"{LAW_VERSION}, the only law known here")
+        _checks.integer("slots", self.slots, 1, _checks.INT32_MAX)
+        _checks.granularity(self.granularity)
+        _checks.choice("reflect", self.reflect, REFLECT)
+        _checks.boolean("permute", self.permute)
+        check_window(self.window)
+        _checks.integer("seed", self.seed, 0, 2**63 - 1)
+
+    @property
+    def dof(self) -> int:
+        """Degrees of freedom: elements of the bank."""
+        return self.slots * self.granularity
+
+    def to_json(self) -> str:
+        """One line of JSON with every field, the law version among them."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Generator:
+        """The inverse of to_json.
+
+        Raises:
+            ValueError: not such a JSON object, or a field out of range.
+        """
+        return cls(**_fields(cls, text))
+
+
+@dataclass(frozen=True)
+class TableGenerator:
+    """A generating matrix given by an explicit table, for maps that no law produced.
+
+    The table itself is a buffer of the bank, ``bank.table``: int32, one entry per virtual weight
+    in virtual-matrix order, the bank index in bits 0 to 30 and the sign in bit 31.
+
+    Args:
+        slots: elements of the bank, 1 to 2^31 - 1.
+        entries: entries of the table: virtual weights of all layers.
+        sha256: hexadecimal digest of the table's bytes (little endian).
+
+    Raises:
+        TypeError, ValueError: a field is out of range.
+
+    Example:
+        >>> TableGenerator(slots=10, entries=40, sha256="0" * 64).granularity
+        1
+    """
+
+    slots: int
+    entries: int
+    sha256: str
+    law: str = TABLE_LAW
+
+    def __post_init__(self) -> None:
+        _checks.choice("law", self.law, (TABLE_LAW,))
+        _checks.integer("slots", self.slots, 1, _checks.INT32_MAX)
+        _checks.integer("entries", self.entries, 1, 2**62)
+        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise _checks.fail("sha256", repr(self.sha256), "64 hexadecimal digits")
+
+    @property
+    def granularity(self) -> int:
+        """1: every element is drawn alone."""
+        return 1
+
+    @property
+    def dof(self) -> int:
+        """Degrees of freedom: elements of the bank."""
+        return self.slots
+
+    def to_json(self) -> str:
+        """One line of JSON with every field; the table is not part of it."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> TableGenerator:
+        """The inverse of to_json.
+
+        Raises:
+            ValueError: not such a JSON object, or a field out of range.
+        """
+        return cls(**_fields(cls, text))
+
+
+def parse_generator(text: str) -> Generator | TableGenerator:
+    """The generator that a JSON text describes, by its law.
+
+    Raises:
+        ValueError: not a generator's JSON, or of a law that this version does not know.
+
+    Example:
+        >>> parse_generator('{"slots":4,"granularity":8,"reflect":"none","law":7}')
+        Traceback (most recent call last):
+        ValueError: law: got 7, wanted 1, the only law known here
+    """
+    try:
+        law = json.loads(text)["law"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise _checks.fail("generator", repr(text[:80]), "a JSON object with a law") from error
+    return (TableGenerator if law == TABLE_LAW else Generator).from_json(text)
+
+
+def _fields(cls: type, text: str) -> dict[str, Any]:
+    """The constructor arguments in a JSON text, refused when there are others or not enough."""
+    names = {field.name for field in fields(cls)}
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise _checks.fail(cls.__name__, repr(text[:80]), "a JSON object") from error
+    if not isinstance(record, dict) or not set(record) <= names:
+        got = sorted(record) if isinstance(record, dict) else repr(record)
+        raise _checks.fail(cls.__name__, got, f"a JSON object with {sorted(names)}")
+    required = {"slots", "law"} | ({"granularity", "reflect"} if cls is Generator else {"entries"})
+    if not required <= set(record):
+        raise _checks.fail(cls.__name__, sorted(record), f"at least {sorted(required)}")
+    return record

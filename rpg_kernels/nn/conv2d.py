@@ -1,0 +1,125 @@
+"""rpg.nn.Conv2d."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rpg_kernels import _checks, functional
+from rpg_kernels.bank import ParameterBank
+from rpg_kernels.functional import Pair
+from rpg_kernels.nn._layer import VirtualLayer
+from rpg_kernels.virtual_weight import VirtualWeight
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class Conv2d(VirtualLayer):
+    """torch.nn.Conv2d with a virtual weight ``[out, in/groups, kh, kw]``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+        padding_mode, device, dtype: as torch.nn.Conv2d; device and dtype are those of the bias
+            and of a private bank, by default the bank's.
+        bank: shared parameter bank; None makes a private one with as many degrees of freedom as
+            the dense weight.
+        scale: the layer's multiplier, or the rule for its standard deviation at initialisation:
+            ``"match"`` (torch.nn.Conv2d's), ``"fan_in"``, ``"fan_out"`` (the paper's).
+        virtual_weight: use this one (tied weights) instead of placing a new one.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or range.
+
+    Example:
+        >>> import torch, rpg_kernels as rpg
+        >>> layer = rpg.nn.Conv2d(16, 32, 3, padding=1, bank=rpg.ParameterBank(dof=1024))
+        >>> layer(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
+    """
+
+    rpg_operator = "conv2d"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair | str = 0,
+        dilation: Pair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bank: ParameterBank | None = None,
+        scale: float | str = "match",
+        virtual_weight: VirtualWeight | None = None,
+    ) -> None:
+        super().__init__()
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            wanted = f"a divisor of in_channels {in_channels} and out_channels {out_channels}"
+            raise _checks.fail("groups", groups, wanted)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = _pair(kernel_size)
+        self.stride = _pair(stride)
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.dilation = _pair(dilation)
+        self.groups = groups
+        self.padding_mode = _checks.choice("padding_mode", padding_mode, PADDING_MODES)
+        if isinstance(self.padding, str):
+            _checks.choice("padding", self.padding, ("same", "valid"))
+            if self.padding == "same" and self.stride != (1, 1):
+                raise _checks.fail("stride", self.stride, "1 with padding='same'")
+        shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self._place(shape, bank, virtual_weight, scale, device, dtype)
+        if bias:
+            self._make_bias(out_channels, device, dtype)
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` or ``[C, H, W]`` -> the same with out channels and H', W'."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._explicit_padding(), mode=self.padding_mode)
+            padding = (0, 0)
+        return functional.conv2d(
+            x, self.virtual_weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def _explicit_padding(self) -> list[int]:
+        """[left, right, top, bottom], for the modes that a convolution does not know."""
+        if self.padding == "valid":
+            return [0, 0, 0, 0]
+        sides = []
+        for i in (1, 0):
+            if isinstance(self.padding, str):
+                total = self.dilation[i] * (self.kernel_size[i] - 1)
+                sides += [total // 2, total - total // 2]
+            else:
+                sides += [self.padding[i], self.padding[i]]
+        return sides
+
+    def extra_repr(self) -> str:
+        """Geometry, bias, place on the ring."""
+        p = self.virtual_weight.placement
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding!r}"
+        )
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode!r}"
+        return f"{text}, bias={self.bias is not None}, layer={p.layer}, scale={p.scale:.4g}"
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,72 @@
+"""rpg.nn.Embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import _checks, functional
+from rpg_kernels.bank import ParameterBank
+from rpg_kernels.nn._layer import VirtualLayer
+from rpg_kernels.virtual_weight import VirtualWeight
+
+
+class Embedding(VirtualLayer):
+    """Rows of Ŵ: torch.nn.Embedding with a virtual weight ``[num_embeddings, embedding_dim]``.
+
+    Args:
+        num_embeddings, embedding_dim: rows and columns.
+        padding_idx: a row that reads as zeros and gets no gradient.
+        device, dtype: of a private bank.
+        bank: shared parameter bank; None makes a private one with as many degrees of freedom as
+            the dense weight.
+        scale: the layer's multiplier, or ``"match"``: standard deviation 1, as torch.nn.Embedding.
+        virtual_weight: use this one (tied weights) instead of placing a new one.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or range.
+
+    Example:
+        >>> import torch, rpg_kernels as rpg
+        >>> layer = rpg.nn.Embedding(100, 64, bank=rpg.ParameterBank(dof=1024))
+        >>> layer(torch.tensor([3, 99])).shape
+        torch.Size([2, 64])
+    """
+
+    rpg_operator = "embedding"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bank: ParameterBank | None = None,
+        scale: float | str = "match",
+        virtual_weight: VirtualWeight | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        if padding_idx is not None:
+            low, high = -num_embeddings, num_embeddings - 1
+            padding_idx = _checks.integer("padding_idx", padding_idx, low, high) % num_embeddings
+        self.padding_idx = padding_idx
+        shape = (num_embeddings, embedding_dim)
+        self._place(shape, bank, virtual_weight, scale, device, dtype, lookup=True)
+        self.register_parameter("bias", None)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """int32 or int64 of any shape -> ``[*indices.shape, embedding_dim]``."""
+        return functional.embedding(indices, self.virtual_weight, self.padding_idx)
+
+    def extra_repr(self) -> str:
+        """Sizes, padding row, place on the ring."""
+        p = self.virtual_weight.placement
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}{padding}, layer={p.layer}, "
+            f"scale={p.scale:.4g}"
+        )

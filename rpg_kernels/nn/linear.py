@@ -1,0 +1,73 @@
+"""rpg.nn.Linear."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import functional
+from rpg_kernels.bank import ParameterBank
+from rpg_kernels.nn._layer import VirtualLayer
+from rpg_kernels.virtual_weight import VirtualWeight
+
+
+class Linear(VirtualLayer):
+    """y = x · Ŵᵀ + bias: torch.nn.Linear with a virtual weight ``[out_features, in_features]``.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: False for none.
+        device, dtype: of the bias and of a private bank; by default the bank's.
+        bank: shared parameter bank; None makes a private one with as many degrees of freedom as
+            the dense weight.
+        scale: the layer's multiplier, or the rule for its standard deviation at initialisation:
+            ``"match"`` (torch.nn.Linear's), ``"fan_in"``, ``"fan_out"``.
+        virtual_weight: use this one (tied weights) instead of placing a new one.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape or range.
+
+    Example:
+        >>> import torch, rpg_kernels as rpg
+        >>> bank = rpg.ParameterBank(dof=1024)
+        >>> layer = rpg.nn.Linear(100, 30, bank=bank)
+        >>> layer(torch.randn(2, 100)).shape
+        torch.Size([2, 30])
+    """
+
+    rpg_operator = "linear"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bank: ParameterBank | None = None,
+        scale: float | str = "match",
+        virtual_weight: VirtualWeight | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        shape = (out_features, in_features)
+        self._place(shape, bank, virtual_weight, scale, device, dtype)
+        if bias:
+            self._make_bias(out_features, device, dtype)
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]``."""
+        return functional.linear(x, self.virtual_weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, bias, place on the ring."""
+        p = self.virtual_weight.placement
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, layer={p.layer}, scale={p.scale:.4g}"
+        )

@@ -1,0 +1,160 @@
+"""What all operators share: the library, argument checks, run-time dispatch, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import _checks, dispatch
+from rpg_kernels.generator import TableGenerator
+from rpg_kernels.placement import Placement
+
+NAMESPACE = "rpg_kernels"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def define(
+    schema: str,
+    check: Callable[..., Any],
+    fake: Callable[..., Tensor],
+    values: Callable[..., None] | None = None,
+) -> None:
+    """Define one operator: checked, then sent to the implementation that dispatch chooses.
+
+    Args:
+        schema: without namespace; its last argument is ``str backend``.
+        check: called with all arguments but the back end, in tracing and before every launch.
+        fake: called with the same arguments after the check; an empty result of the right
+            shape, dtype and strides.
+        values: a second check, of what tensors hold, made before launches only.
+    """
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema[: schema.index("(")]
+
+    def run(*args: Any) -> Tensor:
+        *operands, backend = args
+        check(*operands)
+        if values is not None:
+            values(*operands)
+        first: Tensor = operands[0]
+        return dispatch.implementation(name, first.device, first.dtype, backend)(*operands)
+
+    def trace(*args: Any) -> Tensor:
+        check(*args[:-1])
+        return fake(*args[:-1])
+
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=LIBRARY)
+
+
+def differentiate(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """Register an operator's derivative, itself made of operators."""
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def autocast(name: str) -> None:
+    """Under autocast run in its dtype: x (argument 0) and bias are cast, the bank is not.
+
+    Kernels read an fp32 bank in low precision themselves, so its gradient stays fp32 and no
+    second bank is made.
+    """
+    for device in ("CPU", "CUDA"):
+        key = f"Autocast{device}"
+        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def run(
+            x: Tensor,
+            bank: Tensor,
+            table: Tensor | None,
+            bias: Tensor | None,
+            *rest: Any,
+            device: str = device.lower(),
+            keyset: torch._C.DispatchKeySet = keyset,
+        ) -> Tensor:
+            dtype = torch.get_autocast_dtype(device)
+            with torch._C._ExcludeDispatchKeyGuard(keyset):
+                operator = getattr(torch.ops.rpg_kernels, name)
+                cast = [_cast(t, dtype) for t in (x, bias)]
+                result: Tensor = operator(cast[0], bank, table, cast[1], *rest)
+                return result
+
+        LIBRARY.impl(name, run, key)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None or tensor.dtype not in (torch.float32, *LOW_PRECISION):
+        return tensor
+    return tensor.to(dtype)
+
+
+def check_bank(argument: str, bank: Tensor, p: Placement) -> None:
+    """The bank, or a tensor that stands for it: ``[slots, granularity]``, floating point."""
+    g = p.generator
+    wanted = (g.slots, g.granularity)
+    if bank.dim() != 2 or tuple(bank.shape) != wanted:
+        raise _checks.fail(argument, f"shape {list(bank.shape)}", f"shape {list(wanted)}")
+    check_dtype(argument, bank.dtype)
+
+
+def check_table(table: Tensor | None, p: Placement, device: torch.device) -> None:
+    """The table: int32 ``[entries]`` for a TableGenerator, None for a law."""
+    if not isinstance(p.generator, TableGenerator):
+        if table is not None:
+            raise _checks.fail("table", "a tensor", "None, since a law computes the map")
+        return
+    if table is None:
+        raise _checks.fail("table", None, f"torch.int32 [{p.generator.entries}]")
+    if table.dtype != torch.int32 or tuple(table.shape) != (p.generator.entries,):
+        got = f"{table.dtype} {list(table.shape)}"
+        raise _checks.fail("table", got, f"torch.int32 [{p.generator.entries}]")
+    check_device("table", table, device)
+
+
+def check_dtype(argument: str, dtype: torch.dtype) -> None:
+    """One of the four floating-point dtypes that the package computes in."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{argument}: got {dtype}, wanted float64, float32, bfloat16 or float16")
+
+
+def check_operand(argument: str, tensor: Tensor, bank: Tensor) -> None:
+    """x or dy: on the bank's device, in its dtype, or in low precision beside an fp32 bank."""
+    check_device(argument, tensor, bank.device)
+    mixed = bank.dtype == torch.float32 and tensor.dtype in LOW_PRECISION
+    if tensor.dtype != bank.dtype and not mixed:
+        wanted = f"{bank.dtype}, as the bank"
+        if bank.dtype == torch.float32:
+            wanted += ", or bfloat16 or float16"
+        raise TypeError(f"{argument}: got {tensor.dtype}, wanted {wanted}")
+
+
+def check_bias(bias: Tensor | None, x: Tensor, bank: Tensor, size: int) -> None:
+    """``[N]``, on x's device, in x's or the bank's dtype."""
+    if bias is None:
+        return
+    if tuple(bias.shape) != (size,):
+        raise _checks.fail("bias", f"shape {list(bias.shape)}", f"shape [{size}]")
+    check_device("bias", bias, x.device)
+    if bias.dtype not in (x.dtype, bank.dtype):
+        raise TypeError(f"bias: got {bias.dtype}, wanted {x.dtype} (x) or {bank.dtype} (the bank)")
+
+
+def check_device(argument: str, tensor: Tensor, device: torch.device) -> None:
+    """All operands of a call lie on one device."""
+    if tensor.device != device:
+        raise _checks.fail(argument, f"device {tensor.device}", f"device {device}")
+
+
+def check_bank_grad_dtype(argument: str, dtype: torch.dtype, dy: Tensor) -> None:
+    """A bank gradient is asked for in the bank's dtype, which allows that of dy."""
+    check_dtype("dtype", dtype)
+    if dtype != dy.dtype and not (dtype == torch.float32 and dy.dtype in LOW_PRECISION):
+        raise TypeError(f"{argument}: got {dy.dtype}, wanted {dtype}, the bank's dtype")

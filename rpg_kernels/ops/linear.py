@@ -1,0 +1,159 @@
+"""Operators y = x·Ŵᵀ + bias, dx = dy·Ŵ and dw = scale·Gᵀ·(dyᵀ·x), closed under derivatives.
+
+Shapes: x ``[..., K]``, dy ``[..., N]``, Ŵ ``[N, K]``, bank and dw ``[slots, granularity]``,
+table int32 ``[entries]`` or None, bias ``[N]`` or None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import _checks
+from rpg_kernels.ops import _library as lib
+from rpg_kernels.placement import Placement, parse
+
+
+def _matrix(placement: str) -> tuple[Placement, int, int]:
+    p = parse(placement)
+    if len(p.shape) != 2:
+        raise _checks.fail("weight", f"shape {list(p.shape)}", "a virtual weight [N, K]")
+    rows, columns = p.selected_shape
+    return p, rows, columns
+
+
+def _last_size(argument: str, x: Tensor, size: int) -> None:
+    if x.dim() < 1 or x.shape[-1] != size:
+        raise _checks.fail(argument, f"shape {list(x.shape)}", f"shape [..., {size}]")
+
+
+def _check(
+    x: Tensor, bank: Tensor, table: Tensor | None, bias: Tensor | None, placement: str
+) -> None:
+    p, rows, columns = _matrix(placement)
+    lib.check_bank("bank", bank, p)
+    lib.check_table(table, p, bank.device)
+    _last_size("x", x, columns)
+    lib.check_operand("x", x, bank)
+    lib.check_bias(bias, x, bank, rows)
+
+
+def _fake(
+    x: Tensor, bank: Tensor, table: Tensor | None, bias: Tensor | None, placement: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], parse(placement).selected_shape[0]))
+
+
+def _check_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement: str) -> None:
+    p, rows, _ = _matrix(placement)
+    lib.check_bank("bank", bank, p)
+    lib.check_table(table, p, bank.device)
+    _last_size("dy", dy, rows)
+    lib.check_operand("dy", dy, bank)
+
+
+def _fake_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement: str) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], parse(placement).selected_shape[1]))
+
+
+def _check_bank_grad(
+    dy: Tensor, x: Tensor, table: Tensor | None, placement: str, dtype: torch.dtype
+) -> None:
+    p, rows, columns = _matrix(placement)
+    lib.check_table(table, p, dy.device)
+    _last_size("dy", dy, rows)
+    _last_size("x", x, columns)
+    if dy.shape[:-1] != x.shape[:-1]:
+        raise _checks.fail("dy", f"shape {list(dy.shape)}", f"x's {list(x.shape[:-1])} and {rows}")
+    lib.check_device("x", x, dy.device)
+    if x.dtype != dy.dtype:
+        raise TypeError(f"x: got {x.dtype}, wanted {dy.dtype}, as dy")
+    lib.check_bank_grad_dtype("dy", dtype, dy)
+
+
+def _fake_bank_grad(
+    dy: Tensor, x: Tensor, table: Tensor | None, placement: str, dtype: torch.dtype
+) -> Tensor:
+    g = parse(placement).generator
+    return dy.new_empty((g.slots, g.granularity), dtype=dtype)
+
+
+lib.define(
+    "linear(Tensor x, Tensor bank, Tensor? table, Tensor? bias, str placement, str backend)"
+    " -> Tensor",
+    _check,
+    _fake,
+)
+lib.define(
+    "linear_input_grad(Tensor dy, Tensor bank, Tensor? table, str placement, str backend)"
+    " -> Tensor",
+    _check_input_grad,
+    _fake_input_grad,
+)
+lib.define(
+    "linear_bank_grad(Tensor dy, Tensor x, Tensor? table, str placement, ScalarType dtype,"
+    " str backend) -> Tensor",
+    _check_bank_grad,
+    _fake_bank_grad,
+)
+
+_op = torch.ops.rpg_kernels
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bank, table, bias, ctx.placement, ctx.backend = inputs
+    needs_x, needs_bank, _, needs_bias, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if needs_bank else None, bank if needs_x else None, table)
+    ctx.bank_dtype = bank.dtype
+    ctx.bias_dtype = bias.dtype if needs_bias else None
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, bank, table = ctx.saved_tensors
+    how = (ctx.placement, ctx.backend)
+    dx = None if bank is None else _op.linear_input_grad(dy, bank, table, *how)
+    dbank = dbias = None
+    if x is not None:
+        dbank = _op.linear_bank_grad(dy, x, table, ctx.placement, ctx.bank_dtype, ctx.backend)
+    if ctx.bias_dtype is not None:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return dx, dbank, None, dbias, None, None
+
+
+def _setup_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, bank, table, ctx.placement, ctx.backend = inputs
+    needs_dy, needs_bank, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(dy if needs_bank else None, bank if needs_dy else None, table)
+    ctx.bank_dtype = bank.dtype
+
+
+def _backward_input_grad(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    dy, bank, table = ctx.saved_tensors
+    ddy = dbank = None
+    if bank is not None:
+        ddy = _op.linear(ddx, bank, table, None, ctx.placement, ctx.backend)
+    if dy is not None:
+        dbank = _op.linear_bank_grad(dy, ddx, table, ctx.placement, ctx.bank_dtype, ctx.backend)
+    return ddy, dbank, None, None, None
+
+
+def _setup_bank_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, table, ctx.placement, _, ctx.backend = inputs
+    needs_dy, needs_x, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(dy if needs_x else None, x if needs_dy else None, table)
+
+
+def _backward_bank_grad(ctx: Any, dgrad: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x, table = ctx.saved_tensors
+    how = (ctx.placement, ctx.backend)
+    ddy = None if x is None else _op.linear(x, dgrad, table, None, *how)
+    dx = None if dy is None else _op.linear_input_grad(dy, dgrad, table, *how)
+    return ddy, dx, None, None, None, None
+
+
+lib.differentiate("linear", _backward, _setup)
+lib.differentiate("linear_input_grad", _backward_input_grad, _setup_input_grad)
+lib.differentiate("linear_bank_grad", _backward_bank_grad, _setup_bank_grad)
+lib.autocast("linear")

@@ -1,0 +1,189 @@
+"""Where a virtual weight lies on the ring: the record that every operator receives as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import _checks
+from rpg_kernels.generator import Generator, TableGenerator, parse_generator
+from rpg_kernels.geometry import VirtualMatrix
+from rpg_kernels.law import LayerLaw
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A generator, a layer number, a segment of the ring, a shape, a scale and a selection.
+
+    Args:
+        generator: what G is.
+        layer: number of the layer, part of its keys.
+        start: where the layer's segment begins: a ring address in elements, a multiple of the
+            layer's block; with a table the first entry.
+        shape: torch's shape of the full weight, ``[N, K]`` or ``[out, in/groups, *kernel]``.
+        scale: the layer's multiplier; finite and not zero.
+        rows, columns: the selection along dimensions 0 and 1 of the shape as (offset, length);
+            None for all of it.
+
+    Raises:
+        TypeError, ValueError: a field is out of range.
+
+    Example:
+        >>> p = Placement(Generator(100, 8, "vector"), layer=0, start=0, shape=(6, 20), scale=2.0)
+        >>> p.narrow(0, 2, 3).selected_shape, parse(p.to_json()) == p
+        ((3, 20), True)
+    """
+
+    generator: Generator | TableGenerator
+    layer: int
+    start: int
+    shape: tuple[int, ...]
+    scale: float
+    rows: Range | None = None
+    columns: Range | None = None
+
+    def __post_init__(self) -> None:
+        _checks.integer("layer", self.layer, 0, _checks.INT32_MAX)
+        if _checks.finite("scale", self.scale) == 0:
+            raise _checks.fail("scale", self.scale, "a number other than 0")
+        object.__setattr__(self, "shape", tuple(self.shape))
+        for name, size in (("rows", self.matrix.rows), ("columns", self.matrix.channels)):
+            selection = getattr(self, name)
+            offset, length = (0, size) if selection is None else selection
+            _checks.integer(f"{name} offset", offset, 0, size - 1)
+            _checks.integer(f"{name} length", length, 1, size - offset)
+            object.__setattr__(self, name, (offset, length))
+        if isinstance(self.generator, TableGenerator):
+            _checks.integer("start", self.start, 0, self.generator.entries - self.matrix.numel)
+        else:
+            _checks.integer("start", self.start, 0, self.generator.dof - 1)
+            if self.start % self.matrix.block:
+                raise _checks.fail("start", self.start, f"a multiple of {self.matrix.block}")
+
+    @cached_property
+    def matrix(self) -> VirtualMatrix:
+        """The full weight in blocks."""
+        return VirtualMatrix(self.shape, self.generator.granularity)
+
+    @cached_property
+    def law(self) -> LayerLaw:
+        """The packing law of this layer; a table has none."""
+        g = self.generator
+        if isinstance(g, TableGenerator):
+            raise TypeError("generator: got a TableGenerator, wanted a Generator with a law")
+        matrix = self.matrix
+        return LayerLaw(
+            seed=g.seed,
+            layer=self.layer,
+            rows=matrix.rows,
+            blocks=matrix.blocks,
+            granularity=matrix.block,
+            slots=g.dof // matrix.block,
+            start=self.start // matrix.block,
+            reflect=g.reflect,
+            permute=g.permute,
+        )
+
+    @property
+    def selection(self) -> tuple[Range, Range]:
+        """Rows and columns as (offset, length), never None."""
+        assert self.rows is not None
+        assert self.columns is not None
+        return self.rows, self.columns
+
+    @cached_property
+    def selected_shape(self) -> tuple[int, ...]:
+        """torch's shape of the selected part."""
+        (_, rows), (_, columns) = self.selection
+        return (rows, columns, *self.shape[2:])
+
+    @cached_property
+    def numel(self) -> int:
+        """Virtual weights of the selected part."""
+        (_, rows), (_, columns) = self.selection
+        return rows * columns * self.matrix.taps
+
+    def narrow(self, dim: int, start: int, length: int) -> Placement:
+        """A part of this placement, as torch.narrow: dim 0 selects rows, dim 1 columns.
+
+        Raises:
+            IndexError: dim is neither 0 nor 1.
+            ValueError: the part is empty or reaches beyond the selection.
+        """
+        if dim not in (0, 1):
+            raise IndexError(f"dim: got {dim}, wanted 0 (rows) or 1 (columns)")
+        offset, size = self.selection[dim]
+        _checks.integer("start", start, 0, size - 1)
+        _checks.integer("length", length, 1, size - start)
+        part = (offset + start, length)
+        return replace(self, rows=part) if dim == 0 else replace(self, columns=part)
+
+    def block_columns(self, device: torch.device) -> tuple[Tensor, int, int]:
+        """The blocks of a row that the selected columns touch.
+
+        Returns:
+            (block numbers int64 [runs, blocks per run], first, length): of the elements of those
+            blocks in each run, ``first`` to ``first + length`` are wanted. Rows whose run holds
+            all taps are taken whole; the caller selects their columns.
+        """
+        matrix = self.matrix
+        offset, length = self.selection[1] if matrix.by_tap else (0, matrix.run)
+        low, high = offset // matrix.block, -(-(offset + length) // matrix.block)
+        first_of_run = torch.arange(matrix.runs, device=device).mul_(matrix.run_blocks)
+        blocks = first_of_run[:, None] + torch.arange(low, high, device=device)
+        return blocks, offset - low * matrix.block, length
+
+    def to_json(self) -> str:
+        """One line of JSON: the operators' argument, and what a checkpoint keeps."""
+        return json.dumps(
+            {
+                "generator": json.loads(self.generator.to_json()),
+                "layer": self.layer,
+                "start": self.start,
+                "shape": self.shape,
+                "scale": self.scale,
+                "rows": self.rows,
+                "columns": self.columns,
+            },
+            separators=(",", ":"),
+        )
+
+
+@lru_cache(maxsize=65536)
+def parse(text: str) -> Placement:
+    """The placement that a JSON text describes; the inverse of to_json, cached.
+
+    Raises:
+        TypeError, ValueError: not a placement's JSON, or a field out of range.
+    """
+    try:
+        record = json.loads(text)
+        return Placement(
+            generator=parse_generator(json.dumps(record["generator"])),
+            layer=record["layer"],
+            start=record["start"],
+            shape=tuple(record["shape"]),
+            scale=record["scale"],
+            rows=tuple(record["rows"]),
+            columns=tuple(record["columns"]),
+        )
+    except (json.JSONDecodeError, KeyError) as error:
+        raise _checks.fail("placement", repr(text[:80]), "the JSON of a Placement") from error
+
+
+def split(length: int, at_most: int) -> Iterator[Range]:
+    """(offset, length) of parts that cover [0, length) in order, none longer than ``at_most``.
+
+    Example:
+        >>> list(split(7, 3))
+        [(0, 3), (3, 3), (6, 1)]
+    """
+    for offset in range(0, length, at_most):
+        yield offset, min(at_most, length - offset)

@@ -1,0 +1,161 @@
+"""Reference convolution and its gradients, one tile of Ŵ at a time.
+
+A tile of one group convolves that group's channels; a tile of whole groups convolves theirs.
+Padding is explicit here: ``functional.conv2d`` resolves "same" and "valid".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpg_kernels._tensors import memory_format
+from rpg_kernels.placement import Placement, parse
+from rpg_kernels.reference.accumulate import (
+    backward_bytes,
+    bank_accumulator,
+    cast_tile,
+    forward_bytes,
+)
+from rpg_kernels.reference.tiles import Tile, pack_tile, tiles
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Geometry of a convolution, as torch takes it."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    def forward(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        return torch.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
+
+    def backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx, dweight, dbias) of what mask asks for."""
+        result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            dy,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0, 0],
+            groups,
+            mask,
+        )
+        return result
+
+
+def _groups_of(tile: Tile, p: Placement, groups: int) -> tuple[int, slice]:
+    """(groups in the tile, its slice of x's channels)."""
+    rows, channels = p.selected_shape[:2]
+    per_group = rows // groups
+    first = tile.row // per_group
+    count = max(1, tile.placement.selected_shape[0] // per_group)
+    if count > 1:
+        return count, slice(first * channels, (first + count) * channels)
+    base = first * channels
+    return 1, slice(base + tile.columns.start, base + tile.columns.stop)
+
+
+def conv2d(
+    x: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    bias: Tensor | None,
+    placement: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """x ``[B, C, H, W]`` -> ``[B, out, H', W']`` in x's memory format."""
+    p = parse(placement)
+    window = _Window(stride, padding, dilation)
+    y: Tensor | None = None
+    bank = bank.contiguous()
+    format = memory_format(x)
+    for tile in tiles(p, x.device, forward_bytes(p, bank, x), groups):
+        count, channels = _groups_of(tile, p, groups)
+        weight = cast_tile(bank, table, tile.placement, x.dtype)
+        part = window.forward(x[:, channels], weight, count)
+        if tile.placement == p:
+            y = part.contiguous(memory_format=format)
+            break
+        if y is None:
+            shape = (part.shape[0], p.selected_shape[0], *part.shape[2:])
+            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format)
+        if tile.column:
+            y[:, tile.rows] += part
+        else:
+            y[:, tile.rows] = part
+    assert y is not None
+    if bias is not None:
+        y.add_(bias.to(y.dtype).view(-1, 1, 1))
+    return y
+
+
+def conv2d_input_grad(
+    dy: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    input_size: Sequence[int],
+    placement: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """dy ``[B, out, H', W']`` -> dx of ``input_size`` in dy's memory format."""
+    p = parse(placement)
+    window = _Window(stride, padding, dilation)
+    dx: Tensor | None = None
+    bank = bank.contiguous()
+    format = memory_format(dy)
+    for tile in tiles(p, dy.device, forward_bytes(p, bank, dy), groups):
+        count, channels = _groups_of(tile, p, groups)
+        weight = cast_tile(bank, table, tile.placement, dy.dtype)
+        size = (input_size[0], channels.stop - channels.start, *input_size[2:])
+        like = dy.new_empty(1).expand(size)
+        part, _, _ = window.backward(dy[:, tile.rows], like, weight, count, [True, False, False])
+        if tile.placement == p:
+            return part.contiguous(memory_format=format)
+        if dx is None:
+            dx = torch.zeros(tuple(input_size), dtype=dy.dtype, device=dy.device)
+            dx = dx.contiguous(memory_format=format)
+        dx[:, channels] += part
+    assert dx is not None
+    return dx
+
+
+def conv2d_bank_grad(
+    dy: Tensor,
+    x: Tensor,
+    table: Tensor | None,
+    placement: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]``."""
+    p = parse(placement)
+    window = _Window(stride, padding, dilation)
+    grad = bank_accumulator(p, dy.device, dtype)
+    for tile in tiles(p, dy.device, backward_bytes(p, dy, grad), groups):
+        count, channels = _groups_of(tile, p, groups)
+        like = dy.new_empty(1).expand(tile.placement.selected_shape)
+        _, dense, _ = window.backward(
+            dy[:, tile.rows], x[:, channels], like, count, [False, True, False]
+        )
+        pack_tile(grad, dense, table, tile.placement)
+    return grad.to(dtype)

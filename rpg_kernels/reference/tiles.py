@@ -1,0 +1,241 @@
+"""Tiles of a virtual weight within the scratch limit, and how one is unpacked and packed.
+
+A tile is a Placement narrowed to some rows and columns. Scratch of one tile::
+
+    positions * position_bytes     law evaluation, positions at a time
+    weights   * bytes_per_weight   the unpacked tile (forward) or its gradient (backward)
+
+Both are given at most their part of the limit before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import _checks, settings
+from rpg_kernels.law import WORD_BITS, sign_bits
+from rpg_kernels.placement import Placement, split
+
+_LAW_BYTES = 80  # per position: ten int64 tensors alive at once in the law
+_SIGN_BYTES = 20  # per element of a position under "element": its word, its bit, its mask
+_MAX_POSITIONS = 1 << 16
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of a virtual weight: offsets within the selection, and its placement."""
+
+    row: int
+    column: int
+    placement: Placement
+
+    @property
+    def rows(self) -> slice:
+        """Where the tile lies among the selected rows."""
+        return slice(self.row, self.row + self.placement.selected_shape[0])
+
+    @property
+    def columns(self) -> slice:
+        """Where the tile lies among the selected columns (in-channels)."""
+        return slice(self.column, self.column + self.placement.selected_shape[1])
+
+
+def tiles(
+    p: Placement, device: torch.device, bytes_per_weight: int, groups: int = 1
+) -> Iterator[Tile]:
+    """Cut a virtual weight into tiles that fit the scratch limit, row by row if need be.
+
+    Args:
+        p: the weight.
+        device: whose limit counts.
+        bytes_per_weight: of scratch that the caller needs for each weight of a tile.
+        groups: of a convolution. A tile holds whole groups, or lies within one.
+
+    Raises:
+        RuntimeError: not even the smallest tile fits.
+    """
+    rows, columns = tile_size(p, device, bytes_per_weight)
+    total, channels = p.selected_shape[:2]
+    per_group = total // groups
+    if rows >= per_group:
+        rows -= rows % per_group
+        spans = list(split(total, rows))
+    else:
+        spans = [
+            (group * per_group + offset, length)
+            for group in range(groups)
+            for offset, length in split(per_group, rows)
+        ]
+    for row, height in spans:
+        band = p.narrow(0, row, height)
+        for column, width in split(channels, columns):
+            yield Tile(row, column, band.narrow(1, column, width))
+
+
+def tile_size(p: Placement, device: torch.device, bytes_per_weight: int) -> tuple[int, int]:
+    """(rows, columns) of a tile; columns only fall below all of them when a row does not fit."""
+    limit = settings.scratch_bytes(device.type)
+    matrix = p.matrix
+    total, channels = p.selected_shape[:2]
+    budget = (limit - limit // 4) // bytes_per_weight  # a quarter is the law's
+    offset = p.selection[1][0]
+    straddle = int(matrix.by_tap and offset % matrix.block != 0)  # one more block per run
+    run_blocks = matrix.run_blocks
+    if matrix.by_tap:
+        run_blocks = min(run_blocks, -(-channels // matrix.block) + straddle)
+    unit = matrix.runs * matrix.block  # weights of one more block in every run
+    fits = limit // 4 >= _position_bytes(p)
+    if fits and unit * run_blocks <= budget:
+        return min(total, budget // (unit * run_blocks)), channels
+    smallest = unit * (1 + straddle if matrix.by_tap else run_blocks)
+    if not fits or smallest > budget:
+        need = max(4 * _position_bytes(p), -(-smallest * bytes_per_weight * 4 // 3) + 4)
+        raise RuntimeError(
+            f"scratch_limit: got {limit} bytes, wanted at least {need} for the reference back "
+            f"end of a virtual weight {list(p.selected_shape)}"
+        )
+    return 1, (budget // unit - straddle) * matrix.block
+
+
+def _position_bytes(p: Placement) -> int:
+    per_element = getattr(p.generator, "reflect", "") == "element"
+    return _LAW_BYTES + (_SIGN_BYTES * p.matrix.block if per_element else 0)
+
+
+def _quarter(device: torch.device) -> int:
+    """The part of the scratch limit that law evaluation may use."""
+    return settings.scratch_bytes(device.type) // 4
+
+
+def unpack_tile(
+    bank: Tensor, table: Tensor | None, p: Placement, lookup: Tensor | None = None
+) -> Tensor:
+    """scale · G · w of one tile, or of some of its rows.
+
+    Args:
+        bank: ``[slots, granularity]``, contiguous.
+        table: int32 ``[entries]`` or None.
+        p: the tile.
+        lookup: int64 ``[count]``, row numbers within the tile; None for all in order.
+
+    Returns:
+        The tile in torch's layout ``[rows, columns, *kernel]`` and the bank's dtype; a view of
+        memory in virtual-matrix order.
+    """
+    block = p.matrix.block
+    ring = bank.view(-1, block)
+    blocks, first, length = p.block_columns(bank.device)
+    rows = p.selected_shape[0] if lookup is None else lookup.numel()
+    out = bank.new_empty((rows * blocks.numel(), block))
+    for offset, n, b in _position_chunks(p, blocks, lookup):
+        part = out[offset : offset + n.numel()]
+        slot, negative = _read(p, table, n, b)
+        torch.index_select(ring, 0, slot, out=part)
+        _reflect_(part, negative, p.scale)
+    runs = out.view(rows, blocks.shape[0], -1)
+    return _torch_layout(_selected(runs, first, length, p), p)
+
+
+def pack_tile(
+    grad: Tensor,
+    dense: Tensor,
+    table: Tensor | None,
+    p: Placement,
+    lookup: Tensor | None = None,
+) -> None:
+    """grad += scale · Gᵀ · dense, for one tile, or for some of its rows.
+
+    Args:
+        grad: the accumulator ``[slots, granularity]``, contiguous, float32 or float64.
+        dense: the tile's gradient in torch's layout; overwritten where that saves a copy.
+        table: int32 ``[entries]`` or None.
+        p: the tile.
+        lookup: int64 ``[count]``, the row that each row of ``dense`` belongs to; None for all.
+    """
+    block = p.matrix.block
+    ring = grad.view(-1, block)
+    blocks, first, length = p.block_columns(grad.device)
+    runs = dense.view(dense.shape[0], dense.shape[1], -1).transpose(1, 2)  # [rows, taps, columns]
+    width = blocks.shape[1] * block
+    if not (p.matrix.by_tap and runs.shape[2] == width and runs.is_contiguous()):
+        padded = runs.new_zeros((runs.shape[0], blocks.shape[0], width))
+        _selected(padded, first, length, p).copy_(runs)
+        runs = padded
+    source = runs.view(-1, block)
+    for offset, n, b in _position_chunks(p, blocks, lookup):
+        part = source[offset : offset + n.numel()]
+        slot, negative = _read(p, table, n, b)
+        _reflect_(part, negative, 1.0)
+        part = part.to(grad.dtype)
+        if block == 1:  # torch adds scalars several times faster than rows of one
+            ring.view(-1).index_add_(0, slot, part.view(-1), alpha=p.scale)
+        else:
+            ring.index_add_(0, slot, part, alpha=p.scale)
+
+
+def _selected(runs: Tensor, first: int, length: int, p: Placement) -> Tensor:
+    """``[rows, runs, padded elements]`` -> its selected ``[rows, taps, columns]``, a view."""
+    elements = runs[:, :, first : first + length]
+    if p.matrix.by_tap:
+        return elements
+    offset, columns = p.selection[1]
+    by_tap = elements.squeeze(1).unflatten(1, (p.matrix.taps, p.matrix.channels))
+    return by_tap[:, :, offset : offset + columns]
+
+
+def _torch_layout(taps: Tensor, p: Placement) -> Tensor:
+    """``[rows, taps, columns]`` -> ``[rows, columns]`` or ``[rows, columns, *kernel]``, a view."""
+    if len(p.shape) == 2:
+        return taps.squeeze(1)
+    return taps.transpose(1, 2).unflatten(2, p.shape[2:])
+
+
+def _position_chunks(
+    p: Placement, blocks: Tensor, lookup: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(offset, rows n, blocks b) over the positions of a tile, some at a time."""
+    (first_row, rows), per_row = p.selection[0], blocks.numel()
+    flat = blocks.flatten()
+    step = max(1, min(_MAX_POSITIONS, _quarter(blocks.device) // _position_bytes(p)))
+    rows = rows if lookup is None else lookup.numel()
+    for offset, count in split(rows * per_row, step):
+        position = torch.arange(offset, offset + count, device=blocks.device)
+        row = position.div(per_row, rounding_mode="floor")
+        b = flat[position.sub_(row * per_row)]
+        n = row if lookup is None else lookup[row]
+        yield offset, n + first_row, b
+
+
+def _read(p: Placement, table: Tensor | None, n: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(slots, signs) of positions: None, bool ``[positions]`` or int32 words ``[positions, W]``."""
+    if table is not None:
+        entry = table[n.mul(p.matrix.blocks).add_(b).add_(p.start)]
+        return entry.bitwise_and(_checks.INT32_MAX), entry < 0
+    law = p.law
+    slot = law.slot(n, b)
+    if law.reflect == "none":
+        return slot, None
+    words = law.sign_words(n, b)
+    if law.reflect == "vector":
+        return slot, words.squeeze(-1) >= 1 << 31
+    return slot, words.to(torch.int32)
+
+
+def _reflect_(part: Tensor, negative: Tensor | None, scale: float) -> None:
+    """In place: scale times the blocks ``[positions, block]``, with their signs."""
+    if negative is None:
+        part.mul_(scale)
+    elif negative.dim() == 1:
+        part.mul_(torch.where(negative, -scale, scale).to(part.dtype).unsqueeze(1))
+    else:
+        e = torch.arange(part.shape[1], device=part.device)
+        bit = negative[:, e // WORD_BITS].bitwise_right_shift_(sign_bits(e)).bitwise_and_(1)
+        size = part.element_size()
+        mask = bit.to(_INTEGER[size]).bitwise_left_shift_(8 * size - 1)
+        part.view(mask.dtype).bitwise_xor_(mask)
+        part.mul_(scale)

@@ -1,0 +1,123 @@
+"""Process-wide settings: the scratch limit and the forced back end.
+
+They are plain module state on purpose: torch.compile guards on it, and the threads that run
+backward passes see it. A context variable does neither.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+from rpg_kernels import _checks
+
+ENVIRONMENT_BACKEND = "RPG_KERNELS_BACKEND"
+BACKENDS = ("reference", "triton", "cuda", "simt")
+
+_MIB = 1 << 20
+_scratch_bytes = {"cpu": 4 * _MIB, "cuda": 16 * _MIB}
+_forced = ""
+
+
+class _Restore:
+    """What a setter returns: ignored, the setting stays; used in ``with``, it is taken back."""
+
+    def __init__(self, undo: dict[str, int] | str) -> None:
+        self._undo = undo
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _forced
+        if isinstance(self._undo, str):
+            _forced = self._undo
+        else:
+            _scratch_bytes.update(self._undo)
+
+
+def scratch_limit(limit: int, device_type: str | None = None) -> _Restore:
+    """Set how many bytes one operator call may use and free again before it returns.
+
+    The default is 4 MiB on CPU and 16 MiB on CUDA. 0 forbids scratch; an operator that cannot
+    run within the limit raises and says how much it needs. Inputs, results and the fp32
+    accumulator of a bank gradient are not scratch. The setting is process-wide.
+
+    Args:
+        limit: bytes, at least 0.
+        device_type: ``"cpu"`` or ``"cuda"``; None sets both.
+
+    Returns:
+        A context manager that restores the earlier setting; ignore it to keep the new one.
+
+    Raises:
+        TypeError, ValueError: the limit is not an int of at least 0, or an unknown device type.
+
+    Example:
+        >>> with scratch_limit(1 << 20):
+        ...     scratch_bytes("cpu")
+        1048576
+        >>> scratch_bytes("cpu")
+        4194304
+    """
+    _checks.integer("limit", limit, 0, 2**62, " bytes")
+    if device_type is not None:
+        _checks.choice("device_type", device_type, tuple(_scratch_bytes))
+    undo = dict(_scratch_bytes)
+    for kind in _scratch_bytes if device_type is None else (device_type,):
+        _scratch_bytes[kind] = limit
+    return _Restore(undo)
+
+
+def scratch_bytes(device_type: str) -> int:
+    """The scratch limit in force for a device type; other accelerators use the CUDA limit."""
+    return _scratch_bytes["cpu" if device_type == "cpu" else "cuda"]
+
+
+def backend(name: str) -> _Restore:
+    """Force one back end for every operator, or ``"auto"`` to choose by the dispatch table.
+
+    A forced back end that cannot run raises. What a forward pass ran on is kept for its backward.
+    ``RPG_KERNELS_BACKEND`` in the environment does the same for a whole process; a call of this
+    function wins over it. The setting is process-wide.
+
+    Args:
+        name: ``"auto"``, ``"reference"``, ``"triton"``, ``"cuda"`` or ``"simt"``.
+
+    Returns:
+        A context manager that restores the earlier setting; ignore it to keep the new one.
+
+    Raises:
+        ValueError: unknown name.
+
+    Example:
+        >>> with backend("reference"):
+        ...     forced_backend()
+        'reference'
+    """
+    global _forced
+    undo = _forced
+    _forced = _checks.choice("name", name, ("auto", *BACKENDS))
+    return _Restore(undo)
+
+
+def forced_backend() -> str:
+    """The back end in force: one of the names, or "" when the dispatch table chooses."""
+    name = _forced or _ENVIRONMENT
+    return "" if name == "auto" else name
+
+
+def _from_environment() -> str:
+    name = os.environ.get(ENVIRONMENT_BACKEND, "")
+    if name and name not in ("auto", *BACKENDS):
+        wanted = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"{ENVIRONMENT_BACKEND}: got {name!r}, wanted one of {wanted}")
+    return name
+
+
+_ENVIRONMENT = _from_environment()

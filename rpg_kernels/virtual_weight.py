@@ -1,0 +1,113 @@
+"""VirtualWeight: a weight that has a shape and a place on the ring, and no storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import _checks, functional
+from rpg_kernels.placement import Placement, parse
+
+if TYPE_CHECKING:
+    from rpg_kernels.bank import ParameterBank
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VirtualWeight:
+    """Ŵ = scale · G · w of one layer. Frozen; made by ``ParameterBank.place``.
+
+    Not a tensor and not a module: an nn.Module may hold one without registering the bank.
+
+    Args:
+        bank: what it reads; its generator must be the placement's.
+        placement: shape, layer, segment, scale and selection.
+
+    Raises:
+        ValueError: the placement was made for another generator.
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> vw = ParameterBank(dof=640, granularity=64).place((8, 128), scale=0.5)
+        >>> vw.shape, vw.numel(), vw.narrow(0, 2, 3).shape
+        (torch.Size([8, 128]), 1024, torch.Size([3, 128]))
+        >>> torch.equal(vw.narrow(0, 2, 3).unpack(), vw.unpack()[2:5])
+        True
+    """
+
+    bank: ParameterBank
+    placement: Placement
+    spec: str = field(init=False)  # the placement as text, which operators take on every call
+
+    def __post_init__(self) -> None:
+        if self.placement.generator != self.bank.generator:
+            raise _checks.fail("placement", self.placement.generator, str(self.bank.generator))
+        object.__setattr__(self, "spec", self.placement.to_json())
+
+    @property
+    def shape(self) -> torch.Size:
+        """torch's shape of the (selected) weight."""
+        return torch.Size(self.placement.selected_shape)
+
+    @property
+    def scale(self) -> float:
+        """The layer's multiplier."""
+        return self.placement.scale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The bank's dtype."""
+        return self.bank.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The bank's device."""
+        return self.bank.weight.device
+
+    def numel(self) -> int:
+        """Virtual weights."""
+        return self.placement.numel
+
+    def narrow(self, dim: int, start: int, length: int) -> VirtualWeight:
+        """Rows (dim 0) or columns (dim 1, in-channels of a convolution) start to start + length.
+
+        Raises:
+            IndexError, ValueError: dim, start or length is out of range.
+        """
+        return VirtualWeight(self.bank, self.placement.narrow(dim, start, length))
+
+    def unpack(self) -> Tensor:
+        """Ŵ itself: torch's layout, scale included, the bank's dtype; differentiable."""
+        return functional.unpack(self)
+
+    def pack(self, dense: Tensor) -> Tensor:
+        """The adjoint of unpack, scale · Gᵀ · dŴ: ``[slots, granularity]``, the bank's dtype.
+
+        Raises:
+            ValueError: dense is not of this weight's shape, dtype and device.
+        """
+        return functional.pack(dense, self)
+
+    def to_json(self) -> str:
+        """The placement as one line of JSON, law version included; the bank's values are not."""
+        return self.spec
+
+    @classmethod
+    def from_json(cls, bank: ParameterBank, text: str) -> VirtualWeight:
+        """The inverse of to_json for a bank with the same generator.
+
+        Raises:
+            TypeError, ValueError: not a placement's JSON, or made for another generator.
+        """
+        return cls(bank, parse(text))
+
+    def __repr__(self) -> str:
+        p = self.placement
+        full = tuple(p.shape)
+        part = "" if p.selected_shape == full else f" of {full} at {p.rows}, {p.columns}"
+        return (
+            f"VirtualWeight({tuple(self.shape)}{part}, layer={p.layer}, start={p.start}, "
+            f"scale={p.scale:.4g}, dof={self.bank.dof})"
+        )
