@@ -1,0 +1,207 @@
+"""Runs the demo: train every network, measure it, report, and reload a trained state."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpg_kernels import RPGConfig, explain
+from rpg_kernels.demo import data, measure, networks, report, train
+from rpg_kernels.demo.extras import require
+from rpg_kernels.models.resnet import ResNet
+from rpg_kernels.nn import VirtualLayer
+
+DEFAULT_EPOCHS = {"small": 15, "resnet18": 10}
+RELOAD_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all networks of one run have in common."""
+
+    architecture: networks.Architecture
+    channels: int
+    classes: int
+    config: RPGConfig
+    schedule: train.Schedule
+    seeds: int
+    device: torch.device
+
+    def build(self, network: networks.Network, seed: int) -> ResNet:
+        """A fresh network on the device: values and generating matrix drawn with ``seed``."""
+        torch.manual_seed(seed)
+        config = dataclasses.replace(self.config, seed=seed)
+        shape = (self.channels, self.classes)
+        model = networks.build(network, self.architecture, *shape, config)
+        model.to(self.device)
+        # torch's own annotations of Module.to leave memory_format out.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+
+def experiment(args: argparse.Namespace) -> list[report.Result]:
+    """Train and compare the networks; ``args`` are those of ``rpg-kernels demo``.
+
+    Raises:
+        MissingExtraError: a package that the demo needs is not installed.
+        FileNotFoundError, ValueError: an option or a data file is not what it should be.
+    """
+    begin = time.perf_counter()
+    tqdm = require("tqdm", "tqdm", "the progress bar")
+    require("matplotlib.figure", "matplotlib", "demo.png")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    images = data.load(args.data, args.images, args.test_images)
+    model_name = args.model or ("small" if args.data is None else "resnet18")
+    setting = Setting(
+        architecture=networks.ARCHITECTURES[model_name],
+        channels=images.channels,
+        classes=len(images.classes),
+        config=RPGConfig(dof=1, granularity=args.granularity, reflect=args.reflect),
+        schedule=train.Schedule(
+            epochs=args.epochs or DEFAULT_EPOCHS[model_name],
+            batch_size=min(args.batch_size, len(images.train_labels)),
+            augment=args.data is not None,
+            bfloat16=args.amp == "bfloat16",
+        ),
+        seeds=args.seeds,
+        device=device,
+    )
+    rows = networks.plan(
+        setting.architecture,
+        setting.channels,
+        setting.classes,
+        setting.config,
+        args.dof or setting.architecture.dofs,
+    )
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    record = _header(images, model_name, setting)
+    print(
+        f"{images.name}: {len(images.train_labels)} training and {len(images.test_labels)} test "
+        f"images; {model_name} network, {setting.schedule.epochs} epochs, {setting.seeds} seed(s); "
+        f"{record['environment']['device_name']}"
+    )
+
+    pixels = train.Pixels(images, device)
+    results: list[report.Result] = []
+    steps = train.steps_of(len(images.train_labels), setting.schedule)
+    # disable=None: no bar where the output is not a terminal.
+    bar = tqdm.tqdm(total=steps * setting.seeds * len(rows), unit="step", disable=None)
+    with bar:
+        for row in rows:
+            bar.set_description(row.label)
+            result, model = _train_row(row, setting, pixels, bar.update)
+            results.append(result)
+            # Written after every network: a long run that is cut short leaves what it has.
+            record["networks"] = [done.record() for done in results]
+            report.write_json(out / "demo.json", record)
+            bar.write(
+                f"{result.label}, DoF {result.dof:,}: {result.mean_accuracy:.1f} % after "
+                f"{sum(result.seconds):.1f} s"
+            )
+    print(f"\n{report.table(results)}\n{report.legend(setting.schedule.batch_size)}\n")
+
+    # The last row is ours, at the largest DoF.
+    record["backend"] = _backend(model, pixels)
+    record["reloaded_outputs_identical"] = _reload(
+        out / "demo.pt", rows[-1], setting, model, pixels
+    )
+    report.plot(out / "demo.png", results, f"{images.name}, {model_name}")
+    record["total_seconds"] = time.perf_counter() - begin
+    report.write_json(out / "demo.json", record)
+    print(
+        f"wrote {out / 'demo.json'} and {out / 'demo.png'}; {record['total_seconds']:.0f} s in all"
+    )
+    return results
+
+
+def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str, Any]:
+    return {
+        "data": {
+            "name": images.name,
+            "train_images": len(images.train_labels),
+            "test_images": len(images.test_labels),
+        },
+        "model": model_name,
+        "granularity": setting.config.granularity,
+        "reflect": setting.config.reflect,
+        "schedule": dataclasses.asdict(setting.schedule),
+        "seeds": list(range(setting.seeds)),
+        "environment": report.environment(setting.device),
+    }
+
+
+def _train_row(
+    row: networks.Network, setting: Setting, pixels: train.Pixels, on_step: Callable[[], object]
+) -> tuple[report.Result, nn.Module]:
+    """Measure one network and train it with every seed; the model returned is seed 0's."""
+    result = _measured(row, setting, pixels)
+    models = []
+    for seed in range(setting.seeds):
+        model = setting.build(row, seed)
+        trained = train.train(model, pixels, setting.schedule, seed, on_step)
+        if seed == 0:
+            result.state = measure.state_bytes(model, trained.optimizer)
+        result.accuracy.append(trained.accuracy)
+        result.seconds.append(trained.seconds)
+        result.loss.append(trained.loss)
+        models.append(model)
+    return result, models[0]
+
+
+def _measured(row: networks.Network, setting: Setting, pixels: train.Pixels) -> report.Result:
+    """A network's sizes and what its forward saves, before any training."""
+    weights = networks.block_weights(
+        setting.architecture, row.width, setting.channels, setting.classes
+    )
+    model = setting.build(row, seed=0)
+    batch = pixels.batch(pixels.data.train_pixels[: setting.schedule.batch_size])
+    return report.Result(
+        label=row.label,
+        kind=row.kind,
+        width=row.width,
+        dof=networks.degrees_of_freedom(model, weights),
+        virtual_weights=weights,
+        trainable=networks.trainable(model),
+        saved=measure.saved_bytes(model, batch, setting.schedule),
+    )
+
+
+def _backend(model: nn.Module, pixels: train.Pixels) -> dict[str, str]:
+    """Ask what runs a shared convolution, on the input that it really gets."""
+    name, layer = next(
+        (name, module) for name, module in model.named_modules() if isinstance(module, VirtualLayer)
+    )
+    inputs: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model.eval()(pixels.batch(pixels.data.test_pixels[:1]))
+    hook.remove()
+    explanation = explain(layer, inputs[0])
+    print(f"back end of {name}: {explanation.backend} ({explanation.reason})")
+    return {"layer": name, "backend": explanation.backend, "reason": explanation.reason}
+
+
+def _reload(
+    path: Path, row: networks.Network, setting: Setting, model: nn.Module, pixels: train.Pixels
+) -> bool:
+    """Save ``model``, load it into a fresh network, and compare outputs bit for bit."""
+    torch.save(model.state_dict(), path)
+    fresh = setting.build(row, seed=0)
+    fresh.load_state_dict(torch.load(path, map_location=setting.device, weights_only=True))
+    x = pixels.batch(pixels.data.test_pixels[:RELOAD_IMAGES])
+    with torch.no_grad(), train.autocast(setting.device, setting.schedule):
+        identical = torch.equal(model.eval()(x), fresh.eval()(x))
+    print(
+        f"saved {path} ({path.stat().st_size / 1e6:.2f} MB) and loaded it into a new network: "
+        f"outputs of {len(x)} test images {'identical' if identical else 'DIFFER'}"
+    )
+    return identical
