@@ -85,7 +85,7 @@ def conv2d(
     if x.dim() not in (3, 4):
         raise _checks.fail("x", f"shape {list(x.shape)}", "[B, C, H, W] or [C, H, W]")
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
+    strides, dilations = pair("stride", stride), pair("dilation", dilation)
     if isinstance(padding, str):
         _checks.choice("padding", padding, ("same", "valid"))
         pads = (0, 0)
@@ -94,7 +94,7 @@ def conv2d(
                 raise _checks.fail("stride", strides, "1 with padding='same'")
             batched, pads = _pad_same(batched, weight.shape[2:], dilations)
     else:
-        pads = _pair("padding", padding)
+        pads = pair("padding", padding)
     y = _tensor(
         _op.conv2d(
             batched,
@@ -203,10 +203,11 @@ def _tensor(result: object) -> Tensor:
     return result
 
 
-def _pair(argument: str, value: Pair) -> tuple[int, int]:
+def pair(argument: str, value: Pair) -> tuple[int, int]:
+    """(value, value) of an int, or the pair itself."""
     if isinstance(value, int):
         return value, value
-    if len(value) != 2:
+    if not isinstance(value, tuple | list) or len(value) != 2:
         raise _checks.fail(argument, value, "an int or a pair of ints")
     return value[0], value[1]
 

@@ -28,7 +28,8 @@ def convert(
 
     By default hidden layers are shared; the first and last layer, norms and biases stay as they
     are (paper, section 4). ``rpg.summary(model)`` lists both, with reasons. The bank becomes
-    ``model.rpg_bank``: one key of the state dict. The model may be on ``meta``: a model too large
+    ``model.rpg_bank``: one key of the state dict (of an nn.Sequential it is the last module, and
+    returns what it is given). The model may be on ``meta``: a model too large
     to exist densely is converted there and then brought to life by ``rpg.initialize``.
 
     Args:
@@ -44,7 +45,7 @@ def convert(
         The same model.
 
     Raises:
-        TypeError: model is itself a layer, or config is not an RPGConfig.
+        TypeError: model is itself a layer or a list of layers, or config is not an RPGConfig.
         ValueError: nothing to share, layers on several devices or in several dtypes, a model
             that has a bank already, least squares on meta. The model is then unchanged.
 
@@ -56,7 +57,7 @@ def convert(
         >>> list(net.state_dict())
         ['0.weight', '0.bias', '2.bias', '4.weight', '4.bias', 'rpg_bank.weight']
     """
-    _check(model, config, init)
+    _check(model, config, filter_fn, init)
     chosen = select(model, filter_fn)
     if not chosen.shared:
         reasons = "; ".join(f"{name}: {why}" for name, why in chosen.skipped.items())
@@ -76,7 +77,7 @@ def convert(
     return model
 
 
-def _check(model: nn.Module, config: RPGConfig, init: str) -> None:
+def _check(model: nn.Module, config: RPGConfig, filter_fn: Filter | None, init: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
     if not isinstance(config, RPGConfig):
@@ -88,7 +89,13 @@ def _check(model: nn.Module, config: RPGConfig, init: str) -> None:
             f"model: got a single {got}, which cannot be replaced in place; wanted a model that "
             f"contains it (or build rpg.nn.{got})"
         )
-    if hasattr(model, BANK_NAME) or any(isinstance(m, ParameterBank) for m in model.modules()):
+    if isinstance(model, nn.ModuleList | nn.ModuleDict):
+        got = type(model).__name__
+        raise TypeError(f"model: got a {got}, whose elements are layers; wanted a model around it")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: got a {type(filter_fn).__name__}, wanted a function or None")
+    virtual = (ParameterBank, VirtualLayer)
+    if hasattr(model, BANK_NAME) or any(isinstance(m, virtual) for m in model.modules()):
         raise _checks.fail("model", "a model that has a bank already", "a dense model")
 
 
@@ -168,6 +175,10 @@ def _replace(model: nn.Module, layers: dict[int, VirtualLayer]) -> None:
         for key, child in list(parent._modules.items()):
             if child is not None and id(child) in layers:
                 parent._modules[key] = layers[id(child)]
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    # Its inference shortcut reads linear1.weight; this switch turns it off.
-                    parent.activation_relu_or_gelu = 0
+    for parent in model.modules():
+        if any(isinstance(child, VirtualLayer) for child in parent.modules()):
+            # torch's inference shortcuts read linear1.weight; these switches turn them off.
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                parent.activation_relu_or_gelu = 0
+            elif isinstance(parent, nn.TransformerEncoder):
+                parent.use_nested_tensor = False

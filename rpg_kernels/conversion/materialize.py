@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from rpg_kernels.bank import ParameterBank
-from rpg_kernels.conversion.ownership import BANK_NAME
 from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
+
+Key = tuple[int, str, int | None]  # bank, placement, row that a lookup masks
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -39,7 +40,7 @@ def materialize(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
     model = copy.deepcopy(model)
-    parameters: dict[tuple[int, str], nn.Parameter] = {}
+    parameters: dict[Key, nn.Parameter] = {}
     dense: dict[int, nn.Module] = {}
     for module in list(model.modules()):
         if isinstance(module, VirtualLayer):
@@ -50,18 +51,18 @@ def materialize(model: nn.Module) -> nn.Module:
         for key, child in list(parent._modules.items()):
             if child is not None and id(child) in dense:
                 parent._modules[key] = dense[id(child)]
-    if isinstance(model._modules.get(BANK_NAME), ParameterBank):
-        delattr(model, BANK_NAME)
+            elif isinstance(child, ParameterBank):
+                del parent._modules[key]
     return model
 
 
-def _dense(layer: VirtualLayer, parameters: dict[tuple[int, str], nn.Parameter]) -> nn.Module:
+def _dense(layer: VirtualLayer, parameters: dict[Key, nn.Parameter]) -> nn.Module:
     vw = layer.virtual_weight
-    key = (id(vw.bank), vw.spec)
+    padding_idx = getattr(layer, "padding_idx", None)
+    key = (id(vw.bank), vw.spec, padding_idx)
     if key not in parameters:
         with torch.no_grad():
             weight = vw.unpack()
-            padding_idx = getattr(layer, "padding_idx", None)
             if padding_idx is not None:
                 weight[padding_idx] = 0
             parameters[key] = nn.Parameter(weight, requires_grad=vw.bank.weight.requires_grad)

@@ -38,6 +38,7 @@ def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
         >>> [name for name, _ in attach(net, bank).named_parameters()]
         ['0.bias', '1.bias', 'rpg_bank.weight']
     """
+    _module(model)
     if not isinstance(bank, ParameterBank):
         raise TypeError(f"bank: got a {type(bank).__name__}, wanted a ParameterBank")
     if getattr(model, BANK_NAME, bank) is not bank:
@@ -71,6 +72,7 @@ def initialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modul
         >>> initialize(net)(torch.randn(1, 4096)).shape
         torch.Size([1, 4096])
     """
+    _module(model)
     unable, alive = [], []
     for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -82,7 +84,13 @@ def initialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modul
     if unable:
         wanted = "modules with reset_parameters, or values loaded by load_state_dict instead"
         raise _checks.fail("model", ", ".join(unable), wanted)
+    ties = _ties(model)
     model.to_empty(device=device)
+    for names in ties:  # to_empty gives each name a tensor of its own
+        first = model.get_parameter(names[0])
+        for name in names[1:]:
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, first)
     for module in model.modules():
         reset = _reset_of(module)
         if reset is not None:
@@ -123,6 +131,7 @@ def param_groups(
         >>> [(g["name"], len(g["params"])) for g in groups]
         [('bank', 1), ('weights', 2), ('no_decay', 3)]
     """
+    _module(model)
     lost = orphans(model)
     if lost:
         wanted = "banks registered with the model; see rpg.attach"
@@ -161,6 +170,19 @@ def orphans(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, VirtualLayer) and id(module.virtual_weight.bank) not in owned
     ]
+
+
+def _ties(model: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one and the same."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
 
 
 def _reset_of(module: nn.Module) -> Any:

@@ -9,13 +9,16 @@ from torch import nn
 
 SHARED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
 Filter = Callable[[nn.Module, str], bool]
+_TENSORS = {"weight", "bias"}
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
     "_backward_pre_hooks",
     "_state_dict_hooks",
+    "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )
 
 
@@ -41,15 +44,18 @@ def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
     """
     found = Selection()
     able: dict[str, nn.Module] = {}
+    names = []
     for name, module in model.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
+        layer = isinstance(module, SHARED_TYPES)
+        if not layer and not any(True for _ in module.parameters(recurse=False)):
             continue
+        if layer:
+            names.append(name)
         reason = _obstacle(module)
         if reason is None:
             able[name] = module
         else:
             found.skipped[name] = reason
-    names = list(able)
     for name, module in able.items():
         if filter_fn is not None:
             reason = "" if filter_fn(module, name) else "filter_fn returned False"
@@ -84,6 +90,13 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its weight is frozen (requires_grad=False)"
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         return "it has hooks, which a replacement would lose"
+    if "forward" in vars(module):
+        return "its forward is patched, which a replacement would lose"
+    own = set(module._parameters) - _TENSORS | set(module._buffers) | set(module._modules)
+    if own:
+        return f"it holds {', '.join(sorted(own))}, which a replacement would lose"
+    if "bias" in vars(module):
+        return "its bias is not a plain parameter"
     if isinstance(module, nn.Embedding):
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(module, option):

@@ -93,9 +93,9 @@ class Summary:
             f"({self.compression:.3g} uses each), {self.unshared:,} parameters not shared"
         )
         if self.virtual_weights and self.compression <= 1:
-            lines.append(
-                "the bank is at least as large as the model: each slot is used at most once"
-            )
+            span = sum(x.span for x in self.layers if not x.tied_to)
+            uses = "at most once" if span <= self.dof else "at most twice, padding counted"
+            lines.append(f"the bank is at least as large as the model: each slot is used {uses}")
         if self.skipped:
             lines.append("not shared:")
             lines += [f"  {name or '(the model)'}: {why}" for name, why in self.skipped.items()]
@@ -131,19 +131,22 @@ def summary(model: nn.Module) -> Summary:
     banks: dict[int, ParameterBank] = {}
     seen: dict[tuple[int, str], str] = {}
     layers = []
+    skipped: dict[str, str] = {}
+    residuals: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, ParameterBank):
             banks.setdefault(id(module), module)
+            prefix = name.rpartition(".")[0] + "." if "." in name else ""
+            skipped.update({prefix + key: why for key, why in module.skipped.items()})
+            residuals.update({prefix + key: value for key, value in module.residuals.items()})
+    for name, module in model.named_modules():
         if not isinstance(module, VirtualLayer):
             continue
         vw = module.virtual_weight
         banks.setdefault(id(vw.bank), vw.bank)
         key = (id(vw.bank), vw.spec)
-        layers.append(_layer(name, module, seen.get(key, "")))
+        layers.append(_layer(name, module, seen.get(key, ""), residuals.get(name)))
         seen.setdefault(key, name)
-    skipped: dict[str, str] = {}
-    for bank in banks.values():
-        skipped.update(bank.skipped)
     parameters = {id(b.weight) for b in banks.values()}
     return Summary(
         layers=tuple(layers),
@@ -151,12 +154,14 @@ def summary(model: nn.Module) -> Summary:
         banks=tuple(str(b) for b in banks.values()),
         dof=sum(b.dof for b in banks.values()),
         virtual_weights=sum(x.virtual_weights for x in layers if not x.tied_to),
-        unshared=sum(p.numel() for p in model.parameters() if id(p) not in parameters),
+        unshared=sum(
+            p.numel() for p in model.parameters() if p.requires_grad and id(p) not in parameters
+        ),
         orphans=tuple(orphans(model)),
     )
 
 
-def _layer(name: str, module: VirtualLayer, tied_to: str) -> LayerSummary:
+def _layer(name: str, module: VirtualLayer, tied_to: str, residual: float | None) -> LayerSummary:
     vw = module.virtual_weight
     p, bank = vw.placement, vw.bank
     return LayerSummary(
@@ -171,6 +176,6 @@ def _layer(name: str, module: VirtualLayer, tied_to: str) -> LayerSummary:
         laps=p.matrix.span / bank.dof,
         scale=p.scale,
         std=abs(p.scale) * bank.init_std,
-        residual=bank.residuals.get(name),
+        residual=residual,
         tied_to=tied_to,
     )

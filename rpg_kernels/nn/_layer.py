@@ -11,6 +11,7 @@ from torch import nn
 from rpg_kernels import _checks
 from rpg_kernels.bank import ParameterBank
 from rpg_kernels.config import RPGConfig
+from rpg_kernels.geometry import VirtualMatrix
 from rpg_kernels.scales import layer_std
 from rpg_kernels.virtual_weight import VirtualWeight
 
@@ -38,6 +39,9 @@ class VirtualLayer(nn.Module):
     ) -> None:
         """Set ``virtual_weight``: the one given, or the next of the bank, or of a private bank."""
         if virtual_weight is not None:
+            if not isinstance(virtual_weight, VirtualWeight):
+                got = type(virtual_weight).__name__
+                raise TypeError(f"virtual_weight: got a {got}, wanted a VirtualWeight or None")
             if bank is not None and bank is not virtual_weight.bank:
                 raise _checks.fail("bank", "another bank", "the virtual weight's, or None")
             if tuple(virtual_weight.shape) != shape:
@@ -73,7 +77,7 @@ class VirtualLayer(nn.Module):
 def _private_bank(
     shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> ParameterBank:
-    """As many degrees of freedom as a dense weight, whole slots: nothing is shared."""
+    """Room for the whole layer, padding and all, in whole slots: nothing is shared."""
     granularity = RPGConfig(dof=1).granularity
-    slots = -(-math.prod(shape) // granularity)
+    slots = -(-VirtualMatrix(shape, granularity).span // granularity)
     return ParameterBank(dof=slots * granularity, device=device, dtype=dtype)

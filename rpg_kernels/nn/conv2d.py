@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rpg_kernels import _checks, functional
 from rpg_kernels.bank import ParameterBank
-from rpg_kernels.functional import Pair
+from rpg_kernels.functional import Pair, pair
 from rpg_kernels.nn._layer import VirtualLayer
 from rpg_kernels.virtual_weight import VirtualWeight
 
@@ -22,8 +22,7 @@ class Conv2d(VirtualLayer):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
         padding_mode, device, dtype: as torch.nn.Conv2d; device and dtype are those of the bias
             and of a private bank, by default the bank's.
-        bank: shared parameter bank; None makes a private one with as many degrees of freedom as
-            the dense weight.
+        bank: shared parameter bank; None makes a private one with room for every weight.
         scale: the layer's multiplier, or the rule for its standard deviation at initialisation:
             ``"match"`` (torch.nn.Conv2d's), ``"fan_in"``, ``"fan_out"`` (the paper's).
         virtual_weight: use this one (tied weights) instead of placing a new one.
@@ -59,15 +58,18 @@ class Conv2d(VirtualLayer):
         virtual_weight: VirtualWeight | None = None,
     ) -> None:
         super().__init__()
-        if groups < 1 or in_channels % groups or out_channels % groups:
+        _checks.integer("in_channels", in_channels, 1, _checks.INT32_MAX)
+        _checks.integer("out_channels", out_channels, 1, _checks.INT32_MAX)
+        _checks.integer("groups", groups, 1, _checks.INT32_MAX)
+        if in_channels % groups or out_channels % groups:
             wanted = f"a divisor of in_channels {in_channels} and out_channels {out_channels}"
             raise _checks.fail("groups", groups, wanted)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = _pair(kernel_size)
-        self.stride = _pair(stride)
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
-        self.dilation = _pair(dilation)
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.stride = pair("stride", stride)
+        self.padding = padding if isinstance(padding, str) else pair("padding", padding)
+        self.dilation = pair("dilation", dilation)
         self.groups = groups
         self.padding_mode = _checks.choice("padding_mode", padding_mode, PADDING_MODES)
         if isinstance(self.padding, str):
@@ -119,7 +121,3 @@ class Conv2d(VirtualLayer):
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode!r}"
         return f"{text}, bias={self.bias is not None}, layer={p.layer}, scale={p.scale:.4g}"
-
-
-def _pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -18,8 +18,7 @@ class Embedding(VirtualLayer):
         num_embeddings, embedding_dim: rows and columns.
         padding_idx: a row that reads as zeros and gets no gradient.
         device, dtype: of a private bank.
-        bank: shared parameter bank; None makes a private one with as many degrees of freedom as
-            the dense weight.
+        bank: shared parameter bank; None makes a private one with room for every weight.
         scale: the layer's multiplier, or ``"match"``: standard deviation 1, as torch.nn.Embedding.
         virtual_weight: use this one (tied weights) instead of placing a new one.
 
@@ -48,6 +47,8 @@ class Embedding(VirtualLayer):
         virtual_weight: VirtualWeight | None = None,
     ) -> None:
         super().__init__()
+        _checks.integer("num_embeddings", num_embeddings, 1, _checks.INT32_MAX)
+        _checks.integer("embedding_dim", embedding_dim, 1, _checks.INT32_MAX)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         if padding_idx is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rpg_kernels import functional
+from rpg_kernels import _checks, functional
 from rpg_kernels.bank import ParameterBank
 from rpg_kernels.nn._layer import VirtualLayer
 from rpg_kernels.virtual_weight import VirtualWeight
@@ -18,8 +18,7 @@ class Linear(VirtualLayer):
         in_features, out_features: K and N.
         bias: False for none.
         device, dtype: of the bias and of a private bank; by default the bank's.
-        bank: shared parameter bank; None makes a private one with as many degrees of freedom as
-            the dense weight.
+        bank: shared parameter bank; None makes a private one with room for every weight.
         scale: the layer's multiplier, or the rule for its standard deviation at initialisation:
             ``"match"`` (torch.nn.Linear's), ``"fan_in"``, ``"fan_out"``.
         virtual_weight: use this one (tied weights) instead of placing a new one.
@@ -50,6 +49,8 @@ class Linear(VirtualLayer):
         virtual_weight: VirtualWeight | None = None,
     ) -> None:
         super().__init__()
+        _checks.integer("in_features", in_features, 1, _checks.INT32_MAX)
+        _checks.integer("out_features", out_features, 1, _checks.INT32_MAX)
         self.in_features = in_features
         self.out_features = out_features
         shape = (out_features, in_features)

@@ -228,14 +228,14 @@ def _read(p: Placement, table: Tensor | None, n: Tensor, b: Tensor) -> tuple[Ten
 
 def _reflect_(part: Tensor, negative: Tensor | None, scale: float) -> None:
     """In place: scale times the blocks ``[positions, block]``, with their signs."""
-    if negative is None:
-        part.mul_(scale)
-    elif negative.dim() == 1:
-        part.mul_(torch.where(negative, -scale, scale).to(part.dtype).unsqueeze(1))
-    else:
-        e = torch.arange(part.shape[1], device=part.device)
-        bit = negative[:, e // WORD_BITS].bitwise_right_shift_(sign_bits(e)).bitwise_and_(1)
+    if negative is not None:
+        if negative.dim() == 1:
+            bit = negative.unsqueeze(1)
+        else:
+            e = torch.arange(part.shape[1], device=part.device)
+            bit = negative[:, e // WORD_BITS].bitwise_right_shift_(sign_bits(e)).bitwise_and_(1)
         size = part.element_size()
         mask = bit.to(_INTEGER[size]).bitwise_left_shift_(8 * size - 1)
         part.view(mask.dtype).bitwise_xor_(mask)
-        part.mul_(scale)
+    if scale != 1.0:
+        part.mul_(scale)  # a Python number, so that every dtype rounds once
