@@ -28,8 +28,9 @@ class RPGConfig:
         window: None, the whole ring. Windows belong to a later law and are refused.
         seed: of the generating matrix and nothing else, 0 to 2^63 - 1.
         init_std: standard deviation of the bank at initialisation.
-        scale: the rule for each layer's standard deviation at initialisation: ``"match"`` (what
-            the replaced module had), ``"fan_out"`` or ``"fan_in"`` (Kaiming, gain sqrt(2)).
+        scale: the rule for each layer's standard deviation at initialisation: ``"match"`` (the
+            rule by which the replaced weight was drawn, see ``scales.layer_std``), ``"fan_out"``
+            or ``"fan_in"`` (Kaiming, gain sqrt(2)).
             The layer's scale is that standard deviation divided by init_std.
 
     Raises:
