@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last only where x is that and not contiguous as well."""
+
+def empty_image(x: Tensor, shape: Sequence[Any], device: str | None = None) -> Tensor:
+    """Empty ``[B, C, H, W]`` in x's dtype: channels_last where x is only that, else contiguous."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     plain = not channels_last or x.is_contiguous()
-    return torch.contiguous_format if plain else torch.channels_last
+    return torch.empty(
+        tuple(shape),
+        dtype=x.dtype,
+        device=device or x.device,
+        memory_format=torch.contiguous_format if plain else torch.channels_last,
+    )

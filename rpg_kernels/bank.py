@@ -111,7 +111,11 @@ class ParameterBank(nn.Module):
             >>> bank.place((1, 2)).unpack()
             tensor([[ 2., -1.]], grad_fn=...)
         """
-        if weight.dim() != 1 or not weight.is_floating_point() or weight.numel() == 0:
+        for name, value in (("weight", weight), ("table", table)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: got a {type(value).__name__}, wanted a tensor")
+        _floating(weight.dtype, "weight")
+        if weight.dim() != 1 or weight.numel() == 0:
             got = f"{weight.dtype} {list(weight.shape)}"
             raise _checks.fail("weight", got, "a non-empty floating-point tensor [dof]")
         if table.dim() != 1 or table.dtype != torch.int32 or table.numel() == 0:
@@ -175,6 +179,8 @@ class ParameterBank(nn.Module):
             TypeError, ValueError: as VirtualMatrix and Placement; a table with too few entries.
         """
         generator = self.generator
+        if isinstance(shape, str) or not isinstance(shape, Sequence):
+            raise TypeError(f"shape: got {shape!r}, wanted a sequence of ints")
         start = self._cursor
         if isinstance(generator, Generator):
             trial = Placement(generator, self._layers, 0, tuple(shape), scale)
@@ -198,8 +204,8 @@ class ParameterBank(nn.Module):
         return f"dof={self.dof}{asked}, {self.generator}, init_std={self.init_std:.4g}"
 
 
-def _floating(dtype: torch.dtype | None) -> torch.dtype:
+def _floating(dtype: torch.dtype | None, argument: str = "dtype") -> torch.dtype:
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise _checks.fail("dtype", dtype, "float64, float32, bfloat16 or float16")
+        raise _checks.fail(argument, dtype, "float64, float32, bfloat16 or float16")
     return dtype

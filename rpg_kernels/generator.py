@@ -140,6 +140,7 @@ def parse_generator(text: str) -> Generator | TableGenerator:
         Traceback (most recent call last):
         ValueError: law: got 7, wanted 1, the only law known here
     """
+    _text("generator", text)
     try:
         law = json.loads(text)["law"]
     except (ValueError, TypeError, KeyError) as error:
@@ -150,6 +151,7 @@ def parse_generator(text: str) -> Generator | TableGenerator:
 def _fields(cls: type, text: str) -> dict[str, Any]:
     """The constructor arguments in a JSON text, refused when there are others or not enough."""
     names = {field.name for field in fields(cls)}
+    _text(cls.__name__, text)
     try:
         record = json.loads(text)
     except ValueError as error:
@@ -157,7 +159,13 @@ def _fields(cls: type, text: str) -> dict[str, Any]:
     if not isinstance(record, dict) or not set(record) <= names:
         got = sorted(record) if isinstance(record, dict) else repr(record)
         raise _checks.fail(cls.__name__, got, f"a JSON object with {sorted(names)}")
-    required = {"slots", "law"} | ({"granularity", "reflect"} if cls is Generator else {"entries"})
+    required = {"slots", "law"}
+    required |= {"granularity", "reflect"} if cls is Generator else {"entries", "sha256"}
     if not required <= set(record):
         raise _checks.fail(cls.__name__, sorted(record), f"at least {sorted(required)}")
     return record
+
+
+def _text(argument: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{argument}: got {text!r} ({type(text).__name__}), wanted a JSON text")

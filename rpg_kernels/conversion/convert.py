@@ -66,8 +66,13 @@ def convert(
     virtual = _place(chosen, bank, config)
     residuals = {}
     if init == "least_squares":
-        dense = {name: cast(Tensor, module.weight) for name, module in chosen.shared.items()}
-        residuals = fit_bank(bank, {name: (virtual[name], w) for name, w in dense.items()})
+        residuals = fit_bank(
+            bank,
+            {
+                name: (virtual[name], cast(Tensor, m.weight), getattr(m, "padding_idx", None))
+                for name, m in chosen.shared.items()
+            },
+        )
     layers = {id(m): _counterpart(m, virtual[n]) for n, m in chosen.shared.items()}
     # Nothing has been changed up to here; nothing below can fail.
     _replace(model, layers)

@@ -20,14 +20,14 @@ _PART = 1 << 22  # weights of a layer looked at together
 
 
 def fit_bank(
-    bank: ParameterBank, layers: dict[str, tuple[VirtualWeight, Tensor]]
+    bank: ParameterBank, layers: dict[str, tuple[VirtualWeight, Tensor, int | None]]
 ) -> dict[str, float]:
     """Set the bank to the least-squares solution; elements that nothing reads stay as they are.
 
     Args:
         bank: the bank to set, in place.
-        layers: name -> (virtual weight, dense weight of its shape). A virtual weight that stands
-            under several names (tied layers) counts once.
+        layers: name -> (virtual weight, dense weight of its shape, row that the layer masks or
+            None). A virtual weight that stands under several names (tied layers) counts once.
 
     Returns:
         name -> relative residual |scale · G · w - W| / |W| (0 when W is 0 and met exactly).
@@ -35,31 +35,34 @@ def fit_bank(
     op = torch.ops.rpg_kernels
     double = torch.float64
     table = bank.table
-    once = {id(vw): (vw, dense) for vw, dense in layers.values()}
+    once = {id(vw): (vw, dense, masked) for vw, dense, masked in layers.values()}
     ones = torch.ones(bank.weight.shape, dtype=double, device=bank.weight.device)
     with torch.no_grad():
         target, uses = torch.zeros_like(ones), torch.zeros_like(ones)
-        for vw, dense in once.values():
-            for part, rows in _parts(vw):
+        for vw, dense, masked in once.values():
+            for part, rows in _parts(vw, masked):
                 target += op.pack(dense[rows].to(double), table, part.spec, double, "")
                 signs = op.unpack(ones, table, part.spec, "")
                 uses += op.pack(signs, table, part.spec, double, "")
         fitted = torch.where(uses > 0, target / uses, bank.weight.to(double))
         bank.weight.copy_(fitted)
-        return {name: _residual(vw, dense) for name, (vw, dense) in layers.items()}
+        return {name: _residual(*layer) for name, layer in layers.items()}
 
 
-def _residual(vw: VirtualWeight, dense: Tensor) -> float:
+def _residual(vw: VirtualWeight, dense: Tensor, masked: int | None) -> float:
     missed = norm = 0.0
-    for part, rows in _parts(vw):
+    for part, rows in _parts(vw, masked):
         wanted = dense[rows].to(torch.float64)
         missed += float((part.unpack().to(torch.float64) - wanted).square().sum())
         norm += float(wanted.square().sum())
     return math.sqrt(missed / norm) if norm > 0 else math.sqrt(missed)
 
 
-def _parts(vw: VirtualWeight) -> Iterator[tuple[VirtualWeight, slice]]:
+def _parts(vw: VirtualWeight, masked: int | None) -> Iterator[tuple[VirtualWeight, slice]]:
+    """Some rows at a time; a masked row reads as zero whatever the bank holds, and is left out."""
     rows = vw.shape[0]
     at_most = max(1, _PART * rows // vw.numel())
-    for offset, count in split(rows, at_most):
-        yield vw.narrow(0, offset, count), slice(offset, offset + count)
+    spans = [(0, rows)] if masked is None else [(0, masked), (masked + 1, rows)]
+    for low, high in spans:
+        for offset, count in split(high - low, at_most):
+            yield vw.narrow(0, low + offset, count), slice(low + offset, low + offset + count)

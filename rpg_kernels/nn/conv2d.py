@@ -9,6 +9,7 @@ from torch import Tensor
 from rpg_kernels import _checks, functional
 from rpg_kernels.bank import ParameterBank
 from rpg_kernels.functional import Pair, pair
+from rpg_kernels.geometry import MAX_ROWS
 from rpg_kernels.nn._layer import VirtualLayer
 from rpg_kernels.virtual_weight import VirtualWeight
 
@@ -58,15 +59,17 @@ class Conv2d(VirtualLayer):
         virtual_weight: VirtualWeight | None = None,
     ) -> None:
         super().__init__()
-        _checks.integer("in_channels", in_channels, 1, _checks.INT32_MAX)
-        _checks.integer("out_channels", out_channels, 1, _checks.INT32_MAX)
-        _checks.integer("groups", groups, 1, _checks.INT32_MAX)
+        _checks.integer("in_channels", in_channels, 1, MAX_ROWS)
+        _checks.integer("out_channels", out_channels, 1, MAX_ROWS)
+        _checks.integer("groups", groups, 1, MAX_ROWS)
         if in_channels % groups or out_channels % groups:
             wanted = f"a divisor of in_channels {in_channels} and out_channels {out_channels}"
             raise _checks.fail("groups", groups, wanted)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = pair("kernel_size", kernel_size)
+        if min(self.kernel_size) < 1:
+            raise _checks.fail("kernel_size", self.kernel_size, "sizes of at least 1")
         self.stride = pair("stride", stride)
         self.padding = padding if isinstance(padding, str) else pair("padding", padding)
         self.dilation = pair("dilation", dilation)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rpg_kernels import _checks, functional
 from rpg_kernels.bank import ParameterBank
+from rpg_kernels.geometry import MAX_ROWS
 from rpg_kernels.nn._layer import VirtualLayer
 from rpg_kernels.virtual_weight import VirtualWeight
 
@@ -47,8 +48,8 @@ class Embedding(VirtualLayer):
         virtual_weight: VirtualWeight | None = None,
     ) -> None:
         super().__init__()
-        _checks.integer("num_embeddings", num_embeddings, 1, _checks.INT32_MAX)
-        _checks.integer("embedding_dim", embedding_dim, 1, _checks.INT32_MAX)
+        _checks.integer("num_embeddings", num_embeddings, 1, MAX_ROWS)
+        _checks.integer("embedding_dim", embedding_dim, 1, MAX_ROWS)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         if padding_idx is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rpg_kernels import _checks, functional
 from rpg_kernels.bank import ParameterBank
+from rpg_kernels.geometry import MAX_ROWS
 from rpg_kernels.nn._layer import VirtualLayer
 from rpg_kernels.virtual_weight import VirtualWeight
 
@@ -49,8 +50,8 @@ class Linear(VirtualLayer):
         virtual_weight: VirtualWeight | None = None,
     ) -> None:
         super().__init__()
-        _checks.integer("in_features", in_features, 1, _checks.INT32_MAX)
-        _checks.integer("out_features", out_features, 1, _checks.INT32_MAX)
+        _checks.integer("in_features", in_features, 1, MAX_ROWS)
+        _checks.integer("out_features", out_features, 1, MAX_ROWS)
         self.in_features = in_features
         self.out_features = out_features
         shape = (out_features, in_features)

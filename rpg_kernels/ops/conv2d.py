@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
-from rpg_kernels._tensors import memory_format
+from rpg_kernels._tensors import empty_image
 from rpg_kernels.ops import _library as lib
 from rpg_kernels.placement import Placement, parse
 
@@ -65,12 +65,6 @@ def _channels(argument: str, x: Tensor, channels: int) -> None:
         raise _checks.fail(argument, f"shape {list(x.shape)}", wanted)
 
 
-def _like(x: Tensor, shape: Sequence[Any]) -> Tensor:
-    """An empty tensor of a shape in x's memory format."""
-    format = memory_format(x)
-    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=format)
-
-
 def _check(
     x: Tensor,
     bank: Tensor,
@@ -105,7 +99,7 @@ def _fake(
 ) -> Tensor:
     p = parse(placement)
     size = _output_size(x.shape[2:], p, stride, padding, dilation)
-    return _like(x, (x.shape[0], p.selected_shape[0], *size))
+    return empty_image(x, (x.shape[0], p.selected_shape[0], *size))
 
 
 def _check_output(
@@ -150,7 +144,7 @@ def _fake_input_grad(
     input_size: Sequence[int],
     *rest: Any,
 ) -> Tensor:
-    return _like(dy, input_size)
+    return empty_image(dy, input_size)
 
 
 def _check_bank_grad(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rpg_kernels._tensors import LOW_PRECISION
 from rpg_kernels.placement import Placement
-from rpg_kernels.reference.tiles import unpack_tile
+from rpg_kernels.reference.tiles import tile_size, unpack_tile
 
 
 def _copies(p: Placement) -> int:
@@ -16,10 +17,30 @@ def _copies(p: Placement) -> int:
     return 2 if padded or matrix.taps > 1 or not matrix.by_tap else 1
 
 
-def forward_bytes(p: Placement, bank: Tensor, x: Tensor) -> int:
-    """Scratch per weight of a tile that is unpacked, and cast when x has another dtype."""
-    cast = x.element_size() if x.dtype != bank.dtype else 0
+def forward_bytes(p: Placement, bank: Tensor, dtype: torch.dtype) -> int:
+    """Scratch per weight of a tile that is unpacked, and cast when the product needs another."""
+    cast = dtype.itemsize if dtype != bank.dtype else 0
     return _copies(p) * bank.element_size() + cast
+
+
+def product(p: Placement, bank: Tensor, x: Tensor, summed: int) -> tuple[int, torch.dtype]:
+    """(scratch per weight, dtype) of the tiles' products with x.
+
+    Products of tiles that add up are computed and summed in fp32 when x is of low precision, so
+    that the result is rounded once, as by a matmul of the whole weight.
+
+    Args:
+        p: the weight.
+        bank: what it is read from.
+        x: the other operand.
+        summed: the dimension of the weight that the product sums over, 0 or 1.
+    """
+    bytes_per_weight = forward_bytes(p, bank, x.dtype)
+    if x.dtype in LOW_PRECISION:
+        size = tile_size(p, x.device, bytes_per_weight)
+        if size[summed] < p.selected_shape[summed]:
+            return forward_bytes(p, bank, torch.float32), torch.float32
+    return bytes_per_weight, x.dtype
 
 
 def backward_bytes(p: Placement, dy: Tensor, grad: Tensor) -> int:

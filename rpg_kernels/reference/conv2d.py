@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rpg_kernels._tensors import memory_format
+from rpg_kernels._tensors import empty_image
 from rpg_kernels.placement import Placement, parse
 from rpg_kernels.reference.accumulate import (
     backward_bytes,
     bank_accumulator,
     cast_tile,
-    forward_bytes,
+    product,
 )
 from rpg_kernels.reference.tiles import Tile, pack_tile, tiles
 
@@ -31,8 +31,8 @@ class _Window:
     padding: Sequence[int]
     dilation: Sequence[int]
 
-    def forward(self, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        return torch.conv2d(x, weight, None, self.stride, self.padding, self.dilation, groups)
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        return torch.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     def backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]
@@ -66,6 +66,13 @@ def _groups_of(tile: Tile, p: Placement, groups: int) -> tuple[int, slice]:
     return 1, slice(base + tile.columns.start, base + tile.columns.stop)
 
 
+def _in_format_of(x: Tensor, part: Tensor) -> Tensor:
+    """part with exactly the strides that the operator's fake promises."""
+    if part.stride() == empty_image(x, part.shape, device="meta").stride():
+        return part
+    return empty_image(x, part.shape).copy_(part)
+
+
 def conv2d(
     x: Tensor,
     bank: Tensor,
@@ -80,27 +87,26 @@ def conv2d(
     """x ``[B, C, H, W]`` -> ``[B, out, H', W']`` in x's memory format."""
     p = parse(placement)
     window = _Window(stride, padding, dilation)
-    y: Tensor | None = None
     bank = bank.contiguous()
-    format = memory_format(x)
-    for tile in tiles(p, x.device, forward_bytes(p, bank, x), groups):
+    bytes_per_weight, dtype = product(p, bank, x, summed=1)
+    y: Tensor | None = None
+    for tile in tiles(p, x.device, bytes_per_weight, groups):
         count, channels = _groups_of(tile, p, groups)
-        weight = cast_tile(bank, table, tile.placement, x.dtype)
-        part = window.forward(x[:, channels], weight, count)
+        weight = cast_tile(bank, table, tile.placement, dtype)
+        first = bias is not None and tile.column == 0
+        shift = bias[tile.rows].to(dtype) if bias is not None and first else None
+        part = window.forward(x[:, channels].to(dtype), weight, shift, count)
         if tile.placement == p:
-            y = part.contiguous(memory_format=format)
-            break
+            return _in_format_of(x, part)
         if y is None:
             shape = (part.shape[0], p.selected_shape[0], *part.shape[2:])
-            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=format)
+            y = empty_image(x.to(dtype), shape)
         if tile.column:
             y[:, tile.rows] += part
         else:
             y[:, tile.rows] = part
     assert y is not None
-    if bias is not None:
-        y.add_(bias.to(y.dtype).view(-1, 1, 1))
-    return y
+    return y.to(x.dtype)
 
 
 def conv2d_input_grad(
@@ -117,23 +123,24 @@ def conv2d_input_grad(
     """dy ``[B, out, H', W']`` -> dx of ``input_size`` in dy's memory format."""
     p = parse(placement)
     window = _Window(stride, padding, dilation)
-    dx: Tensor | None = None
     bank = bank.contiguous()
-    format = memory_format(dy)
-    for tile in tiles(p, dy.device, forward_bytes(p, bank, dy), groups):
+    bytes_per_weight, dtype = product(p, bank, dy, summed=0)
+    dx: Tensor | None = None
+    for tile in tiles(p, dy.device, bytes_per_weight, groups):
         count, channels = _groups_of(tile, p, groups)
-        weight = cast_tile(bank, table, tile.placement, dy.dtype)
+        weight = cast_tile(bank, table, tile.placement, dtype)
         size = (input_size[0], channels.stop - channels.start, *input_size[2:])
-        like = dy.new_empty(1).expand(size)
-        part, _, _ = window.backward(dy[:, tile.rows], like, weight, count, [True, False, False])
+        like = dy.new_empty(1, dtype=dtype).expand(size)
+        part, _, _ = window.backward(
+            dy[:, tile.rows].to(dtype), like, weight, count, [True, False, False]
+        )
         if tile.placement == p:
-            return part.contiguous(memory_format=format)
+            return _in_format_of(dy, part)
         if dx is None:
-            dx = torch.zeros(tuple(input_size), dtype=dy.dtype, device=dy.device)
-            dx = dx.contiguous(memory_format=format)
+            dx = empty_image(dy.to(dtype), input_size).zero_()
         dx[:, channels] += part
     assert dx is not None
-    return dx
+    return dx.to(dy.dtype)
 
 
 def conv2d_bank_grad(

@@ -19,7 +19,7 @@ def embedding(bank: Tensor, table: Tensor | None, indices: Tensor, placement: st
     flat = indices.reshape(-1).long()
     y = bank.new_empty((flat.numel(), p.selected_shape[1]))
     bank = bank.contiguous()
-    rows, columns = tile_size(p, bank.device, forward_bytes(p, bank, bank))
+    rows, columns = tile_size(p, bank.device, forward_bytes(p, bank, bank.dtype))
     for column, width in split(p.selected_shape[1], columns):
         part = p.narrow(1, column, width)
         for row, height in split(flat.numel(), rows):

@@ -10,7 +10,7 @@ from rpg_kernels.reference.accumulate import (
     backward_bytes,
     bank_accumulator,
     cast_tile,
-    forward_bytes,
+    product,
 )
 from rpg_kernels.reference.tiles import pack_tile, tiles
 
@@ -20,32 +20,37 @@ def linear(
 ) -> Tensor:
     """x ``[..., K]`` -> ``[..., N]``."""
     p = parse(placement)
-    rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty((rows.shape[0], p.selected_shape[0]))
     bank = bank.contiguous()
-    for tile in tiles(p, x.device, forward_bytes(p, bank, x)):
-        weight = cast_tile(bank, table, tile.placement, x.dtype)
-        part = y[:, tile.rows]
+    bytes_per_weight, dtype = product(p, bank, x, summed=1)
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows.new_empty((rows.shape[0], p.selected_shape[0]), dtype=dtype)
+    for tile in tiles(p, x.device, bytes_per_weight):
+        weight = cast_tile(bank, table, tile.placement, dtype)
+        part, operand = y[:, tile.rows], rows[:, tile.columns].to(dtype)
         if tile.column:
-            torch.addmm(part, rows[:, tile.columns], weight.t(), out=part)
+            torch.addmm(part, operand, weight.t(), out=part)
+        elif bias is not None:
+            torch.addmm(bias[tile.rows].to(dtype), operand, weight.t(), out=part)
         else:
-            torch.mm(rows[:, tile.columns], weight.t(), out=part)
-    if bias is not None:
-        y.add_(bias.to(y.dtype))
-    return y.view(*x.shape[:-1], y.shape[-1])
+            torch.mm(operand, weight.t(), out=part)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement: str) -> Tensor:
     """dy ``[..., N]`` -> dx ``[..., K]``."""
     p = parse(placement)
-    rows = dy.reshape(-1, dy.shape[-1])
-    dx = rows.new_zeros((rows.shape[0], p.selected_shape[1]))
     bank = bank.contiguous()
-    for tile in tiles(p, dy.device, forward_bytes(p, bank, dy)):
-        weight = cast_tile(bank, table, tile.placement, dy.dtype)
-        part = dx[:, tile.columns]
-        torch.addmm(part, rows[:, tile.rows], weight, out=part)
-    return dx.view(*dy.shape[:-1], dx.shape[-1])
+    bytes_per_weight, dtype = product(p, bank, dy, summed=0)
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = rows.new_empty((rows.shape[0], p.selected_shape[1]), dtype=dtype)
+    for tile in tiles(p, dy.device, bytes_per_weight):
+        weight = cast_tile(bank, table, tile.placement, dtype)
+        part, operand = dx[:, tile.columns], rows[:, tile.rows].to(dtype)
+        if tile.row:
+            torch.addmm(part, operand, weight, out=part)
+        else:
+            torch.mm(operand, weight, out=part)
+    return dx.to(dy.dtype).view(*dy.shape[:-1], dx.shape[-1])
 
 
 def linear_bank_grad(

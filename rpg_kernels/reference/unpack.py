@@ -15,7 +15,7 @@ def unpack(bank: Tensor, table: Tensor | None, placement: str) -> Tensor:
     p = parse(placement)
     out = bank.new_empty(p.selected_shape)
     bank = bank.contiguous()
-    for tile in tiles(p, bank.device, forward_bytes(p, bank, bank)):
+    for tile in tiles(p, bank.device, forward_bytes(p, bank, bank.dtype)):
         out[tile.rows, tile.columns] = unpack_tile(bank, table, tile.placement)
     return out
 
