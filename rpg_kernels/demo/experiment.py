@@ -19,7 +19,9 @@ from rpg_kernels.demo.extras import require
 from rpg_kernels.models.resnet import ResNet
 from rpg_kernels.nn import VirtualLayer
 
-DEFAULT_EPOCHS = {"small": 15, "resnet18": 10}
+DEFAULT_EPOCHS = {"small": 12, "resnet18": 10}
+DEFAULT_SEEDS = {"small": 3, "resnet18": 1}
+DEFAULT_THREADS = {"small": 1}
 RELOAD_IMAGES = 100
 
 
@@ -54,26 +56,20 @@ def experiment(args: argparse.Namespace) -> list[report.Result]:
         MissingExtraError: a package that the demo needs is not installed.
         FileNotFoundError, ValueError: an option or a data file is not what it should be.
     """
-    begin = time.perf_counter()
-    tqdm = require("tqdm", "tqdm", "the progress bar")
-    require("matplotlib.figure", "matplotlib", "demo.png")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    images = data.load(args.data, args.images, args.test_images)
     model_name = args.model or ("small" if args.data is None else "resnet18")
-    setting = Setting(
-        architecture=networks.ARCHITECTURES[model_name],
-        channels=images.channels,
-        classes=len(images.classes),
-        config=RPGConfig(dof=1, granularity=args.granularity, reflect=args.reflect),
-        schedule=train.Schedule(
-            epochs=args.epochs or DEFAULT_EPOCHS[model_name],
-            batch_size=min(args.batch_size, len(images.train_labels)),
-            augment=args.data is not None,
-            bfloat16=args.amp == "bfloat16",
-        ),
-        seeds=args.seeds,
-        device=device,
-    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or DEFAULT_THREADS.get(model_name, before))
+    try:
+        return _compare(args, model_name)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
+    begin = time.perf_counter()
+    require("matplotlib.figure", "matplotlib", "demo.png")
+    images = data.load(args.data, args.images, args.test_images)
+    setting = _setting(args, model_name, images)
     rows = networks.plan(
         setting.architecture,
         setting.channels,
@@ -84,15 +80,59 @@ def experiment(args: argparse.Namespace) -> list[report.Result]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     record = _header(images, model_name, setting)
-    print(
+    title = (
         f"{images.name}: {len(images.train_labels)} training and {len(images.test_labels)} test "
-        f"images; {model_name} network, {setting.schedule.epochs} epochs, {setting.seeds} seed(s); "
-        f"{record['environment']['device_name']}"
+        f"images; {model_name} network, {setting.schedule.epochs} epochs, {setting.seeds} seed(s)"
+    )
+    print(f"{title}\non {record['environment']['device_name']}, torch {torch.__version__}")
+
+    pixels = train.Pixels(images, setting.device)
+    results, model = _train_all(rows, setting, pixels, record, out / "demo.json")
+    print(f"\n{report.table(results)}\n{report.legend(setting.schedule.batch_size)}\n")
+
+    # The last row is ours, at the largest DoF.
+    record["backend"] = _backend(model, pixels)
+    record["reloaded_outputs_identical"] = _reload(
+        out / "demo.pt", rows[-1], setting, model, pixels
+    )
+    report.plot(out / "demo.png", results, title)
+    record["total_seconds"] = time.perf_counter() - begin
+    report.write_json(out / "demo.json", record)
+    print(
+        f"wrote {out / 'demo.json'} and {out / 'demo.png'}; {record['total_seconds']:.0f} s in all"
+    )
+    return results
+
+
+def _setting(args: argparse.Namespace, model_name: str, images: data.Images) -> Setting:
+    """The options, with the defaults that depend on images and network."""
+    return Setting(
+        architecture=networks.ARCHITECTURES[model_name],
+        channels=images.channels,
+        classes=len(images.classes),
+        config=RPGConfig(dof=1, granularity=args.granularity, reflect=args.reflect),
+        schedule=train.Schedule(
+            epochs=args.epochs or DEFAULT_EPOCHS[model_name],
+            batch_size=min(args.batch_size, len(images.train_labels)),
+            augment=args.data is not None,
+            bfloat16=args.amp == "bfloat16",
+        ),
+        seeds=args.seeds or DEFAULT_SEEDS[model_name],
+        device=torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
     )
 
-    pixels = train.Pixels(images, device)
+
+def _train_all(
+    rows: list[networks.Network],
+    setting: Setting,
+    pixels: train.Pixels,
+    record: dict[str, Any],
+    path: Path,
+) -> tuple[list[report.Result], nn.Module]:
+    """Every row's result, and the last row's model."""
+    tqdm = require("tqdm", "tqdm", "the progress bar")
+    steps = train.steps_of(len(pixels.data.train_labels), setting.schedule)
     results: list[report.Result] = []
-    steps = train.steps_of(len(images.train_labels), setting.schedule)
     # disable=None: no bar where the output is not a terminal.
     bar = tqdm.tqdm(total=steps * setting.seeds * len(rows), unit="step", disable=None)
     with bar:
@@ -102,25 +142,12 @@ def experiment(args: argparse.Namespace) -> list[report.Result]:
             results.append(result)
             # Written after every network: a long run that is cut short leaves what it has.
             record["networks"] = [done.record() for done in results]
-            report.write_json(out / "demo.json", record)
+            report.write_json(path, record)
             bar.write(
                 f"{result.label}, DoF {result.dof:,}: {result.mean_accuracy:.1f} % after "
                 f"{sum(result.seconds):.1f} s"
             )
-    print(f"\n{report.table(results)}\n{report.legend(setting.schedule.batch_size)}\n")
-
-    # The last row is ours, at the largest DoF.
-    record["backend"] = _backend(model, pixels)
-    record["reloaded_outputs_identical"] = _reload(
-        out / "demo.pt", rows[-1], setting, model, pixels
-    )
-    report.plot(out / "demo.png", results, f"{images.name}, {model_name}")
-    record["total_seconds"] = time.perf_counter() - begin
-    report.write_json(out / "demo.json", record)
-    print(
-        f"wrote {out / 'demo.json'} and {out / 'demo.png'}; {record['total_seconds']:.0f} s in all"
-    )
-    return results
+    return results, model
 
 
 def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "small": Architecture((1, 1, 1), 32, (8_192, 32_768, 131_072)),
+    "small": Architecture((1, 1, 1), 32, (1_024, 8_192, 65_536)),
     "resnet18": Architecture((2, 2, 2, 2), 64, (45_000, 280_000, 2_000_000)),
 }
 

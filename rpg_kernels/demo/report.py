@@ -22,6 +22,11 @@ STYLES = {
     "published": ("#D55E00", "s"),
     "dense": ("#000000", "^"),
 }
+LABELS = {
+    "rpg": "rpg-kernels",
+    "published": "as published (tables)",
+    "dense": "dense, narrowed and full",
+}
 
 
 @dataclass
@@ -110,7 +115,8 @@ def legend(batch: int) -> str:
         f"saved: what one forward of {batch} images keeps for the backward, without parameters "
         "and input.\n"
         "beyond act.: the part of it that is the same whatever the images are: "
-        "tables, and copies of weights."
+        "tables, and copies of weights.\n"
+        "accuracy: mean over seeds, and half their range."
     )
 
 
@@ -141,16 +147,25 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of a checkout that this file is tracked in, else None."""
+    """The commit of the checkout that this file is tracked in, else None.
+
+    It ends in ``-dirty`` when tracked files differ from it.
+    """
     here = Path(__file__)
-    commands = (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"])
     output = ""
-    for arguments in commands:
+    for arguments in (
+        ["ls-files", "--error-unmatch", here.name],
+        ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+    ):
         try:
             done = subprocess.run(
                 ["git", *arguments],
-                cwd=here.parent, capture_output=True, text=True, timeout=10, check=False,
-            )  # fmt: skip
+                cwd=here.parent,
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         if done.returncode != 0:
@@ -170,7 +185,7 @@ def plot(path: Path, results: Sequence[Result], title: str) -> None:
     """Two panels against DoF: test accuracy, and bytes of training memory."""
     figure_module = require("matplotlib.figure", "matplotlib", "demo.png")
     figure = figure_module.Figure(figsize=(10, 4.2), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=10)
     left, right = figure.subplots(1, 2)
     for axes, values in ((left, _accuracies), (right, _megabytes)):
         for kind, (colour, marker) in STYLES.items():
@@ -191,7 +206,7 @@ def plot(path: Path, results: Sequence[Result], title: str) -> None:
                 capsize=3,
                 linestyle="-" if kind == "rpg" else "--" if kind == "dense" else "none",
                 linewidth=1.5,
-                label={"rpg": "rpg-kernels", "published": "as published"}.get(kind, kind),
+                label=LABELS[kind],
             )
         axes.set_xscale("log")
         axes.set_xlabel("degrees of freedom of the block convolutions")
