@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 INT32_MAX = 2**31 - 1
 
 
@@ -42,6 +44,13 @@ def choice(argument: str, value: object, options: Sequence[str]) -> str:
     """One of a few names."""
     if not isinstance(value, str) or value not in options:
         raise fail(argument, repr(value), "one of " + ", ".join(map(repr, options)))
+    return value
+
+
+def tensor(argument: str, value: object) -> Tensor:
+    """A torch tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: got a {type(value).__name__}, wanted a tensor")
     return value
 
 

@@ -112,8 +112,7 @@ class ParameterBank(nn.Module):
             tensor([[ 2., -1.]], grad_fn=...)
         """
         for name, value in (("weight", weight), ("table", table)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name}: got a {type(value).__name__}, wanted a tensor")
+            _checks.tensor(name, value)
         _floating(weight.dtype, "weight")
         if weight.dim() != 1 or weight.numel() == 0:
             got = f"{weight.dtype} {list(weight.shape)}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from rpg_kernels import settings
+from rpg_kernels import _checks, settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,7 +129,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     if not isinstance(op, str):
         got = type(module).__name__
         raise TypeError(f"module: got {got}, wanted an rpg layer (rpg.nn.Linear, Conv2d, ...)")
-    dtype = x.dtype
+    dtype = _checks.tensor("x", x).dtype
     if op == "embedding":
         dtype = cast("VirtualLayer", module).virtual_weight.dtype
     elif torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:

@@ -43,6 +43,7 @@ def linear(x: Tensor, weight: VirtualWeight, bias: Tensor | None = None) -> Tens
         torch.Size([4, 30])
     """
     bank, table = _source(weight)
+    _checks.tensor("x", x)
     return _tensor(_op.linear(x, bank, table, bias, weight.spec, settings.forced_backend()))
 
 
@@ -82,7 +83,8 @@ def conv2d(
     if len(weight.shape) != 4:
         wanted = "a virtual weight [out, in/groups, kh, kw]"
         raise _checks.fail("weight", f"shape {list(weight.shape)}", wanted)
-    if x.dim() not in (3, 4):
+    _checks.integer("groups", groups, 1, _checks.INT32_MAX)
+    if _checks.tensor("x", x).dim() not in (3, 4):
         raise _checks.fail("x", f"shape {list(x.shape)}", "[B, C, H, W] or [C, H, W]")
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     strides, dilations = pair("stride", stride), pair("dilation", dilation)
@@ -136,6 +138,7 @@ def embedding(indices: Tensor, weight: VirtualWeight, padding_idx: int | None = 
         torch.Size([2, 2, 32])
     """
     bank, table = _source(weight)
+    _checks.tensor("indices", indices)
     y = _tensor(_op.embedding(bank, table, indices, weight.spec, settings.forced_backend()))
     if padding_idx is None:
         return y
@@ -183,7 +186,7 @@ def pack(dense: Tensor, weight: VirtualWeight) -> Tensor:
         torch.Size([16, 16])
     """
     bank, table = _source(weight)
-    if dense.device != bank.device:
+    if _checks.tensor("dense", dense).device != bank.device:
         raise _checks.fail("dense", f"device {dense.device}", f"device {bank.device}")
     backend = settings.forced_backend()
     return _tensor(_op.pack(dense, table, weight.spec, bank.dtype, backend))
@@ -205,11 +208,12 @@ def _tensor(result: object) -> Tensor:
 
 def pair(argument: str, value: Pair) -> tuple[int, int]:
     """(value, value) of an int, or the pair itself."""
-    if isinstance(value, int):
-        return value, value
-    if not isinstance(value, tuple | list) or len(value) != 2:
+    both = (value, value) if isinstance(value, int) else value
+    if not isinstance(both, tuple | list) or len(both) != 2:
         raise _checks.fail(argument, value, "an int or a pair of ints")
-    return value[0], value[1]
+    for number in both:
+        _checks.integer(argument, number, 0, _checks.INT32_MAX)
+    return both[0], both[1]
 
 
 def _pad_same(

@@ -166,7 +166,7 @@ def _layer(name: str, module: VirtualLayer, tied_to: str, residual: float | None
     p, bank = vw.placement, vw.bank
     return LayerSummary(
         name=name,
-        kind=type(module).__name__,
+        kind=module.rpg_operator,
         shape=tuple(vw.shape),
         virtual_weights=vw.numel(),
         layer=p.layer,

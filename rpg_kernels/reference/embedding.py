@@ -17,15 +17,17 @@ def embedding(bank: Tensor, table: Tensor | None, indices: Tensor, placement: st
     """indices int32 or int64, any shape -> ``[*indices.shape, dim]`` in the bank's dtype."""
     p = parse(placement)
     flat = indices.reshape(-1).long()
-    y = bank.new_empty((flat.numel(), p.selected_shape[1]))
+    y = bank.new_empty((*indices.shape, p.selected_shape[1]))
+    out = y.view(flat.numel(), y.shape[-1])
     bank = bank.contiguous()
     rows, columns = tile_size(p, bank.device, forward_bytes(p, bank, bank.dtype))
     for column, width in split(p.selected_shape[1], columns):
         part = p.narrow(1, column, width)
         for row, height in split(flat.numel(), rows):
             lookup = flat[row : row + height]
-            y[row : row + height, column : column + width] = unpack_tile(bank, table, part, lookup)
-    return y.view(*indices.shape, y.shape[-1])
+            weight = unpack_tile(bank, table, part, lookup)
+            out[row : row + height, column : column + width] = weight
+    return y
 
 
 def embedding_bank_grad(

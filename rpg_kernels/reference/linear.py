@@ -23,17 +23,18 @@ def linear(
     bank = bank.contiguous()
     bytes_per_weight, dtype = product(p, bank, x, summed=1)
     rows = x.reshape(-1, x.shape[-1])
-    y = rows.new_empty((rows.shape[0], p.selected_shape[0]), dtype=dtype)
+    y = x.new_empty((*x.shape[:-1], p.selected_shape[0]), dtype=dtype)
+    out = y.view(-1, y.shape[-1])
     for tile in tiles(p, x.device, bytes_per_weight):
         weight = cast_tile(bank, table, tile.placement, dtype)
-        part, operand = y[:, tile.rows], rows[:, tile.columns].to(dtype)
+        part, operand = out[:, tile.rows], rows[:, tile.columns].to(dtype)
         if tile.column:
             torch.addmm(part, operand, weight.t(), out=part)
         elif bias is not None:
             torch.addmm(bias[tile.rows].to(dtype), operand, weight.t(), out=part)
         else:
             torch.mm(operand, weight.t(), out=part)
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+    return y.to(x.dtype)
 
 
 def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement: str) -> Tensor:
@@ -42,15 +43,16 @@ def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement:
     bank = bank.contiguous()
     bytes_per_weight, dtype = product(p, bank, dy, summed=0)
     rows = dy.reshape(-1, dy.shape[-1])
-    dx = rows.new_empty((rows.shape[0], p.selected_shape[1]), dtype=dtype)
+    dx = dy.new_empty((*dy.shape[:-1], p.selected_shape[1]), dtype=dtype)
+    out = dx.view(-1, dx.shape[-1])
     for tile in tiles(p, dy.device, bytes_per_weight):
         weight = cast_tile(bank, table, tile.placement, dtype)
-        part, operand = dx[:, tile.columns], rows[:, tile.rows].to(dtype)
+        part, operand = out[:, tile.columns], rows[:, tile.rows].to(dtype)
         if tile.row:
             torch.addmm(part, operand, weight, out=part)
         else:
             torch.mm(operand, weight, out=part)
-    return dx.to(dy.dtype).view(*dy.shape[:-1], dx.shape[-1])
+    return dx.to(dy.dtype)
 
 
 def linear_bank_grad(
