@@ -216,6 +216,29 @@ def test_a_layer_may_hold_a_part_of_a_weight() -> None:
 
 
 @pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda b: rpg.nn.Linear(8, 5, bank=b), torch.randn(3, 8)),
+        (lambda b: rpg.nn.Linear(8, 5, bias=False, bank=b), torch.randn(2, 3, 8)),
+        (lambda b: rpg.nn.Linear(8, 5, bank=b), torch.randn(8)),
+        (lambda b: rpg.nn.Conv2d(4, 5, 3, bank=b), torch.randn(2, 4, 5, 5)),
+        (lambda b: rpg.nn.Conv2d(4, 5, 3, bank=b), torch.randn(4, 5, 5)),
+        (lambda b: rpg.nn.Embedding(8, 5, bank=b), torch.tensor([[1, 7, 1]])),
+        (lambda b: rpg.nn.Embedding(8, 5, padding_idx=1, bank=b), torch.tensor([1, 7])),
+    ],
+)
+def test_output_may_be_changed_in_place(make: Any, x: Tensor) -> None:
+    layer = make(make_bank())
+    bank = layer.virtual_weight.bank.weight
+    x = x.to(DOUBLE) if x.is_floating_point() else x
+    (wanted,) = torch.autograd.grad(layer(x).relu().square().sum(), bank)
+    y = layer(x)
+    y.relu_()
+    (got,) = torch.autograd.grad(y.square().sum(), bank)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
     ("rule", "linear", "conv"),
     [
         ("match", 1 / math.sqrt(3 * 64), 1 / math.sqrt(3 * 16 * 9)),
