@@ -354,6 +354,7 @@ def test_summary_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
         ("summary resnet18 --granularity 3", "granularity: got 3"),
         ("demo --data /nowhere/at/all", "does not exist"),
         ("demo --granularity 3", "granularity: got 3"),
+        ("demo --device banana", "device: got 'banana', wanted cpu"),
     ],
 )
 def test_bad_options_end_with_one_line(

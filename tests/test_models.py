@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import rpg_kernels as rpg
-from rpg_kernels.models import ResNet, resnet18, resnet34
+from rpg_kernels.models import ResNet, kaiming_fan_out, resnet18, resnet34
 
 VIRTUAL_WEIGHTS = {"resnet18": 11_157_504, "resnet34": 21_258_240}
 MODELS = {"resnet18": resnet18, "resnet34": resnet34}
@@ -140,6 +140,8 @@ def test_meta_model_initialises_and_runs() -> None:
     rpg.initialize(model, device="cpu")
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
     assert model.get_parameter("rpg_bank.weight").std().item() == pytest.approx(0.0208, rel=0.02)
+    kaiming_fan_out(model)
+    assert model.get_parameter("conv1.weight").std().item() == pytest.approx(0.0589, rel=0.05)
     assert model.eval()(torch.randn(2, 3, 16, 16)).isfinite().all()
 
 

@@ -118,8 +118,18 @@ def _setting(args: argparse.Namespace, model_name: str, images: data.Images) -> 
             bfloat16=args.amp == "bfloat16",
         ),
         seeds=args.seeds or DEFAULT_SEEDS[model_name],
-        device=torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=_device(args.device),
     )
+
+
+def _device(name: str | None) -> torch.device:
+    usable = torch.cuda.is_available()
+    if name is None:
+        return torch.device("cuda" if usable else "cpu")
+    kind = name.partition(":")[0]
+    if kind != "cpu" and not (kind == "cuda" and usable):
+        raise ValueError(f"device: got {name!r}, wanted {'cpu or cuda' if usable else 'cpu'}")
+    return torch.device(name)
 
 
 def _train_all(

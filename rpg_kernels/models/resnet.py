@@ -120,7 +120,8 @@ def resnet18(
 
     Modules and parameters of the dense network have torchvision's names, so that its checkpoints
     load; with ``rpg`` the shared weights are the one key ``rpg_bank.weight``. Nothing is allocated
-    under ``torch.device("meta")``.
+    under ``torch.device("meta")``; ``rpg_kernels.initialize`` then gives the stem torch's default
+    values, and :func:`kaiming_fan_out` those of a model that was built with values.
 
     >>> import torch
     >>> from rpg_kernels import RPGConfig
