@@ -48,7 +48,7 @@ def test_default_rule_skips_stem_classifier_norms_and_biases() -> None:
     rpg.convert(model, CONFIG)
     record = rpg.summary(model)
     assert [x.name for x in record.layers] == ["body.0", "embed", "mix"]
-    assert [x.kind for x in record.layers] == ["Conv2d", "Embedding", "Linear"]
+    assert [x.kind for x in record.layers] == ["conv2d", "embedding", "linear"]
     assert record.skipped == {
         "norm": "BatchNorm2d has no virtual counterpart and keeps its own parameters",
         "body.1": "GroupNorm has no virtual counterpart and keeps its own parameters",

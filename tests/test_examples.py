@@ -25,7 +25,7 @@ def test_train_own_model() -> None:
     assert lines[0].split()[:3] == ["layer", "shape", "virtual"]
     assert any("degrees of freedom" in line for line in lines)
     accuracies = [float(a) for a in re.findall(r"accuracy ([0-9.]+)%", done.stdout)]
-    assert len(accuracies) == 4
+    assert len(accuracies) == 3
     # Chance is 10 %.
     assert accuracies[-1] > 90
     saved = re.search(r"saved ([0-9,]+) bytes", done.stdout)

@@ -35,7 +35,7 @@ def test_counts_segments_laps_scale_and_std() -> None:
     assert record.dof == 960
     body, mix, words = record.layers
     # 32 rows of 9 taps of 8 channels: blocks of 8. 10 rows of 30: one block of 32 each.
-    assert (body.name, body.kind, body.shape) == ("body", "Conv2d", (32, 8, 3, 3))
+    assert (body.name, body.kind, body.shape) == ("body", "conv2d", (32, 8, 3, 3))
     assert (body.virtual_weights, body.granularity, body.layer) == (32 * 72, 8, 0)
     assert (body.start, body.span) == (0, 32 * 72)
     assert (mix.virtual_weights, mix.granularity, mix.layer) == (300, 32, 1)
