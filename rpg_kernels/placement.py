@@ -7,15 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-import torch
-from torch import Tensor
-
 from rpg_kernels import _checks
 from rpg_kernels.generator import Generator, TableGenerator, parse_generator
 from rpg_kernels.geometry import VirtualMatrix
 from rpg_kernels.law import LayerLaw
 
 Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BlockColumns:
+    """In every run of a row: ``count`` blocks from block ``low``; of their elements ``first`` to
+    ``first + length`` are wanted."""
+
+    low: int
+    count: int
+    first: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -125,20 +133,16 @@ class Placement:
         part = (offset + start, length)
         return replace(self, rows=part) if dim == 0 else replace(self, columns=part)
 
-    def block_columns(self, device: torch.device) -> tuple[Tensor, int, int]:
+    @cached_property
+    def block_columns(self) -> BlockColumns:
         """The blocks of a row that the selected columns touch.
 
-        Returns:
-            (block numbers int64 [runs, blocks per run], first, length): of the elements of those
-            blocks in each run, ``first`` to ``first + length`` are wanted. Rows whose run holds
-            all taps are taken whole; the caller selects their columns.
+        Rows whose run holds all taps are taken whole; the caller selects their columns.
         """
         matrix = self.matrix
         offset, length = self.selection[1] if matrix.by_tap else (0, matrix.run)
         low, high = offset // matrix.block, -(-(offset + length) // matrix.block)
-        first_of_run = torch.arange(matrix.runs, device=device).mul_(matrix.run_blocks)
-        blocks = first_of_run[:, None] + torch.arange(low, high, device=device)
-        return blocks, offset - low * matrix.block, length
+        return BlockColumns(low, high - low, offset - low * matrix.block, length)
 
     def to_json(self) -> str:
         """One line of JSON: the operators' argument, and what a checkpoint keeps."""

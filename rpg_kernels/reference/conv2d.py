@@ -92,10 +92,13 @@ def conv2d(
     y: Tensor | None = None
     for tile in tiles(p, x.device, bytes_per_weight, groups):
         count, channels = _groups_of(tile, p, groups)
-        weight = cast_tile(bank, table, tile.placement, dtype)
-        first = bias is not None and tile.column == 0
-        shift = bias[tile.rows].to(dtype) if bias is not None and first else None
-        part = window.forward(x[:, channels].to(dtype), weight, shift, count)
+        added = None if bias is None or tile.column else bias[tile.rows].to(dtype)
+        part = window.forward(
+            x[:, channels].to(dtype),
+            cast_tile(bank, table, tile.placement, dtype),
+            added,
+            count,
+        )
         if tile.placement == p:
             return _in_format_of(x, part)
         if y is None:
@@ -128,11 +131,14 @@ def conv2d_input_grad(
     dx: Tensor | None = None
     for tile in tiles(p, dy.device, bytes_per_weight, groups):
         count, channels = _groups_of(tile, p, groups)
-        weight = cast_tile(bank, table, tile.placement, dtype)
         size = (input_size[0], channels.stop - channels.start, *input_size[2:])
         like = dy.new_empty(1, dtype=dtype).expand(size)
         part, _, _ = window.backward(
-            dy[:, tile.rows].to(dtype), like, weight, count, [True, False, False]
+            dy[:, tile.rows].to(dtype),
+            like,
+            cast_tile(bank, table, tile.placement, dtype),
+            count,
+            [True, False, False],
         )
         if tile.placement == p:
             return _in_format_of(dy, part)
@@ -161,8 +167,11 @@ def conv2d_bank_grad(
     for tile in tiles(p, dy.device, backward_bytes(p, dy, grad), groups):
         count, channels = _groups_of(tile, p, groups)
         like = dy.new_empty(1).expand(tile.placement.selected_shape)
-        _, dense, _ = window.backward(
-            dy[:, tile.rows], x[:, channels], like, count, [False, True, False]
+        mask = [False, True, False]
+        pack_tile(
+            grad,
+            window.backward(dy[:, tile.rows], x[:, channels], like, count, mask)[1],
+            table,
+            tile.placement,
         )
-        pack_tile(grad, dense, table, tile.placement)
     return grad.to(dtype)

@@ -25,8 +25,8 @@ def embedding(bank: Tensor, table: Tensor | None, indices: Tensor, placement: st
         part = p.narrow(1, column, width)
         for row, height in split(flat.numel(), rows):
             lookup = flat[row : row + height]
-            weight = unpack_tile(bank, table, part, lookup)
-            out[row : row + height, column : column + width] = weight
+            view = out[row : row + height, column : column + width]
+            view.copy_(unpack_tile(bank, table, part, lookup))
     return y
 
 
@@ -42,6 +42,6 @@ def embedding_bank_grad(
     for column, width in split(p.selected_shape[1], columns):
         part = p.narrow(1, column, width)
         for row, height in split(flat.numel(), rows):
-            dense = gradient[row : row + height, column : column + width].clone()
-            pack_tile(grad, dense, table, part, flat[row : row + height])
+            view = gradient[row : row + height, column : column + width]
+            pack_tile(grad, view.clone(), table, part, flat[row : row + height])
     return grad.to(dtype)

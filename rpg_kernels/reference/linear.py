@@ -26,14 +26,9 @@ def linear(
     y = x.new_empty((*x.shape[:-1], p.selected_shape[0]), dtype=dtype)
     out = y.view(-1, y.shape[-1])
     for tile in tiles(p, x.device, bytes_per_weight):
-        weight = cast_tile(bank, table, tile.placement, dtype)
         part, operand = out[:, tile.rows], rows[:, tile.columns].to(dtype)
-        if tile.column:
-            torch.addmm(part, operand, weight.t(), out=part)
-        elif bias is not None:
-            torch.addmm(bias[tile.rows].to(dtype), operand, weight.t(), out=part)
-        else:
-            torch.mm(operand, weight.t(), out=part)
+        added = part if tile.column else None if bias is None else bias[tile.rows].to(dtype)
+        _product(added, operand, cast_tile(bank, table, tile.placement, dtype).t(), part)
     return y.to(x.dtype)
 
 
@@ -46,12 +41,9 @@ def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement:
     dx = dy.new_empty((*dy.shape[:-1], p.selected_shape[1]), dtype=dtype)
     out = dx.view(-1, dx.shape[-1])
     for tile in tiles(p, dy.device, bytes_per_weight):
-        weight = cast_tile(bank, table, tile.placement, dtype)
         part, operand = out[:, tile.columns], rows[:, tile.rows].to(dtype)
-        if tile.row:
-            torch.addmm(part, operand, weight, out=part)
-        else:
-            torch.mm(operand, weight, out=part)
+        added = part if tile.row else None
+        _product(added, operand, cast_tile(bank, table, tile.placement, dtype), part)
     return dx.to(dy.dtype)
 
 
@@ -63,6 +55,13 @@ def linear_bank_grad(
     dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     grad = bank_accumulator(p, dy.device, dtype)
     for tile in tiles(p, dy.device, backward_bytes(p, dy, grad)):
-        dense = dy_rows[:, tile.rows].t() @ x_rows[:, tile.columns]
-        pack_tile(grad, dense, table, tile.placement)
+        pack_tile(grad, dy_rows[:, tile.rows].t() @ x_rows[:, tile.columns], table, tile.placement)
     return grad.to(dtype)
+
+
+def _product(added: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = added + a · b."""
+    if added is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(added, a, b, out=out)

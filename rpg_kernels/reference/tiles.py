@@ -5,7 +5,8 @@ A tile is a Placement narrowed to some rows and columns. Scratch of one tile::
     positions * position_bytes     law evaluation, positions at a time
     weights   * bytes_per_weight   the unpacked tile (forward) or its gradient (backward)
 
-Both are given at most their part of the limit before anything is allocated.
+Both are given at most their part of the limit before anything is allocated. Callers keep no name
+for a tile: the one before must be gone when the next is unpacked.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rpg_kernels.placement import Placement, split
 _LAW_BYTES = 80  # per position: ten int64 tensors alive at once in the law
 _SIGN_BYTES = 20  # per element of a position under "element": its word, its bit, its mask
 _MAX_POSITIONS = 1 << 16
+_FIXED_BYTES = 4096  # small tensors that do not grow with the tile
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -79,22 +81,24 @@ def tiles(
 
 def tile_size(p: Placement, device: torch.device, bytes_per_weight: int) -> tuple[int, int]:
     """(rows, columns) of a tile; columns only fall below all of them when a row does not fit."""
-    limit = settings.scratch_bytes(device.type)
+    law_bytes, tile_bytes = _shares(device)
     matrix = p.matrix
     total, channels = p.selected_shape[:2]
-    budget = (limit - limit // 4) // bytes_per_weight  # a quarter is the law's
+    budget = tile_bytes // bytes_per_weight
     offset = p.selection[1][0]
     straddle = int(matrix.by_tap and offset % matrix.block != 0)  # one more block per run
     run_blocks = matrix.run_blocks
     if matrix.by_tap:
         run_blocks = min(run_blocks, -(-channels // matrix.block) + straddle)
     unit = matrix.runs * matrix.block  # weights of one more block in every run
-    fits = limit // 4 >= _position_bytes(p)
+    fits = law_bytes >= _position_bytes(p)
     if fits and unit * run_blocks <= budget:
         return min(total, budget // (unit * run_blocks)), channels
     smallest = unit * (1 + straddle if matrix.by_tap else run_blocks)
     if not fits or smallest > budget:
         need = max(4 * _position_bytes(p), -(-smallest * bytes_per_weight * 4 // 3) + 4)
+        need += _FIXED_BYTES
+        limit = settings.scratch_bytes(device.type)
         raise RuntimeError(
             f"scratch_limit: got {limit} bytes, wanted at least {need} for the reference back "
             f"end of a virtual weight {list(p.selected_shape)}"
@@ -107,9 +111,10 @@ def _position_bytes(p: Placement) -> int:
     return _LAW_BYTES + (_SIGN_BYTES * p.matrix.block if per_element else 0)
 
 
-def _quarter(device: torch.device) -> int:
-    """The part of the scratch limit that law evaluation may use."""
-    return settings.scratch_bytes(device.type) // 4
+def _shares(device: torch.device) -> tuple[int, int]:
+    """(bytes for the law, bytes for the tile): a quarter of the scratch limit, and the rest."""
+    limit = max(0, settings.scratch_bytes(device.type) - _FIXED_BYTES)
+    return limit // 4, limit - limit // 4
 
 
 def unpack_tile(
@@ -129,16 +134,15 @@ def unpack_tile(
     """
     block = p.matrix.block
     ring = bank.view(-1, block)
-    blocks, first, length = p.block_columns(bank.device)
     rows = p.selected_shape[0] if lookup is None else lookup.numel()
-    out = bank.new_empty((rows * blocks.numel(), block))
-    for offset, n, b in _position_chunks(p, blocks, lookup):
+    out = bank.new_empty((rows * p.matrix.runs * p.block_columns.count, block))
+    for offset, n, b in _position_chunks(p, bank.device, lookup):
         part = out[offset : offset + n.numel()]
         slot, negative = _read(p, table, n, b)
         torch.index_select(ring, 0, slot, out=part)
         _reflect_(part, negative, p.scale)
-    runs = out.view(rows, blocks.shape[0], -1)
-    return _torch_layout(_selected(runs, first, length, p), p)
+    runs = out.view(rows, p.matrix.runs, -1)
+    return _torch_layout(_selected(runs, p), p)
 
 
 def pack_tile(
@@ -159,15 +163,15 @@ def pack_tile(
     """
     block = p.matrix.block
     ring = grad.view(-1, block)
-    blocks, first, length = p.block_columns(grad.device)
     runs = dense.view(dense.shape[0], dense.shape[1], -1).transpose(1, 2)  # [rows, taps, columns]
-    width = blocks.shape[1] * block
+    width = p.block_columns.count * block
     if not (p.matrix.by_tap and runs.shape[2] == width and runs.is_contiguous()):
-        padded = runs.new_zeros((runs.shape[0], blocks.shape[0], width))
-        _selected(padded, first, length, p).copy_(runs)
+        padded = runs.new_zeros((runs.shape[0], p.matrix.runs, width))
+        _selected(padded, p).copy_(runs)
         runs = padded
+    del dense  # the last reference, when the caller keeps none
     source = runs.view(-1, block)
-    for offset, n, b in _position_chunks(p, blocks, lookup):
+    for offset, n, b in _position_chunks(p, grad.device, lookup):
         part = source[offset : offset + n.numel()]
         slot, negative = _read(p, table, n, b)
         _reflect_(part, negative, 1.0)
@@ -178,9 +182,10 @@ def pack_tile(
             ring.index_add_(0, slot, part, alpha=p.scale)
 
 
-def _selected(runs: Tensor, first: int, length: int, p: Placement) -> Tensor:
+def _selected(runs: Tensor, p: Placement) -> Tensor:
     """``[rows, runs, padded elements]`` -> its selected ``[rows, taps, columns]``, a view."""
-    elements = runs[:, :, first : first + length]
+    first = p.block_columns.first
+    elements = runs[:, :, first : first + p.block_columns.length]
     if p.matrix.by_tap:
         return elements
     offset, columns = p.selection[1]
@@ -196,19 +201,26 @@ def _torch_layout(taps: Tensor, p: Placement) -> Tensor:
 
 
 def _position_chunks(
-    p: Placement, blocks: Tensor, lookup: Tensor | None
+    p: Placement, device: torch.device, lookup: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(offset, rows n, blocks b) over the positions of a tile, some at a time."""
-    (first_row, rows), per_row = p.selection[0], blocks.numel()
-    flat = blocks.flatten()
-    step = max(1, min(_MAX_POSITIONS, _quarter(blocks.device) // _position_bytes(p)))
+    first_row, rows = p.selection[0]
+    matrix, columns = p.matrix, p.block_columns
+    per_row = matrix.runs * columns.count
     rows = rows if lookup is None else lookup.numel()
+    law_bytes, _ = _shares(device)
+    step = max(1, min(_MAX_POSITIONS, law_bytes // _position_bytes(p)))
     for offset, count in split(rows * per_row, step):
-        position = torch.arange(offset, offset + count, device=blocks.device)
+        position = torch.arange(offset, offset + count, device=device)
         row = position.div(per_row, rounding_mode="floor")
-        b = flat[position.sub_(row * per_row)]
-        n = row if lookup is None else lookup[row]
-        yield offset, n + first_row, b
+        b = position.sub_(row * per_row)
+        if matrix.runs > 1:
+            run = b.div(columns.count, rounding_mode="floor")
+            b.add_(run.mul_(matrix.run_blocks - columns.count))
+        b.add_(columns.low)
+        if lookup is not None:
+            row = lookup[row]
+        yield offset, row + first_row, b
 
 
 def _read(p: Placement, table: Tensor | None, n: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:

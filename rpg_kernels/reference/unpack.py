@@ -25,6 +25,11 @@ def pack(dense: Tensor, table: Tensor | None, placement: str, dtype: torch.dtype
     p = parse(placement)
     grad = bank_accumulator(p, dense.device, dtype)
     for tile in tiles(p, dense.device, backward_bytes(p, dense, grad)):
-        part = dense[tile.rows, tile.columns].clone(memory_format=torch.contiguous_format)
-        pack_tile(grad, part, table, tile.placement)
+        part = dense[tile.rows, tile.columns]
+        pack_tile(
+            grad,
+            part.clone(memory_format=torch.contiguous_format),
+            table,
+            tile.placement,
+        )
     return grad.to(dtype)
