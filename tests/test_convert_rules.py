@@ -171,6 +171,8 @@ UNABLE = {
     "lstm": (lambda: nn.LSTM(8, 8), "LSTM has no virtual counterpart"),
     "attention": (lambda: nn.MultiheadAttention(8, 2), "MultiheadAttention has no virtual"),
     "embedding_bag": (lambda: nn.EmbeddingBag(8, 8), "EmbeddingBag has no virtual counterpart"),
+    "complex": (lambda: nn.Linear(8, 8, dtype=torch.complex64), "complex64"),
+    "lazy": (lambda: nn.LazyLinear(8), "LazyLinear is a subclass of Linear"),
     "max_norm": (lambda: nn.Embedding(8, 8, max_norm=1.0), "max_norm"),
     "sparse": (lambda: nn.Embedding(8, 8, sparse=True), "sparse"),
     "by_frequency": (lambda: nn.Embedding(8, 8, scale_grad_by_freq=True), "scale_grad_by_freq"),
@@ -251,6 +253,27 @@ def test_standard_deviation_of_every_unpacked_layer(rule: str, on_meta: bool) ->
         assert record.std == pytest.approx(std, rel=0.02)
         assert weight.unpack().std().item() == pytest.approx(std, rel=0.05)
         assert abs(weight.unpack().mean().item()) < 0.05 * std
+
+
+@pytest.mark.parametrize(
+    ("rule", "linear", "conv"),
+    [
+        ("match", 1 / math.sqrt(3 * 64), 1 / math.sqrt(3 * 16 * 9)),
+        ("fan_in", math.sqrt(2 / 64), math.sqrt(2 / (16 * 9))),
+        ("fan_out", math.sqrt(2 / 32), math.sqrt(2 / (24 * 9))),
+    ],
+)
+def test_standard_deviation_of_layers_made_by_hand(rule: str, linear: float, conv: float) -> None:
+    bank = rpg.ParameterBank(dof=100_000, granularity=1, init_std=0.7)
+    layers: list[tuple[rpg.nn.VirtualLayer, float]] = [
+        (rpg.nn.Linear(64, 32, bank=bank, scale=rule), linear),
+        (rpg.nn.Conv2d(32, 24, 3, groups=2, bank=bank, scale=rule), conv),
+        (rpg.nn.Embedding(50, 40, bank=bank, scale=rule), 1.0),
+    ]
+    for layer, std in layers:
+        assert layer.virtual_weight.scale == pytest.approx(std / 0.7)
+        assert layer.virtual_weight.unpack().std().item() == pytest.approx(std, rel=0.05)
+    assert rpg.nn.Linear(8, 8, bank=bank, scale=-2.5).virtual_weight.scale == -2.5
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,48 @@ def test_there_and_back() -> None:
     torch.testing.assert_close(again.eval()(x, labels), model.eval()(x, labels))
 
 
+def test_transformer_encoder_layer_in_every_mode() -> None:
+    torch.manual_seed(3)
+    for options in ({}, {"norm_first": True, "activation": "gelu"}):
+        model = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, **options),
+            num_layers=2,
+            enable_nested_tensor=not options,
+        )
+        rpg.convert(model, CONFIG, every)
+        assert [x.name for x in rpg.summary(model).layers] == [
+            f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)
+        ]
+        dense = rpg.materialize(model)
+        x = torch.randn(3, 5, 16)
+        mask = torch.arange(5).expand(3, 5) >= torch.tensor([[5], [2], [4]])
+        wanted = dense(x, src_key_padding_mask=mask)[~mask]
+        for training in (True, False):
+            for grad in (True, False):
+                model.train(training)
+                with torch.set_grad_enabled(grad):
+                    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
+                    got = model(x, src_key_padding_mask=mask)[~mask]
+                    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_transformer_with_decoder() -> None:
+    model = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+    rpg.convert(model, CONFIG, every)
+    assert len(rpg.summary(model).layers) == 4
+    source, target = torch.randn(2, 3, 16), torch.randn(2, 4, 16)
+    dense = rpg.materialize(model)
+    torch.testing.assert_close(model(source, target), dense(source, target), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_a_virtual_layer_are_kept() -> None:
+    model = rpg.convert(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), CONFIG)
+    model[1].register_forward_hook(lambda module, args, output: 2 * output)
+    model[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(rpg.materialize(model)(x), model(x))
+
+
 def test_not_a_module() -> None:
     with pytest.raises(TypeError, match="model: got a dict"):
         rpg.materialize({})  # type: ignore[arg-type]

@@ -240,27 +240,6 @@ def test_output_may_be_changed_in_place(make: Any, x: Tensor) -> None:
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize(
-    ("rule", "linear", "conv"),
-    [
-        ("match", 1 / math.sqrt(3 * 64), 1 / math.sqrt(3 * 16 * 9)),
-        ("fan_in", math.sqrt(2 / 64), math.sqrt(2 / (16 * 9))),
-        ("fan_out", math.sqrt(2 / 32), math.sqrt(2 / (24 * 9))),
-    ],
-)
-def test_scale_rules_set_the_standard_deviation(rule: str, linear: float, conv: float) -> None:
-    bank = make_bank(dof=100_000, granularity=1, init_std=0.7)
-    layers: list[tuple[rpg.nn.VirtualLayer, float]] = [
-        (rpg.nn.Linear(64, 32, bank=bank, scale=rule), linear),
-        (rpg.nn.Conv2d(32, 24, 3, groups=2, bank=bank, scale=rule), conv),
-        (rpg.nn.Embedding(50, 40, bank=bank, scale=rule), 1.0),
-    ]
-    for layer, std in layers:
-        assert layer.virtual_weight.scale == pytest.approx(std / 0.7)
-        assert layer.virtual_weight.unpack().std().item() == pytest.approx(std, rel=0.05)
-    assert rpg.nn.Linear(8, 8, bank=bank, scale=-2.5).virtual_weight.scale == -2.5
-
-
 def test_reset_parameters_draws_the_bias_and_leaves_the_bank() -> None:
     bank = make_bank()
     layers = [rpg.nn.Linear(25, 40, bank=bank), rpg.nn.Conv2d(50, 40, 2, groups=2, bank=bank)]

@@ -53,6 +53,15 @@ def test_attach_refuses_another_bank_and_other_things() -> None:
         rpg.attach(3, bank)  # type: ignore[arg-type]
 
 
+def test_attach_of_a_bank_the_model_has_already() -> None:
+    model, bank = hand_built()
+    model.ring = bank
+    rpg.attach(model, bank)
+    assert [key for key, value in model.state_dict().items() if value.shape == (8, 8)] in (
+        ["ring.weight"], ["rpg_bank.weight"],
+    )  # fmt: skip
+
+
 class Mixed(nn.Module):
     """All the kinds of parameters that groups tell apart; a module used twice; a tie."""
 
