@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rpg_kernels import _checks
+from rpg_kernels._tensors import DTYPES
 from rpg_kernels.config import PAPER_INIT_STD
 from rpg_kernels.generator import Generator, TableGenerator
-from rpg_kernels.placement import Placement
+from rpg_kernels.placement import Placement, parse
 from rpg_kernels.virtual_weight import VirtualWeight
+
+_PLACEMENTS = "rpg_placements"
 
 
 class ParameterBank(nn.Module):
@@ -87,7 +91,7 @@ class ParameterBank(nn.Module):
         self.generator = generator
         self.requested_dof = requested_dof
         self.init_std = float(init_std)
-        self._layers = 0
+        self._placed: list[Placement] = []
         self._cursor = 0
         self.skipped: dict[str, str] = {}  # what convert left dense, and why
         self.residuals: dict[str, float] = {}  # of a least-squares start, per layer
@@ -153,7 +157,7 @@ class ParameterBank(nn.Module):
     @property
     def layers(self) -> int:
         """Virtual weights placed so far."""
-        return self._layers
+        return len(self._placed)
 
     def reset_parameters(self) -> None:
         """Draw the bank anew from N(0, init_std²)."""
@@ -182,20 +186,54 @@ class ParameterBank(nn.Module):
             raise TypeError(f"shape: got {shape!r}, wanted a sequence of ints")
         start = self._cursor
         if isinstance(generator, Generator):
-            trial = Placement(generator, self._layers, 0, tuple(shape), scale)
+            trial = Placement(generator, self.layers, 0, tuple(shape), scale)
             block = trial.matrix.block
             start = -(-start // block) * block % generator.dof
-        placement = Placement(generator, self._layers, start, tuple(shape), scale)
+        placement = Placement(generator, self.layers, start, tuple(shape), scale)
         if isinstance(generator, Generator):
             self._cursor = (start + placement.matrix.span) % generator.dof
         else:
             self._cursor = start + placement.matrix.numel
-        self._layers += 1
+        self._placed.append(placement)
         return VirtualWeight(self, placement)
 
     def forward(self, x: Tensor) -> Tensor:
         """x itself: a bank registered with an nn.Sequential is one of the modules it runs."""
         return x
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """One key for the values; the map goes into the state dict's metadata, beside versions."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata[prefix[:-1]][_PLACEMENTS] = [p.to_json() for p in self._placed]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse values that were trained under another map: they would mean another network."""
+        theirs = local_metadata.get(_PLACEMENTS)
+        if theirs is not None:
+            difference = _difference(theirs, self._placed)
+            if difference:
+                error_msgs.append(f"{prefix[:-1]}: {difference}")
+                return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def extra_repr(self) -> str:
         """dof (and what was asked for), then the generator."""
@@ -205,6 +243,22 @@ class ParameterBank(nn.Module):
 
 def _floating(dtype: torch.dtype | None, argument: str = "dtype") -> torch.dtype:
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         raise _checks.fail(argument, dtype, "float64, float32, bfloat16 or float16")
     return dtype
+
+
+def _difference(theirs: Sequence[str], ours: Sequence[Placement]) -> str:
+    """How the placements of a state dict differ from a bank's own; "" when they do not."""
+    if len(theirs) != len(ours):
+        return f"got a state dict of {len(theirs)} virtual weights, wanted {len(ours)}"
+    for text, mine in zip(theirs, ours, strict=True):
+        try:
+            other = parse(text)
+        except (TypeError, ValueError) as error:
+            return f"got a state dict whose placement cannot be read ({error})"
+        for name in ("generator", "shape", "start", "scale"):
+            got, wanted = getattr(other, name), getattr(mine, name)
+            if got != wanted:
+                return f"got a state dict with {name} {got} of layer {mine.layer}, wanted {wanted}"
+    return ""

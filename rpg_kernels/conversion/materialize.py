@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rpg_kernels.bank import ParameterBank
+from rpg_kernels.conversion.select import HOOKS
 from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
 
 Key = tuple[int, str, int | None]  # bank, placement, row that a lookup masks
@@ -90,4 +91,6 @@ def _dense(layer: VirtualLayer, parameters: dict[Key, nn.Parameter]) -> nn.Modul
     module.weight = parameters[key]
     if layer.bias is not None:
         module.bias = layer.bias
+    for hooks in HOOKS:
+        setattr(module, hooks, getattr(layer, hooks))
     return module.train(layer.training)

@@ -25,7 +25,7 @@ def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
         bank: the bank.
 
     Returns:
-        The model.
+        The model; unchanged when it owns the bank already.
 
     Raises:
         TypeError: bank is not a ParameterBank.
@@ -41,6 +41,8 @@ def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
     _module(model)
     if not isinstance(bank, ParameterBank):
         raise TypeError(f"bank: got a {type(bank).__name__}, wanted a ParameterBank")
+    if any(module is bank for module in model.modules()):
+        return model
     if getattr(model, BANK_NAME, bank) is not bank:
         raise _checks.fail("model", f"a model with another {BANK_NAME}", "none, or the same bank")
     model.register_module(BANK_NAME, bank)

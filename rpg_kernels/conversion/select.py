@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from rpg_kernels._tensors import DTYPES
+
 SHARED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
 Filter = Callable[[nn.Module, str], bool]
 _TENSORS = {"weight", "bias"}
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
     "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
     "_state_dict_hooks",
@@ -84,11 +89,13 @@ def _obstacle(module: nn.Module) -> str | None:
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "its weight is not a plain parameter"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}; a bank holds float64, float32, bfloat16 or float16"
     if weight.numel() == 0:
         return "its weight is empty"
     if not weight.requires_grad:
         return "its weight is frozen (requires_grad=False)"
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if any(getattr(module, hooks, None) for hooks in HOOKS):
         return "it has hooks, which a replacement would lose"
     if "forward" in vars(module):
         return "its forward is patched, which a replacement would lose"

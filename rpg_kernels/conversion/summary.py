@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rpg_kernels.bank import ParameterBank
 from rpg_kernels.conversion.ownership import orphans
@@ -93,8 +94,11 @@ class Summary:
             f"({self.compression:.3g} uses each), {self.unshared:,} parameters not shared"
         )
         if self.virtual_weights and self.compression <= 1:
-            span = sum(x.span for x in self.layers if not x.tied_to)
-            uses = "at most once" if span <= self.dof else "at most twice, padding counted"
+            end = 0
+            for x in self.layers:
+                if not x.tied_to:
+                    end = -(-end // x.granularity) * x.granularity + x.span
+            uses = "at most once" if end <= self.dof else "at most twice, padding counted"
             lines.append(f"the bank is at least as large as the model: each slot is used {uses}")
         if self.skipped:
             lines.append("not shared:")
@@ -155,7 +159,9 @@ def summary(model: nn.Module) -> Summary:
         dof=sum(b.dof for b in banks.values()),
         virtual_weights=sum(x.virtual_weights for x in layers if not x.tied_to),
         unshared=sum(
-            p.numel() for p in model.parameters() if p.requires_grad and id(p) not in parameters
+            p.numel()
+            for p in model.parameters()
+            if p.requires_grad and id(p) not in parameters and not is_lazy(p)
         ),
         orphans=tuple(orphans(model)),
     )

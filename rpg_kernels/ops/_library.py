@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, dispatch
-from rpg_kernels._tensors import LOW_PRECISION
+from rpg_kernels._tensors import DTYPES, LOW_PRECISION
 from rpg_kernels.generator import TableGenerator
 from rpg_kernels.placement import Placement
 
 NAMESPACE = "rpg_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def define(
