@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: small for the digits, resnet18 for CIFAR-10",
     )
     network.add_argument(
+        "--stem",
+        choices=("cifar", "imagenet"),
+        default="cifar",
+        help="cifar: 3x3, full resolution; imagenet: 7x7 and pooling, a quarter of it and a "
+        "sixteenth of the work (default: cifar)",
+    )
+    network.add_argument(
         "--dof",
         type=_positive_list,
         metavar="N,N,...",
@@ -47,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=_positive, help="default: 12; 10 for resnet18")
+    training.add_argument(
+        "--lr", type=float, help="peak learning rate (default: 0.2; LRR for resnet18)"
+    )
     training.add_argument("--batch-size", type=_positive, default=128, help="default: 128")
     training.add_argument(
         "--seeds",

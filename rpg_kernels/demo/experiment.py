@@ -82,7 +82,7 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
     record = _header(images, model_name, setting)
     title = (
         f"{images.name}: {len(images.train_labels)} training and {len(images.test_labels)} test "
-        f"images; {model_name} network, {setting.schedule.epochs} epochs, {setting.seeds} seed(s)"
+        f"images; {model_name} network, {args.stem} stem, {setting.schedule.epochs} epochs, {setting.seeds} seed(s)"
     )
     print(f"{title}\non {record['environment']['device_name']}, torch {torch.__version__}")
 
@@ -107,7 +107,7 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
 def _setting(args: argparse.Namespace, model_name: str, images: data.Images) -> Setting:
     """The options, with the defaults that depend on images and network."""
     return Setting(
-        architecture=networks.ARCHITECTURES[model_name],
+        architecture=dataclasses.replace(networks.ARCHITECTURES[model_name], stem=args.stem),
         channels=images.channels,
         classes=len(images.classes),
         config=RPGConfig(dof=1, granularity=args.granularity, reflect=args.reflect),
@@ -168,6 +168,7 @@ def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str,
             "test_images": len(images.test_labels),
         },
         "model": model_name,
+        "stem": setting.architecture.stem,
         "granularity": setting.config.granularity,
         "reflect": setting.config.reflect,
         "schedule": dataclasses.asdict(setting.schedule),
@@ -237,8 +238,12 @@ def _reload(
     x = pixels.batch(pixels.data.test_pixels[:RELOAD_IMAGES])
     with torch.no_grad(), train.autocast(setting.device, setting.schedule):
         identical = torch.equal(model.eval()(x), fresh.eval()(x))
+    if not identical:
+        raise RuntimeError(
+            f"{path}: a network loaded from it gives other outputs than the saved one"
+        )
     print(
         f"saved {path} ({path.stat().st_size / 1e6:.2f} MB) and loaded it into a new network: "
-        f"outputs of {len(x)} test images {'identical' if identical else 'DIFFER'}"
+        f"outputs of {len(x)} test images identical"
     )
     return identical

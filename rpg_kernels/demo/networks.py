@@ -17,11 +17,12 @@ from rpg_kernels.models.resnet import ResNet, is_block_convolution, share_blocks
 
 @dataclass(frozen=True)
 class Architecture:
-    """A :class:`ResNet` with the 3x3 stem; its block convolutions are the virtual weights."""
+    """A :class:`ResNet`; its block convolutions are the virtual weights."""
 
     depths: tuple[int, ...]
     width: int
     dofs: tuple[int, ...]  # the demo's degrees of freedom, smallest first
+    stem: str = "cifar"
 
 
 ARCHITECTURES = {
@@ -124,7 +125,7 @@ def _ours(architecture: Architecture, dof: int) -> Network:
 
 
 def _resnet(architecture: Architecture, width: int, channels: int, classes: int) -> ResNet:
-    return ResNet(architecture.depths, classes, "cifar", width, channels)
+    return ResNet(architecture.depths, classes, architecture.stem, width, channels)
 
 
 def _dof(network: Network) -> int:

@@ -28,7 +28,7 @@ class Schedule:
 
     epochs: int
     batch_size: int
-    lr: float = 0.2
+    lr: float
     weight_decay: float = 5e-4
     momentum: float = 0.9
     augment: bool = False
