@@ -67,7 +67,6 @@ def test_the_state_dict_has_one_key_for_all_virtual_weights() -> None:
     gone = {"conv.weight", "embed.weight", "mix.weight"}
     assert list(model.state_dict()) == [*(k for k in dense if k not in gone), "rpg_bank.weight"]
     assert model.state_dict()["rpg_bank.weight"].shape == (32, 8)
-    assert not [b for _, b in model.named_buffers()]
 
 
 def test_save_and_load_with_weights_only(tmp_path: Path) -> None:
@@ -92,9 +91,11 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_a_bank_of_another_size_is_refused_and_changes_no_bank() -> None:
     small, large = build(dof=128), build(dof=256)
     before = large.rpg_bank.weight.detach().clone()
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"rpg_bank: .*slots=16.*slots=32"):
-            large.load_state_dict(small.state_dict(), strict=strict)
+    plain = dict(small.state_dict())  # as from safetensors: no record of the map
+    for state, message in ((small.state_dict(), "slots=16"), (plain, "size mismatch")):
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=f"rpg_bank.*{message}|{message}.*rpg_bank"):
+                large.load_state_dict(state, strict=strict)
     assert torch.equal(large.rpg_bank.weight, before)
     with pytest.raises(RuntimeError, match=r"Missing key.*rpg_bank\.weight"):
         large.load_state_dict(Net().state_dict())
@@ -175,7 +176,6 @@ def test_a_whole_model_is_pickled(memory: Any) -> None:
         twin = torch.load(file, weights_only=False)
     else:
         twin = pickle.loads(memory(model))
-    assert twin.mix.virtual_weight.bank is twin.rpg_bank
     assert torch.equal(twin(*inputs()), model(*inputs()))
     assert str(rpg.summary(twin)) == str(rpg.summary(model))
 
