@@ -91,7 +91,7 @@ class ParameterBank(nn.Module):
         self.generator = generator
         self.requested_dof = requested_dof
         self.init_std = float(init_std)
-        self._placed: list[Placement] = []
+        self._placed: list[VirtualWeight] = []
         self._cursor = 0
         self.skipped: dict[str, str] = {}  # what convert left dense, and why
         self.residuals: dict[str, float] = {}  # of a least-squares start, per layer
@@ -194,8 +194,9 @@ class ParameterBank(nn.Module):
             self._cursor = (start + placement.matrix.span) % generator.dof
         else:
             self._cursor = start + placement.matrix.numel
-        self._placed.append(placement)
-        return VirtualWeight(self, placement)
+        weight = VirtualWeight(self, placement)
+        self._placed.append(weight)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x itself: a bank registered with an nn.Sequential is one of the modules it runs."""
@@ -206,7 +207,7 @@ class ParameterBank(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
-            metadata[prefix[:-1]][_PLACEMENTS] = [p.to_json() for p in self._placed]
+            metadata[prefix[:-1]][_PLACEMENTS] = [weight.spec for weight in self._placed]
 
     def _load_from_state_dict(
         self,
@@ -218,13 +219,17 @@ class ParameterBank(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Refuse values that were trained under another map: they would mean another network."""
+        """Take over the scales of a state dict; refuse the values of another map.
+
+        Either would otherwise silently mean another network.
+        """
         theirs = local_metadata.get(_PLACEMENTS)
         if theirs is not None:
             difference = _difference(theirs, self._placed)
             if difference:
                 error_msgs.append(f"{prefix[:-1]}: {difference}")
                 return
+        errors = len(error_msgs)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -234,6 +239,9 @@ class ParameterBank(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+        if theirs is not None and len(error_msgs) == errors:
+            for text, weight in zip(theirs, self._placed, strict=True):
+                weight.rescale(parse(text).scale)
 
     def extra_repr(self) -> str:
         """dof (and what was asked for), then the generator."""
@@ -248,8 +256,8 @@ def _floating(dtype: torch.dtype | None, argument: str = "dtype") -> torch.dtype
     return dtype
 
 
-def _difference(theirs: Sequence[str], ours: Sequence[Placement]) -> str:
-    """How the placements of a state dict differ from a bank's own; "" when they do not."""
+def _difference(theirs: Sequence[str], ours: Sequence[VirtualWeight]) -> str:
+    """How the map of a state dict differs from a bank's own; "" when only scales do."""
     if len(theirs) != len(ours):
         return f"got a state dict of {len(theirs)} virtual weights, wanted {len(ours)}"
     for text, mine in zip(theirs, ours, strict=True):
@@ -257,8 +265,9 @@ def _difference(theirs: Sequence[str], ours: Sequence[Placement]) -> str:
             other = parse(text)
         except (TypeError, ValueError) as error:
             return f"got a state dict whose placement cannot be read ({error})"
-        for name in ("generator", "shape", "start", "scale"):
-            got, wanted = getattr(other, name), getattr(mine, name)
+        for name in ("generator", "layer", "shape", "start"):
+            got, wanted = getattr(other, name), getattr(mine.placement, name)
             if got != wanted:
-                return f"got a state dict with {name} {got} of layer {mine.layer}, wanted {wanted}"
+                where = f"of layer {mine.placement.layer}"
+                return f"got a state dict with {name} {got} {where}, wanted {wanted}"
     return ""

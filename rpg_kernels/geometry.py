@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from typing import Any
 
 from rpg_kernels import _checks
 from rpg_kernels.law import MAX_BAND
@@ -24,6 +24,11 @@ def divisor(length: int, granularity: int) -> int:
     while 4 * (-(-length // d) * d) > 5 * length:
         d //= 2
     return d
+
+
+def _derived() -> Any:
+    """A field that the constructor computes."""
+    return field(init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,17 @@ class VirtualMatrix:
 
     shape: tuple[int, ...]
     granularity: int
+    rows: int = _derived()  # N
+    channels: int = _derived()  # K of a matrix, in/groups of a convolution
+    taps: int = _derived()  # kernel positions; 1 for a matrix
+    by_tap: bool = _derived()  # each tap is a run of its own: no block straddles two taps
+    run: int = _derived()  # elements of a run before padding
+    runs: int = _derived()  # runs per row
+    block: int = _derived()  # the layer's own granularity: elements per block
+    run_blocks: int = _derived()  # blocks per run
+    blocks: int = _derived()  # blocks per row
+    numel: int = _derived()  # virtual weights, padding not counted
+    span: int = _derived()  # elements of the ring that the layer takes, padding counted
 
     def __post_init__(self) -> None:
         _checks.granularity(self.granularity)
@@ -59,61 +75,26 @@ class VirtualMatrix:
             raise _checks.fail("shape", self.shape, "[rows, columns] or [out, in, *kernel]")
         for size in self.shape:
             _checks.integer("shape", size, 1, MAX_ROWS)
+        rows, channels, taps = self.shape[0], self.shape[1], math.prod(self.shape[2:])
+        of_row = divisor(taps * channels, self.granularity)
+        by_tap = taps == 1 or channels >= min(_VECTOR, of_row)
+        run, runs = (channels, taps) if by_tap else (channels * taps, 1)
+        block = divisor(run, self.granularity)
+        run_blocks = -(-run // block)
+        derived = {
+            "rows": rows,
+            "channels": channels,
+            "taps": taps,
+            "by_tap": by_tap,
+            "run": run,
+            "runs": runs,
+            "block": block,
+            "run_blocks": run_blocks,
+            "blocks": runs * run_blocks,
+            "numel": rows * channels * taps,
+            "span": rows * runs * run_blocks * block,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
         if self.blocks > MAX_BAND:
             raise _checks.fail("shape", self.shape, f"at most {MAX_BAND} blocks per row")
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.shape[0]
-
-    @property
-    def channels(self) -> int:
-        """K of a matrix, in/groups of a convolution."""
-        return self.shape[1]
-
-    @cached_property
-    def taps(self) -> int:
-        """Kernel positions; 1 for a matrix."""
-        return math.prod(self.shape[2:])
-
-    @cached_property
-    def by_tap(self) -> bool:
-        """True when each tap is a run of its own, so that no block straddles two taps."""
-        of_row = divisor(self.taps * self.channels, self.granularity)
-        return self.taps == 1 or self.channels >= min(_VECTOR, of_row)
-
-    @cached_property
-    def run(self) -> int:
-        """Elements of a run before padding."""
-        return self.channels if self.by_tap else self.channels * self.taps
-
-    @cached_property
-    def runs(self) -> int:
-        """Runs per row."""
-        return self.taps if self.by_tap else 1
-
-    @cached_property
-    def block(self) -> int:
-        """The layer's own granularity: elements per block."""
-        return divisor(self.run, self.granularity)
-
-    @cached_property
-    def run_blocks(self) -> int:
-        """Blocks per run."""
-        return -(-self.run // self.block)
-
-    @cached_property
-    def blocks(self) -> int:
-        """Blocks per row."""
-        return self.runs * self.run_blocks
-
-    @cached_property
-    def numel(self) -> int:
-        """Virtual weights, padding not counted."""
-        return math.prod(self.shape)
-
-    @cached_property
-    def span(self) -> int:
-        """Elements of the ring that the layer takes, padding counted."""
-        return self.rows * self.blocks * self.block

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from rpg_kernels import _checks
@@ -56,29 +57,30 @@ class Placement:
     scale: float
     rows: Range | None = None
     columns: Range | None = None
+    matrix: VirtualMatrix = field(init=False, repr=False, compare=False)  # the full weight
+    selected_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _checks.integer("layer", self.layer, 0, _checks.INT32_MAX)
         if _checks.finite("scale", self.scale) == 0:
             raise _checks.fail("scale", self.scale, "a number other than 0")
         object.__setattr__(self, "shape", tuple(self.shape))
+        matrix = VirtualMatrix(self.shape, self.generator.granularity)
+        object.__setattr__(self, "matrix", matrix)
         for name, size in (("rows", self.matrix.rows), ("columns", self.matrix.channels)):
             selection = getattr(self, name)
             offset, length = (0, size) if selection is None else selection
             _checks.integer(f"{name} offset", offset, 0, size - 1)
             _checks.integer(f"{name} length", length, 1, size - offset)
             object.__setattr__(self, name, (offset, length))
+        (_, rows), (_, columns) = self.selection
+        object.__setattr__(self, "selected_shape", (rows, columns, *self.shape[2:]))
         if isinstance(self.generator, TableGenerator):
             _checks.integer("start", self.start, 0, self.generator.entries - self.matrix.numel)
         else:
             _checks.integer("start", self.start, 0, self.generator.dof - 1)
             if self.start % self.matrix.block:
                 raise _checks.fail("start", self.start, f"a multiple of {self.matrix.block}")
-
-    @cached_property
-    def matrix(self) -> VirtualMatrix:
-        """The full weight in blocks."""
-        return VirtualMatrix(self.shape, self.generator.granularity)
 
     @cached_property
     def law(self) -> LayerLaw:
@@ -106,17 +108,10 @@ class Placement:
         assert self.columns is not None
         return self.rows, self.columns
 
-    @cached_property
-    def selected_shape(self) -> tuple[int, ...]:
-        """torch's shape of the selected part."""
-        (_, rows), (_, columns) = self.selection
-        return (rows, columns, *self.shape[2:])
-
-    @cached_property
+    @property
     def numel(self) -> int:
         """Virtual weights of the selected part."""
-        (_, rows), (_, columns) = self.selection
-        return rows * columns * self.matrix.taps
+        return math.prod(self.selected_shape)
 
     def narrow(self, dim: int, start: int, length: int) -> Placement:
         """A part of this placement, as torch.narrow: dim 0 selects rows, dim 1 columns.

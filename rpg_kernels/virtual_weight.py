@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VirtualWeight:
-    """Ŵ = scale · G · w of one layer. Frozen; made by ``ParameterBank.place``.
+    """Ŵ = scale · G · w of one layer. Made by ``ParameterBank.place``.
+
+    Frozen, but for the scale, which follows a state dict that is loaded into the bank.
 
     Not a tensor and not a module: an nn.Module may hold one without registering the bank.
 
@@ -40,16 +42,13 @@ class VirtualWeight:
     bank: ParameterBank
     placement: Placement
     spec: str = field(init=False)  # the placement as text, which operators take on every call
+    shape: torch.Size = field(init=False)  # torch's shape of the (selected) weight
 
     def __post_init__(self) -> None:
         if self.placement.generator != self.bank.generator:
             raise _checks.fail("placement", self.placement.generator, str(self.bank.generator))
+        object.__setattr__(self, "shape", torch.Size(self.placement.selected_shape))
         object.__setattr__(self, "spec", self.placement.to_json())
-
-    @property
-    def shape(self) -> torch.Size:
-        """torch's shape of the (selected) weight."""
-        return torch.Size(self.placement.selected_shape)
 
     @property
     def scale(self) -> float:
@@ -77,6 +76,16 @@ class VirtualWeight:
             IndexError, ValueError: dim, start or length is out of range.
         """
         return VirtualWeight(self.bank, self.placement.narrow(dim, start, length))
+
+    def rescale(self, scale: float) -> None:
+        """Change the scale: what loading a state dict into the bank does, and nothing else should.
+
+        Raises:
+            TypeError, ValueError: not a finite number other than 0.
+        """
+        placement = replace(self.placement, scale=scale)
+        object.__setattr__(self, "placement", placement)
+        object.__setattr__(self, "spec", placement.to_json())
 
     def unpack(self) -> Tensor:
         """Ŵ itself: torch's layout, scale included, the bank's dtype; differentiable."""

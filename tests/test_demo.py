@@ -21,7 +21,7 @@ from rpg_kernels.demo.published import PublishedConv2d, share_as_published
 from rpg_kernels.models.resnet import ResNet, is_block_convolution
 
 CPU = torch.device("cpu")
-SCHEDULE = train.Schedule(epochs=1, batch_size=16)
+SCHEDULE = train.Schedule(epochs=1, batch_size=16, lr=0.1)
 
 
 def cifar_batch(images: int = 3) -> dict[Any, Any]:
@@ -370,3 +370,6 @@ def test_options_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         run(["demo", "--dof", "1000,x"])
     assert "got 'x', wanted a positive whole number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(["demo", "--lr", "nan"])
+    assert "got 'nan', wanted a positive number" in capsys.readouterr().err

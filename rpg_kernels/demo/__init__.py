@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 __all__ = ["add_arguments", "run"]
 
@@ -95,6 +96,16 @@ def _positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a positive whole number")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a positive number")
     return value
 
 

@@ -20,6 +20,7 @@ from rpg_kernels.models.resnet import ResNet
 from rpg_kernels.nn import VirtualLayer
 
 DEFAULT_EPOCHS = {"small": 12, "resnet18": 10}
+DEFAULT_LR = {"small": 0.2, "resnet18": 0.05}
 DEFAULT_SEEDS = {"small": 3, "resnet18": 1}
 DEFAULT_THREADS = {"small": 1}
 RELOAD_IMAGES = 100
@@ -113,6 +114,7 @@ def _setting(args: argparse.Namespace, model_name: str, images: data.Images) -> 
         config=RPGConfig(dof=1, granularity=args.granularity, reflect=args.reflect),
         schedule=train.Schedule(
             epochs=args.epochs or DEFAULT_EPOCHS[model_name],
+            lr=args.lr or DEFAULT_LR[model_name],
             batch_size=min(args.batch_size, len(images.train_labels)),
             augment=args.data is not None,
             bfloat16=args.amp == "bfloat16",
