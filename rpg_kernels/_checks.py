@@ -47,6 +47,13 @@ def choice(argument: str, value: object, options: Sequence[str]) -> str:
     return value
 
 
+def text(argument: str, value: object) -> str:
+    """A str that should hold JSON."""
+    if not isinstance(value, str):
+        raise TypeError(f"{argument}: got {value!r} ({type(value).__name__}), wanted a JSON text")
+    return value
+
+
 def tensor(argument: str, value: object) -> Tensor:
     """A torch tensor."""
     if not isinstance(value, Tensor):

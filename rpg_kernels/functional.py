@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rpg_kernels import _checks, ops, settings
 
@@ -198,6 +199,9 @@ def _source(weight: VirtualWeight) -> tuple[Tensor, Tensor | None]:
     if bank is None:
         got = f"{type(weight).__name__}"
         raise TypeError(f"weight: got a {got}, wanted a VirtualWeight")
+    if forward_ad._current_level >= 0:
+        # torch.library's derivatives are silently dropped there.
+        raise RuntimeError("forward-mode differentiation of rpg operators is not supported")
     return bank.weight, bank.table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rpg_kernels import _checks
@@ -43,6 +43,7 @@ class Generator:
     window: int | None = None
     seed: int = 0
     law: int = LAW_VERSION
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if type(self.law) is not int or self.law != LAW_VERSION:
@@ -53,6 +54,7 @@ class Generator:
         _checks.boolean("permute", self.permute)
         check_window(self.window)
         _checks.integer("seed", self.seed, 0, 2**63 - 1)
+        object.__setattr__(self, "text", _text(self))
 
     @property
     def dof(self) -> int:
@@ -61,7 +63,7 @@ class Generator:
 
     def to_json(self) -> str:
         """One line of JSON with every field, the law version among them."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return self.text
 
     @classmethod
     def from_json(cls, text: str) -> Generator:
@@ -97,6 +99,7 @@ class TableGenerator:
     entries: int
     sha256: str
     law: str = TABLE_LAW
+    text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _checks.choice("law", self.law, (TABLE_LAW,))
@@ -104,6 +107,7 @@ class TableGenerator:
         _checks.integer("entries", self.entries, 1, 2**62)
         if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise _checks.fail("sha256", repr(self.sha256), "64 hexadecimal digits")
+        object.__setattr__(self, "text", _text(self))
 
     @property
     def granularity(self) -> int:
@@ -117,7 +121,7 @@ class TableGenerator:
 
     def to_json(self) -> str:
         """One line of JSON with every field; the table is not part of it."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return self.text
 
     @classmethod
     def from_json(cls, text: str) -> TableGenerator:
@@ -140,7 +144,7 @@ def parse_generator(text: str) -> Generator | TableGenerator:
         Traceback (most recent call last):
         ValueError: law: got 7, wanted 1, the only law known here
     """
-    _text("generator", text)
+    _checks.text("generator", text)
     try:
         law = json.loads(text)["law"]
     except (ValueError, TypeError, KeyError) as error:
@@ -150,8 +154,8 @@ def parse_generator(text: str) -> Generator | TableGenerator:
 
 def _fields(cls: type, text: str) -> dict[str, Any]:
     """The constructor arguments in a JSON text, refused when there are others or not enough."""
-    names = {field.name for field in fields(cls)}
-    _text(cls.__name__, text)
+    names = {f.name for f in fields(cls) if f.init}
+    _checks.text(cls.__name__, text)
     try:
         record = json.loads(text)
     except ValueError as error:
@@ -166,6 +170,7 @@ def _fields(cls: type, text: str) -> dict[str, Any]:
     return record
 
 
-def _text(argument: str, text: object) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{argument}: got {text!r} ({type(text).__name__}), wanted a JSON text")
+def _text(generator: Generator | TableGenerator) -> str:
+    """The JSON form, made once: torch.compile cannot trace the json module."""
+    record = {f.name: getattr(generator, f.name) for f in fields(generator) if f.init}
+    return json.dumps(record, separators=(",", ":"))

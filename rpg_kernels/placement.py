@@ -141,17 +141,12 @@ class Placement:
 
     def to_json(self) -> str:
         """One line of JSON: the operators' argument, and what a checkpoint keeps."""
-        return json.dumps(
-            {
-                "generator": json.loads(self.generator.to_json()),
-                "layer": self.layer,
-                "start": self.start,
-                "shape": self.shape,
-                "scale": self.scale,
-                "rows": self.rows,
-                "columns": self.columns,
-            },
-            separators=(",", ":"),
+        (rows, columns), shape = self.selection, list(self.shape)
+        # Written out, since torch.compile cannot trace the json module.
+        return (
+            f'{{"generator":{self.generator.to_json()},"layer":{self.layer},"start":{self.start},'
+            f'"shape":{shape},"scale":{float(self.scale)!r},"rows":{list(rows)},'
+            f'"columns":{list(columns)}}}'
         )
 
 
@@ -162,6 +157,7 @@ def parse(text: str) -> Placement:
     Raises:
         TypeError, ValueError: not a placement's JSON, or a field out of range.
     """
+    _checks.text("placement", text)
     try:
         record = json.loads(text)
         return Placement(
