@@ -14,6 +14,7 @@ from rpg_kernels.geometry import VirtualMatrix
 from rpg_kernels.law import LayerLaw
 
 Range = tuple[int, int]
+_KEYS = ("generator", "layer", "start", "shape", "scale", "rows", "columns")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ class Placement:
         object.__setattr__(self, "matrix", matrix)
         for name, size in (("rows", self.matrix.rows), ("columns", self.matrix.channels)):
             selection = getattr(self, name)
-            offset, length = (0, size) if selection is None else selection
+            selection = (0, size) if selection is None else selection
+            if not isinstance(selection, tuple) or len(selection) != 2:
+                raise _checks.fail(name, repr(selection), "a pair (offset, length)")
+            offset, length = selection
             _checks.integer(f"{name} offset", offset, 0, size - 1)
             _checks.integer(f"{name} length", length, 1, size - offset)
             object.__setattr__(self, name, (offset, length))
@@ -160,17 +164,15 @@ def parse(text: str) -> Placement:
     _checks.text("placement", text)
     try:
         record = json.loads(text)
-        return Placement(
-            generator=parse_generator(json.dumps(record["generator"])),
-            layer=record["layer"],
-            start=record["start"],
-            shape=tuple(record["shape"]),
-            scale=record["scale"],
-            rows=tuple(record["rows"]),
-            columns=tuple(record["columns"]),
-        )
-    except (json.JSONDecodeError, KeyError) as error:
+        given = {name: record[name] for name in _KEYS}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise _checks.fail("placement", repr(text[:80]), "the JSON of a Placement") from error
+    generator = parse_generator(json.dumps(given.pop("generator")))
+    for name in ("shape", "rows", "columns"):
+        if not isinstance(given[name], list):
+            raise _checks.fail(name, repr(given[name]), "a list of ints")
+        given[name] = tuple(given[name])
+    return Placement(generator, **given)
 
 
 def split(length: int, at_most: int) -> Iterator[Range]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, functional
+from rpg_kernels.generator import Generator, TableGenerator
 from rpg_kernels.placement import Placement, parse
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ class VirtualWeight:
     shape: torch.Size = field(init=False)  # torch's shape of the (selected) weight
 
     def __post_init__(self) -> None:
+        if not isinstance(getattr(self.bank, "generator", None), Generator | TableGenerator):
+            raise TypeError(f"bank: got a {type(self.bank).__name__}, wanted a ParameterBank")
+        if not isinstance(self.placement, Placement):
+            got = type(self.placement).__name__
+            raise TypeError(f"placement: got a {got}, wanted a Placement")
         if self.placement.generator != self.bank.generator:
             raise _checks.fail("placement", self.placement.generator, str(self.bank.generator))
         object.__setattr__(self, "shape", torch.Size(self.placement.selected_shape))
