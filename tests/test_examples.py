@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,8 +15,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 def test_train_own_model() -> None:
     pytest.importorskip("sklearn")
+    # One thread: the layers are small, and threads that wait for each other on a busy machine take
+    # many times longer.
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / "train_own_model.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
