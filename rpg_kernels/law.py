@@ -34,8 +34,7 @@ WORD_BITS = 32
 _M32 = 0xFFFFFFFF
 _M64 = 0xFFFFFFFFFFFFFFFF
 _GOLDEN64 = 0x9E3779B97F4A7C15
-_SIGN_KEY = 64  # sign word w uses keys 64 + 2w and 65 + 2w; the permutation uses keys below 48
-_SWAP_ROUNDS = 24
+_SIGN_KEY = 128  # sign word w uses keys 128 + 2w and 129 + 2w; the permutation uses keys below 96
 
 
 def mix64(z: int) -> int:
@@ -76,9 +75,9 @@ def most_square_factors(size: int) -> tuple[int, int]:
 def _round(x: Tensor, key: int, size: int) -> Tensor:
     """``umulhi(f(x, key), size)``: a value in [0, size) from a uint32 hash of x."""
     h = x.bitwise_xor(key)
-    h.mul_(0x9E3779B1).bitwise_and_(_M32)
+    h.mul_(0x7FEB352D).bitwise_and_(_M32)
     h.bitwise_xor_(h >> 15)
-    h.mul_(0x85EBCA77).bitwise_and_(_M32)
+    h.mul_(0x846CA68B).bitwise_and_(_M32)
     return h.mul_(size).bitwise_right_shift_(32)
 
 
@@ -92,9 +91,11 @@ class Permutation:
     """A keyed bijection of ``[0, size)``, the same on every machine.
 
     Positions are written as two digits ``q = i * B + j`` of the most square product
-    ``A * B == size`` and sent through an alternating mixed-radix Feistel network: 6 rounds when
-    the smaller digit has at least 32 values, 8 rounds for 12 to 31. With a smaller digit (also
-    for a prime size) 24 rounds of swap-or-not, exact on any size.
+    ``A * B == size`` and sent through an alternating mixed-radix Feistel network. Two positions
+    keep their difference with probability B^(-rounds/2), which must stay well below 1/size: 6
+    rounds when A <= 2B (8 when B is below 128), 10 up to A = B^2, 12 up to A = B^3. With a more
+    lopsided product, or B below 12 (so for every prime size), swap-or-not, exact on any size:
+    24 rounds up to 2^16 positions, 48 above.
 
     Args:
         size: number of positions, 1 to 2^31.
@@ -116,8 +117,17 @@ class Permutation:
     @cached_property
     def rounds(self) -> int:
         """Feistel rounds, or 0 for swap-or-not."""
-        minor = most_square_factors(self.size)[1]
-        return 6 if minor >= 32 else 8 if minor >= 12 else 0
+        major, minor = most_square_factors(self.size)
+        if minor < 12 or major > minor**3:
+            return 0
+        if major > 2 * minor:
+            return 12 if major > minor**2 else 10
+        return 8 if minor < 128 else 6
+
+    @property
+    def swap_rounds(self) -> int:
+        """Rounds of swap-or-not where that is used."""
+        return 24 if self.size <= 1 << 16 else 48
 
     def forward(self, q: Tensor) -> Tensor:
         """q' = P(q) for int64 positions of any shape."""
@@ -150,9 +160,10 @@ class Permutation:
 
     def _swap_or_not(self, q: Tensor, *, reverse: bool) -> Tensor:
         """Each round pairs x with (k - x) mod size and swaps the pair on one hash bit."""
-        round_keys = keys(self.seed, self.layer, self.band, 0, 2 * _SWAP_ROUNDS)
+        rounds = self.swap_rounds
+        round_keys = keys(self.seed, self.layer, self.band, 0, 2 * rounds)
         x = q.clone()
-        for r in reversed(range(_SWAP_ROUNDS)) if reverse else range(_SWAP_ROUNDS):
+        for r in reversed(range(rounds)) if reverse else range(rounds):
             offset = (round_keys[2 * r] * self.size) >> 32
             partner = _wrap_(offset - x, self.size)
             swap = _round(torch.maximum(x, partner), round_keys[2 * r + 1], 2)
@@ -164,11 +175,13 @@ def sign_word(q: Tensor, seed: int, layer: int, band: int, word: int) -> Tensor:
     """32 sign bits of block position q: word ``word`` covers elements 32*word to 32*word + 31."""
     k0, k1 = keys(seed, layer, band, _SIGN_KEY + 2 * word, 2)
     h = q.bitwise_xor(k0)
-    h.bitwise_xor_(h >> 16)
-    h.mul_(0x7FEB352D).bitwise_and_(_M32)
-    h.bitwise_xor_(h >> 15).bitwise_xor_(k1)
-    h.mul_(0x846CA68B).bitwise_and_(_M32)
-    return h.bitwise_xor_(h >> 16)
+    h.bitwise_xor_(h >> 17)
+    h.mul_(0xED5AD4BB).bitwise_and_(_M32)
+    h.bitwise_xor_(h >> 11).bitwise_xor_(k1)
+    h.mul_(0xAC4C1B51).bitwise_and_(_M32)
+    h.bitwise_xor_(h >> 15)
+    h.mul_(0x31848BAB).bitwise_and_(_M32)
+    return h.bitwise_xor_(h >> 14)
 
 
 def sign_bits(element: Tensor) -> Tensor:
@@ -254,7 +267,7 @@ class LayerLaw:
             q.add_(b if mask is None else b[mask])
             if self.permute:
                 q = self.permutation(band).forward(q)
-            q.add_(self.start + first * self.blocks).remainder_(self.slots)
+            q.add_((self.start + first * self.blocks) % self.slots).remainder_(self.slots)
             if mask is None:
                 return q
             out[mask] = q
@@ -304,7 +317,8 @@ class LayerLaw:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot: got {slot}, wanted 0 to {self.slots - 1}")
         total = self.rows * self.blocks
-        ring = torch.arange((slot - self.start) % self.slots, total, self.slots)
+        first_use = (slot - self.start) % self.slots
+        ring = torch.arange(first_use, max(first_use, total), self.slots)
         per_band = self.rows_per_band * self.blocks
         found = []
         for band in range(-(-total // per_band)):

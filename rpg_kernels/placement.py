@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from rpg_kernels import _checks
 from rpg_kernels.generator import Generator, TableGenerator, parse_generator
 from rpg_kernels.geometry import VirtualMatrix
-from rpg_kernels.law import LayerLaw
+from rpg_kernels.law import MAX_BAND, LayerLaw
 
 Range = tuple[int, int]
 _KEYS = ("generator", "layer", "start", "shape", "scale", "rows", "columns")
@@ -83,6 +83,9 @@ class Placement:
             _checks.integer("start", self.start, 0, self.generator.entries - self.matrix.numel)
         else:
             _checks.integer("start", self.start, 0, self.generator.dof - 1)
+            if self.generator.dof // matrix.block > MAX_BAND:
+                got = f"a bank of {self.generator.dof} elements read in blocks of {matrix.block}"
+                raise _checks.fail("generator", got, f"at most {MAX_BAND} blocks")
             if self.start % self.matrix.block:
                 raise _checks.fail("start", self.start, f"a multiple of {self.matrix.block}")
 
