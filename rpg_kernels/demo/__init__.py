@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=_positive, help="default: 12; 10 for resnet18")
     training.add_argument(
-        "--lr", type=float, help="peak learning rate (default: 0.2; LRR for resnet18)"
+        "--lr",
+        type=_positive_number,
+        help="peak learning rate (default: 0.2; 0.05 for resnet18)",
     )
     training.add_argument("--batch-size", type=_positive, default=128, help="default: 128")
     training.add_argument(

@@ -83,7 +83,8 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
     record = _header(images, model_name, setting)
     title = (
         f"{images.name}: {len(images.train_labels)} training and {len(images.test_labels)} test "
-        f"images; {model_name} network, {args.stem} stem, {setting.schedule.epochs} epochs, {setting.seeds} seed(s)"
+        f"images; {model_name} network, {args.stem} stem, {setting.schedule.epochs} epochs, "
+        f"{setting.seeds} seed(s)"
     )
     print(f"{title}\non {record['environment']['device_name']}, torch {torch.__version__}")
 
