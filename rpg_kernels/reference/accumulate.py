@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rpg_kernels._tensors import LOW_PRECISION
 from rpg_kernels.placement import Placement
-from rpg_kernels.reference.tiles import tile_size, unpack_tile
+from rpg_kernels.reference.tiles import fitting_size, unpack_tile
 
 
 def _copies(p: Placement) -> int:
@@ -37,8 +37,8 @@ def product(p: Placement, bank: Tensor, x: Tensor, summed: int) -> tuple[int, to
     """
     bytes_per_weight = forward_bytes(p, bank, x.dtype)
     if x.dtype in LOW_PRECISION:
-        size = tile_size(p, x.device, bytes_per_weight)
-        if size[summed] < p.selected_shape[summed]:
+        size = fitting_size(p, x.device, bytes_per_weight)
+        if size is None or size[summed] < p.selected_shape[summed]:
             return forward_bytes(p, bank, torch.float32), torch.float32
     return bytes_per_weight, x.dtype
 

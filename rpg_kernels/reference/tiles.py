@@ -21,7 +21,7 @@ from rpg_kernels import _checks, settings
 from rpg_kernels.law import WORD_BITS, sign_bits
 from rpg_kernels.placement import Placement, split
 
-_LAW_BYTES = 80  # per position: ten int64 tensors alive at once in the law
+_LAW_BYTES = 96  # per position: twelve int64 tensors alive at once in the law
 _SIGN_BYTES = 20  # per element of a position under "element": its word, its bit, its mask
 _MAX_POSITIONS = 1 << 16
 _FIXED_BYTES = 4096  # small tensors that do not grow with the tile
@@ -80,30 +80,50 @@ def tiles(
 
 
 def tile_size(p: Placement, device: torch.device, bytes_per_weight: int) -> tuple[int, int]:
-    """(rows, columns) of a tile; columns only fall below all of them when a row does not fit."""
+    """(rows, columns) of a tile; columns only fall below all of them when a row does not fit.
+
+    Raises:
+        RuntimeError: not even one block of each run fits, with the limit that would do.
+    """
+    size = fitting_size(p, device, bytes_per_weight)
+    if size is not None:
+        return size
+    _, smallest, _ = _row(p)
+    need = max(4 * _position_bytes(p), -(-smallest * bytes_per_weight * 4 // 3) + 4)
+    limit = settings.scratch_bytes(device.type)
+    raise RuntimeError(
+        f"scratch_limit: got {limit} bytes, wanted at least {need + _FIXED_BYTES} for the "
+        f"reference back end of a virtual weight {list(p.selected_shape)}"
+    )
+
+
+def fitting_size(
+    p: Placement, device: torch.device, bytes_per_weight: int
+) -> tuple[int, int] | None:
+    """tile_size, or None when nothing fits."""
     law_bytes, tile_bytes = _shares(device)
-    matrix = p.matrix
-    total, channels = p.selected_shape[:2]
     budget = tile_bytes // bytes_per_weight
-    offset = p.selection[1][0]
-    straddle = int(matrix.by_tap and offset % matrix.block != 0)  # one more block per run
-    run_blocks = matrix.run_blocks
-    if matrix.by_tap:
-        run_blocks = min(run_blocks, -(-channels // matrix.block) + straddle)
-    unit = matrix.runs * matrix.block  # weights of one more block in every run
-    fits = law_bytes >= _position_bytes(p)
-    if fits and unit * run_blocks <= budget:
-        return min(total, budget // (unit * run_blocks)), channels
-    smallest = unit * (1 + straddle if matrix.by_tap else run_blocks)
-    if not fits or smallest > budget:
-        need = max(4 * _position_bytes(p), -(-smallest * bytes_per_weight * 4 // 3) + 4)
-        need += _FIXED_BYTES
-        limit = settings.scratch_bytes(device.type)
-        raise RuntimeError(
-            f"scratch_limit: got {limit} bytes, wanted at least {need} for the reference back "
-            f"end of a virtual weight {list(p.selected_shape)}"
-        )
-    return 1, (budget // unit - straddle) * matrix.block
+    row, smallest, straddle = _row(p)
+    if law_bytes < _position_bytes(p) or smallest > budget:
+        return None
+    rows, channels = p.selected_shape[:2]
+    if row <= budget:
+        return min(rows, budget // row), channels
+    unit = p.matrix.runs * p.matrix.block
+    return 1, (budget // unit - straddle) * p.matrix.block
+
+
+def _row(p: Placement) -> tuple[int, int, int]:
+    """Weights, padding counted, of a row and of the least that a tile can hold; and 1 where the
+    selection begins inside a block, so that a tile of whole widths touches one block more."""
+    matrix = p.matrix
+    if not matrix.by_tap:
+        row = matrix.run_blocks * matrix.block
+        return row, row, 0
+    straddle = int(p.selection[1][0] % matrix.block != 0)
+    run_blocks = min(matrix.run_blocks, -(-p.selected_shape[1] // matrix.block) + straddle)
+    unit = matrix.runs * matrix.block  # one more block in every run
+    return unit * run_blocks, unit * min(run_blocks, 1 + straddle), straddle
 
 
 def _position_bytes(p: Placement) -> int:
