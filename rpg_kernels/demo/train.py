@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ def train(
     pixels: Pixels,
     schedule: Schedule,
     seed: int,
-    on_step: Callable[[], object],
+    on_step: Callable[[], object] = lambda: None,
+    groups: list[dict[str, Any]] | None = None,
 ) -> Trained:
     """Train ``model`` in place on its device and test it once at the end.
 
@@ -85,11 +87,13 @@ def train(
         schedule: epochs, batch size and the optimiser's settings.
         seed: of the order of images and of the augmentation, which are the same for every model.
         on_step: called after each optimiser step.
+        groups: of the optimiser; None for param_groups with the schedule's values.
     """
     data, device = pixels.data, pixels.device
     count = len(data.train_labels)
     size = min(schedule.batch_size, count)
-    groups = param_groups(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    if groups is None:
+        groups = param_groups(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
     optimizer = torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum, nesterov=True)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,

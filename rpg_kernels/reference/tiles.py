@@ -209,7 +209,7 @@ def _selected(runs: Tensor, p: Placement) -> Tensor:
     if p.matrix.by_tap:
         return elements
     offset, columns = p.selection[1]
-    by_tap = elements.squeeze(1).unflatten(1, (p.matrix.taps, p.matrix.channels))
+    by_tap: Tensor = elements.squeeze(1).unflatten(1, (p.matrix.taps, p.matrix.channels))
     return by_tap[:, :, offset : offset + columns]
 
 
@@ -217,7 +217,8 @@ def _torch_layout(taps: Tensor, p: Placement) -> Tensor:
     """``[rows, taps, columns]`` -> ``[rows, columns]`` or ``[rows, columns, *kernel]``, a view."""
     if len(p.shape) == 2:
         return taps.squeeze(1)
-    return taps.transpose(1, 2).unflatten(2, p.shape[2:])
+    kernel: Tensor = taps.transpose(1, 2).unflatten(2, p.shape[2:])
+    return kernel
 
 
 def _position_chunks(
