@@ -16,15 +16,19 @@ import rpg_kernels as rpg
 
 op = torch.ops.rpg_kernels
 REFLECT = ("element", "vector", "none")
-OTHERS = (torch.float64, *brute.LOW)
 KINDS = [
-    *((kind, torch.float32) for kind in itertools.product((1, 8, 64), REFLECT)),
-    *(((8, "element"), dtype) for dtype in OTHERS),
-    *(((64, "vector"), dtype) for dtype in OTHERS),
-    *(((1, "table"), dtype) for dtype in brute.ALL),
+    *(((64, reflect), torch.float32) for reflect in REFLECT),
+    ((8, "element"), torch.float32),
+    ((1, "element"), torch.float32),
+    ((1, "table"), torch.float32),
+    ((64, "vector"), torch.float64),
+    ((64, "element"), torch.bfloat16),
+    ((8, "vector"), torch.float16),
 ]
 BOOKKEEPING = 2048  # bytes of block numbers and the like
-ONEDNN = 192 << 10  # a bfloat16 product on CPU packs its operands; the size is the processor's
+# What oneDNN allocates for a product on CPU, whatever the size of the weight: it packs operands in
+# bfloat16, and pads the channels of a convolution to its own blocks.
+ONEDNN = {torch.bfloat16: 192 << 10, torch.float16: 32 << 10, torch.float32: 32 << 10}
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Call:
     name: str
     run: Callable[[], Tensor]
     small: int = 0
-    product: torch.dtype | None = None
+    product: torch.dtype = torch.float64
 
     def check(self, limit: int) -> Tensor:
         """Run within the limit, and look at the memory."""
@@ -42,8 +46,8 @@ class Call:
         allowed = limit + BOOKKEEPING + self.small
         if result.dtype in brute.LOW and self.name in ("pack", "embedding_bank_grad"):
             allowed += 4 * result.numel()  # summed in fp32
-        if self.product == torch.bfloat16:
-            allowed += ONEDNN
+        if self.product == torch.bfloat16 or "conv2d" in self.name:
+            allowed += ONEDNN.get(self.product, 0)
         beyond = most - result.nbytes
         assert beyond <= allowed, f"{self.name}: {beyond} bytes at once, limit {limit}"
         assert largest <= max(allowed, result.nbytes), f"{self.name}: {largest} bytes in one"
@@ -52,12 +56,12 @@ class Call:
 
 def measure(call: Callable[[], Tensor]) -> tuple[int, int, Tensor]:
     """(largest single allocation, most bytes alive at once, result) of a call."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    call()  # what torch allocates once and keeps
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         result = call()
     events = [
         (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for event in profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]
     largest = alive = most = 0
@@ -125,8 +129,8 @@ def operators(
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=str)
 def test_matrix_stays_within_the_limit(kind: tuple[int, str], dtype: torch.dtype) -> None:
-    rows, limit = (14, 1 << 14) if kind[0] == 1 else (80, 1 << 15)
-    weight, values = place((rows, 500), kind, dtype)
+    limit = 1 << (14 if kind[0] == 1 else 15)
+    weight, values = place((5 * limit // 4 // (500 * dtype.itemsize), 500), kind, dtype)
     with rpg.scratch_limit(limit):
         for call in operators(weight, values, dtype):
             call.check(limit)
@@ -134,23 +138,23 @@ def test_matrix_stays_within_the_limit(kind: tuple[int, str], dtype: torch.dtype
 
 @pytest.mark.parametrize(
     ("reflect", "dtype"),
-    [*itertools.product(REFLECT, [torch.float32]), *itertools.product(["vector"], OTHERS)],
+    [*itertools.product(REFLECT, [torch.float64]), *(("vector", dtype) for dtype in brute.ALL[1:])],
 )
 def test_kernel_stays_within_the_limit(reflect: str, dtype: torch.dtype) -> None:
-    for shape in ((30, 36, 3, 3), (60, 80, 1, 1), (40, 3, 5, 5)):
+    for shape, groups in (((16, 36, 3, 3), 2), ((60, 80, 1, 1), 1), ((40, 3, 5, 5), 1)):
         weight, values = place(shape, (16, reflect), dtype)
-        limit = max(1 << 13, weight.numel() * values.element_size() // 2)
+        limit = max(1 << 14, weight.numel() * values.element_size() * 4 // 5)
         with rpg.scratch_limit(limit):
-            for groups in (1, 2):
-                for call in operators(weight, values, dtype, groups):
-                    call.check(limit)
+            for call in operators(weight, values, dtype, groups):
+                call.check(limit)
 
 
-@pytest.mark.parametrize("dtype", brute.LOW)
-@pytest.mark.parametrize("reflect", REFLECT)
+@pytest.mark.parametrize(
+    ("reflect", "dtype"), [("element", torch.float16), ("vector", torch.bfloat16)]
+)
 def test_fp32_bank_with_low_precision_operands(reflect: str, dtype: torch.dtype) -> None:
-    limit = 1 << 16
-    for shape in ((150, 500), (40, 60, 3, 3)):
+    limit = 1 << 15
+    for shape in ((30, 500), (8, 60, 3, 3)):
         weight, values = place(shape, (16, reflect), torch.float32)
         with rpg.scratch_limit(limit):
             for call in operators(weight, values, dtype):
@@ -162,7 +166,7 @@ def test_default_limit_holds_for_weights_much_larger_than_it(dtype: torch.dtype)
     for shape in ((2048, 2048), (600, 512, 3, 3)):
         weight, values = place(shape, (64, "vector"), dtype)
         for call in operators(weight, values, dtype):
-            if call.product is not None:
+            if call.name not in ("pack", "unpack", "embedding", "embedding_bank_grad"):
                 call.check(4 << 20)
 
 
