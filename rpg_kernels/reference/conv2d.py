@@ -164,7 +164,10 @@ def conv2d_bank_grad(
     p = parse(placement)
     window = _Window(stride, padding, dilation)
     grad = bank_accumulator(p, dy.device, dtype)
-    for tile in tiles(p, dy.device, backward_bytes(p, dy, grad), groups):
+    bytes_per_weight = backward_bytes(p, dy, grad)
+    if dy.dtype not in (torch.float32, torch.bfloat16):
+        bytes_per_weight += dy.element_size()  # torch's plain path copies the placeholder below
+    for tile in tiles(p, dy.device, bytes_per_weight, groups):
         count, channels = _groups_of(tile, p, groups)
         like = dy.new_empty(1).expand(tile.placement.selected_shape)
         mask = [False, True, False]
