@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -200,3 +201,11 @@ def assert_accurate(got: Tensor, exact: Tensor, torchs: Tensor, what: str) -> No
     allowed = 2 * float((torchs.double() - exact).abs().max())
     allowed += 2 * torch.finfo(torch.float32).eps * max(1.0, float(exact.abs().max()))
     assert ours <= allowed, f"{what}: error {ours:.3g}, allowed {allowed:.3g}"
+
+
+def scratch_limits(call: Callable[[], object]) -> list[int]:
+    """The smallest limit that a call accepts, where tiles are parts of rows, and larger ones."""
+    with rpg.scratch_limit(0), pytest.raises(RuntimeError, match="wanted at least") as error:
+        call()
+    least = int(str(error.value).split("at least ")[1].split()[0])
+    return [least, least + 999, 3 * least, 1 << 22]

@@ -154,21 +154,22 @@ def test_accuracy(bank_dtype: torch.dtype, dtype: torch.dtype, reflect: str, lim
         brute.assert_accurate(g, e, rounded, name)
 
 
-@pytest.mark.parametrize("seed", [0, 3, 7, 8])
-def test_every_scratch_limit_gives_the_same(seed: int) -> None:
-    weight = random_weight(seed)
-    x = torch.randn(3, weight.shape[1], dtype=torch.float64, requires_grad=True)
-    tiles = set()
-    for limit in (4_000, 13_000, 40_000, 1 << 22):
-        with rpg.scratch_limit(limit):
-            try:
-                linear(x, weight)
-            except RuntimeError as error:
-                assert "scratch_limit" in str(error)  # noqa: PT017
-                continue
-            compare(weight, x, None)
-            tiles.add(limit)
-    assert len(tiles) > 1
+@pytest.mark.parametrize("granularity", [8, 64])
+@pytest.mark.parametrize("reflect", REFLECT)
+def test_every_scratch_limit_gives_the_same(reflect: str, granularity: int) -> None:
+    bank = brute.bank_of(700, granularity=granularity, reflect=reflect)
+    weight = bank.place((7, 910), scale=0.9)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    for part in (weight.narrow(0, 1, 5), weight.narrow(0, 2, 5).narrow(1, 5, 903)):
+        x = torch.randn(2, part.shape[1], dtype=torch.float64, requires_grad=True)
+        dy = torch.randn(2, 5, dtype=torch.float64)
+        needed = [
+            brute.scratch_limits(lambda part=part, x=x: linear(x, part)),
+            brute.scratch_limits(lambda part=part: part.pack(torch.ones_like(part.unpack()))),
+        ]
+        for limit in map(max, zip(*needed, strict=True)):
+            with rpg.scratch_limit(limit):
+                compare(part, x, bias, dy)
 
 
 @pytest.mark.parametrize("reflect", REFLECT)
@@ -217,6 +218,20 @@ def test_saves_x_and_refers_to_the_bank_and_nothing_else() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         linear(x, weight, bias)
     assert {t.data_ptr() for t in saved} == {x.data_ptr(), weight.bank.weight.data_ptr()}
+
+
+def test_deterministic_algorithms() -> None:
+    weight = random_weight(4)
+    x = torch.randn(64, weight.shape[1], dtype=torch.float64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        grads = [
+            torch.autograd.grad(linear(x, weight).square().sum(), weight.bank.weight)[0]
+            for _ in range(2)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*grads)
 
 
 def operators(weight: rpg.VirtualWeight) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:

@@ -173,26 +173,17 @@ def test_nan_and_infinity_reach_exactly_the_weights_that_read_them(reflect: str)
     assert touched.tolist() == [int(index[2, 3, 1, 0])]
 
 
-def limits(weight: rpg.VirtualWeight, call: object) -> list[int]:
-    """The smallest limit that the operator accepts, and larger ones."""
-    assert callable(call)
-    with rpg.scratch_limit(0), pytest.raises(RuntimeError, match="at least") as error:
-        call()
-    least = int(str(error.value).split("at least ")[1].split()[0])
-    return [least, 2 * least + 1, 5 * least, 1 << 22]
-
-
 @pytest.mark.parametrize("reflect", REFLECT)
-@pytest.mark.parametrize("shape", [(9, 200), (5, 20, 3, 3), (11, 1, 3, 3), (2, 130, 2, 2)])
+@pytest.mark.parametrize("shape", [(3, 900), (3, 60, 3, 3), (11, 1, 3, 3), (2, 430, 1, 2)])
 def test_every_scratch_limit_gives_the_same(shape: tuple[int, ...], reflect: str) -> None:
     weight = brute.bank_of(700, granularity=16, reflect=reflect).place(shape, scale=0.9)
     part = weight.narrow(1, 0, shape[1]) if shape[1] < 3 else weight.narrow(1, 1, shape[1] - 2)
     dense = torch.randn(part.shape, dtype=torch.float64)
     wanted = brute.unpack(part, brute.ring(weight.bank).detach())
-    for limit in limits(part, part.unpack):
+    for limit in brute.scratch_limits(part.unpack):
         with rpg.scratch_limit(limit):
             assert torch.equal(part.unpack(), wanted), limit
-    for limit in limits(part, lambda: part.pack(dense)):
+    for limit in brute.scratch_limits(lambda: part.pack(dense)):
         with rpg.scratch_limit(limit):
             brute.assert_exact(part.pack(dense), brute.pack(part, dense), f"limit {limit}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 from collections.abc import Callable
@@ -57,8 +58,12 @@ class Call:
 def measure(call: Callable[[], Tensor]) -> tuple[int, int, Tensor]:
     """(largest single allocation, most bytes alive at once, result) of a call."""
     call()  # what torch allocates once and keeps
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        result = call()
+    gc.disable()  # so that no tensor of an earlier test is freed while this one is watched
+    try:
+        with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+            result = call()
+    finally:
+        gc.enable()
     events = [
         (event.start_ns(), event.nbytes())
         for event in profiler.kineto_results.events()
@@ -68,7 +73,7 @@ def measure(call: Callable[[], Tensor]) -> tuple[int, int, Tensor]:
     for _, size in sorted(events, key=lambda event: event[0]):
         alive += size
         largest, most = max(largest, size), max(most, alive)
-    assert alive == result.nbytes, "everything but the result is freed"
+    assert alive == result.nbytes, f"{alive - result.nbytes} bytes beyond the result are kept"
     return largest, most, result
 
 
