@@ -148,23 +148,6 @@ def test_the_choice_is_kept_through_double_backward_and_by_every_operator(
     assert wanted <= set(calls)
 
 
-def test_partial_gradients_run_only_the_operators_they_need(
-    weight: rpg.VirtualWeight, calls: list[str]
-) -> None:
-    bank = weight.bank.weight
-    x, image = torch.randn(2, 20, requires_grad=True), torch.randn(1, 3, 5, 5, requires_grad=True)
-    with rpg.backend("simt"):
-        results = {
-            "linear": (x, rpg.functional.linear(x, weight)),
-            "conv2d": (image, rpg.functional.conv2d(image, weight.bank.place((4, 3, 3, 3)))),
-        }
-    for name, (leaf, y) in results.items():
-        for target, operator in ((leaf, "input_grad"), (bank, "bank_grad")):
-            calls.clear()
-            torch.autograd.grad(y.sum(), target, retain_graph=True)
-            assert calls == [f"{name}_{operator}"]
-
-
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],

@@ -264,7 +264,7 @@ def test_first_and_second_derivatives(name: str, reflect: str) -> None:
     weight = brute.bank_of(16, granularity=4, reflect=reflect).place((3, 6), scale=1.3)
     function, arguments = operators(weight)[name]
     assert torch.autograd.gradcheck(function, arguments)
-    assert torch.autograd.gradgradcheck(function, arguments)
+    assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
 
 
 @pytest.mark.parametrize("kind", ["law", "table", "part in bfloat16"])
