@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -129,7 +130,8 @@ class ParameterBank(nn.Module):
         last = int(table.bitwise_and(_checks.INT32_MAX).max())
         if last >= weight.numel():
             raise _checks.fail("table", f"index {last}", f"indices below dof {weight.numel()}")
-        data = table.detach().cpu().contiguous().numpy().astype("<i4", copy=False).tobytes()
+        host = table.detach().cpu().contiguous()
+        data = ctypes.string_at(host.data_ptr(), 4 * host.numel())
         digest = hashlib.sha256(data).hexdigest()
         generator = TableGenerator(slots=weight.numel(), entries=table.numel(), sha256=digest)
         bank = cls.__new__(cls)
@@ -158,6 +160,15 @@ class ParameterBank(nn.Module):
     def layers(self) -> int:
         """Virtual weights placed so far."""
         return len(self._placed)
+
+    def placed(self, placement: Placement) -> VirtualWeight | None:
+        """The weight that a placement is, or is a part of; None when this bank placed none such."""
+        if placement.layer < self.layers:
+            weight = self._placed[placement.layer]
+            mine = weight.placement
+            if (mine.shape, mine.start) == (placement.shape, placement.start):
+                return weight
+        return None
 
     def reset_parameters(self) -> None:
         """Draw the bank anew from N(0, init_std²)."""

@@ -132,7 +132,11 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     dtype = _checks.tensor("x", x).dtype
     if op == "embedding":
         dtype = cast("VirtualLayer", module).virtual_weight.dtype
-    elif torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    elif (
+        torch.amp.is_autocast_available(x.device.type)
+        and torch.is_autocast_enabled(x.device.type)
+        and dtype != torch.float64
+    ):
         dtype = torch.get_autocast_dtype(x.device.type)
     rule = decide(op, x.device, dtype, settings.forced_backend())
     limit = settings.scratch_bytes(x.device.type)

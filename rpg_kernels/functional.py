@@ -88,7 +88,7 @@ def conv2d(
     if _checks.tensor("x", x).dim() not in (3, 4):
         raise _checks.fail("x", f"shape {list(x.shape)}", "[B, C, H, W] or [C, H, W]")
     batched = x if x.dim() == 4 else x.unsqueeze(0)
-    strides, dilations = pair("stride", stride), pair("dilation", dilation)
+    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
     if isinstance(padding, str):
         _checks.choice("padding", padding, ("same", "valid"))
         pads = (0, 0)
@@ -210,13 +210,13 @@ def _tensor(result: object) -> Tensor:
     return result
 
 
-def pair(argument: str, value: Pair) -> tuple[int, int]:
+def pair(argument: str, value: Pair, low: int = 0) -> tuple[int, int]:
     """(value, value) of an int, or the pair itself."""
     both = (value, value) if isinstance(value, int) else value
     if not isinstance(both, tuple | list) or len(both) != 2:
         raise _checks.fail(argument, value, "an int or a pair of ints")
     for number in both:
-        _checks.integer(argument, number, 0, _checks.INT32_MAX)
+        _checks.integer(argument, number, low, _checks.INT32_MAX)
     return both[0], both[1]
 
 

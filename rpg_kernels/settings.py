@@ -45,8 +45,9 @@ def scratch_limit(limit: int, device_type: str | None = None) -> _Restore:
     """Set how many bytes one operator call may use and free again before it returns.
 
     The default is 4 MiB on CPU and 16 MiB on CUDA. 0 forbids scratch; an operator that cannot
-    run within the limit raises and says how much it needs. Inputs, results and the fp32
-    accumulator of a bank gradient are not scratch. The setting is process-wide.
+    run within the limit raises and says how much it needs. Not scratch are inputs and results, the
+    fp32 accumulator of a bank gradient, copies of activations (in another dtype, or in pieces),
+    and what the vendor library packs for itself. The setting is process-wide.
 
     Args:
         limit: bytes, at least 0.
@@ -68,9 +69,9 @@ def scratch_limit(limit: int, device_type: str | None = None) -> _Restore:
     _checks.integer("limit", limit, 0, 2**62, " bytes")
     if device_type is not None:
         _checks.choice("device_type", device_type, tuple(_scratch_bytes))
-    undo = dict(_scratch_bytes)
-    for kind in _scratch_bytes if device_type is None else (device_type,):
-        _scratch_bytes[kind] = limit
+    kinds = tuple(_scratch_bytes) if device_type is None else (device_type,)
+    undo = {kind: _scratch_bytes[kind] for kind in kinds}
+    _scratch_bytes.update(dict.fromkeys(kinds, limit))
     return _Restore(undo)
 
 

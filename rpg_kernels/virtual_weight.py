@@ -27,6 +27,7 @@ class VirtualWeight:
     Args:
         bank: what it reads; its generator must be the placement's.
         placement: shape, layer, segment, scale and selection.
+        root: the weight that this is a part of, whose scale it follows; None for a whole one.
 
     Raises:
         ValueError: the placement was made for another generator.
@@ -42,7 +43,8 @@ class VirtualWeight:
 
     bank: ParameterBank
     placement: Placement
-    spec: str = field(init=False)  # the placement as text, which operators take on every call
+    root: VirtualWeight | None = None  # the whole weight, when this is a part of one
+    text: str = field(init=False)  # the placement as JSON, made once
     shape: torch.Size = field(init=False)  # torch's shape of the (selected) weight
 
     def __post_init__(self) -> None:
@@ -54,12 +56,19 @@ class VirtualWeight:
         if self.placement.generator != self.bank.generator:
             raise _checks.fail("placement", self.placement.generator, str(self.bank.generator))
         object.__setattr__(self, "shape", torch.Size(self.placement.selected_shape))
-        object.__setattr__(self, "spec", self.placement.to_json())
+        object.__setattr__(self, "text", self.placement.to_json())
+
+    @property
+    def spec(self) -> str:
+        """The placement as text, which operators take on every call."""
+        if self.root is not None and self.root.scale != self.placement.scale:
+            return replace(self.placement, scale=self.root.scale).to_json()
+        return self.text
 
     @property
     def scale(self) -> float:
-        """The layer's multiplier."""
-        return self.placement.scale
+        """The layer's multiplier; that of the whole weight, for a part of one."""
+        return self.placement.scale if self.root is None else self.root.scale
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +90,8 @@ class VirtualWeight:
         Raises:
             IndexError, ValueError: dim, start or length is out of range.
         """
-        return VirtualWeight(self.bank, self.placement.narrow(dim, start, length))
+        placement = self.placement.narrow(dim, start, length)
+        return VirtualWeight(self.bank, placement, self.root or self)
 
     def rescale(self, scale: float) -> None:
         """Change the scale: what loading a state dict into the bank does, and nothing else should.
@@ -91,7 +101,7 @@ class VirtualWeight:
         """
         placement = replace(self.placement, scale=scale)
         object.__setattr__(self, "placement", placement)
-        object.__setattr__(self, "spec", placement.to_json())
+        object.__setattr__(self, "text", placement.to_json())
 
     def unpack(self) -> Tensor:
         """Ŵ itself: torch's layout, scale included, the bank's dtype; differentiable."""
@@ -116,7 +126,8 @@ class VirtualWeight:
         Raises:
             TypeError, ValueError: not a placement's JSON, or made for another generator.
         """
-        return cls(bank, parse(text))
+        placement = parse(text)
+        return cls(bank, placement, bank.placed(placement))
 
     def __repr__(self) -> str:
         p = self.placement
@@ -124,5 +135,5 @@ class VirtualWeight:
         part = "" if p.selected_shape == full else f" of {full} at {p.rows}, {p.columns}"
         return (
             f"VirtualWeight({tuple(self.shape)}{part}, layer={p.layer}, start={p.start}, "
-            f"scale={p.scale:.4g}, dof={self.bank.dof})"
+            f"scale={self.scale:.4g}, dof={self.bank.dof})"
         )

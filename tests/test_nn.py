@@ -338,3 +338,28 @@ def test_bad_arguments(make: Any, error: type[Exception], message: str) -> None:
 def test_bad_inputs(layer: Any, x: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         layer(make_bank(dtype=torch.float32))(x)
+
+
+def test_a_refused_layer_takes_no_place_on_the_ring() -> None:
+    bank = rpg.ParameterBank(dof=256)
+    with pytest.raises(ValueError, match=r"dtype: got torch.int64"):
+        rpg.nn.Linear(8, 8, bank=bank, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"device: got meta"):
+        rpg.nn.Linear(8, 8, bank=bank, device="meta")
+    for name in ("stride", "dilation", "kernel_size"):
+        sizes = {"kernel_size": 3, name: 0}
+        with pytest.raises(ValueError, match=f"{name}: got 0"):
+            rpg.nn.Conv2d(4, 4, bank=bank, **sizes)
+    assert bank.layers == 0
+    weight = bank.place((8, 8))
+    with pytest.raises(ValueError, match="scale: got fan_in"):
+        rpg.nn.Linear(8, 8, virtual_weight=weight, scale="fan_in")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_of_a_low_precision_bank_keeps_its_dtype(dtype: torch.dtype) -> None:
+    layer = rpg.nn.Linear(24, 8, bank=rpg.ParameterBank(dof=256, dtype=dtype))
+    other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+    with torch.autocast("cpu", other):
+        y = layer(torch.randn(2, 24))
+    assert y.dtype == dtype

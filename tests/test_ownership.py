@@ -250,3 +250,27 @@ def test_a_large_model_runs_end_to_end_from_meta() -> None:
     y.square().mean().backward()
     assert y.isfinite().all()
     assert model.rpg_bank.weight.grad.ne(0).all()
+
+
+def test_initialize_refuses_a_table_which_no_reset_can_restore() -> None:
+    table = torch.tensor([0, 3, -(2**31) + 1, 2], dtype=torch.int32)
+    bank = rpg.ParameterBank.from_table(torch.randn(4), table)
+    weight = bank.place((2, 2))
+    layer = rpg.nn.Linear(2, 2, bias=False, virtual_weight=weight)
+    net = rpg.attach(nn.Sequential(layer), bank).to("meta")
+    with pytest.raises(ValueError, match=r"model: got rpg_bank.*table is data"):
+        rpg.initialize(net)
+    assert bank.weight.device.type == "meta"
+
+
+def test_initialize_resets_children_before_their_parents() -> None:
+    with torch.device("meta"):
+        net = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4), "head": nn.Linear(32, 32)})
+    rpg.initialize(net)
+    assert torch.equal(net["attention"].out_proj.bias, torch.zeros(32))
+    with torch.device("meta"):
+        transformer = nn.Transformer(32, 4, 1, 1, 64)
+    rpg.convert(transformer, rpg.RPGConfig(dof=4096))
+    rpg.initialize(transformer)
+    std = float(transformer.rpg_bank.weight.detach().std())
+    assert abs(std / transformer.rpg_bank.init_std - 1) < 0.1  # its parent resets all tensors

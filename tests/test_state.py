@@ -348,3 +348,19 @@ def test_double_backward_through_a_model() -> None:
         model.get_submodule(n).virtual_weight.pack(g) for n, g in zip(names, parts, strict=True)
     )
     torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_parts_follow_the_scale_that_a_state_dict_brings() -> None:
+    def net(scale: float) -> tuple[nn.Module, rpg.VirtualWeight]:
+        bank = rpg.ParameterBank(dof=256, granularity=16)
+        whole = bank.place((40, 24), scale=scale)
+        part = rpg.nn.Linear(24, 30, bias=False, virtual_weight=whole.narrow(0, 4, 30))
+        return rpg.attach(nn.Sequential(part), bank), whole
+
+    (theirs, _), (ours, whole) = net(1.0), net(3.0)
+    copy = rpg.VirtualWeight.from_json(whole.bank, whole.to_json())
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 24)
+    assert torch.equal(ours(x), theirs(x))
+    assert copy.scale == whole.scale == 1.0
+    assert torch.equal(copy.unpack(), whole.unpack())

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rpg_kernels import settings
 from rpg_kernels.bank import ParameterBank
 from rpg_kernels.placement import split
 from rpg_kernels.virtual_weight import VirtualWeight
@@ -34,6 +35,7 @@ def fit_bank(
     """
     op = torch.ops.rpg_kernels
     double = torch.float64
+    backend = settings.forced_backend()
     table = bank.table
     once = {id(vw): (vw, dense, masked) for vw, dense, masked in layers.values()}
     ones = torch.ones(bank.weight.shape, dtype=double, device=bank.weight.device)
@@ -41,9 +43,9 @@ def fit_bank(
         target, uses = torch.zeros_like(ones), torch.zeros_like(ones)
         for vw, dense, masked in once.values():
             for part, rows in _parts(vw, masked):
-                target += op.pack(dense[rows].to(double), table, part.spec, double, "")
-                signs = op.unpack(ones, table, part.spec, "")
-                uses += op.pack(signs, table, part.spec, double, "")
+                target += op.pack(dense[rows].to(double), table, part.spec, double, backend)
+                signs = op.unpack(ones, table, part.spec, backend)
+                uses += op.pack(signs, table, part.spec, double, backend)
         fitted = torch.where(uses > 0, target / uses, bank.weight.to(double))
         bank.weight.copy_(fitted)
         return {name: _residual(*layer) for name, layer in layers.items()}

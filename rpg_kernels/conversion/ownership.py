@@ -77,6 +77,8 @@ def initialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modul
     _module(model)
     unable, alive = [], []
     for name, module in model.named_modules():
+        if isinstance(module, ParameterBank) and module.table is not None:
+            unable.append(f"{name} (its table is data; load it with load_state_dict)")
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         alive += [name for tensor in own if tensor.device.type != "meta"]
         if own and _reset_of(module) is None:
@@ -93,10 +95,11 @@ def initialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modul
         for name in names[1:]:
             parent, _, key = name.rpartition(".")
             setattr(model.get_submodule(parent), key, first)
+    # Children first, as Module.apply; banks last, since some parents reset every tensor they hold.
+    model.apply(lambda module: None if isinstance(module, ParameterBank) else _reset(module))
     for module in model.modules():
-        reset = _reset_of(module)
-        if reset is not None:
-            reset()
+        if isinstance(module, ParameterBank):
+            module.reset_parameters()
     return model
 
 
@@ -185,6 +188,12 @@ def _ties(model: nn.Module) -> list[list[str]]:
 def _module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
+
+
+def _reset(module: nn.Module) -> None:
+    reset = _reset_of(module)
+    if reset is not None:
+        reset()
 
 
 def _reset_of(module: nn.Module) -> Any:

@@ -12,6 +12,11 @@ from rpg_kernels._tensors import DTYPES
 SHARED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
 Filter = Callable[[nn.Module, str], bool]
 _TENSORS = {"weight", "bias"}
+_ATTRIBUTES = {
+    nn.Linear: set(vars(nn.Linear(1, 1, device="meta"))),
+    nn.Conv2d: set(vars(nn.Conv2d(1, 1, 1, device="meta"))),
+    nn.Embedding: set(vars(nn.Embedding(1, 1, device="meta"))),
+}
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -20,6 +25,7 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
@@ -68,6 +74,10 @@ def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
             reason = "last layer (classifier), kept by the default rule"
         elif name == names[0]:
             reason = "first layer (stem), kept by the default rule"
+        elif _all_zero(module):
+            reason = (
+                "its weight starts as zeros, which a bank cannot give; kept by the default rule"
+            )
         else:
             reason = ""
         if reason:
@@ -100,6 +110,7 @@ def _obstacle(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward is patched, which a replacement would lose"
     own = set(module._parameters) - _TENSORS | set(module._buffers) | set(module._modules)
+    own |= set(vars(module)) - _ATTRIBUTES[kind] - {"bias"}
     if own:
         return f"it holds {', '.join(sorted(own))}, which a replacement would lose"
     if "bias" in vars(module):
@@ -109,6 +120,12 @@ def _obstacle(module: nn.Module) -> str | None:
             if getattr(module, option):
                 return f"{option} changes or indexes a stored weight"
     return None
+
+
+def _all_zero(module: nn.Module) -> bool:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight.device.type != "meta" and not bool(weight.detach().any())
 
 
 def _keep_ties_together(model: nn.Module, found: Selection) -> None:

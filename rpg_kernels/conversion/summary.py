@@ -180,8 +180,8 @@ def _layer(name: str, module: VirtualLayer, tied_to: str, residual: float | None
         start=p.start,
         span=p.matrix.span,
         laps=p.matrix.span / bank.dof,
-        scale=p.scale,
-        std=abs(p.scale) * bank.init_std,
+        scale=vw.scale,
+        std=abs(vw.scale) * bank.init_std,
         residual=residual,
         tied_to=tied_to,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rpg_kernels import _checks
+from rpg_kernels._tensors import DTYPES
 from rpg_kernels.bank import ParameterBank
 from rpg_kernels.config import RPGConfig
 from rpg_kernels.geometry import VirtualMatrix
@@ -38,6 +39,15 @@ class VirtualLayer(nn.Module):
         lookup: bool = False,
     ) -> None:
         """Set ``virtual_weight``: the one given, or the next of the bank, or of a private bank."""
+        if dtype is not None and dtype not in DTYPES:
+            raise _checks.fail("dtype", dtype, "float64, float32, bfloat16 or float16")
+        owner = bank if virtual_weight is None else getattr(virtual_weight, "bank", None)
+        if isinstance(owner, ParameterBank) and device is not None:
+            have = owner.weight.device.type
+            if torch.device(device).type != have:
+                raise _checks.fail("device", device, f"the bank's, {have}, or None")
+        if virtual_weight is not None and scale != "match":
+            raise _checks.fail("scale", scale, "none, as the virtual weight has its own")
         if virtual_weight is not None:
             if not isinstance(virtual_weight, VirtualWeight):
                 got = type(virtual_weight).__name__

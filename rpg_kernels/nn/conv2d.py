@@ -67,12 +67,10 @@ class Conv2d(VirtualLayer):
             raise _checks.fail("groups", groups, wanted)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = pair("kernel_size", kernel_size)
-        if min(self.kernel_size) < 1:
-            raise _checks.fail("kernel_size", self.kernel_size, "sizes of at least 1")
-        self.stride = pair("stride", stride)
+        self.kernel_size = pair("kernel_size", kernel_size, 1)
+        self.stride = pair("stride", stride, 1)
         self.padding = padding if isinstance(padding, str) else pair("padding", padding)
-        self.dilation = pair("dilation", dilation)
+        self.dilation = pair("dilation", dilation, 1)
         self.groups = groups
         self.padding_mode = _checks.choice("padding_mode", padding_mode, PADDING_MODES)
         if isinstance(self.padding, str):
@@ -123,4 +121,5 @@ class Conv2d(VirtualLayer):
             text += f", groups={self.groups}"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode!r}"
-        return f"{text}, bias={self.bias is not None}, layer={p.layer}, scale={p.scale:.4g}"
+        place = f"layer={p.layer}, scale={self.virtual_weight.scale:.4g}"
+        return f"{text}, bias={self.bias is not None}, {place}"

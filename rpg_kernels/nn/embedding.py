@@ -70,5 +70,5 @@ class Embedding(VirtualLayer):
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return (
             f"{self.num_embeddings}, {self.embedding_dim}{padding}, layer={p.layer}, "
-            f"scale={p.scale:.4g}"
+            f"scale={self.virtual_weight.scale:.4g}"
         )

@@ -71,5 +71,5 @@ class Linear(VirtualLayer):
         p = self.virtual_weight.placement
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, layer={p.layer}, scale={p.scale:.4g}"
+            f"bias={self.bias is not None}, layer={p.layer}, scale={self.virtual_weight.scale:.4g}"
         )

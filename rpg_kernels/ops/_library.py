@@ -79,7 +79,8 @@ def autocast(name: str) -> None:
             device: str = device.lower(),
             keyset: torch._C.DispatchKeySet = keyset,
         ) -> Tensor:
-            dtype = torch.get_autocast_dtype(device)
+            low = bank.dtype in LOW_PRECISION  # then that is what the product is computed in
+            dtype = bank.dtype if low else torch.get_autocast_dtype(device)
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 operator = getattr(torch.ops.rpg_kernels, name)
                 cast = [_cast(t, dtype) for t in (x, bias)]
