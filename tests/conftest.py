@@ -11,8 +11,8 @@ from hypothesis import settings
 NO_GPU = "no CUDA device"
 GPU_TESTS = pytest.StashKey[set[str]]()
 
-# The tests' tensors are small: more threads than this only add their own start-up to each operator.
-torch.set_num_threads(min(4, torch.get_num_threads()))
+# The tests' tensors are small: more threads only add their own start-up to each operator.
+torch.set_num_threads(1)
 
 # The same examples in every run, and no deadline: the first call of an operator may compile.
 settings.register_profile("rpg_kernels", derandomize=True, deadline=None)
