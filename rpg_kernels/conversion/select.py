@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 from torch import nn
 
@@ -12,11 +13,6 @@ from rpg_kernels._tensors import DTYPES
 SHARED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
 Filter = Callable[[nn.Module, str], bool]
 _TENSORS = {"weight", "bias"}
-_ATTRIBUTES = {
-    nn.Linear: set(vars(nn.Linear(1, 1, device="meta"))),
-    nn.Conv2d: set(vars(nn.Conv2d(1, 1, 1, device="meta"))),
-    nn.Embedding: set(vars(nn.Embedding(1, 1, device="meta"))),
-}
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -110,7 +106,7 @@ def _obstacle(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward is patched, which a replacement would lose"
     own = set(module._parameters) - _TENSORS | set(module._buffers) | set(module._modules)
-    own |= set(vars(module)) - _ATTRIBUTES[kind] - {"bias"}
+    own |= set(vars(module)) - _attributes(kind) - {"bias"}
     if own:
         return f"it holds {', '.join(sorted(own))}, which a replacement would lose"
     if "bias" in vars(module):
@@ -120,6 +116,14 @@ def _obstacle(module: nn.Module) -> str | None:
             if getattr(module, option):
                 return f"{option} changes or indexes a stored weight"
     return None
+
+
+@cache
+def _attributes(kind: type[nn.Module]) -> set[str]:
+    """What every layer of a kind has; made when first asked for, as meta tensors import a lot."""
+    if kind is nn.Conv2d:
+        return set(vars(nn.Conv2d(1, 1, 1, device="meta")))
+    return set(vars(kind(1, 1, device="meta")))
 
 
 def _all_zero(module: nn.Module) -> bool:
