@@ -93,7 +93,7 @@ def main() -> None:
             step()
             if round_ >= 2:
                 seconds[name].append(time.perf_counter() - begin)
-    schedule = Schedule(epochs=1, batch_size=args.batch_size)
+    schedule = Schedule(epochs=1, batch_size=args.batch_size, lr=0.01)
     rows = {}
     for name, step in steps.items():
         saved = saved_bytes(step.model, x, schedule)
