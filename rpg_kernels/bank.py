@@ -234,7 +234,9 @@ class ParameterBank(nn.Module):
 
         Either would otherwise silently mean another network.
         """
-        theirs = local_metadata.get(_PLACEMENTS)
+        # Without values of ours in the state dict its map does not concern this bank.
+        given = f"{prefix}weight" in state_dict
+        theirs = local_metadata.get(_PLACEMENTS) if given else None
         if theirs is not None:
             difference = _difference(theirs, self._placed)
             if difference:
@@ -267,8 +269,10 @@ def _floating(dtype: torch.dtype | None, argument: str = "dtype") -> torch.dtype
     return dtype
 
 
-def _difference(theirs: Sequence[str], ours: Sequence[VirtualWeight]) -> str:
+def _difference(theirs: object, ours: Sequence[VirtualWeight]) -> str:
     """How the map of a state dict differs from a bank's own; "" when only scales do."""
+    if not isinstance(theirs, list):
+        return f"got a state dict whose placements are a {type(theirs).__name__}, wanted a list"
     if len(theirs) != len(ours):
         return f"got a state dict of {len(theirs)} virtual weights, wanted {len(ours)}"
     for text, mine in zip(theirs, ours, strict=True):

@@ -364,3 +364,29 @@ def test_parts_follow_the_scale_that_a_state_dict_brings() -> None:
     assert torch.equal(ours(x), theirs(x))
     assert copy.scale == whole.scale == 1.0
     assert torch.equal(copy.unpack(), whole.unpack())
+
+
+def test_a_state_dict_without_the_bank_leaves_its_scales_alone() -> None:
+    def net(scale: float) -> nn.Module:
+        bank = rpg.ParameterBank(dof=256, granularity=16)
+        weight = bank.place((8, 24), scale=scale)
+        return rpg.attach(nn.Sequential(rpg.nn.Linear(24, 8, virtual_weight=weight)), bank)
+
+    state, ours = net(1.0).state_dict(), net(3.0)
+    del state["rpg_bank.weight"]  # an OrderedDict keeps its metadata
+    ours.load_state_dict(state, strict=False)
+    assert ours[0].virtual_weight.scale == 3.0
+
+
+@pytest.mark.parametrize("placements", [3, "x", {"a": 1}, ["not a placement"], [None]])
+def test_placements_that_cannot_be_read_are_refused(placements: object) -> None:
+    def net() -> nn.Module:
+        bank = rpg.ParameterBank(dof=256, granularity=16)
+        return rpg.attach(nn.Sequential(rpg.nn.Linear(24, 8, bank=bank)), bank)
+
+    state, ours = net().state_dict(), net()
+    state._metadata["rpg_bank"]["rpg_placements"] = placements
+    before = ours.rpg_bank.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"rpg_bank: got a state dict"):
+        ours.load_state_dict(state)
+    assert torch.equal(ours.rpg_bank.weight, before)
