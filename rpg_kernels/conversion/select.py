@@ -42,7 +42,8 @@ def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
 
     The default shares hidden layers: every nn.Linear, nn.Conv2d and nn.Embedding but the first
     (stem) and the last (classifier) of the model, and those whose weight starts as zeros; norms
-    and biases always stay as they are, as in the paper (section 4). Layers whose parameter is tied are shared together or not at all.
+    and biases always stay as they are, as in the paper (section 4). Layers whose parameter is tied
+    are shared together or not at all.
 
     Args:
         model: any model.
