@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,3 +23,11 @@ def empty_image(x: Tensor, shape: Sequence[Any], device: str | None = None) -> T
         device=device or x.device,
         memory_format=torch.contiguous_format if plain else torch.channels_last,
     )
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared; valid while the tensor lives."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")

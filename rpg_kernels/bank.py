@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rpg_kernels import _checks
-from rpg_kernels._tensors import DTYPES
+from rpg_kernels._tensors import DTYPES, memory
+from rpg_kernels.bank_map import BankMap
 from rpg_kernels.config import PAPER_INIT_STD
 from rpg_kernels.generator import Generator, TableGenerator
-from rpg_kernels.placement import Placement, parse
+from rpg_kernels.placement import Placement
 from rpg_kernels.virtual_weight import VirtualWeight
 
-_PLACEMENTS = "rpg_placements"
+_EXTRA_STATE = "_extra_state"  # torch's suffix for what get_extra_state returns
 
 
 class ParameterBank(nn.Module):
@@ -130,10 +130,9 @@ class ParameterBank(nn.Module):
         last = int(table.bitwise_and(_checks.INT32_MAX).max())
         if last >= weight.numel():
             raise _checks.fail("table", f"index {last}", f"indices below dof {weight.numel()}")
-        host = table.detach().cpu().contiguous()
-        data = ctypes.string_at(host.data_ptr(), 4 * host.numel())
-        digest = hashlib.sha256(data).hexdigest()
-        generator = TableGenerator(slots=weight.numel(), entries=table.numel(), sha256=digest)
+        generator = TableGenerator(
+            slots=weight.numel(), entries=table.numel(), sha256=_sha256(table)
+        )
         bank = cls.__new__(cls)
         std = float(weight.detach().float().std(correction=0))
         bank._setup(generator, weight.numel(), std if std > 0 else PAPER_INIT_STD)
@@ -213,12 +212,54 @@ class ParameterBank(nn.Module):
         """x itself: a bank registered with an nn.Sequential is one of the modules it runs."""
         return x
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """One key for the values; the map goes into the state dict's metadata, beside versions."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
-        if metadata is not None:
-            metadata[prefix[:-1]][_PLACEMENTS] = [weight.spec for weight in self._placed]
+    @property
+    def map(self) -> BankMap:
+        """What the values mean: the generator, and every layer's segment, shape and scale."""
+        return BankMap(self.generator, tuple(weight.placement for weight in self._placed))
+
+    def check(self, theirs: BankMap | None, table: object) -> None:
+        """Refuse values that would mean another network in this bank.
+
+        Args:
+            theirs: the map that the values were made for; None when nobody knows.
+            table: what is to replace ``bank.table``; that itself when nothing is.
+
+        Raises:
+            ValueError: another generator, other layers (scales may differ), or another table.
+        """
+        difference = "" if theirs is None else theirs.difference(self.map)
+        if difference:
+            raise ValueError(f"got values of another generating matrix or layers ({difference})")
+        if table is self.table or not isinstance(self.generator, TableGenerator):
+            return
+        wanted = f"a torch.int32 tensor [{self.generator.entries}]"
+        if not isinstance(table, Tensor):
+            raise _checks.fail("table", f"a {type(table).__name__}", wanted)
+        if table.dtype != torch.int32 or table.shape != (self.generator.entries,):
+            raise _checks.fail("table", f"{table.dtype} {list(table.shape)}", wanted)
+        # An index from elsewhere might lie beyond the bank; meta has no values to read.
+        if not table.is_meta and (got := _sha256(table)) != self.generator.sha256:
+            raise _checks.fail("table", f"sha256 {got}", self.generator.sha256)
+
+    def get_extra_state(self) -> Tensor:
+        """The map as uint8 ``[bytes]``, which state dicts hold beside the values.
+
+        A tensor, so that ``torch.load(weights_only=True)`` and safetensors take it; on the bank's
+        device, as tools that move whole state dicts expect, or on the CPU for a bank on meta.
+        """
+        device = self.weight.device
+        return self.map.to_tensor("cpu" if device.type == "meta" else device)
+
+    def set_extra_state(self, state: object) -> None:
+        """Take over the scales of a bank with the same map.
+
+        Raises:
+            ValueError: not what get_extra_state returns, or another map; nothing has changed.
+        """
+        theirs = BankMap.from_tensor(state)
+        self.check(theirs, self.table)
+        for weight, placement in zip(self._placed, theirs.placements, strict=True):
+            weight.rescale(placement.scale)
 
     def _load_from_state_dict(
         self,
@@ -230,19 +271,20 @@ class ParameterBank(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take over the scales of a state dict; refuse the values of another map.
-
-        Either would otherwise silently mean another network.
-        """
+        """Refuse the values of another map before any changes; take scales only with values."""
+        key = prefix + _EXTRA_STATE
         # Without values of ours in the state dict its map does not concern this bank.
-        given = f"{prefix}weight" in state_dict
-        theirs = local_metadata.get(_PLACEMENTS) if given else None
-        if theirs is not None:
-            difference = _difference(theirs, self._placed)
-            if difference:
-                error_msgs.append(f"{prefix[:-1]}: {difference}")
-                return
-        errors = len(error_msgs)
+        given = key in state_dict and f"{prefix}weight" in state_dict
+        try:
+            theirs = BankMap.from_tensor(state_dict[key]) if given else None
+            self.check(theirs, state_dict.get(f"{prefix}table", self.table))
+        except ValueError as error:
+            error_msgs.append(f"{prefix[:-1] or 'bank'}: {error}")
+            return
+        errors, incoming = len(error_msgs), state_dict
+        if key in state_dict:
+            # torch sets the extra state even when the values do not fit, so it gets our own.
+            state_dict = {**state_dict, key: self.get_extra_state()}
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -252,9 +294,8 @@ class ParameterBank(nn.Module):
             unexpected_keys,
             error_msgs,
         )
-        if theirs is not None and len(error_msgs) == errors:
-            for text, weight in zip(theirs, self._placed, strict=True):
-                weight.rescale(parse(text).scale)
+        if given and len(error_msgs) == errors:
+            self.set_extra_state(incoming[key])
 
     def extra_repr(self) -> str:
         """dof (and what was asked for), then the generator."""
@@ -269,20 +310,6 @@ def _floating(dtype: torch.dtype | None, argument: str = "dtype") -> torch.dtype
     return dtype
 
 
-def _difference(theirs: object, ours: Sequence[VirtualWeight]) -> str:
-    """How the map of a state dict differs from a bank's own; "" when only scales do."""
-    if not isinstance(theirs, list):
-        return f"got a state dict whose placements are a {type(theirs).__name__}, wanted a list"
-    if len(theirs) != len(ours):
-        return f"got a state dict of {len(theirs)} virtual weights, wanted {len(ours)}"
-    for text, mine in zip(theirs, ours, strict=True):
-        try:
-            other = parse(text)
-        except (TypeError, ValueError) as error:
-            return f"got a state dict whose placement cannot be read ({error})"
-        for name in ("generator", "layer", "shape", "start"):
-            got, wanted = getattr(other, name), getattr(mine.placement, name)
-            if got != wanted:
-                where = f"of layer {mine.placement.layer}"
-                return f"got a state dict with {name} {got} {where}, wanted {wanted}"
-    return ""
+def _sha256(table: Tensor) -> str:
+    host = table.detach().cpu().contiguous()
+    return hashlib.sha256(memory(host)).hexdigest()

@@ -75,7 +75,8 @@ def test_layers_are_replaced_in_place_and_the_bank_is_one_key() -> None:
     assert (model[2].in_features, model[2].out_features) == (32, 16)
     assert model[2].bias is bias
     assert list(model.state_dict()) == [
-        "0.weight", "0.bias", "2.bias", "4.weight", "4.bias", "rpg_bank.weight",
+        "0.weight", "0.bias", "2.bias", "4.weight", "4.bias",
+        "rpg_bank.weight", "rpg_bank._extra_state",
     ]  # fmt: skip
     assert isinstance(model.rpg_bank, rpg.ParameterBank)
     assert model[2].virtual_weight.bank is model.rpg_bank
@@ -125,7 +126,8 @@ def test_tied_weights_share_one_virtual_weight() -> None:
     model = rpg.convert(TinyLanguageModel(), CONFIG, every)
     assert model.head.virtual_weight is model.embed.virtual_weight
     assert list(model.state_dict()) == [
-        "block.0.bias", "block.2.bias", "again.0.bias", "again.2.bias", "rpg_bank.weight",
+        "block.0.bias", "block.2.bias", "again.0.bias", "again.2.bias",
+        "rpg_bank.weight", "rpg_bank._extra_state",
     ]  # fmt: skip
     record = rpg.summary(model)
     assert record.virtual_weights == 20 * 16 + 2 * 16 * 24
@@ -276,7 +278,8 @@ def test_parts_of_a_model_may_have_banks_of_their_own() -> None:
     for key, part in model.items():
         rpg.convert(part, rpg.RPGConfig(dof=64, granularity=8, seed=ord(key)))
     assert [k for k in model.state_dict() if "bank" in k] == [
-        "a.rpg_bank.weight", "b.rpg_bank.weight",
+        "a.rpg_bank.weight", "a.rpg_bank._extra_state",
+        "b.rpg_bank.weight", "b.rpg_bank._extra_state",
     ]  # fmt: skip
     record = rpg.summary(model)
     assert (record.dof, record.orphans) == (128, ())

@@ -59,7 +59,8 @@ def test_virtual_weights_are_exactly_the_papers(name: str) -> None:
     assert kept == ["conv1", "fc"]
     dense_keys = torchvision_keys(DEPTHS[name])
     gone = {f"{n}.weight" for n in shared}
-    assert set(model.state_dict()) == {k for k in dense_keys if k not in gone} | {"rpg_bank.weight"}
+    bank_keys = {"rpg_bank.weight", "rpg_bank._extra_state"}
+    assert set(model.state_dict()) == {k for k in dense_keys if k not in gone} | bank_keys
 
 
 @pytest.mark.parametrize("dof", [45_000, 2_000_000, 5_500_000, 11_000_000])

@@ -150,7 +150,7 @@ def test_stored_padding_idx_is_counted_from_the_start() -> None:
 ])  # fmt: skip
 def test_a_private_bank_is_registered_and_shares_nothing(make: Any) -> None:
     layer = make(dtype=DOUBLE)
-    assert list(layer.state_dict()) == ["rpg_bank.weight"]
+    assert list(layer.state_dict()) == ["rpg_bank.weight", "rpg_bank._extra_state"]
     bank = layer.virtual_weight.bank
     assert bank is layer.rpg_bank
     assert bank.dof >= layer.virtual_weight.numel()

@@ -61,12 +61,16 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], **tolerance: 
         torch.testing.assert_close(got[name], value, **tolerance)
 
 
-def test_the_state_dict_has_one_key_for_all_virtual_weights() -> None:
+def test_the_state_dict_has_one_tensor_for_all_virtual_weights_and_their_map() -> None:
     model = build()
     dense = list(Net().state_dict())
     gone = {"conv.weight", "embed.weight", "mix.weight"}
-    assert list(model.state_dict()) == [*(k for k in dense if k not in gone), "rpg_bank.weight"]
+    bank = ["rpg_bank.weight", "rpg_bank._extra_state"]
+    assert list(model.state_dict()) == [*(k for k in dense if k not in gone), *bank]
     assert model.state_dict()["rpg_bank.weight"].shape == (32, 8)
+    extra = model.state_dict()["rpg_bank._extra_state"]
+    assert (extra.dtype, extra.dim()) == (torch.uint8, 1)
+    assert extra.numel() < 150 + 3 * 80
 
 
 def test_save_and_load_with_weights_only(tmp_path: Path) -> None:
@@ -91,8 +95,9 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_a_bank_of_another_size_is_refused_and_changes_no_bank() -> None:
     small, large = build(dof=128), build(dof=256)
     before = large.rpg_bank.weight.detach().clone()
-    plain = dict(small.state_dict())  # as from safetensors: no record of the map
-    for state, message in ((small.state_dict(), "slots=16"), (plain, "size mismatch")):
+    bare = {k: v for k, v in small.state_dict().items() if "_extra_state" not in k}
+    refusals = ((small.state_dict(), "slots: got 16, wanted 32"), (bare, "size mismatch"))
+    for state, message in refusals:
         for strict in (True, False):
             with pytest.raises(RuntimeError, match=f"rpg_bank.*{message}|{message}.*rpg_bank"):
                 large.load_state_dict(state, strict=strict)
@@ -348,45 +353,3 @@ def test_double_backward_through_a_model() -> None:
         model.get_submodule(n).virtual_weight.pack(g) for n, g in zip(names, parts, strict=True)
     )
     torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
-
-
-def test_parts_follow_the_scale_that_a_state_dict_brings() -> None:
-    def net(scale: float) -> tuple[nn.Module, rpg.VirtualWeight]:
-        bank = rpg.ParameterBank(dof=256, granularity=16)
-        whole = bank.place((40, 24), scale=scale)
-        part = rpg.nn.Linear(24, 30, bias=False, virtual_weight=whole.narrow(0, 4, 30))
-        return rpg.attach(nn.Sequential(part), bank), whole
-
-    (theirs, _), (ours, whole) = net(1.0), net(3.0)
-    copy = rpg.VirtualWeight.from_json(whole.bank, whole.to_json())
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 24)
-    assert torch.equal(ours(x), theirs(x))
-    assert copy.scale == whole.scale == 1.0
-    assert torch.equal(copy.unpack(), whole.unpack())
-
-
-def test_a_state_dict_without_the_bank_leaves_its_scales_alone() -> None:
-    def net(scale: float) -> nn.Module:
-        bank = rpg.ParameterBank(dof=256, granularity=16)
-        weight = bank.place((8, 24), scale=scale)
-        return rpg.attach(nn.Sequential(rpg.nn.Linear(24, 8, virtual_weight=weight)), bank)
-
-    state, ours = net(1.0).state_dict(), net(3.0)
-    del state["rpg_bank.weight"]  # an OrderedDict keeps its metadata
-    ours.load_state_dict(state, strict=False)
-    assert ours[0].virtual_weight.scale == 3.0
-
-
-@pytest.mark.parametrize("placements", [3, "x", {"a": 1}, ["not a placement"], [None]])
-def test_placements_that_cannot_be_read_are_refused(placements: object) -> None:
-    def net() -> nn.Module:
-        bank = rpg.ParameterBank(dof=256, granularity=16)
-        return rpg.attach(nn.Sequential(rpg.nn.Linear(24, 8, bank=bank)), bank)
-
-    state, ours = net().state_dict(), net()
-    state._metadata["rpg_bank"]["rpg_placements"] = placements
-    before = ours.rpg_bank.weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"rpg_bank: got a state dict"):
-        ours.load_state_dict(state)
-    assert torch.equal(ours.rpg_bank.weight, before)

@@ -54,7 +54,7 @@ def convert(
         >>> net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
         ...                     nn.Linear(64, 10))
         >>> net = convert(net, RPGConfig(dof=512))
-        >>> list(net.state_dict())
+        >>> [name for name, _ in net.named_parameters()]
         ['0.weight', '0.bias', '2.bias', '4.weight', '4.bias', 'rpg_bank.weight']
     """
     _check(model, config, filter_fn, init)
