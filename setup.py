@@ -1,5 +1,12 @@
-"""Starts setuptools. All metadata is in pyproject.toml; the package is pure Python."""
+"""Starts setuptools. Metadata is in pyproject.toml, what is compiled in tools/build_backend.py."""
+
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+
+import build_backend  # noqa: E402
+
+setup(**build_backend.arguments())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rpg_kernels import _checks, settings
+from rpg_kernels import _checks, native, settings
 from rpg_kernels.law import WORD_BITS, sign_bits
 from rpg_kernels.placement import Placement, split
 
@@ -156,11 +156,14 @@ def unpack_tile(
     ring = bank.view(-1, block)
     rows = p.selected_shape[0] if lookup is None else lookup.numel()
     out = bank.new_empty((rows * p.matrix.runs * p.block_columns.count, block))
-    for offset, n, b in _position_chunks(p, bank.device, lookup):
-        part = out[offset : offset + n.numel()]
-        slot, negative = _read(p, table, n, b)
-        torch.index_select(ring, 0, slot, out=part)
-        _reflect_(part, negative, p.scale)
+    if table is None and native.handles(ring, out):
+        native.unpack(p.law, ring, out, p.scale, _region(p, rows), lookup)
+    else:
+        for offset, n, b in _position_chunks(p, bank.device, lookup):
+            part = out[offset : offset + n.numel()]
+            slot, negative = _read(p, table, n, b)
+            torch.index_select(ring, 0, slot, out=part)
+            _reflect_(part, negative, p.scale)
     runs = out.view(rows, p.matrix.runs, -1)
     return _torch_layout(_selected(runs, p), p)
 
@@ -191,15 +194,22 @@ def pack_tile(
         runs = padded
     del dense  # the last reference, when the caller keeps none
     source = runs.view(-1, block)
+    if table is None and native.handles(source, grad):
+        law_bytes, _ = _shares(grad.device)
+        region = _region(p, runs.shape[0])
+        native.pack(p.law, source, ring, p.scale, region, lookup, law_bytes)
+        return
     for offset, n, b in _position_chunks(p, grad.device, lookup):
         part = source[offset : offset + n.numel()]
         slot, negative = _read(p, table, n, b)
         _reflect_(part, negative, 1.0)
         part = part.to(grad.dtype)
+        if p.scale != 1.0:  # not by alpha: whether that rounds in between depends on the machine
+            part.mul_(p.scale)
         if block == 1:  # torch adds scalars several times faster than rows of one
-            ring.view(-1).index_add_(0, slot, part.view(-1), alpha=p.scale)
+            ring.view(-1).index_add_(0, slot, part.view(-1))
         else:
-            ring.index_add_(0, slot, part, alpha=p.scale)
+            ring.index_add_(0, slot, part)
 
 
 def _selected(runs: Tensor, p: Placement) -> Tensor:
@@ -219,6 +229,13 @@ def _torch_layout(taps: Tensor, p: Placement) -> Tensor:
         return taps.squeeze(1)
     kernel: Tensor = taps.transpose(1, 2).unflatten(2, p.shape[2:])
     return kernel
+
+
+def _region(p: Placement, rows: int) -> tuple[int, int, int, int, int, int]:
+    """The positions of a tile as native.unpack and native.pack take them."""
+    matrix, columns = p.matrix, p.block_columns
+    first_row = p.selection[0][0]
+    return first_row, rows, matrix.runs, matrix.run_blocks, columns.low, columns.count
 
 
 def _position_chunks(

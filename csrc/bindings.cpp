@@ -1,0 +1,178 @@
+// The Python module rpg_kernels._native. It knows nothing of torch: arguments are integers
+// (addresses, sizes, a stream), which rpg_kernels/native.py checks and takes from tensors.
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "cuda/law.h"
+
+namespace py = pybind11;
+
+namespace rpg {
+namespace {
+
+template <class T>
+T* address(uintptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+LayerLaw checked_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks, int granularity,
+                     int64_t slots, int64_t start, int reflect, bool permute) {
+  require(blocks >= 1 && blocks <= kMaxBand, "blocks: wanted 1 to 2^31");
+  require(rows >= 1 && rows <= INT64_MAX / blocks, "rows: wanted at least 1, rows * blocks < 2^63");
+  require(granularity >= 1 && granularity <= 128 && !(granularity & (granularity - 1)),
+          "granularity: wanted a power of two from 1 to 128");
+  require(slots >= 1 && slots <= kMaxBand, "slots: wanted 1 to 2^31");
+  require(start >= 0 && start < slots, "start: wanted 0 to slots - 1");
+  require(reflect >= 0 && reflect <= 2, "reflect: wanted 0 (none), 1 (vector) or 2 (element)");
+  return make_layer_law(seed, layer, rows, blocks, granularity, static_cast<uint32_t>(slots),
+                        static_cast<uint32_t>(start), static_cast<Reflect>(reflect), permute);
+}
+
+// Positions outside the layer would be evaluated to slots outside the ring.
+Region checked_region(const LayerLaw& law, int64_t first_row, int64_t rows, uintptr_t lookup,
+                      int64_t runs, int64_t run_blocks, int64_t low, int64_t count) {
+  require(runs >= 1 && run_blocks >= 1 && runs <= law.blocks / run_blocks &&
+              runs * run_blocks == law.blocks,
+          "runs: wanted runs * run_blocks == blocks");
+  require(low >= 0 && count >= 1 && count <= run_blocks - low, "low, count: outside the run");
+  require(rows >= 0 && first_row >= 0 && first_row <= law.rows, "first_row: outside the layer");
+  const int64_t* numbers = address<const int64_t>(lookup);
+  if (numbers) {
+    for (int64_t i = 0; i < rows; ++i) {
+      require(numbers[i] >= 0 && numbers[i] < law.rows - first_row, "lookup: outside the layer");
+    }
+  } else {
+    require(rows <= law.rows - first_row, "rows: outside the layer");
+  }
+  return {first_row, rows, numbers, runs, run_blocks, low, count};
+}
+
+Dtype checked_dtype(int dtype) {
+  require(dtype >= 0 && dtype <= 3, "dtype: wanted 0 to 3");
+  return static_cast<Dtype>(dtype);
+}
+
+// Called without the GIL; lists of positions are checked there too.
+void check_positions(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    require(n[i] >= 0 && n[i] < law.rows, "n: outside the layer");
+    require(b[i] >= 0 && b[i] < law.blocks, "b: outside the layer");
+  }
+}
+
+void slots(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, uintptr_t out,
+           int threads) {
+  check_positions(law, address<const int64_t>(n), address<const int64_t>(b), count);
+  kernels().slots(law, address<const int64_t>(n), address<const int64_t>(b), count,
+                  address<int64_t>(out), threads);
+}
+
+void sign_words(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, uintptr_t out,
+                int threads) {
+  check_positions(law, address<const int64_t>(n), address<const int64_t>(b), count);
+  kernels().sign_words(law, address<const int64_t>(n), address<const int64_t>(b), count,
+                       address<int64_t>(out), threads);
+}
+
+void permutation(const LayerLaw& law, int64_t band, bool inverse, uintptr_t q, int64_t count,
+                 uintptr_t out, int threads) {
+  require(band >= 0 && band < bands_of(law), "band: outside the layer");
+  const int64_t rows = law.rows - band * law.rows_per_band;
+  const int64_t size = (rows < law.rows_per_band ? rows : law.rows_per_band) * law.blocks;
+  const int64_t* positions = address<const int64_t>(q);
+  for (int64_t i = 0; i < count; ++i) {
+    require(positions[i] >= 0 && positions[i] < size, "q: outside the band");
+  }
+  kernels().permutation(law, band, inverse, positions, count, address<int64_t>(out), threads);
+}
+
+void unpack(const LayerLaw& law, uintptr_t ring, uintptr_t out, int dtype, double scale,
+            int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
+            int64_t low, int64_t count, int threads) {
+  const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
+  if (!rows) return;
+  kernels().unpack(law, {region, checked_dtype(dtype), address<const void>(ring),
+                         address<void>(out), scale, threads});
+}
+
+void pack(const LayerLaw& law, uintptr_t dense, uintptr_t grad, int dtype, double scale,
+          int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
+          int64_t low, int64_t count, int threads, uintptr_t workspace,
+          int64_t workspace_entries) {
+  const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
+  if (!rows) return;
+  kernels().pack(law, {region, checked_dtype(dtype), address<const void>(dense),
+                       address<void>(grad), scale, threads, address<uint32_t>(workspace),
+                       workspace_entries});
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["law"] = kLawVersion;
+  info["compiler"] = RPG_COMPILER;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  const char* names[3];
+  py::list isas;
+  for (int i = 0, count = compiled_isas(names); i < count; ++i) isas.append(names[i]);
+  info["isas"] = isas;
+  info["isa"] = kernels().isa;
+  info["cuda"] = RPG_CUDA_VERSION;
+  info["cuda_architectures"] = RPG_CUDA_ARCHITECTURES;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The packing law, unpack and pack in C++ and CUDA; use them through rpg_kernels.";
+  m.def("build_info", &build_info, "What was compiled, and which instruction set is in use.");
+
+  py::class_<LayerLaw>(m, "LayerLaw", "The packing law of one layer.")
+      .def(py::init(&checked_law), py::arg("seed"), py::arg("layer"), py::arg("rows"),
+           py::arg("blocks"), py::arg("granularity"), py::arg("slots"), py::arg("start"),
+           py::arg("reflect"), py::arg("permute"))
+      .def("slots", &slots, py::call_guard<py::gil_scoped_release>(), py::arg("n"), py::arg("b"),
+           py::arg("count"), py::arg("out"), py::arg("threads"))
+      .def("sign_words", &sign_words, py::call_guard<py::gil_scoped_release>(), py::arg("n"),
+           py::arg("b"), py::arg("count"), py::arg("out"), py::arg("threads"))
+      .def("permutation", &permutation, py::call_guard<py::gil_scoped_release>(),
+           py::arg("band"), py::arg("inverse"), py::arg("q"), py::arg("count"), py::arg("out"),
+           py::arg("threads"))
+      .def("unpack", &unpack, py::call_guard<py::gil_scoped_release>(), py::arg("ring"),
+           py::arg("out"), py::arg("dtype"), py::arg("scale"), py::arg("first_row"),
+           py::arg("rows"), py::arg("lookup"), py::arg("runs"), py::arg("run_blocks"),
+           py::arg("low"), py::arg("count"), py::arg("threads"))
+      .def("pack", &pack, py::call_guard<py::gil_scoped_release>(), py::arg("dense"),
+           py::arg("grad"), py::arg("dtype"), py::arg("scale"), py::arg("first_row"),
+           py::arg("rows"), py::arg("lookup"), py::arg("runs"), py::arg("run_blocks"),
+           py::arg("low"), py::arg("count"), py::arg("threads"), py::arg("workspace"),
+           py::arg("workspace_entries"));
+
+  m.def(
+      "cuda_law",
+      [](const LayerLaw& law, int64_t band, uintptr_t n, uintptr_t b, int64_t count,
+         uintptr_t slots_out, uintptr_t words_out, uintptr_t stream) {
+        require(band >= 0 && band < bands_of(law), "band: outside the layer");
+        cuda::law(law, band, address<const int64_t>(n), address<const int64_t>(b), count,
+                  address<int64_t>(slots_out), address<int64_t>(words_out),
+                  address<void>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("law"), py::arg("band"), py::arg("n"),
+      py::arg("b"), py::arg("count"), py::arg("slots"), py::arg("words"), py::arg("stream"),
+      "Slots and sign words of positions of one band, evaluated on the device of the stream; n, b "
+      "and the results are device addresses of int64 numbers.");
+}
+
+}  // namespace rpg

@@ -1,0 +1,57 @@
+// Which instruction set's kernels to use.
+
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "isa.h"
+
+namespace rpg {
+
+namespace {
+
+struct Choice {
+  Kernels kernels;
+  bool usable;
+};
+
+#define RPG_KERNELS(ISA) \
+  { #ISA, ISA::slots, ISA::sign_words, ISA::permutation, ISA::unpack, ISA::pack }
+
+const Choice kChoices[] = {
+#if defined(RPG_HAVE_AVX512)
+    {RPG_KERNELS(avx512), has_avx512()},
+#endif
+#if defined(RPG_HAVE_AVX2)
+    {RPG_KERNELS(avx2), has_avx2()},
+#endif
+#if defined(RPG_HAVE_BASELINE)
+    {RPG_KERNELS(baseline), true},
+#endif
+};
+
+}  // namespace
+
+int compiled_isas(const char* (&names)[3]) {
+  int count = 0;
+  for (const Choice& choice : kChoices) names[count++] = choice.kernels.isa;
+  return count;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = [] () -> const Kernels& {
+    const char* wanted = std::getenv("RPG_KERNELS_ISA");
+    for (const Choice& choice : kChoices) {
+      if (choice.usable && (!wanted || !std::strcmp(wanted, choice.kernels.isa))) {
+        return choice.kernels;
+      }
+    }
+    throw std::runtime_error(wanted ? "RPG_KERNELS_ISA: not compiled, or not of this machine"
+                                    : "rpg_kernels was compiled for another machine");
+  }();
+  return chosen;
+}
+
+}  // namespace rpg

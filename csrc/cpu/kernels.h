@@ -1,0 +1,65 @@
+// The CPU kernels. Each source file here is compiled once per instruction set, into its own
+// namespace, and `kernels()` picks the best that the machine has.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../law.h"
+#include "number.h"
+#include "region.h"
+
+namespace rpg {
+
+// Ŵ's blocks [positions, block] = scale · G · ring [slots, block].
+struct UnpackArgs {
+  Region region;
+  Dtype dtype;  // of ring and out
+  const void* ring;
+  void* out;
+  double scale;
+  int threads;
+};
+
+// grad [slots, block] += scale · Gᵀ · dense [positions, block], position by position.
+struct PackArgs {
+  Region region;
+  Dtype dtype;  // of dense
+  const void* dense;
+  void* grad;  // float64 for float64, otherwise float32
+  double scale;
+  int threads;
+  uint32_t* workspace;  // [workspace_entries], 1 + words entries per position; for threads > 1
+  int64_t workspace_entries;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*slots)(const LayerLaw&, const int64_t* n, const int64_t* b, int64_t count, int64_t* out,
+                int threads);
+  void (*sign_words)(const LayerLaw&, const int64_t* n, const int64_t* b, int64_t count,
+                     int64_t* out, int threads);
+  void (*permutation)(const LayerLaw&, int64_t band, bool inverse, const int64_t* q,
+                      int64_t count, int64_t* out, int threads);
+  void (*unpack)(const LayerLaw&, const UnpackArgs&);
+  void (*pack)(const LayerLaw&, const PackArgs&);
+};
+
+#define RPG_DECLARE_KERNELS(ISA)                                                               \
+  namespace ISA {                                                                              \
+  void slots(const LayerLaw&, const int64_t*, const int64_t*, int64_t, int64_t*, int);         \
+  void sign_words(const LayerLaw&, const int64_t*, const int64_t*, int64_t, int64_t*, int);    \
+  void permutation(const LayerLaw&, int64_t, bool, const int64_t*, int64_t, int64_t*, int);    \
+  void unpack(const LayerLaw&, const UnpackArgs&);                                             \
+  void pack(const LayerLaw&, const PackArgs&);                                                 \
+  }
+
+RPG_DECLARE_KERNELS(baseline)
+RPG_DECLARE_KERNELS(avx2)
+RPG_DECLARE_KERNELS(avx512)
+
+// The instruction sets compiled in, best first, and the one in use: the first that the machine has.
+int compiled_isas(const char* (&names)[3]);
+const Kernels& kernels();
+
+}  // namespace rpg

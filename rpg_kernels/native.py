@@ -1,0 +1,203 @@
+"""The compiled half of the package: the packing law, unpack and pack in C++, without torch in it.
+
+It may be absent: an install without a C++ compiler is pure Python. The reference uses it for CPU
+tensors when it is there, with identical results; ``RPG_KERNELS_NATIVE=0`` leaves it aside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg_kernels._tensors import DTYPES
+from rpg_kernels.law import LayerLaw
+
+ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
+BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
+
+_REFLECT = {"none": 0, "vector": 1, "element": 2}
+_WORKSPACE_POSITIONS = 1 << 13
+_enabled = os.environ.get(ENVIRONMENT_NATIVE, "1") != "0"
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[Any, str]:
+    """(the module, "") or (None, why there is none)."""
+    try:
+        return importlib.import_module("rpg_kernels._native"), ""
+    except ModuleNotFoundError:
+        return None, _build_record().get("reason") or "the compiled module was not built"
+    except ImportError as error:
+        return None, f"the compiled module cannot be loaded: {error}"
+
+
+def _build_record() -> dict[str, str]:
+    """What setup.py wrote down of the build: what was compiled, or why nothing was."""
+    try:
+        record = json.loads((Path(__file__).parent / BUILD_RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def available() -> bool:
+    """True when the compiled module is there and in use."""
+    return _enabled and _load()[0] is not None
+
+
+def why_not() -> str:
+    """Why the compiled module is not in use; "" when it is."""
+    return _load()[1] if _enabled else f"{ENVIRONMENT_NATIVE}=0 is set"
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled: compiler, instruction sets, CUDA version and architectures.
+
+    Example:
+        >>> "reason" in build_info() or build_info()["law"] == 1
+        True
+    """
+    module, reason = _load()
+    info = {"reason": reason} if module is None else dict(module.build_info())
+    note = _build_record().get("note")
+    return {**info, "note": note} if note else info
+
+
+def handles(*tensors: Tensor) -> bool:
+    """True when the compiled module is in use and can work on these tensors."""
+    return available() and all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.dtype in DTYPES
+        and t.is_contiguous()
+        for t in tensors
+    )
+
+
+@lru_cache(maxsize=4096)
+def layer_law(law: LayerLaw) -> Any:
+    """The compiled counterpart of a layer's law; its methods take addresses."""
+    return _load()[0].LayerLaw(
+        seed=law.seed,
+        layer=law.layer,
+        rows=law.rows,
+        blocks=law.blocks,
+        granularity=law.granularity,
+        slots=law.slots,
+        start=law.start,
+        reflect=_REFLECT[law.reflect],
+        permute=law.permute,
+    )
+
+
+def slots(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:
+    """LayerLaw.slot in C++: int64 slots of rows n and blocks b, broadcast against each other."""
+    n, b, out = _lists(n, b)
+    layer_law(law).slots(
+        n.data_ptr(), b.data_ptr(), n.numel(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def sign_words(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:
+    """LayerLaw.sign_words in C++: broadcast shape + [words], int64."""
+    n, b, _ = _lists(n, b)
+    out = n.new_empty((*n.shape, 1 if law.reflect == "vector" else law.words))
+    layer_law(law).sign_words(
+        n.data_ptr(), b.data_ptr(), n.numel(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def permutation(law: LayerLaw, band: int, q: Tensor, *, inverse: bool) -> Tensor:
+    """Permutation.forward or .inverse of one row band in C++."""
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    layer_law(law).permutation(
+        band, inverse, q.data_ptr(), q.numel(), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def _lists(n: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, b = (t.contiguous() for t in torch.broadcast_tensors(n, b))
+    return n, b, torch.empty_like(n)
+
+
+@cache
+def _code(dtype: torch.dtype) -> int:
+    return DTYPES.index(dtype)
+
+
+def unpack(
+    law: LayerLaw,
+    ring: Tensor,
+    out: Tensor,
+    scale: float,
+    region: tuple[int, ...],
+    lookup: Tensor | None,
+) -> None:
+    """out = scale · G · ring for some positions of a layer.
+
+    Args:
+        law: of the layer.
+        ring: ``[slots, block]``, contiguous.
+        out: ``[positions, block]``, contiguous, of the same dtype.
+        scale: the layer's multiplier.
+        region: (first row, rows, runs, blocks of a run, first block, blocks) of the positions.
+        lookup: int64 ``[rows]``, contiguous: row numbers from the first row; None for all in order.
+    """
+    layer_law(law).unpack(
+        ring.data_ptr(),
+        out.data_ptr(),
+        _code(ring.dtype),
+        scale,
+        *region[:2],
+        0 if lookup is None else lookup.data_ptr(),
+        *region[2:],
+        torch.get_num_threads(),
+    )
+
+
+def pack(
+    law: LayerLaw,
+    dense: Tensor,
+    grad: Tensor,
+    scale: float,
+    region: tuple[int, ...],
+    lookup: Tensor | None,
+    scratch: int,
+) -> None:
+    """grad += scale · Gᵀ · dense for some positions of a layer, in their order.
+
+    Args:
+        law, scale, region, lookup: as for unpack.
+        dense: ``[positions, block]``, contiguous.
+        grad: ``[slots, block]``, contiguous; float64 when dense is, otherwise float32.
+        scratch: bytes that several threads may use to share out the slots.
+    """
+    threads = torch.get_num_threads()
+    per_position = 2 if law.reflect != "element" else 1 + law.words
+    positions = min(
+        _WORKSPACE_POSITIONS, region[1] * region[2] * region[5], scratch // 4 // per_position
+    )
+    workspace = torch.empty(per_position * positions if threads > 1 else 0, dtype=torch.int32)
+    layer_law(law).pack(
+        dense.data_ptr(),
+        grad.data_ptr(),
+        _code(dense.dtype),
+        scale,
+        *region[:2],
+        0 if lookup is None else lookup.data_ptr(),
+        *region[2:],
+        threads,
+        workspace.data_ptr(),
+        workspace.numel(),
+    )
