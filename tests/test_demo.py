@@ -130,6 +130,8 @@ def test_cifar_pickle_runs_no_code(tmp_path: Path) -> None:
         ({**cifar_batch(), b"data": np.zeros((3, 3072))}, "got float64, wanted a uint8"),
         ({**cifar_batch(), b"data": np.zeros((3, 9), np.uint8)}, r"wanted \[images, 3072\]"),
         ({**cifar_batch(), b"labels": [1, 2]}, "labels: got 2, wanted 3"),
+        (cifar_batch(0), "labels: got 0, wanted at least one"),
+        ({**cifar_batch(), b"labels": [1, 2, 2**63]}, "got an int of 64 bits"),
         ({**cifar_batch(), b"labels": [1, 2, 10]}, "labels: got 1 to 10, wanted 0 to 9"),
         ({**cifar_batch(), b"labels": [1, 2, "a"]}, "wanted a list of int"),
     ],

@@ -1,13 +1,12 @@
 """Images for the demo: scikit-learn's digits, CIFAR-10's folder, or JPEGs in an ``.npz`` file.
 
-Nothing read here can run code: the CIFAR-10 pickles go through an unpickler that knows NumPy arrays
-and built-in containers only, and ``.npz`` files are opened with ``allow_pickle=False``.
+Nothing read here can run code: the CIFAR-10 pickles go through a reader that knows NumPy arrays and
+built-in containers only, and ``.npz`` files are opened with ``allow_pickle=False``.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg_kernels.demo.extras import require
+from rpg_kernels import _array_pickle
+from rpg_kernels._extras import require
 
 CIFAR_SIDE = 32
 CIFAR_CLASSES = (
@@ -93,42 +93,6 @@ def _digits(images: int | None, test_images: int | None) -> Images:
     )
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Loads NumPy arrays, bytes, text, numbers and built-in containers, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        numpy = require("numpy", "numpy", "CIFAR-10")
-        if (module, name) == ("numpy", "ndarray"):
-            return numpy.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return numpy.dtype
-        if name == "_reconstruct" and module in (
-            "numpy.core.multiarray",
-            "numpy._core.multiarray",
-        ):
-            return _empty_array
-        if (module, name) == ("_codecs", "encode"):
-            return _latin1_bytes
-        raise pickle.UnpicklingError(
-            f"got a reference to {module}.{name}, wanted NumPy arrays and built-in containers only"
-        )
-
-
-def _empty_array(kind: Any, shape: Any, typecode: Any) -> Any:
-    """What NumPy's pickles build first; the pixels follow as its state."""
-    numpy = require("numpy", "numpy", "CIFAR-10")
-    if kind is not numpy.ndarray or shape != (0,):
-        raise pickle.UnpicklingError(f"got an array of type {kind!r} and shape {shape!r}")
-    return numpy.empty((0,), dtype=numpy.uint8)
-
-
-def _latin1_bytes(text: str, encoding: str) -> bytes:
-    """How protocol 2 writes bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"got bytes encoded as {encoding!r}, wanted 'latin1'")
-    return text.encode("latin1")
-
-
 def _cifar_folder(folder: Path, images: int | None, test_images: int | None) -> Images:
     inner = folder / "cifar-10-batches-py"
     folder = inner if inner.is_dir() else folder
@@ -161,10 +125,8 @@ def _cifar_batches(files: Iterable[Path], limit: int | None) -> tuple[Tensor, Te
 def _cifar_batch(file: Path) -> tuple[Tensor, Tensor]:
     numpy = require("numpy", "numpy", "CIFAR-10")
     try:
-        with file.open("rb") as stream:
-            batch = _ArrayUnpickler(stream, encoding="bytes").load()
-    # A damaged pickle fails in whichever opcode the damage falls.
-    except Exception as error:
+        batch = _array_pickle.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: got a file that cannot be read ({error})") from error
     if not isinstance(batch, dict):
         raise ValueError(f"{file}: got a {type(batch).__name__}, wanted a dict")
@@ -179,11 +141,12 @@ def _cifar_batch(file: Path) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{file}: data: got shape {pixels.shape}, wanted [images, {width}]")
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise ValueError(f"{file}: labels: got {type(labels).__name__}, wanted a list of int")
-    if len(labels) != len(pixels):
-        raise ValueError(f"{file}: labels: got {len(labels)}, wanted {len(pixels)}")
+    if len(labels) != len(pixels) or not labels:
+        wanted = len(pixels) or "at least one"
+        raise ValueError(f"{file}: labels: got {len(labels)}, wanted {wanted}")
     target = torch.tensor(labels, dtype=torch.int64)
     _check_labels(target, len(CIFAR_CLASSES), f"{file}: labels")
-    images = torch.from_numpy(numpy.ascontiguousarray(pixels))
+    images = torch.from_numpy(pixels.copy())  # what is read from a pickle is read-only
     return images.view(-1, 3, CIFAR_SIDE, CIFAR_SIDE), target
 
 
