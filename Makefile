@@ -11,7 +11,8 @@ TESTS ?= rpg_kernels tests
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INPUTS := pyproject.toml setup.py constraints-dev.txt rpg_kernels/_version.py
+NATIVE := CMakeLists.txt tools/build_backend.py $(wildcard cmake/* csrc/*.* csrc/*/*)
+INPUTS := pyproject.toml setup.py constraints-dev.txt rpg_kernels/_version.py $(NATIVE)
 
 export PYTHON
 
@@ -33,6 +34,7 @@ lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy rpg_kernels
+	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*.* csrc/*/*)
 
 bench: ## time the kernels (not built yet)
 	$(error make $@ is not built yet)
@@ -83,6 +85,8 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.created $(INPUTS)
 	@touch $(VENV)/.installing
 	$(PIP) install --quiet -c constraints-dev.txt -e '.[$(patsubst .%,%,$(@F))]'
 	@rm $(VENV)/.installing
+	@$(BIN)/python -c "from rpg_kernels import native; native.available() or \
+		print('Without the compiled half:', native.why_not())"
 	@touch $@
 
 FORCE:

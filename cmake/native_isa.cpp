@@ -4,4 +4,6 @@
 
 #include "cpu/isa.h"
 
-int main() { std::printf("%s", rpg::has_avx512() ? "avx512" : rpg::has_avx2() ? "avx2" : "baseline"); }
+int main() {
+  std::printf("%s", rpg::has_avx512() ? "avx512" : rpg::has_avx2() ? "avx2" : "baseline");
+}

@@ -105,13 +105,12 @@ void unpack(const LayerLaw& law, uintptr_t ring, uintptr_t out, int dtype, doubl
 
 void pack(const LayerLaw& law, uintptr_t dense, uintptr_t grad, int dtype, double scale,
           int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
-          int64_t low, int64_t count, int threads, uintptr_t workspace,
-          int64_t workspace_entries) {
+          int64_t low, int64_t count, int threads, uintptr_t workspace, int64_t workspace_entries) {
   const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
   if (!rows) return;
-  kernels().pack(law, {region, checked_dtype(dtype), address<const void>(dense),
-                       address<void>(grad), scale, threads, address<uint32_t>(workspace),
-                       workspace_entries});
+  kernels().pack(
+      law, {region, checked_dtype(dtype), address<const void>(dense), address<void>(grad), scale,
+            threads, address<uint32_t>(workspace), workspace_entries});
 }
 
 py::dict build_info() {
@@ -147,9 +146,8 @@ PYBIND11_MODULE(_native, m) {
            py::arg("count"), py::arg("out"), py::arg("threads"))
       .def("sign_words", &sign_words, py::call_guard<py::gil_scoped_release>(), py::arg("n"),
            py::arg("b"), py::arg("count"), py::arg("out"), py::arg("threads"))
-      .def("permutation", &permutation, py::call_guard<py::gil_scoped_release>(),
-           py::arg("band"), py::arg("inverse"), py::arg("q"), py::arg("count"), py::arg("out"),
-           py::arg("threads"))
+      .def("permutation", &permutation, py::call_guard<py::gil_scoped_release>(), py::arg("band"),
+           py::arg("inverse"), py::arg("q"), py::arg("count"), py::arg("out"), py::arg("threads"))
       .def("unpack", &unpack, py::call_guard<py::gil_scoped_release>(), py::arg("ring"),
            py::arg("out"), py::arg("dtype"), py::arg("scale"), py::arg("first_row"),
            py::arg("rows"), py::arg("lookup"), py::arg("runs"), py::arg("run_blocks"),
@@ -166,8 +164,7 @@ PYBIND11_MODULE(_native, m) {
          uintptr_t slots_out, uintptr_t words_out, uintptr_t stream) {
         require(band >= 0 && band < bands_of(law), "band: outside the layer");
         cuda::law(law, band, address<const int64_t>(n), address<const int64_t>(b), count,
-                  address<int64_t>(slots_out), address<int64_t>(words_out),
-                  address<void>(stream));
+                  address<int64_t>(slots_out), address<int64_t>(words_out), address<void>(stream));
       },
       py::call_guard<py::gil_scoped_release>(), py::arg("law"), py::arg("band"), py::arg("n"),
       py::arg("b"), py::arg("count"), py::arg("slots"), py::arg("words"), py::arg("stream"),

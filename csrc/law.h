@@ -28,9 +28,9 @@ namespace rpg {
 constexpr int kLawVersion = 1;
 constexpr int64_t kMaxBand = int64_t{1} << 31;
 constexpr uint64_t kGolden64 = 0x9E3779B97F4A7C15ull;
-constexpr int kMaxKeys = 96;  // 48 rounds of swap-or-not with two keys each
+constexpr int kMaxKeys = 96;   // 48 rounds of swap-or-not with two keys each
 constexpr int kSignKey = 128;  // word w uses keys 128 + 2w and 129 + 2w
-constexpr int kMaxWords = 4;  // of a block of 128 elements
+constexpr int kMaxWords = 4;   // of a block of 128 elements
 
 enum class Reflect : int { kNone = 0, kVector = 1, kElement = 2 };
 
@@ -41,12 +41,8 @@ RPG_LAW uint32_t umulhi(uint32_t a, uint32_t b) {
 RPG_LAW uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // (a + b) mod m and (a - b) mod m of a, b < m <= 2^31, without a branch.
-RPG_LAW uint32_t add_mod(uint32_t a, uint32_t b, uint32_t m) {
-  return min_u32(a + b, a + b - m);
-}
-RPG_LAW uint32_t sub_mod(uint32_t a, uint32_t b, uint32_t m) {
-  return min_u32(a - b, a - b + m);
-}
+RPG_LAW uint32_t add_mod(uint32_t a, uint32_t b, uint32_t m) { return min_u32(a + b, a + b - m); }
+RPG_LAW uint32_t sub_mod(uint32_t a, uint32_t b, uint32_t m) { return min_u32(a - b, a - b + m); }
 
 // f(x, k, size): a number from 0 to size - 1.
 RPG_LAW uint32_t round_value(uint32_t x, uint32_t key, uint32_t size) {
@@ -75,9 +71,7 @@ RPG_LAW uint32_t divide(uint32_t n, const Divider& by) {
   return by.divisor == 1 ? n : umulhi(n, by.magic) >> by.shift;
 }
 
-RPG_LAW uint32_t modulo(uint32_t n, const Divider& by) {
-  return n - divide(n, by) * by.divisor;
-}
+RPG_LAW uint32_t modulo(uint32_t n, const Divider& by) { return n - divide(n, by) * by.divisor; }
 
 // The splitmix64 finaliser.
 RPG_HOST uint64_t mix64(uint64_t z) {
@@ -229,8 +223,8 @@ struct BandLaw {
 };
 
 RPG_HOST LayerLaw make_layer_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks,
-                               int granularity, uint32_t slots, uint32_t start, Reflect reflect,
-                               bool permute) {
+                                 int granularity, uint32_t slots, uint32_t start, Reflect reflect,
+                                 bool permute) {
   LayerLaw law{seed, layer, rows, blocks, granularity, slots, start, reflect, permute, rows, 1, 1};
   if (rows > kMaxBand / blocks) {
     law.rows_per_band = 1;

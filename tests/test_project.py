@@ -68,7 +68,9 @@ def test_constraints_pin_what_the_lint_extra_pins() -> None:
 
 
 def test_every_environment_variable_is_documented() -> None:
-    source = "".join(path.read_text("utf-8") for path in (ROOT / "rpg_kernels").rglob("*.py"))
+    files = [p for d in ("rpg_kernels", "csrc", "tools") for p in (ROOT / d).rglob("*.*")]
+    files = [path for path in files if path.suffix in (".py", ".h", ".cpp", ".cu")]
+    source = "".join(path.read_text("utf-8") for path in files)
     used = set(re.findall(r"\bRPG_KERNELS_[A-Z_]+\b", source))
     documented = set(re.findall(r"^\| `(RPG_KERNELS_[A-Z_]+)`", read("CONTRIBUTING.md"), re.M))
     assert used == documented

@@ -18,7 +18,7 @@ struct Choice {
 };
 
 #define RPG_KERNELS(ISA) \
-  { #ISA, ISA::slots, ISA::sign_words, ISA::permutation, ISA::unpack, ISA::pack }
+  {#ISA, ISA::slots, ISA::sign_words, ISA::permutation, ISA::unpack, ISA::pack}
 
 const Choice kChoices[] = {
 #if defined(RPG_HAVE_AVX512)
@@ -41,7 +41,7 @@ int compiled_isas(const char* (&names)[3]) {
 }
 
 const Kernels& kernels() {
-  static const Kernels& chosen = [] () -> const Kernels& {
+  static const Kernels& chosen = []() -> const Kernels& {
     const char* wanted = std::getenv("RPG_KERNELS_ISA");
     for (const Choice& choice : kChoices) {
       if (choice.usable && (!wanted || !std::strcmp(wanted, choice.kernels.isa))) {

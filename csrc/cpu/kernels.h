@@ -39,19 +39,19 @@ struct Kernels {
                 int threads);
   void (*sign_words)(const LayerLaw&, const int64_t* n, const int64_t* b, int64_t count,
                      int64_t* out, int threads);
-  void (*permutation)(const LayerLaw&, int64_t band, bool inverse, const int64_t* q,
-                      int64_t count, int64_t* out, int threads);
+  void (*permutation)(const LayerLaw&, int64_t band, bool inverse, const int64_t* q, int64_t count,
+                      int64_t* out, int threads);
   void (*unpack)(const LayerLaw&, const UnpackArgs&);
   void (*pack)(const LayerLaw&, const PackArgs&);
 };
 
-#define RPG_DECLARE_KERNELS(ISA)                                                               \
-  namespace ISA {                                                                              \
-  void slots(const LayerLaw&, const int64_t*, const int64_t*, int64_t, int64_t*, int);         \
-  void sign_words(const LayerLaw&, const int64_t*, const int64_t*, int64_t, int64_t*, int);    \
-  void permutation(const LayerLaw&, int64_t, bool, const int64_t*, int64_t, int64_t*, int);    \
-  void unpack(const LayerLaw&, const UnpackArgs&);                                             \
-  void pack(const LayerLaw&, const PackArgs&);                                                 \
+#define RPG_DECLARE_KERNELS(ISA)                                                            \
+  namespace ISA {                                                                           \
+  void slots(const LayerLaw&, const int64_t*, const int64_t*, int64_t, int64_t*, int);      \
+  void sign_words(const LayerLaw&, const int64_t*, const int64_t*, int64_t, int64_t*, int); \
+  void permutation(const LayerLaw&, int64_t, bool, const int64_t*, int64_t, int64_t*, int); \
+  void unpack(const LayerLaw&, const UnpackArgs&);                                          \
+  void pack(const LayerLaw&, const PackArgs&);                                              \
   }
 
 RPG_DECLARE_KERNELS(baseline)

@@ -40,7 +40,7 @@ void by_runs(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t co
 void slots(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t count, int64_t* out,
            int threads) {
   by_runs(law, n, b, count, threads,
-          [&](const BandLaw& band_law, uint32_t(&q)[kLanes], int64_t first, int size) {
+          [&](const BandLaw& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
             slots_of(band_law, q);
             for (int l = 0; l < size; ++l) out[first + l] = q[l];
           });
@@ -50,7 +50,7 @@ void sign_words(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t
                 int64_t* out, int threads) {
   const int words = words_of(law);
   by_runs(law, n, b, count, threads,
-          [&](const BandLaw& band_law, uint32_t(&q)[kLanes], int64_t first, int size) {
+          [&](const BandLaw& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
             for (int w = 0; w < words; ++w) {
               uint32_t word[kLanes];
               sign_words_of(band_law, w, q, word);

@@ -43,8 +43,8 @@ inline void flip(uint16_t* x, uint32_t word) {
 
 // By how much the sign bit of element e is shifted to become the highest; a table, since vector
 // instructions load it.
-const uint32_t kToTop[32] = {16, 0,  17, 1,  18, 2,  19, 3,  20, 4,  21, 5,  22, 6,  23, 7,
-                             24, 8,  25, 9,  26, 10, 27, 11, 28, 12, 29, 13, 30, 14, 31, 15};
+const uint32_t kToTop[32] = {16, 0, 17, 1, 18, 2,  19, 3,  20, 4,  21, 5,  22, 6,  23, 7,
+                             24, 8, 25, 9, 26, 10, 27, 11, 28, 12, 29, 13, 30, 14, 31, 15};
 
 template <int COUNT>
 inline void flip(uint32_t* x, uint32_t word) {
@@ -177,10 +177,9 @@ void pack_blocks(const LayerLaw& law, const PackArgs& args) {
     for (int64_t position = 0; position < positions; position += group.size) {
       group.evaluate(cursor, positions - position, law.reflect, words);
       for (int l = 0; l < group.size; ++l) {
-        add_block<T, BLOCK, SIGNS>(dense + (position + l) * block,
-                                   grad + static_cast<int64_t>(group.slot[l]) * block,
-                                   scales[SIGNS ? 0 : group.word[0][l] >> 31], block,
-                                   &group.word[0][l], kLanes);
+        add_block<T, BLOCK, SIGNS>(
+            dense + (position + l) * block, grad + static_cast<int64_t>(group.slot[l]) * block,
+            scales[SIGNS ? 0 : group.word[0][l] >> 31], block, &group.word[0][l], kLanes);
       }
     }
     return;
@@ -211,10 +210,9 @@ void pack_blocks(const LayerLaw& law, const PackArgs& args) {
       const uint32_t high = static_cast<uint32_t>(uint64_t{law.slots} * (part + 1) / threads);
       for (int64_t k = 0; k < size; ++k) {
         if (slot[k] - low >= high - low) continue;
-        add_block<T, BLOCK, SIGNS>(dense + (begin + k) * block,
-                                   grad + static_cast<int64_t>(slot[k]) * block,
-                                   scales[SIGNS ? 0 : word[k * words] >> 31], block,
-                                   word + k * words, 1);
+        add_block<T, BLOCK, SIGNS>(
+            dense + (begin + k) * block, grad + static_cast<int64_t>(slot[k]) * block,
+            scales[SIGNS ? 0 : word[k * words] >> 31], block, word + k * words, 1);
       }
     }
   }
@@ -223,10 +221,10 @@ void pack_blocks(const LayerLaw& law, const PackArgs& args) {
 // The instance for a dtype, a block and whether every element has a sign of its own.
 template <class T, bool SIGNS, class Args>
 void by_block(const LayerLaw& law, const Args& args) {
-#define RPG_BLOCK(BLOCK)                           \
-  if constexpr (std::is_same_v<Args, PackArgs>)  \
+#define RPG_BLOCK(BLOCK)                            \
+  if constexpr (std::is_same_v<Args, PackArgs>)     \
     return pack_blocks<T, BLOCK, SIGNS>(law, args); \
-  else                                             \
+  else                                              \
     return unpack_blocks<T, BLOCK, SIGNS>(law, args);
   switch (law.granularity) {
     case 1: RPG_BLOCK(1)
