@@ -8,6 +8,7 @@ Optimal Deep Learning with Recurrent Parameter Generators", WACV 2023).
 from rpg_kernels import functional, nn
 from rpg_kernels._version import __version__
 from rpg_kernels.bank import ParameterBank
+from rpg_kernels.checkpoint import load, save
 from rpg_kernels.config import RPGConfig
 from rpg_kernels.conversion import (
     attach,
@@ -35,9 +36,11 @@ __all__ = [
     "explain",
     "functional",
     "initialize",
+    "load",
     "materialize",
     "nn",
     "param_groups",
+    "save",
     "scratch_limit",
     "summary",
 ]

@@ -29,5 +29,5 @@ def memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared; valid while the tensor lives."""
     size = tensor.numel() * tensor.element_size()
     if not size:
-        return memoryview(b"")
+        return memoryview(bytearray())
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")

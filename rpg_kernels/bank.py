@@ -17,7 +17,7 @@ from rpg_kernels.generator import Generator, TableGenerator
 from rpg_kernels.placement import Placement
 from rpg_kernels.virtual_weight import VirtualWeight
 
-_EXTRA_STATE = "_extra_state"  # torch's suffix for what get_extra_state returns
+EXTRA_STATE = "_extra_state"  # torch's suffix for what get_extra_state returns
 
 
 class ParameterBank(nn.Module):
@@ -272,7 +272,7 @@ class ParameterBank(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Refuse the values of another map before any changes; take scales only with values."""
-        key = prefix + _EXTRA_STATE
+        key = prefix + EXTRA_STATE
         # Without values of ours in the state dict its map does not concern this bank.
         given = key in state_dict and f"{prefix}weight" in state_dict
         try:

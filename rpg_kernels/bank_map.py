@@ -14,6 +14,7 @@ from rpg_kernels._json import parse_json
 from rpg_kernels.generator import Generator, TableGenerator, parse_generator
 from rpg_kernels.placement import Placement
 
+_MAX_DIMENSIONS = 64  # torch's; the product of thousands of sizes takes seconds
 _LONGEST_SCALE = len(repr(-2.2250738585072014e-308))
 
 
@@ -60,6 +61,7 @@ class BankMap:
             for layer, item in enumerate(_list("placements", given)):
                 start, shape, scale = _fields(item, "start", "shape", "scale")
                 shape = tuple(_list("shape", shape))
+                _checks.integer("dimensions", len(shape), 2, _MAX_DIMENSIONS)
                 placements.append(Placement(generator, layer, start, shape, scale))
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"a map that cannot be read ({error})") from error
