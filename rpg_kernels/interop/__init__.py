@@ -1,5 +1,5 @@
 """Reading what other implementations wrote."""
 
-from rpg_kernels.interop import official
+from rpg_kernels.interop import numpy_files, official, official_resnet
 
-__all__ = ["official"]
+__all__ = ["numpy_files", "official", "official_resnet"]
