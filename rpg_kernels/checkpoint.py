@@ -89,7 +89,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 
     Everything is checked before the model changes. Values are copied into the parameters there
     are, cast to their dtype, so that optimisers keep them; parameters on meta are made anew on
-    the CPU, in their dtype. The layers' scales are those of the file. Nothing is unpickled.
+    the CPU, in their dtype. The layers' scales are those of the file. Nothing is unpickled. The
+    file's tensors are held in CPU memory meanwhile.
 
     Args:
         model: built as the saved one was; it may be on meta, wholly or in part. Buffers that no
@@ -208,7 +209,7 @@ def _savable(name: str, value: object) -> Tensor:
     if is_lazy(value):
         raise _checks.fail(name, "an uninitialised tensor", "values; run a forward first")
     if is_traceable_wrapper_subclass(value):
-        wanted = "a plain tensor; of sharded models torch.distributed.checkpoint keeps state dicts"
+        wanted = "a plain tensor (for sharded models there is torch.distributed.checkpoint)"
         raise _checks.fail(name, f"a {type(value).__name__}", wanted)
     if value.layout != torch.strided or value.dtype not in _safetensors.NAMES:
         wanted = f"a dense tensor of a dtype in {', '.join(_safetensors.DTYPES)}"
@@ -232,8 +233,7 @@ def _replace(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
     """Write a file beside the path, bring it to disk, and rename it."""
     if os.path.lexists(path) and not os.path.isfile(path):
         raise OSError(f"path: got {path}, which is not a file, wanted a file or nothing there")
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(os.path.dirname(path), f".rpg-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             _safetensors.write(file, tensors, metadata)

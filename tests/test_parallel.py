@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ import rpg_kernels as rpg
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
 
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -158,3 +164,35 @@ def test_summary_and_groups_of_a_sharded_model(mesh: DeviceMesh) -> None:
     groups = rpg.param_groups(model, lr=0.1)
     assert [g["name"] for g in groups] == ["bank", "weights", "no_decay"]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_full_state_dicts_of_a_sharded_model(
+    mesh: DeviceMesh, device: str, broadcast: bool
+) -> None:
+    plain = build()
+    plain.block[0].virtual_weight.rescale(0.7)
+    with torch.device(device):
+        model = shard(rpg.convert(Net(), rpg.RPGConfig(dof=256, granularity=8)), mesh, "per layer")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+    set_model_state_dict(model, plain.state_dict(), options=options)
+    assert torch.equal(model(*INPUTS), plain(*INPUTS))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    again = build()
+    again.load_state_dict(state)
+    assert torch.equal(again(*INPUTS), plain(*INPUTS))
+    other = rpg.convert(Net(), rpg.RPGConfig(dof=256, granularity=8, seed=1))
+    with pytest.raises(RuntimeError, match="seed: got 0, wanted 1"):
+        set_model_state_dict(shard(other, mesh, "per layer"), state, options=options)
+
+
+def test_checkpoints(mesh: DeviceMesh, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    rpg.save(DistributedDataParallel(build()), path)
+    model = rpg.convert(Net(), rpg.RPGConfig(dof=256, granularity=8))
+    assert torch.equal(rpg.load(model, path)(*INPUTS), build()(*INPUTS))
+    rpg.load(DistributedDataParallel(model), path)
+    for call in (rpg.save, rpg.load):
+        with pytest.raises(ValueError, match=r"stem\.weight: got a DTensor, wanted a plain tensor"):
+            call(shard(build(), mesh, "root only"), path)
