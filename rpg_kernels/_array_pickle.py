@@ -233,7 +233,7 @@ class _Reader:
         self, content: Any, dtype: Any, shape: object, order: object, axes: object = None
     ) -> Any:
         """What protocol 5 makes arrays of; ``axes`` are those of order K."""
-        if type(order) is not str or order not in "CFK":
+        if type(order) is not str or order not in ("C", "F", "K"):
             raise ValueError("got an unknown memory order, wanted C, F or K")
         self.spend(content)
         array = arrays.numeric_array(content, dtype, shape, order == "F")
