@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rpg_kernels import demo
+from rpg_kernels import bench, demo
 from rpg_kernels._version import __version__
 from rpg_kernels.demo.extras import MissingExtraError
 
@@ -49,6 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(command=demo.run)
+
+    bench_parser = commands.add_parser(
+        "bench",
+        help="measure layers of real models: correctness, memory, speed",
+        description="Measure layers of real models against a dense layer and the ways to share "
+        "weights that exist: correctness first, then memory and speed. Write the results as JSON.",
+    )
+    bench.add_arguments(bench_parser)
+    bench_parser.set_defaults(command=bench.run)
 
     summary_parser = commands.add_parser(
         "summary",

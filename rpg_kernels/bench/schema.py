@@ -1,0 +1,279 @@
+"""The format of result files: one JSON object, described, checked and documented from one table.
+
+Every field is there in every file; ``null`` says that something was not measured or does not
+apply. ``docs/benchmarks.md`` shows the table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rpg_kernels import _checks
+from rpg_kernels.bench.cases import DTYPES, PASSES
+from rpg_kernels.bench.gate import INPUT_GRAD, OUTPUT, PARAMETER_GRAD
+from rpg_kernels.bench.timing import COLD, WARM
+from rpg_kernels.config import REFLECT
+
+SCHEMA, VERSION = "rpg-kernels/bench", 1
+OK, WRONG, OUT_OF_MEMORY, SKIPPED, FAILED = STATUSES = (
+    "ok",
+    "wrong",
+    "out of memory",
+    "skipped",
+    "failed",
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field: its kind, what it means, and for a nested one what it holds.
+
+    Kinds: ``text``, ``int``, ``number``, ``bool``, ``object`` (the fields of ``inside``), ``map``
+    (from one of ``choices``, or from any text, to what ``inside`` describes under ``"*"``),
+    ``list`` (of what ``inside`` describes under ``"*"``).
+    """
+
+    kind: str
+    about: str
+    inside: Mapping[str, Field] | None = None
+    choices: tuple[str, ...] = ()
+    nullable: bool = False
+
+
+def _text(about: str, *choices: str, nullable: bool = False) -> Field:
+    return Field("text", about, None, choices, nullable)
+
+
+def _int(about: str, nullable: bool = False) -> Field:
+    return Field("int", about, nullable=nullable)
+
+
+def _number(about: str, nullable: bool = False) -> Field:
+    return Field("number", about, nullable=nullable)
+
+
+ENVIRONMENT = {
+    "device": _text("what was measured on", "cpu", "cuda"),
+    "device_name": _text("processor or GPU, as the system names it"),
+    "cores": _int("of the processor; 0: unknown"),
+    "threads": _int("that torch used on the CPU"),
+    "cache_bytes": _int("last-level cache of the device"),
+    "memory_bytes": _int("of the device; 0: unknown"),
+    "multiprocessors": _int("of a GPU", nullable=True),
+    "capability": _text("compute capability of a GPU", nullable=True),
+    "platform": _text("operating system"),
+    "python": _text("version"),
+    "torch": _text("version"),
+    "cuda": _text("version that torch was built for", nullable=True),
+    "triton": _text("version, where installed", nullable=True),
+    "rpg_kernels": _text("version"),
+    "commit": _text("of the checkout, `-dirty` with changes; null outside one", nullable=True),
+    "sources": _text("first 16 hex digits of a SHA-256 over the package's Python files"),
+}
+OPTIONS = {
+    "suite": _text("`quick`, `full`, or null when cases were chosen", nullable=True),
+    "seconds": _number("time budget for the samples of one case"),
+    "seed": _int("of bank, inputs and the order of samples"),
+    "memory_limit": _int("bytes that one implementation was allowed to expect"),
+}
+_FIGURE = {
+    "median_s": _number("seconds of a call, median of the samples"),
+    "q10_s": _number("10 % quantile"),
+    "q90_s": _number("90 % quantile"),
+    "samples": _int("how many; each is the mean of some calls"),
+}
+_RATE = {
+    "bank_bytes": _int("of the bank that was gathered from"),
+    "slot_bytes": _int("gathered at a time"),
+    "bytes_per_s": _number("gathered"),
+}
+CEILINGS = {
+    "copy_bytes_per_s": _number("copying large buffers: bytes read plus bytes written"),
+    "matrix_per_s": Field(
+        "map", "operations per second of a large product, by dtype", {"*": _number("")}
+    ),
+    "gather": Field("list", "random gathers", {"*": Field("object", "", _RATE)}),
+}
+LOAD = {
+    "before": _number("load average of one minute before the run"),
+    "busy": Field("list", "why the times are to be doubted; empty: no reason", {"*": _text("")}),
+}
+_ACCURACY = {
+    "error": _number("largest absolute error against float64; null: not finite", nullable=True),
+    "allowed": _number("the most that passes"),
+}
+_MEMORY = {
+    "forward_peak": _int("bytes that a forward has allocated at most, result counted"),
+    "full_peak": _int("the same of forward and backward, gradients counted"),
+    "full_largest": _int("largest single allocation of forward and backward"),
+    "saved": _int("bytes saved for the backward, x and trained tensors left out"),
+    "parameters": _int("bytes of the trained tensors"),
+    "gradients": _int("bytes of their gradients"),
+    "optimizer": _int("bytes of Adam's state"),
+    "tables": _int("bytes of index and sign tables"),
+    "saved_per_virtual_weight": _number("`saved` over virtual weights"),
+    "persistent_per_virtual_weight": _number("the four kinds that stay, over virtual weights"),
+    "persistent_per_dof": _number("the same over the bank's DoF; null for a dense weight", True),
+}
+_FLOOR = {
+    "bytes": _int("read and written at least once"),
+    "gathered_bytes": _int("gathered from the bank"),
+    "operations": _int("floating-point"),
+    "floor_s": _number("the longest of the three at the ceilings"),
+    "bound": _text("which that is", "copy", "gather", "matrix"),
+    "percent": _number("floor over cold median; null: not timed", nullable=True),
+}
+RESULT = {
+    "case": _text("`model.layer/batch`"),
+    "op": _text("operator", "linear", "conv2d", "embedding"),
+    "weight_shape": Field("list", "torch's shape of the weight", {"*": _int("")}),
+    "input_shape": Field("list", "of x", {"*": _int("")}),
+    "virtual_weights": _int("P of this layer"),
+    "batch": _int("images or tokens"),
+    "dtype": _text("of x and weight; `amp`: bf16 x, fp32 bank", *DTYPES),
+    "dof": _int("degrees of freedom asked for; the bank rounds down to whole slots"),
+    "granularity": _int("elements of a slot"),
+    "reflect": _text("signs", *REFLECT),
+    "impl": _text("implementation"),
+    "chosen": Field("bool", "ours, and what the dispatch table chooses"),
+    "status": _text("how it went", *STATUSES),
+    "reason": _text("why, unless ok; for ok, a note", nullable=True),
+    "copies": _int("layers that ran in turn when cold"),
+    "cold_bytes": _int("between two uses of one layer: all layers, x and y"),
+    "accuracy": Field(
+        "map",
+        "by quantity",
+        {"*": Field("object", "", _ACCURACY)},
+        (OUTPUT, INPUT_GRAD, PARAMETER_GRAD),
+    ),
+    "times": Field(
+        "map",
+        "by pass, then state (cold, warm), then clock (process, wall; graph, eager)",
+        {
+            "*": Field(
+                "map",
+                "",
+                {"*": Field("map", "", {"*": Field("object", "", _FIGURE)})},
+                (COLD, WARM),
+            )
+        },
+        PASSES,
+    ),
+    "memory": Field("object", "of one layer", _MEMORY, nullable=True),
+    "floors": Field("map", "roofline by pass", {"*": Field("object", "", _FLOOR)}, PASSES),
+}
+FILE = {
+    "schema": _text("the name of this format", SCHEMA),
+    "version": _int("of this format"),
+    "complete": Field("bool", "false: interrupted, what was finished is here"),
+    "created": _text("ISO 8601, UTC, when the run began"),
+    "command": _text("command line"),
+    "headline": _text("the clock to quote", "process", "wall", "graph", "eager"),
+    "environment": Field("object", "machine and versions", ENVIRONMENT),
+    "options": Field("object", "of the run", OPTIONS),
+    "ceilings": Field("object", "rates measured in this run", CEILINGS, nullable=True),
+    "load": Field("object", "what else the machine did", LOAD),
+    "results": Field(
+        "list", "one for each case and implementation", {"*": Field("object", "", RESULT)}
+    ),
+}
+
+
+def validate(record: object) -> dict[str, Any]:
+    """The record itself, when it keeps to the format.
+
+    Raises:
+        ValueError: it does not; the message names the first field that is wrong.
+    """
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ValueError(f"schema: got no {SCHEMA!r}, wanted a result file of rpg-kernels bench")
+    if record.get("version") != VERSION:
+        raise ValueError(
+            f"version: got {record.get('version')!r}, wanted {VERSION}: the file was written by "
+            "another version of rpg-kernels; read it with that one, or measure again"
+        )
+    _check("file", record, Field("object", "", FILE))
+    return record
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read and validate a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, of another version, or has a wrong field; the file is named.
+    """
+    try:
+        return validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check(where: str, value: object, field: Field) -> None:
+    if value is None and field.nullable:
+        return
+    inside = field.inside or {}
+    if field.kind == "object":
+        _wanted(where, value, isinstance(value, dict), "an object")
+        assert isinstance(value, dict)
+        for name in (*inside, *value):
+            if (name in inside) != (name in value):
+                raise _checks.fail(where, f"keys {sorted(value)}", f"keys {sorted(inside)}")
+        for name, part in inside.items():
+            _check(f"{where}.{name}", value[name], part)
+    elif field.kind == "map":
+        _wanted(where, value, isinstance(value, dict), "an object")
+        assert isinstance(value, dict)
+        for name, part in value.items():
+            if field.choices and name not in field.choices:
+                raise _checks.fail(where, repr(name), f"keys of {list(field.choices)}")
+            _check(f"{where}.{name}", part, inside["*"])
+    elif field.kind == "list":
+        _wanted(where, value, isinstance(value, list), "a list")
+        assert isinstance(value, list)
+        for i, part in enumerate(value):
+            _check(f"{where}[{i}]", part, inside["*"])
+    else:
+        _scalar(where, value, field)
+
+
+def _scalar(where: str, value: object, field: Field) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    right = {
+        "text": isinstance(value, str) and (not field.choices or value in field.choices),
+        "int": number and isinstance(value, int) and value >= 0,
+        "number": number and isinstance(value, int | float) and math.isfinite(value) and value >= 0,
+        "bool": isinstance(value, bool),
+    }[field.kind]
+    choices = f" of {list(field.choices)}" if field.choices else ""
+    _wanted(where, value, right, f"{field.kind}{choices}")
+
+
+def _wanted(where: str, value: object, right: bool, wanted: str) -> None:
+    if not right:
+        raise _checks.fail(where, repr(value)[:80], wanted)
+
+
+def describe() -> Iterator[tuple[str, str, str]]:
+    """(field, kind, meaning) of every field, depth first: what the documentation shows."""
+    yield from _describe("", FILE)
+
+
+def _describe(prefix: str, fields: Mapping[str, Field]) -> Iterator[tuple[str, str, str]]:
+    for name, field in fields.items():
+        label = f"{prefix}{name}"
+        if field.about:
+            choices = ": " + ", ".join(f"`{c}`" for c in field.choices) if field.choices else ""
+            yield label, field.kind + (" or null" if field.nullable else ""), field.about + choices
+        inside, suffix = field.inside, {"list": "[]", "map": ".*"}.get(field.kind, "")
+        while inside and set(inside) == {"*"}:  # what a list or map holds
+            held = inside["*"]
+            inside, more = held.inside, {"list": "[]", "map": ".*"}.get(held.kind, "")
+            suffix += more
+        if inside:
+            yield from _describe(f"{label}{suffix}.", inside)
