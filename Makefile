@@ -3,10 +3,13 @@
 # The interpreter that .venv is made with; by default the first of CANDIDATES that is recent enough.
 PYTHON ?=
 CANDIDATES := python3.11 python3.12 python3.13 python3
-# Passed on: to `rpg-kernels demo` by `make demo`, to pytest by `make test`.
+# Passed on: to `rpg-kernels demo` by `make demo`, to pytest by `make test`, and so on.
 ARGS ?=
 # What `make test` collects: doctests of the package, and the tests.
 TESTS ?= rpg_kernels tests
+# How `make bench` measures what a call costs in Python.
+MICRO := --benchmark-timer=time.process_time --benchmark-max-time=0.2 --benchmark-warmup=on \
+	--benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +21,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench docs gpu-check FORCE
+.PHONY: help demo test lint bench report docs gpu-check FORCE
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
@@ -36,14 +39,19 @@ lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m mypy rpg_kernels
 	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*.* csrc/*/*)
 
-bench: ## time the kernels (not built yet)
-	$(error make $@ is not built yet)
+bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)
+	$(BIN)/rpg-kernels bench --out build/bench.json $(ARGS)
+	$(BIN)/python -m pytest -q benchmarks $(MICRO)
+
+report: $(VENV)/.dev ## write tables and plots from benchmarks/results (ARGS=--check fails when stale)
+	$(BIN)/python -m rpg_kernels.bench.report $(ARGS)
 
 docs: ## build the documentation (not built yet)
 	$(error make $@ is not built yet)
 
-gpu-check: ## everything that needs a GPU (not built yet)
-	$(error make $@ is not built yet)
+# Installs nothing: for a machine without a network, whose python3 has torch and pytest.
+gpu-check: ## everything that needs a GPU, in under nine minutes (OUT=DIR; ARGS="--parts tests micro")
+	PYTHONPATH=. $(or $(PYTHON),python3) tools/gpu_check.py --out '$(or $(OUT),build/gpu-check)' $(ARGS)
 
 # .venv is made anew when it cannot be trusted: it is missing, its interpreter is gone, an
 # installation into it was interrupted, the checkout was copied or moved (scripts and the editable

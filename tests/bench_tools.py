@@ -15,6 +15,7 @@ from rpg_kernels.bench.cases import Case, Layer
 from rpg_kernels.bench.problem import Problem, Stack
 
 CPU = torch.device("cpu")
+OURS = baselines.IMPLEMENTATIONS["rpg-reference"]
 LAYERS = {
     "linear": Layer("linear", ("tiny.linear",), (24, 20)),
     "conv2d": Layer("conv2d", ("tiny.conv2d",), (12, 8, 3, 3), image=7, stride=2),
@@ -23,7 +24,7 @@ LAYERS = {
 
 
 def case(op: str = "linear", **settings: Any) -> Case:
-    """A case that takes no time; 600 DoF, so that most elements are used more than once."""
+    """A case that takes no time; 200 DoF, so that most elements are used more than once."""
     chosen: dict[str, Any] = {"batch": 3, "dof": 200, "granularity": 8, "reflect": "element"}
     return Case(LAYERS[op], **(chosen | settings))
 
@@ -32,7 +33,7 @@ def changed(change: Callable[[Tensor], Tensor]) -> Callable[[Problem, int], Stac
     """Our layers with something done to their output."""
 
     def build(problem: Problem, copies: int) -> Stack:
-        stack = baselines.IMPLEMENTATIONS["rpg-reference"].build(problem, copies)
+        stack = OURS.build(problem, copies)
         return Stack(copies, lambda i: change(stack.forward(i)), stack.trained)
 
     return build

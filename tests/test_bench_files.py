@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +203,3 @@ def test_commits_that_cannot_be_measured(repository: Path) -> None:
     subprocess.run([*git, "commit", "-qam", "broken"], check=True)
     with pytest.raises(ValueError, match="tree0 failed: no harness here"):
         compare.compare("HEAD", "HEAD~1", [], repository)
-
-
-def test_importing_the_package_does_not_import_the_harness() -> None:
-    code = "import sys, rpg_kernels.cli; print('rpg_kernels.bench.harness' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

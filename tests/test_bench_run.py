@@ -28,7 +28,12 @@ def test_a_whole_run_is_valid_and_complete(op: str, tmp_path: Path) -> None:
     lines: list[str] = []
     out = tmp_path / "bench.json"
     record = tools.run(
-        *NAMES, "rz_linear", cases=[tools.case(op)], roofs=True, out=out, show=lines.append
+        *NAMES,
+        "rz_linear",
+        cases=[tools.case(op)],
+        roofs=op == "linear",
+        out=out,
+        show=lines.append,
     )
     assert lines == [f"[1/1] tiny.{op}/3 200 g8 element fp32"]
     assert schema.load(out) == record
@@ -46,6 +51,7 @@ def test_a_whole_run_is_valid_and_complete(op: str, tmp_path: Path) -> None:
                     assert figure["samples"] == measure.MIN_ROUNDS
                     assert 0 < figure["q10_s"] <= figure["median_s"] <= figure["q90_s"]
         assert got["memory"]["full_peak"] >= got["memory"]["full_largest"] > 0
+        assert len(got["floors"]) == (3 if op == "linear" else 0)
         assert all(floor["percent"] > 0 for floor in got["floors"].values())
         assert got["chosen"] == (name == "rpg-reference")
     assert row(record, "published")["memory"]["tables"] == 12 * tools.LAYERS[op].virtual_weights
@@ -178,11 +184,18 @@ def test_samples_are_interleaved_in_changing_order(monkeypatch: pytest.MonkeyPat
 
 
 def test_settings_of_torch_come_back() -> None:
-    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
-    record = tools.run("dense", threads=2)
+    def settings() -> tuple[object, ...]:
+        cudnn = torch.backends.cudnn
+        precision = torch.get_float32_matmul_precision()
+        return torch.get_num_threads(), precision, cudnn.benchmark, cudnn.allow_tf32
+
+    before = settings()
+    during: list[tuple[object, ...]] = []
+    record = tools.run("dense", threads=2, show=lambda line: during.append(settings()))
+    assert during == [(2, "highest", True, False)]
+    assert settings() == before
     assert record["environment"]["threads"] == 2
     assert record["headline"] == "wall"
-    assert (torch.get_num_threads(), torch.backends.cudnn.benchmark) == (threads, benchmark)
 
 
 def test_command_line(
@@ -190,10 +203,10 @@ def test_command_line(
 ) -> None:
     out = tmp_path / "bench.json"
     options = ["bench", "--case", "resnet18.layer1.conv3x3/1", "--dof", "5K", "--seconds", "0.001"]
-    options += ["--impl", "dense", "rpg-reference", "--device", "cpu", "--dtype", "bf16", "amp"]
+    options += ["--impl", "dense", "rpg-reference", "--device", "cpu", "--dtype", "amp"]
     assert cli.main([*options, "--out", str(out)]) == 0
     record = schema.load(out)
-    assert [r["dtype"] for r in record["results"]] == ["bf16", "bf16", "amp", "amp"]
+    assert [r["dtype"] for r in record["results"]] == ["amp", "amp"]
     assert record["options"]["suite"] is None
     printed = capsys.readouterr().out
     assert "5K g64 vector amp" in printed

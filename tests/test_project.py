@@ -18,8 +18,8 @@ import pytest
 from rpg_kernels._version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_BUILT = ("bench", "docs", "gpu-check")
-BUILT = ("help", "demo", "test", "lint")
+NOT_BUILT = ("docs",)
+BUILT = ("help", "demo", "test", "lint", "bench", "report", "gpu-check")
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 

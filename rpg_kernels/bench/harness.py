@@ -111,23 +111,15 @@ def _clock(device: torch.device, threads: int, graphs: bool) -> Clock:
 @contextlib.contextmanager
 def _torch_settings(threads: int) -> Iterator[None]:
     """Threads as asked for, fp32 that is fp32, and the vendor's own choice of convolutions."""
-    cudnn: Any = torch.backends.cudnn
-    matmul = torch.backends.cuda.matmul
-    before = (
-        torch.get_num_threads(),
-        cudnn.benchmark,
-        cudnn.conv.fp32_precision,
-        matmul.fp32_precision,
-    )
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads)
-    cudnn.benchmark = True
-    cudnn.conv.fp32_precision = matmul.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            yield
     finally:
         torch.set_num_threads(before[0])
-        cudnn.benchmark = before[1]
-        cudnn.conv.fp32_precision, matmul.fp32_precision = before[2:]
+        torch.set_float32_matmul_precision(before[1])
 
 
 def _record(plan: Plan, suite: str | None, commit: str | None, load: float) -> Record:
@@ -175,6 +167,7 @@ def _save(record: Record, plan: Plan, load: float, out: Path | None) -> None:
     record["load"]["busy"] = machine.busy_reasons(load, waits, spreads, threads)
     schema.validate(record)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +56,12 @@ def peak(work: Work, kind: str) -> Peak:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with (
+        _without_messages(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
         results = call()
     sizes = _allocations(profile, device)
     del results, call
@@ -64,6 +70,21 @@ def peak(work: Work, kind: str) -> Peak:
         torch.cuda.synchronize()
         return Peak(torch.cuda.max_memory_allocated() - before, largest)
     return Peak(highest(sizes), largest)
+
+
+@contextlib.contextmanager
+def _without_messages() -> Iterator[None]:
+    """Keep what the profiler's library prints to the process's stderr off the screen."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def highest(sizes: Iterable[int]) -> int:

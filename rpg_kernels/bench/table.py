@@ -46,6 +46,18 @@ def seconds(value: float) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
+def ratio(value: float | None, of: float | None) -> str:
+    """One time over another; "" where either is missing.
+
+    Example:
+        >>> ratio(1.0, 3.0), ratio(1.0, 400.0), ratio(None, 1.0)
+        ('0.33', '0.0025', '')
+    """
+    if not value or not of:
+        return ""
+    return f"{value / of:.2f}" if value > 0.1 * of else f"{value / of:.2g}"
+
+
 def median(row: Mapping[str, Any], kind: str, state: str, clock: str) -> float | None:
     """Seconds of a call, or None where it was not measured."""
     found = row["times"].get(kind, {}).get(state, {}).get(clock)
@@ -103,7 +115,9 @@ def heading(record: Mapping[str, Any]) -> Iterator[str]:
     """Machine, versions, commit, and what is to be doubted."""
     e = record["environment"]
     threads = f", {e['threads']} thread{'s' * (e['threads'] > 1)}" if e["device"] == "cpu" else ""
-    yield f"{e['device_name']}{threads}; torch {e['torch']}; commit {e['commit'] or 'unknown'}"
+    commit = (e["commit"] or "unknown")[:12]
+    changes = " with changes" if (e["commit"] or "").endswith("-dirty") else ""
+    yield f"{e['device_name']}{threads}; torch {e['torch']}; commit {commit}{changes}"
     if not record["complete"]:
         yield "INTERRUPTED: only what was finished is here"
     for reason in record["load"]["busy"]:
@@ -116,14 +130,14 @@ def _cells(row: Mapping[str, Any], dense: Mapping[str, Any] | None, clock: str) 
     if not row["times"] and row["memory"] is None:
         return name, f"{row['status'].upper()}: {row['reason'] or NOT_MEASURED}"
     full = median(row, "full", COLD, clock)
-    of_dense = dense and median(dense, "full", COLD, clock)
+    of_dense = median(dense, "full", COLD, clock) if dense else None
     warm = median(row, "full", "warm", clock)
     percent = row["floors"].get("full", {}).get("percent")
     memory = row["memory"] or {}
     return (
         name,
         *(_spread(row, kind, clock) for kind in PASSES),
-        f"{full / of_dense:.2f}" if full and of_dense else "",
+        ratio(full, of_dense),
         seconds(warm) if warm else "",
         f"{percent:.0f}" if percent else "",
         *(f"{memory[key] / 1e6:.2f}" if memory else "" for key in ("full_peak", "full_largest")),
