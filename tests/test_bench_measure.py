@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import bench_tools as tools
 import pytest
 import torch
 from torch import Tensor
 
-from rpg_kernels.bench import baselines, machine, memory, roofline, timing
+from rpg_kernels.bench import baselines, cuda_clock, machine, memory, roofline, timing
 from rpg_kernels.bench.cases import Case
 from rpg_kernels.bench.problem import Problem, Stack
 
@@ -202,14 +203,119 @@ def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.busy_reasons(0.0, [], [], 1) == []
 
 
+class FakeCuda:
+    """torch.cuda as far as the clock uses it: everything runs at once, and every event counts a
+    millisecond more than the one before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Exception | None = None) -> None:
+        self.now = 0.0
+        self.captured: list[str] = []
+        self.replayed: list[object] = []
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.time = 0.0
+
+            def record(self) -> None:
+                fake.now += 1.0
+                self.time = fake.now
+
+            def elapsed_time(self, other: Event) -> float:
+                return other.time - self.time
+
+        class Graph:
+            def replay(self) -> None:
+                fake.replayed.append(self)
+
+            def pool(self) -> str:
+                return "pool"
+
+        @contextlib.contextmanager
+        def graph(made: Graph, pool: str | None = None) -> Iterator[None]:
+            fake.captured.append("graph" if pool is None else pool)
+            yield
+            if fails is not None:
+                raise fails
+
+        class Stream:
+            def wait_stream(self, other: Stream) -> None:
+                pass
+
+        fakes: dict[str, object] = {
+            "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": Stream,
+            "current_stream": Stream, "stream": lambda stream: contextlib.nullcontext(),
+            "synchronize": lambda: None,
+        }  # fmt: skip
+        for name, value in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_the_logic_of_the_cuda_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    clock = cuda_clock.CudaClock()
+    order: list[int] = []
+    made = doing(order.append, copies=3)
+    sample = clock.sample(made, "forward", timing.COLD)
+    # Warm-up: 3 calls of one layer forward and full, then every layer; 2 captures of 8 calls.
+    assert order[:6] == [1] * 6
+    assert order[6:12] == [1, 1, 2, 2, 0, 0]
+    assert order[12:28] == [1, 2, 0, 1, 2, 0, 1, 2] * 2
+    assert fake.captured == ["graph", "graph", "pool"]
+    assert sample["eager"] == pytest.approx(1e-3)
+    assert sample["graph"] == pytest.approx(1e-3 / 8)
+    graphs = clock._graphs[id(made), timing.COLD]
+    assert graphs is not None
+    assert set(map(id, fake.replayed)) == {id(graphs.forward)}
+    fake.replayed.clear()
+    clock.sample(made, "backward", timing.COLD)
+    assert set(map(id, fake.replayed)) == {id(graphs.backward)}
+    fake.replayed.clear()
+    clock.sample(made, "full", timing.COLD)
+    assert fake.replayed[:2] == [graphs.with_grad, graphs.backward]
+    assert len(fake.captured) == 3  # captured once
+    assert clock.note(made) is None
+    clock.forget()
+    assert not clock._graphs
+    assert clock.headline == "graph"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("operation not permitted when stream is capturing\nmore"),
+              torch.OutOfMemoryError("CUDA out of memory")]
+)  # fmt: skip
+def test_what_cannot_be_captured_is_timed_as_launched(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeCuda(monkeypatch, fails=error)
+    clock = cuda_clock.CudaClock()
+    made = doing(lambda i: None)
+    assert set(clock.sample(made, "full", timing.WARM)) == {"eager"}
+    assert clock.note(made) == f"timed as launched, no graph: {str(error).splitlines()[0]}"
+    assert set(cuda_clock.CudaClock(graphs=False).sample(made, "full", "cold")) == {"eager"}
+    figures = {"eager": timing.figure([1.0])}
+    assert timing.quoted(figures, clock.headline) == figures["eager"]
+
+
+def test_slow_calls_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+
+    def slow(i: int) -> None:
+        fake.now += 100.0
+
+    clock = cuda_clock.CudaClock()
+    made = doing(slow)
+    assert clock.sample(made, "forward", timing.COLD)["eager"] == pytest.approx(0.101)
+    assert clock.note(made) == "a call takes 201 ms: timed as launched"
+    assert fake.captured == []
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["dense", "published", "unpack", "rpg-reference"])
 def test_cuda_clock_times_calls_in_graphs_and_as_launched(name: str) -> None:
-    from rpg_kernels.bench.cuda_clock import CudaClock
-
     problem = Problem(tools.case(dtype="bf16", batch=64), torch.device("cuda"))
     made = timing.Work(problem, baselines.IMPLEMENTATIONS[name].build(problem, 4))
-    clock = CudaClock()
+    clock = cuda_clock.CudaClock()
     for kind in ("forward", "backward", "full"):
         for state in (timing.COLD, timing.WARM):
             sample = clock.sample(made, kind, state)

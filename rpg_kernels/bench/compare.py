@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rpg_kernels.bench import schema, table
-from rpg_kernels.bench.timing import COLD, WARM
+from rpg_kernels.bench.timing import COLD, WARM, quoted
 
 Key = tuple[str, str, str, str, str]  # case, setting, implementation, pass, state
 _ROUNDS = 2  # runs of each commit, in turn, so that both see the same drift
@@ -136,8 +136,9 @@ def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for state, clocks in states.items():
                 key = (row["case"], table.setting(row), row["impl"], kind, state)
                 known = [f[key] for f in figures if key in f]
-                if known:
-                    clocks[best["headline"]] = min(known, key=lambda f: float(f["median_s"]))
+                clock = best["headline"]
+                if known and clock in clocks:
+                    clocks[clock] = min(known, key=lambda f: float(f["median_s"]))
     return best
 
 
@@ -203,7 +204,7 @@ def _figures(record: Mapping[str, Any]) -> dict[Key, Mapping[str, Any]]:
     for row in record["results"]:
         for kind, states in row["times"].items():
             for state in (COLD, WARM):
-                figure = states.get(state, {}).get(record["headline"])
+                figure = quoted(states.get(state, {}), record["headline"])
                 if figure is not None:
                     found[row["case"], table.setting(row), row["impl"], kind, state] = figure
     return found

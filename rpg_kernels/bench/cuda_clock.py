@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from rpg_kernels.bench.timing import Sample, Work
 
-_SHORTEST = 5e-3  # seconds that a sample of eager calls should last
-_CALLS = (3, 50)
+_EAGER_SAMPLE, _GRAPH_SAMPLE = 5e-3, 1e-3  # seconds that a sample should last, about
+_CALLS = (3, 50)  # eager calls of a sample, at least and at most
+_REPLAYS = 50  # of a graph in a sample, at most
+_LAYERS = 8  # calls in a graph, at least
+_LONGEST = 1.0  # seconds of eager calls that are worth capturing: beyond, launches do not matter
 
 
 @dataclass
@@ -41,26 +45,20 @@ class CudaClock:
 
     def __init__(self, graphs: bool = True) -> None:
         self.headline = "graph" if graphs else "eager"
+        self._use_graphs = graphs
         self._notes: dict[int, str] = {}
         self._graphs: dict[tuple[int, str], _Graphs | None] = {}
-        self._use_graphs = graphs
-        self._calls: dict[tuple[int, str, str], int] = {}
+        self._calls: dict[tuple[int, str, str, str], int] = {}
 
     def sample(self, work: Work, kind: str, state: str) -> Sample:
         """Seconds of a call on each clock that there is."""
         key = (id(work), state)
         if key not in self._graphs:
-            self._warm_up(work, state)
             self._graphs[key] = self._capture(work, state) if self._use_graphs else None
         graphs = self._graphs[key]
         result = {"eager": self._eager(work, kind, state)}
         if graphs is not None:
-            start, stop = _events(1)[0]
-            start.record()
-            graphs.replay(kind)
-            stop.record()
-            torch.cuda.synchronize()
-            result["graph"] = start.elapsed_time(stop) * 1e-3 / graphs.calls
+            result["graph"] = self._replayed(graphs, work, kind, state)
         return result
 
     def note(self, work: Work) -> str | None:
@@ -72,63 +70,100 @@ class CudaClock:
         for kept in (self._graphs, self._calls, self._notes):
             kept.clear()
 
-    def _warm_up(self, work: Work, state: str) -> None:
-        """On another stream, as a capture asks for; libraries make their handles here."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for kind in ("forward", "full", "full"):
-                work.prepare(kind, state)()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-
     def _capture(self, work: Work, state: str) -> _Graphs | None:
-        """All layers once when cold, the first as often when warm; None where torch cannot."""
-        layers = [work.layer(state) for _ in range(max(8, work.stack.copies))]
+        """All layers once when cold, the first as often when warm; None where that fails."""
+        layers = [work.layer(state) for _ in range(max(_LAYERS, work.stack.copies))]
+        seconds = _warm_up(work, layers)
+        if seconds * len(layers) > _LONGEST:
+            self._notes[id(work)] = f"a call takes {seconds * 1e3:.0f} ms: timed as launched"
+            return None
         forward, with_grad, backward = (torch.cuda.CUDAGraph() for _ in range(3))
-        kept: list[Tensor] = []
+        outputs: list[Tensor] = []
         try:
             with torch.cuda.graph(forward), torch.no_grad():
                 for i in layers:
                     work.stack.forward(i)
-            outputs = []
             with torch.cuda.graph(with_grad):
-                for i in layers:
-                    outputs.append(work.stack.forward(i))
+                outputs += [work.stack.forward(i) for i in layers]
             with torch.cuda.graph(backward, pool=with_grad.pool()):
                 for i, y in zip(layers, outputs, strict=True):
                     # Retained: a replay must find what the forward saved.
                     work.backward(i, y, retain=True)
-            kept += outputs
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             torch.cuda.synchronize()
-            self._notes[id(work)] = f"not captured in a graph: {str(error).splitlines()[0]}"
+            self._notes[id(work)] = f"timed as launched, no graph: {str(error).splitlines()[0]}"
             return None
-        return _Graphs(len(layers), forward, with_grad, backward, kept)
+        return _Graphs(len(layers), forward, with_grad, backward, outputs)
+
+    def _replayed(self, graphs: _Graphs, work: Work, kind: str, state: str) -> float:
+        """Seconds of a call inside a graph."""
+
+        def measure(replays: int) -> float:
+            def replay() -> None:
+                for _ in range(replays):
+                    graphs.replay(kind)
+
+            return _seconds([_timed(replay)]) / replays
+
+        key = (id(work), "graph", kind, state)
+        if key not in self._calls:
+            once = measure(1)
+            self._calls[key] = min(_REPLAYS, max(1, int(_GRAPH_SAMPLE / max(once, 1e-9))))
+        return measure(self._calls[key]) / graphs.calls
 
     def _eager(self, work: Work, kind: str, state: str) -> float:
-        key = (id(work), kind, state)
+        """Seconds of a call as launched; a backward's forward lies between the timed parts."""
+
+        def measure(calls: int) -> float:
+            return _seconds([_timed(work.prepare(kind, state)) for _ in range(calls)]) / calls
+
+        key = (id(work), "eager", kind, state)
         if key not in self._calls:
-            once = self._run(work, kind, state, _CALLS[0])
-            self._calls[key] = min(_CALLS[1], max(_CALLS[0], int(_SHORTEST / max(once, 1e-9))))
-        return self._run(work, kind, state, self._calls[key])
-
-    def _run(self, work: Work, kind: str, state: str, calls: int) -> float:
-        events = _events(calls)
-        for start, stop in events:
-            call = work.prepare(kind, state)
-            start.record()
-            call()
-            stop.record()
-        torch.cuda.synchronize()
-        milliseconds: float = sum(start.elapsed_time(stop) for start, stop in events)
-        return milliseconds * 1e-3 / calls
+            once = measure(_CALLS[0])
+            wanted = int(_EAGER_SAMPLE / max(once, 1e-9))
+            self._calls[key] = min(_CALLS[1], max(_CALLS[0], wanted))
+        return measure(self._calls[key])
 
 
-def _events(count: int) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
-    return [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(count)
-    ]
+def _warm_up(work: Work, layers: list[int]) -> float:
+    """Run every layer on another stream, as a capture asks for; seconds of one call.
+
+    Libraries make their handles here, and kernels are compiled. Slow calls are not all run.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+
+    def call(i: int) -> None:
+        with torch.no_grad():
+            work.stack.forward(i)
+        work.backward(i, work.stack.forward(i))
+
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call(layers[0])
+        seconds = _seconds([_timed(lambda: call(layers[0]))])
+        if seconds * len(layers) <= _LONGEST:
+            for i in dict.fromkeys(layers):
+                call(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    return seconds
+
+
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+def _timed(call: Callable[[], object]) -> Events:
+    """Events before and after a call; nothing waits for it."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    stop.record()
+    return start, stop
+
+
+def _seconds(pairs: list[Events]) -> float:
+    """Seconds on the device between the events of all pairs together."""
+    torch.cuda.synchronize()
+    milliseconds: float = sum(start.elapsed_time(stop) for start, stop in pairs)
+    return milliseconds * 1e-3

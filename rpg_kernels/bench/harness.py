@@ -15,7 +15,7 @@ from rpg_kernels import _checks
 from rpg_kernels.bench import baselines, machine, measure, roofline, schema
 from rpg_kernels.bench.cases import Case
 from rpg_kernels.bench.measure import Clock, Plan
-from rpg_kernels.bench.timing import CpuClock
+from rpg_kernels.bench.timing import CpuClock, quoted
 from rpg_kernels.demo.report import write_json
 
 Record = dict[str, Any]
@@ -159,8 +159,9 @@ def _save(record: Record, plan: Plan, load: float, out: Path | None) -> None:
     for row in record["results"]:
         for states in row["times"].values():
             for clocks in states.values():
-                quoted = clocks.get(plan.clock.headline) or next(iter(clocks.values()))
-                spreads.append((quoted["q90_s"] - quoted["q10_s"]) / quoted["median_s"])
+                figure = quoted(clocks, plan.clock.headline)
+                if figure is not None:
+                    spreads.append((figure["q90_s"] - figure["q10_s"]) / figure["median_s"])
                 if "process" in clocks:
                     waits.append(clocks["wall"]["median_s"] / clocks["process"]["median_s"])
     threads = record["environment"]["threads"]

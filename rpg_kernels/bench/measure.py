@@ -18,7 +18,7 @@ from rpg_kernels.bench.baselines import Implementation
 from rpg_kernels.bench.cases import PASSES, Case
 from rpg_kernels.bench.problem import Problem, copies
 from rpg_kernels.bench.schema import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
-from rpg_kernels.bench.timing import COLD, WARM, Sample, Work, figure
+from rpg_kernels.bench.timing import COLD, WARM, Sample, Work, figure, quoted
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
 Row = dict[str, Any]
@@ -269,7 +269,8 @@ def _finish(case: Case, plan: Plan, entry: _Entry) -> None:
     for kind in PASSES:
         dense = entry.implementation.name == "dense"
         least = roofline.floor(case, kind, dense, plan.ceilings)
-        cold = entry.row["times"].get(kind, {}).get(COLD, {}).get(plan.clock.headline)
+        clocks = entry.row["times"].get(kind, {}).get(COLD, {})
+        cold = quoted(clocks, plan.clock.headline)
         entry.row["floors"][kind] = {
             "bytes": least.bytes,
             "gathered_bytes": least.gathered_bytes,

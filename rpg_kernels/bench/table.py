@@ -7,7 +7,7 @@ from typing import Any
 
 from rpg_kernels.bench.cases import PASSES, short
 from rpg_kernels.bench.schema import OK, WRONG
-from rpg_kernels.bench.timing import COLD
+from rpg_kernels.bench.timing import COLD, quoted
 
 NOT_MEASURED = "not measured"
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
@@ -60,7 +60,7 @@ def ratio(value: float | None, of: float | None) -> str:
 
 def median(row: Mapping[str, Any], kind: str, state: str, clock: str) -> float | None:
     """Seconds of a call, or None where it was not measured."""
-    found = row["times"].get(kind, {}).get(state, {}).get(clock)
+    found = quoted(row["times"].get(kind, {}).get(state, {}), clock)
     return None if found is None else float(found["median_s"])
 
 
@@ -153,7 +153,7 @@ def _cells(row: Mapping[str, Any], dense: Mapping[str, Any] | None, clock: str) 
 
 
 def _spread(row: Mapping[str, Any], kind: str, clock: str) -> str:
-    found = row["times"].get(kind, {}).get(COLD, {}).get(clock)
+    found = quoted(row["times"].get(kind, {}).get(COLD, {}), clock)
     if found is None:
         return row["status"] if row["status"] != OK else ""
     spread = (found["q90_s"] - found["q10_s"]) / found["median_s"]

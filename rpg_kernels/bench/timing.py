@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -71,6 +72,19 @@ class Work:
 
 
 Sample = dict[str, float]  # clock -> seconds of one call
+_T = TypeVar("_T")
+
+
+def quoted(clocks: Mapping[str, _T], headline: str) -> _T | None:
+    """What to quote of figures by clock: the headline's, else the only one there is.
+
+    A call that could not be captured in a graph has no figure there. None of no figures.
+
+    Example:
+        >>> quoted({"eager": 2.0}, "graph"), quoted({"eager": 2.0, "graph": 1.0}, "graph")
+        (2.0, 1.0)
+    """
+    return clocks.get(headline, next(iter(clocks.values()), None))
 
 
 class CpuClock:
