@@ -43,7 +43,11 @@ def part(name: str, code: str, budget: float = 20.0, summarise: Any = None, **op
     return check.Part(name, command, budget, summarise or check.last_line, **options)
 
 
-def test_each_part_survives_the_failure_of_the_others(tmp_path: Path) -> None:
+def test_each_part_survives_the_failure_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "extra_module.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # kept behind the checkout
     pids = tmp_path / "pids"
     # A part that hangs, with a child that would outlive it.
     hang = (
@@ -57,7 +61,7 @@ def test_each_part_survives_the_failure_of_the_others(tmp_path: Path) -> None:
     begin = time.monotonic()
     report = check.run_parts(
         [
-            part("good", "print('{\"a\": 1}'); print('fine')"),
+            part("good", "import rpg_kernels, extra_module; print('fine')"),
             part("crash", "import os; print('last words', flush=True); os.abort()"),
             part("exit", "raise SystemExit(3)"),
             part("hang", hang, budget=0.7),

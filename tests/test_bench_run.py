@@ -50,10 +50,17 @@ def test_a_whole_run_is_valid_and_complete(op: str, tmp_path: Path) -> None:
                 for figure in clocks.values():
                     assert figure["samples"] == measure.MIN_ROUNDS
                     assert 0 < figure["q10_s"] <= figure["median_s"] <= figure["q90_s"]
-        assert got["memory"]["full_peak"] >= got["memory"]["full_largest"] > 0
+        memory = got["memory"]
+        assert memory["full_peak"] >= memory["full_largest"] > 0
+        weights = got["virtual_weights"]
+        assert memory["per_virtual_weight"]["full_peak"] == memory["full_peak"] / weights
+        assert (memory["per_dof"] is None) == (name == "dense")
+        kinds = ("parameters", "gradients", "optimizer", "tables")
+        assert memory["persistent"] == sum(memory[kind] for kind in kinds)
         assert len(got["floors"]) == (3 if op == "linear" else 0)
         assert all(floor["percent"] > 0 for floor in got["floors"].values())
         assert got["chosen"] == (name == "rpg-reference")
+    assert row(record, "rpg-reference")["memory"]["per_dof"]["persistent"] == (16 * 200 + 4) / 200
     assert row(record, "published")["memory"]["tables"] == 12 * tools.LAYERS[op].virtual_weights
     assert row(record, "rz_linear")["status"] == "skipped"
     text = table.text(record)

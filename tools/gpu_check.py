@@ -105,11 +105,12 @@ def run_parts(chosen: Sequence[Part], out: Path, limit: float = LIMIT) -> dict[s
 
 def _run(part: Part, seconds: float, out: Path) -> dict[str, Any]:
     begin = time.monotonic()
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     # A session of its own, so that everything it started can be ended with it.
     process = subprocess.Popen(
         part.command,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

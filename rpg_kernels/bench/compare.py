@@ -168,7 +168,8 @@ def _measure(
 
 def _environment(tree: Path) -> dict[str, str]:
     """This process's, with the sources of a commit before all others."""
-    return {**os.environ, "PYTHONPATH": str(tree)}
+    paths = [str(tree), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _build(tree: Path) -> None:

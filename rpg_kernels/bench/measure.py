@@ -211,17 +211,22 @@ def _memory(entry: _Entry) -> None:
         return
     forward, full = memory.peak(work, "forward"), memory.peak(work, "full")
     stays, saved = memory.persistent(work), memory.saved(work)
-    weights = entry.row["virtual_weights"]
-    dof = None if work.stack.trains == "weight" else work.problem.bank.dof
-    entry.row["memory"] = {
+    measured = {
         "forward_peak": forward.peak,
         "full_peak": full.peak,
         "full_largest": full.largest,
         "saved": saved,
+        "persistent": stays.total,
+    }
+
+    def per(count: int) -> dict[str, float]:
+        return {name: size / count for name, size in measured.items()}
+
+    entry.row["memory"] = {
+        **measured,
         **asdict(stays),
-        "saved_per_virtual_weight": saved / weights,
-        "persistent_per_virtual_weight": stays.total / weights,
-        "persistent_per_dof": stays.total / dof if dof else None,
+        "per_virtual_weight": per(entry.row["virtual_weights"]),
+        "per_dof": None if work.stack.trains == "weight" else per(work.problem.bank.dof),
     }
 
 

@@ -36,6 +36,7 @@ _SHOWN = ("dense", "published", "unpack")
 _OURS = "rpg-kernels"
 _MARK = re.compile(r"<!-- (/?)report(?::([\w-]+))? -->")
 Record = dict[str, Any]
+Group = dict[str, Mapping[str, Any]]  # rows of a case by name
 
 
 def newest(root: Path) -> dict[str, tuple[Path, Record]]:
@@ -108,20 +109,21 @@ def _memory(root: Path) -> list[str]:
         rows = []
         for case, bank, group in _groups(record):
 
-            def cell(name: str, key: str, group: Mapping[str, Any] = group) -> str:
+            def cell(name: str, key: str, of: str = "", group: Group = group) -> str:
                 memory = group[name]["memory"] if name in group else None
-                if memory is None or memory[key] is None:
+                if of:
+                    memory = memory and memory[of]
+                if not memory:
                     return NOT_MEASURED
-                value = memory[key]
-                return f"{value / 1e6:.2f} MB" if isinstance(value, int) else f"{value:.2f} B"
+                return f"{memory[key]:.2f} B" if of else f"{memory[key] / 1e6:.2f} MB"
 
             rows.append(
                 (
                     case,
                     bank,
                     *(cell(name, "full_peak") for name in ("dense", "published", _OURS)),
-                    *(cell(n, "saved_per_virtual_weight") for n in ("published", _OURS)),
-                    cell(_OURS, "persistent_per_dof"),
+                    *(cell(name, "saved", "per_virtual_weight") for name in ("published", _OURS)),
+                    cell(_OURS, "persistent", "per_dof"),
                 )
             )
         return table.markdown(head, rows)
@@ -129,7 +131,7 @@ def _memory(root: Path) -> list[str]:
     return list(_per_device(root, make))
 
 
-def _groups(record: Record) -> Iterator[tuple[str, str, dict[str, Mapping[str, Any]]]]:
+def _groups(record: Record) -> Iterator[tuple[str, str, Group]]:
     """(case, bank, rows by name); what the dispatch table chooses of ours goes by our name."""
     for (case, bank), rows in table.by_case(record["results"]).items():
         yield case, bank, {_OURS if row["chosen"] else row["impl"]: row for row in rows}

@@ -107,6 +107,10 @@ _ACCURACY = {
     "error": _number("largest absolute error against float64; null: not finite", nullable=True),
     "allowed": _number("the most that passes"),
 }
+_RELATIVE = {
+    name: _number("")
+    for name in ("forward_peak", "full_peak", "full_largest", "saved", "persistent")
+}
 _MEMORY = {
     "forward_peak": _int("bytes that a forward has allocated at most, result counted"),
     "full_peak": _int("the same of forward and backward, gradients counted"),
@@ -116,9 +120,13 @@ _MEMORY = {
     "gradients": _int("bytes of their gradients"),
     "optimizer": _int("bytes of Adam's state"),
     "tables": _int("bytes of index and sign tables"),
-    "saved_per_virtual_weight": _number("`saved` over virtual weights"),
-    "persistent_per_virtual_weight": _number("the four kinds that stay, over virtual weights"),
-    "persistent_per_dof": _number("the same over the bank's DoF; null for a dense weight", True),
+    "persistent": _int("the four together: what stays between two steps"),
+    "per_virtual_weight": Field(
+        "object", "peaks, `saved` and `persistent` over virtual weights", _RELATIVE
+    ),
+    "per_dof": Field(
+        "object", "the same over the bank's DoF; null for a dense weight", _RELATIVE, nullable=True
+    ),
 }
 _FLOOR = {
     "bytes": _int("read and written at least once"),

@@ -142,11 +142,11 @@ def _cells(row: Mapping[str, Any], dense: Mapping[str, Any] | None, clock: str) 
         f"{percent:.0f}" if percent else "",
         *(f"{memory[key] / 1e6:.2f}" if memory else "" for key in ("full_peak", "full_largest")),
         *(
-            f"{memory[key]:.2f}" if memory.get(key) is not None else ""
-            for key in (
-                "saved_per_virtual_weight",
-                "persistent_per_virtual_weight",
-                "persistent_per_dof",
+            f"{memory[of][key]:.2f}" if memory.get(of) else ""
+            for of, key in (
+                ("per_virtual_weight", "saved"),
+                ("per_virtual_weight", "persistent"),
+                ("per_dof", "persistent"),
             )
         ),
     )
