@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(THREADS)
             asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                          : "=r"(values[u].x), "=r"(values[u].y), "=r"(values[u].z),
                            "=r"(values[u].w)
-                         : "r"(address));
+                         : "r"(address)
+                         : "memory");
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) sum += values[u].x ^ values[u].y ^ values[u].z ^ values[u].w;
