@@ -12,12 +12,15 @@ is there and fails stops the installation, with the reason and the way around it
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,6 @@ from setuptools import Command, Extension, build_meta
 from setuptools.build_meta import *  # noqa: F403  every hook that is not defined here
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "rpg_kernels"
@@ -42,18 +44,21 @@ WAY_OUT = (
 )
 
 
-class BuildError(ExecError):
-    """The compiled half cannot be built; says why, and how to install without it."""
+class BuildError(SystemExit):
+    """The compiled half cannot be built; says why, and how to install without it.
+
+    It ends the build without a traceback, so that pip's output ends with the reason.
+    """
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"rpg-kernels: {reason}\nrpg-kernels: {WAY_OUT}")
+        super().__init__(f"error: rpg-kernels: {reason}\nrpg-kernels: {WAY_OUT}")
 
 
 @dataclass(frozen=True)
 class Plan:
     """What will be compiled, and why the rest will not."""
 
-    cxx: str | None  # C++ compiler; None: pure Python
+    cxx: str | None  # C++ compiler as CMake takes it; None: pure Python
     nvcc: str | None
     reason: str = ""  # why nothing is compiled
     note: str = ""  # why CUDA is not
@@ -78,7 +83,7 @@ def plan() -> Plan:
         reason = f"the compiled half is built on Linux and macOS only, not on {sys.platform}"
         cxx = None
     else:
-        cxx = _which(os.environ.get("CXX"), "c++", "g++", "clang++")
+        cxx = _asked("CXX") or _which("c++", "g++", "clang++")
         reason = (
             "no C++ compiler was found when it was installed; install g++ or clang++, then "
             "`pip install --force-reinstall --no-deps --no-cache-dir rpg-kernels`"
@@ -90,7 +95,7 @@ def plan() -> Plan:
     if mode == "cpu":
         return Plan(cxx, None, note="no CUDA kernels: RPG_KERNELS_BUILD=cpu was set")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = _which(os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc" if home else None)
+    nvcc = _asked("CUDACXX") or _which(f"{home}/bin/nvcc" if home else None, "nvcc")
     if nvcc is None:
         note = (
             "no CUDA kernels: nvcc was not found; put it on PATH or set CUDA_HOME, then "
@@ -104,6 +109,16 @@ def plan() -> Plan:
 
 def _which(*names: str | None) -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def _asked(variable: str) -> str | None:
+    """The tool that a variable names, as CMake takes it: "ccache g++" is two words."""
+    words = shlex.split(os.environ.get(variable, ""))
+    if not words:
+        return None
+    if (path := shutil.which(words[0])) is None:
+        raise BuildError(f"{variable}: got {words[0]!r}, wanted a program that is there")
+    return ";".join([path, *words[1:]])
 
 
 def _output(*command: str) -> str:
@@ -128,7 +143,8 @@ def cuda_architectures(nvcc: str, one: bool) -> str:
     Raises:
         BuildError: nvcc is too old, or knows none of them.
     """
-    version = _version(nvcc, "--version")
+    command = nvcc.split(";")
+    version = _version(*command, "--version")
     if version < NVCC:
         wanted = "{}.{}".format(*NVCC)
         raise BuildError(f"{nvcc} is version {version[0]}.{version[1]}, wanted {wanted} or later")
@@ -136,7 +152,7 @@ def cuda_architectures(nvcc: str, one: bool) -> str:
         return asked
     if one:
         return f"{_own_gpu() or ONE_ARCHITECTURE}-real"
-    known = _output(nvcc, "--list-gpu-code").split()
+    known = _output(*command, "--list-gpu-code").split()
     names = [name for name in ARCHITECTURES if f"sm_{name.rstrip('a')}" in known]
     if not names:
         raise BuildError(f"{nvcc} knows none of sm_{', sm_'.join(ARCHITECTURES)}")
@@ -190,11 +206,13 @@ class BuildNative(build_ext):
         }
         if wanted.nvcc:
             options["CMAKE_CUDA_COMPILER"] = wanted.nvcc
-            options["CMAKE_CUDA_HOST_COMPILER"] = wanted.cxx
+            if wanted.cxx and ";" not in wanted.cxx:  # nvcc takes a program, not "ccache g++"
+                options["CMAKE_CUDA_HOST_COMPILER"] = wanted.cxx
             options["RPG_CUDA_ARCHITECTURES"] = cuda_architectures(wanted.nvcc, for_development)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        self._run([cmake, "-S", str(ROOT), "-B", str(build), *generator, *defines])
+        # Fresh: what an earlier build found (another compiler, generator, pip's cmake) is not kept.
+        self._run([cmake, "--fresh", "-S", str(ROOT), "-B", str(build), *generator, *defines])
         self._run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
         shutil.copy(build / "out" / module.name, module)
 
@@ -204,31 +222,59 @@ class BuildNative(build_ext):
         )
         print(done.stdout)
         if done.returncode:
-            said = [line for line in done.stdout.splitlines() if "rror" in line] or [done.stdout]
             step = "compiling" if "--build" in command else "configuring"
-            raise BuildError(f"{step} the compiled half failed: {' '.join(said[:5])[-2000:]}")
+            raise BuildError(f"{step} the compiled half failed: {_reason(done.stdout)}")
+
+
+def _reason(said: str) -> str:
+    """What a compiler, or else CMake, gave as its reason among all that was said."""
+    reasons = re.findall(r"^.*(?:\berror|\bfatal|undefined reference)\b.*:.*$", said, re.MULTILINE)
+    if not reasons:
+        reasons = re.findall(r"^CMake Error.*?(?=^Call Stack|^-- |\Z)", said, re.M | re.S)
+    different = list(dict.fromkeys(reasons))[:3] or [said[-2000:]]
+    return " ".join("\n".join(different).split())[:2000]
 
 
 class BuildPython(build_py):
     """build_py, and the record of what was compiled."""
 
     def run(self) -> None:
-        super().run()
         made = plan()
         for line in made.record().values():
             print(f"rpg-kernels: {line}")
-        folder = Path(self.get_package_dir(PACKAGE) if self.editable_mode else self.build_lib)
-        folder = folder if self.editable_mode else folder / PACKAGE
-        if made.cxx is None:  # a module that an earlier build left would be another version's
-            for stale in folder.glob("_native.*"):
+        # What an earlier build left would be another version's.
+        if self.editable_mode:
+            folder = Path(self.get_package_dir(PACKAGE))
+            for stale in folder.glob("_native.*") if made.cxx is None else ():
                 stale.unlink()
-        (folder / RECORD).write_text(json.dumps(made.record()) + "\n", encoding="utf-8")
+        else:
+            folder = Path(self.build_lib) / PACKAGE
+            shutil.rmtree(folder, ignore_errors=True)
+        super().run()
+        try:
+            (folder / RECORD).write_text(json.dumps(made.record()) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BuildError(
+                f"{error}; an editable install writes there, another does not"
+            ) from error
+
+
+def _elsewhere() -> dict[str, dict[str, str]]:
+    """Options that keep setuptools out of the source folder, where it cannot write to that."""
+    own = [ROOT / "build", ROOT / f"{PACKAGE}.egg-info"]
+    if all(os.access(f"{path}/" if path.exists() else ROOT, os.W_OK) for path in own):
+        return {}
+    folder = tempfile.mkdtemp(prefix="rpg-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    print(f"rpg-kernels: cannot write to {ROOT}, building in {folder}")
+    return {"build": {"build_base": folder}, "egg_info": {"egg_base": folder}}
 
 
 def arguments() -> dict[str, Any]:
     """What setup.py passes to setuptools."""
     commands: dict[str, type[Command]] = {"build_ext": BuildNative, "build_py": BuildPython}
-    return {"cmdclass": commands, "ext_modules": [Extension(MODULE, [])] if plan().cxx else []}
+    modules = [Extension(MODULE, [])] if plan().cxx else []
+    return {"cmdclass": commands, "ext_modules": modules, "options": _elsewhere()}
 
 
 def _requires() -> list[str]:
