@@ -58,6 +58,8 @@ def test_each_part_survives_the_failure_of_the_others(
         "time.sleep(60)"
     )
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "tests.xml").write_text("<testsuites/>")
     begin = time.monotonic()
     report = check.run_parts(
         [
@@ -68,6 +70,7 @@ def test_each_part_survives_the_failure_of_the_others(
             part("none", "print('no kernels'); raise SystemExit(75)"),
             part("five", "raise SystemExit(5)", nothing=5),
             part("broken", "print('no json')", summarise=check.last_json),
+            part("old", "", summarise=check.tests),  # must not read an earlier check's file
             part("after", "print('still here')"),
         ],
         out,
@@ -76,12 +79,13 @@ def test_each_part_survives_the_failure_of_the_others(
     statuses = {name: done["status"] for name, done in report.items()}
     assert statuses == {
         "good": "passed", "crash": "failed", "exit": "failed", "hang": "timed out",
-        "none": "nothing to do", "five": "nothing to do", "broken": "passed", "after": "passed",
+        "none": "nothing to do", "five": "nothing to do", "broken": "passed", "old": "passed", "after": "passed",
     }  # fmt: skip
     assert report["crash"]["summary"] == "last words"
     assert report["hang"]["summary"] == "so far"
     assert report["exit"]["summary"] == "printed nothing"
-    assert report["broken"]["summary"].startswith("no result: ")
+    assert report["broken"]["summary"] == "no result: no json"
+    assert report["old"]["summary"] == "no result: printed nothing"
     for pid in map(int, pids.read_text().split()):
         assert not alive(pid)
     assert json.loads((out / "gpu_check.json").read_text()) == report
@@ -89,7 +93,7 @@ def test_each_part_survives_the_failure_of_the_others(
     assert "==== good" in log
     assert "still here" in log
     lines = check.table(report).splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert re.fullmatch(r"hang +timed out +\d\.\d s  so far", lines[3])
 
 
