@@ -135,6 +135,7 @@ def _run(part: Part, seconds: float, out: Path) -> dict[str, Any]:
         summary, data = part.summarise(output, out)
     except Exception:  # whatever a broken part printed
         summary, data = f"no result: {last_line(output, out)[0]}", None
+        status = FAILED if status == PASSED else status
     return {
         "status": TIMED_OUT if timed_out else status,
         "seconds": round(time.monotonic() - begin, 1),
