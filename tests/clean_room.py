@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from collections.abc import Callable, Iterable
+from email.message import Message
+from email.parser import Parser
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,8 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "law1.json"
+ISAS = ("avx512", "avx2", "baseline")  # best first
 SOURCE = (
     "rpg_kernels", "csrc", "cmake", "tools", "tests", "docs", "benchmarks", "examples",
     "CMakeLists.txt", "MANIFEST.in", "Makefile", "pyproject.toml", "setup.py", "README.md",
@@ -209,6 +216,60 @@ def native_tag(version: tuple[int, int] = sys.version_info[:2]) -> str:
     """The tag of a wheel with a compiled module: interpreter, its ABI, platform."""
     python = "cp{}{}".format(*version)
     return f"{python}-{python}-{re.sub(r'[-.]', '_', sysconfig.get_platform())}"
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def headers(text: bytes) -> Message:
+    return Parser().parsestr(text.decode())
+
+
+def with_torch(wheel: Path, folder: Path) -> Room:
+    """Installed beside torch and what torch requires; no index, so it asks for nothing else."""
+    room = Room(folder).link("torch")
+    room.install(wheel)
+    return room
+
+
+def look_at(module: Path, python: Path) -> dict[str, Any]:
+    """What bare_native.py finds of a compiled module; no GPU is seen."""
+    env = environment(CUDA_VISIBLE_DEVICES="")
+    bare = ROOT / "tests" / "bare_native.py"
+    found: dict[str, Any] = json.loads(checked(python, "-I", bare, module, GOLDEN, env=env))
+    return found
+
+
+def device_code(module: Path) -> list[str]:
+    """The machine code (sm_90a) and PTX (compute_120) in a module, read from its fat binary."""
+    data = module.read_bytes()
+    found = []
+    for start in re.finditer(re.escape(struct.pack("<IH", 0xBA55ED50, 1)), data):
+        _, _, header, size = struct.unpack_from("<IHHQ", data, start.start())
+        at = start.start() + header
+        end = at + size
+        while at < end:
+            kind, _, header, size = struct.unpack_from("<HHIQ", data, at)
+            (architecture,) = struct.unpack_from("<I", data, at + 28)
+            (flags,) = struct.unpack_from("<Q", data, at + 40)
+            suffix = "a" if flags & 0x100000 else ""  # features of this architecture alone
+            found.append(f"{'compute' if kind == 1 else 'sm'}_{architecture}{suffix}")
+            at += header + size
+    return sorted(found)
+
+
+def has(isa: str) -> bool:
+    """True when this machine has the instructions."""
+    needed = {
+        "avx512": {"avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512cd", "fma", "bmi2"},
+        "avx2": {"avx2", "fma", "bmi2"},
+        "baseline": set[str](),
+    }[isa]
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.exists() else ""
+    return needed <= set(text.split())
 
 
 def obey_permissions() -> None:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from email.message import Message
-from email.parser import Parser
 from pathlib import Path
-from typing import Any
 
 import clean_room
 import pytest
@@ -23,13 +16,17 @@ from clean_room import (
     BUILDS,
     CMAKE,
     COMPILER,
+    ISAS,
     NVCC,
-    ROOT,
     Room,
-    environment,
+    contents,
+    device_code,
+    has,
+    headers,
+    look_at,
     needs_compiler,
-    needs_nvcc,
     needs_setuptools,
+    with_torch,
 )
 
 from rpg_kernels._version import __version__
@@ -38,10 +35,6 @@ pytestmark = needs_setuptools
 
 STEM = f"rpg_kernels-{__version__}"
 INFO = f"{STEM}.dist-info"
-GOLDEN = ROOT / "tests" / "golden" / "law1.json"
-ISAS = ["avx512", "avx2", "baseline"]
-ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
-ON_X86 = os.uname().machine == "x86_64"
 OTHER_PYTHONS = [f"3.{n}" for n in (11, 12, 13) if n != sys.version_info.minor]
 
 # A layer forward and backward, then what the compiled half says of itself.
@@ -57,41 +50,6 @@ torch.testing.assert_close(layer(x), wanted)
 assert bank.weight.grad.abs().sum() > 0
 said = {"file": rpg.__file__, "why not": native.why_not(), "build": native.build_info()}
 print(json.dumps(said))
-"""
-
-# Bits of the law, unpack and pack: every dtype, granularities on both sides of a vector's width.
-RESULTS = """
-import hashlib, json, sys, torch, rpg_kernels as rpg
-from rpg_kernels import native
-from rpg_kernels.law import LayerLaw
-torch.set_num_threads(2)
-said = {}
-def add(name, tensor):
-    copy = tensor.clone(memory_format=torch.contiguous_format)
-    said[name] = hashlib.sha256(copy.view(torch.uint8).numpy()).hexdigest()
-for name, entry in json.load(open(sys.argv[1]))["entries"].items():
-    if "points" in entry:
-        law = LayerLaw(**entry["config"])
-        n, b = torch.tensor(entry["points"]).unbind(1)
-        compiled = native.available()
-        add(f"slots, {name}", native.slots(law, n, b) if compiled else law.slot(n, b))
-        if law.reflect != "none":
-            words = native.sign_words(law, n, b) if compiled else law.sign_words(n, b)
-            add(f"sign words, {name}", words)
-for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-    for granularity in (1, 4, 16, 64):
-        for reflect in ("element", "vector", "none"):
-            torch.manual_seed(granularity)
-            bank = rpg.ParameterBank(
-                dof=5000, granularity=granularity, reflect=reflect, seed=5, dtype=dtype
-            )
-            for shape in ((37, 150), (13, 40, 3, 3)):
-                weight = bank.place(shape, scale=0.37)
-                name = f"{dtype}, {granularity}, {reflect}, {shape}"
-                with torch.no_grad():
-                    add(f"unpack, {name}", weight.unpack())
-                    add(f"pack, {name}", weight.pack(torch.randn(weight.shape).to(dtype)))
-print(json.dumps({"isa": native.build_info().get("isa") if compiled else None, "said": said}))
 """
 
 
@@ -124,66 +82,12 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def release(sdist: Path, builder: Room, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel as it is released: everything compiled, and optimised."""
-    return builder.wheel(sdist, tmp_path_factory.mktemp("release"))
-
-
-@pytest.fixture(scope="module")
-def bare(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Room:
-    """The released wheel in an environment that has nothing else, not even torch."""
-    room = Room(tmp_path_factory.mktemp("bare"))
-    room.install("--no-deps", release)
-    return room
-
-
-@pytest.fixture(scope="module")
 def pure(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel as it is built where there is neither compiler nor nvcc."""
     folder = tmp_path_factory.mktemp("pure")
     path = clean_room.path_without(folder / "bin", COMPILER, NVCC)
     builder = Room(folder / "room").link("setuptools")
     return builder.wheel(sdist, folder, PATH=path)
-
-
-def contents(wheel: Path) -> dict[str, bytes]:
-    with zipfile.ZipFile(wheel) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def headers(text: bytes) -> Message:
-    return Parser().parsestr(text.decode())
-
-
-def with_torch(wheel: Path, folder: Path) -> Room:
-    """Installed beside torch and what torch requires; no index, so it asks for nothing else."""
-    room = Room(folder).link("torch")
-    room.install(wheel)
-    return room
-
-
-def look_at(module: Path, python: Path) -> dict[str, Any]:
-    env = environment(CUDA_VISIBLE_DEVICES="")
-    script = ROOT / "tests" / "bare_native.py"
-    return json.loads(clean_room.checked(python, "-I", script, module, GOLDEN, env=env))
-
-
-def device_code(module: Path) -> list[str]:
-    """The machine code (sm_90a) and PTX (compute_120) in a module, read from its fat binary."""
-    data = module.read_bytes()
-    found = []
-    for start in re.finditer(re.escape(struct.pack("<IH", 0xBA55ED50, 1)), data):
-        _, _, header, size = struct.unpack_from("<IHHQ", data, start.start())
-        at = start.start() + header
-        end = at + size
-        while at < end:
-            kind, _, header, size = struct.unpack_from("<HHIQ", data, at)
-            (architecture,) = struct.unpack_from("<I", data, at + 28)
-            (flags,) = struct.unpack_from("<Q", data, at + 40)
-            suffix = "a" if flags & 0x100000 else ""  # features of this architecture alone
-            found.append(f"{'compute' if kind == 1 else 'sm'}_{architecture}{suffix}")
-            at += header + size
-    return sorted(found)
 
 
 def test_sdist_holds_what_a_wheel_needs_and_nothing_else(source: Path, sdist: Path) -> None:
@@ -242,90 +146,6 @@ def test_a_used_checkout_leaves_nothing_in_its_wheel(
     wheel = builder.wheel(used, tmp_path / "wheel", RPG_KERNELS_BUILD="python")
     assert wheel.name == pure.name
     assert set(contents(wheel)) == set(contents(pure))
-
-
-@needs_compiler
-def test_release(release: Path, bare: Room) -> None:
-    files = contents(release)
-    assert release.name == f"{STEM}-{clean_room.native_tag()}.whl"
-    wheel = headers(files[f"{INFO}/WHEEL"])
-    assert wheel["Root-Is-Purelib"] == "false"
-    assert wheel.get_all("Tag") == [clean_room.native_tag()]
-    compiled = [name for name in files if "_native." in name]
-    assert compiled == [f"rpg_kernels/{bare.module().name}"]
-    found = look_at(bare.module(), bare.python)
-    assert found["build"]["isas"] == (ISAS if ON_X86 else ["baseline"])
-
-
-@needs_compiler
-def test_release_works_without_torch(bare: Room) -> None:
-    found = look_at(bare.module(), bare.python)
-    assert not found["torch"]
-    assert found["wrong"] == []
-    assert found["right"] == list(json.loads(GOLDEN.read_text("utf-8"))["entries"])
-
-
-@needs_compiler
-@needs_nvcc
-def test_release_has_code_for_every_gpu(bare: Room) -> None:
-    code = device_code(bare.module())
-    assert code == sorted([*ARCHITECTURES, "compute_120"])
-    told = look_at(bare.module(), bare.python)["build"]["cuda_architectures"]
-    assert told == "80-real 86-real 89-real 90a-real 100-real 120"
-
-
-@needs_compiler
-@needs_nvcc
-def test_release_says_when_there_is_no_device(bare: Room) -> None:
-    found = look_at(bare.module(), bare.python)
-    assert re.match(r"CUDA could not find a device: \w", found["cuda"])
-
-
-@needs_compiler
-@pytest.mark.skipif(not shutil.which("readelf"), reason="readelf is not on PATH")
-def test_release_needs_neither_torch_nor_cuda(bare: Room) -> None:
-    module = bare.module()
-    dynamic = clean_room.checked("readelf", "--dynamic", "--wide", module)
-    libraries = re.findall(r"NEEDED.*\[(.+?)\]", dynamic)
-    assert any(name.startswith("libc.so") for name in libraries)
-    allowed = (
-        r"(libc|libm|libgcc_s|libstdc\+\+|libgomp|libpthread|libdl|librt|ld-linux[\w-]*)\.so.*"
-    )
-    assert [name for name in libraries if not re.fullmatch(allowed, name)] == []
-    assert not re.search(r"R(UN)?PATH", dynamic)
-    symbols = clean_room.checked("readelf", "--dyn-syms", "--wide", module)
-    assert "PyInit__native" in symbols
-    assert not re.search(r"torch|N3c10|N2at|\bcu[A-Z]|UND.*\bcuda", symbols)
-
-
-@needs_compiler
-def test_every_instruction_set_gives_the_same_bits(release: Path, tmp_path: Path) -> None:
-    room = with_torch(release, tmp_path / "room").link("numpy")
-
-    def result(isa: str | None) -> dict[str, Any]:
-        changes = {"RPG_KERNELS_ISA": isa} if isa else {"RPG_KERNELS_NATIVE": "0"}
-        return json.loads(room.run("-c", RESULTS, GOLDEN, **changes))
-
-    isas = [isa for isa in ISAS if has(isa)]
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip((None, *isas), pool.map(result, (None, *isas)), strict=True))
-    wanted = results.pop(None)["said"]
-    assert len(wanted) > 200
-    for isa, found in results.items():
-        assert found["isa"] == isa
-        assert [name for name in wanted if found["said"].get(name) != wanted[name]] == []
-
-
-def has(isa: str) -> bool:
-    """True when this machine has the instructions."""
-    needed = {
-        "avx512": {"avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512cd", "fma", "bmi2"},
-        "avx2": {"avx2", "fma", "bmi2"},
-        "baseline": set(),
-    }[isa]
-    information = Path("/proc/cpuinfo")
-    text = information.read_text() if information.exists() else ""
-    return needed <= set(text.split())
 
 
 @needs_compiler
