@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rpg_kernels import bench, demo
+from rpg_kernels import bench, demo, doctor
 from rpg_kernels._version import __version__
 from rpg_kernels.demo.extras import MissingExtraError
 
@@ -22,14 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
-        args.command(args)
+        status: int | None = args.command(args)
     except (MissingExtraError, OSError, TypeError, ValueError) as error:
         print(f"rpg-kernels: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("rpg-kernels: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_arguments(bench_parser)
     bench_parser.set_defaults(command=bench.run)
+
+    doctor_parser = commands.add_parser(
+        "doctor",
+        help="check this installation; put its report into a bug report",
+        description="Say what is installed, what was compiled, which back end runs what and why, "
+        "and check the result of every operator on every device. The exit status is 0 when all "
+        "is well. Please put what it prints into a bug report.",
+    )
+    doctor.add_arguments(doctor_parser)
+    doctor_parser.set_defaults(command=doctor.run)
 
     summary_parser = commands.add_parser(
         "summary",

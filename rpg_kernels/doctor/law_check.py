@@ -1,0 +1,125 @@
+"""The packing law against a few of its golden values, in every implementation of this machine.
+
+The values are copied from the committed golden vectors, which are not installed; a test compares.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import native
+from rpg_kernels.law import LayerLaw
+
+Evaluate = Callable[[LayerLaw, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Some positions of one layer: (row, block, slot, sign words)."""
+
+    name: str
+    law: LayerLaw
+    points: tuple[tuple[int, int, int, tuple[int, ...]], ...]
+
+
+GOLDEN = (
+    Golden(
+        "prime, 7",
+        LayerLaw(0, 0, 7, 1, 32, 3, 1, "element", permute=True),
+        (
+            (0, 0, 2, (2910391427,)),
+            (6, 0, 1, (891049592,)),
+            (4, 0, 0, (1954260296,)),
+        ),
+    ),
+    Golden(
+        "12 x 12",
+        LayerLaw(2, 0, 12, 12, 64, 50, 7, "vector", permute=True),
+        (
+            (0, 0, 4, (3296142432,)),
+            (11, 11, 0, (3210444696,)),
+            (2, 9, 46, (1121256384,)),
+        ),
+    ),
+    Golden(
+        "10 rounds",
+        LayerLaw(2, 6, 37, 13, 64, 100, 99, "element", permute=True),
+        (
+            (0, 0, 33, (4112624789, 2498476704)),
+            (36, 12, 61, (3146327543, 621282383)),
+            (4, 1, 54, (2977840979, 3249100513)),
+        ),
+    ),
+    Golden(
+        "bands",
+        LayerLaw(6, 1, 8589934592, 3, 64, 31250, 17, "element", permute=True),
+        (
+            (8589934591, 2, 21189, (4038043218, 1243943898)),
+            (536870911, 2, 9325, (915911369, 2727054878)),
+            (536870912, 0, 9887, (762857685, 2902182234)),
+            (3868562477, 1, 14138, (678807246, 4253541036)),
+        ),
+    ),
+)
+
+
+def implementations(devices: list[torch.device]) -> list[tuple[str, torch.device, Evaluate]]:
+    """(name, device, how to evaluate slots and sign words) of what can run here."""
+    found: list[tuple[str, torch.device, Evaluate]] = []
+    compiled = native.available()
+    cuda = compiled and _has_cuda_kernels()
+    for device in devices:
+        found.append(("law in PyTorch", device, _in_pytorch))
+        if device.type == "cpu" and compiled:
+            found.append(("law in C++", device, _in_cpp))
+        if device.type == "cuda" and cuda:
+            found.append(("law in CUDA", device, _in_cuda))
+    return found
+
+
+def _has_cuda_kernels() -> bool:
+    try:
+        return bool(native.build_info().get("cuda"))
+    except Exception:
+        return False  # what is wrong is said where the build is examined
+
+
+def difference(evaluate: Evaluate, device: torch.device) -> str:
+    """Where an implementation differs from the golden values; "" where it does not."""
+    for golden in GOLDEN:
+        n, b = (torch.tensor([point[i] for point in golden.points], device=device) for i in (0, 1))
+        slots, words = evaluate(golden.law, n, b)
+        for what, got, wanted in (
+            ("slots", slots.tolist(), [slot for _, _, slot, _ in golden.points]),
+            ("sign words", words.tolist(), [list(word) for *_, word in golden.points]),
+        ):
+            if got != wanted:
+                return f"{what} of layer {golden.name!r}: got {got}, wanted {wanted}"
+    return ""
+
+
+def _in_pytorch(law: LayerLaw, n: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return law.slot(n, b), law.sign_words(n, b)
+
+
+def _in_cpp(law: LayerLaw, n: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return native.slots(law, n, b), native.sign_words(law, n, b)
+
+
+def _in_cuda(law: LayerLaw, n: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    module = importlib.import_module("rpg_kernels._native")
+    slots = torch.full_like(n, -1)
+    words = n.new_full((len(n), 1 if law.reflect == "vector" else law.words), -1)
+    with torch.cuda.device(n.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        for i, row in enumerate(n.tolist()):  # one by one: a launch takes positions of one band
+            band = row // law.rows_per_band
+            addresses = (n[i:].data_ptr(), b[i:].data_ptr())
+            results = (slots[i:].data_ptr(), words[i:].data_ptr())
+            module.cuda_law(native.layer_law(law), band, *addresses, 1, *results, stream)
+    return slots, words
