@@ -7,6 +7,6 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
-import build_backend  # noqa: E402
+import build_backend
 
 setup(**build_backend.arguments())

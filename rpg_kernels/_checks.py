@@ -28,9 +28,13 @@ def finite(argument: str, value: object) -> float:
     """A finite float, given as float or int."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument}: got {value!r} ({type(value).__name__}), wanted a float")
-    if not math.isfinite(value):
-        raise fail(argument, value, "a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
+    if not math.isfinite(number):
+        raise fail(argument, number, "a finite number")
+    return number
 
 
 def boolean(argument: str, value: object) -> bool:

@@ -277,6 +277,7 @@ BAD_PLACES: list[tuple[Any, Any, str, type[Exception]]] = [
     ((5, 5), 0.0, "scale", ValueError),
     ((5, 5), float("nan"), "scale", ValueError),
     ((5, 5), float("inf"), "scale", ValueError),
+    ((5, 5), 10**400, "scale", ValueError),
     ((5, 5), True, "scale", TypeError),
     ((5, 5), "1", "scale", TypeError),
     ((5, 5), None, "scale", TypeError),

@@ -17,6 +17,7 @@ namespace rpg::RPG_ISA {
 namespace {
 
 constexpr int kLanes = 64;
+constexpr int kPicked = 256;
 constexpr int64_t kSerial = 1 << 14;  // elements below which threads cost more than they bring
 
 template <class T>
@@ -208,11 +209,20 @@ void pack_blocks(const LayerLaw& law, const PackArgs& args) {
     for (int part = 0; part < threads; ++part) {
       const uint32_t low = static_cast<uint32_t>(uint64_t{law.slots} * part / threads);
       const uint32_t high = static_cast<uint32_t>(uint64_t{law.slots} * (part + 1) / threads);
-      for (int64_t k = 0; k < size; ++k) {
-        if (slot[k] - low >= high - low) continue;
-        add_block<T, BLOCK, SIGNS>(
-            dense + (begin + k) * block, grad + static_cast<int64_t>(slot[k]) * block,
-            scales[SIGNS ? 0 : word[k * words] >> 31], block, word + k * words, 1);
+      for (int64_t from = 0; from < size; from += kPicked) {
+        const int count = static_cast<int>(size - from < kPicked ? size - from : kPicked);
+        int picked[kPicked];
+        int mine = 0;  // picked without a branch: half of them would be predicted wrongly
+        for (int k = 0; k < count; ++k) {
+          picked[mine] = k;
+          mine += slot[from + k] - low < high - low;
+        }
+        for (int i = 0; i < mine; ++i) {
+          const int64_t k = from + picked[i];
+          add_block<T, BLOCK, SIGNS>(
+              dense + (begin + k) * block, grad + static_cast<int64_t>(slot[k]) * block,
+              scales[SIGNS ? 0 : word[k * words] >> 31], block, word + k * words, 1);
+        }
       }
     }
   }
