@@ -1,0 +1,636 @@
+"""The doctor: what it finds, that it finds what is wrong, and that it never ends in a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import brute_force as brute
+import pytest
+import torch
+from torch import Tensor
+
+import rpg_kernels as rpg
+from rpg_kernels import cli, dispatch, doctor, native, settings
+from rpg_kernels._tensors import DTYPES
+from rpg_kernels.doctor import environment, law_check, report, selftest
+from rpg_kernels.law import LayerLaw
+from rpg_kernels.reference import tiles
+
+GOLDEN = Path(__file__).parent / "golden" / "law1.json"
+ON_CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not() or "built")
+
+# The documented shape: part -> keys, of the part or of each of its lines.
+KEYS = {
+    "versions": "rpg_kernels commit sources law python torch torch_cuda packages",
+    "machine": "system processor instruction_set cores threads",
+    "devices": "cuda driver reason",
+    "compilers": "c++ cmake nvcc",
+    "build": "in_use why_not law compiler openmp instruction_sets instruction_set cuda "
+    "cuda_architectures note advice gpus",
+    "settings": "scratch_limit backend environment",
+    "backends": "op device dtype backend reason",
+    "self_tests": "test device dtype passed error bound message",
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit status and standard output."""
+    status = cli.main(["doctor", *arguments])
+    return status, capsys.readouterr().out
+
+
+def run_json(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    status, out = run(capsys, "--json")
+    return status, json.loads(out)
+
+
+def failing(record: dict[str, Any]) -> set[str]:
+    return {test["test"] for test in record["self_tests"] if not test["passed"]}
+
+
+@pytest.fixture
+def fresh_dispatch() -> Iterator[None]:
+    """Dispatch remembers functions; forget them before and after they are replaced."""
+    dispatch.decide.cache_clear()
+    dispatch.implementation.cache_clear()
+    yield
+    dispatch.decide.cache_clear()
+    dispatch.implementation.cache_clear()
+
+
+def test_json_is_one_object_of_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    status, record = run_json(capsys)
+    assert status == 0
+    assert record["format"] == 1
+    assert record["ok"] is True
+    assert record["failures"] == {}
+    assert set(record) == {"format", "ok", "failures", *KEYS}
+    for part, keys in KEYS.items():
+        lines = record[part] if isinstance(record[part], list) else [record[part]]
+        assert lines
+        for line in lines:
+            assert set(line) == set(keys.split()), part
+    documented = doctor.__doc__ or ""
+    for keys in KEYS.values():
+        assert all(key in documented for key in keys.split())
+
+
+def test_what_it_says_of_this_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    _, record = run_json(capsys)
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["rpg_kernels"] == rpg.__version__
+    assert record["versions"]["law"] == 1
+    assert record["versions"]["packages"]["numpy"] == pytest.importorskip("numpy").__version__
+    assert record["machine"]["threads"] == torch.get_num_threads()
+    assert len(record["devices"]["cuda"]) == torch.cuda.device_count()
+    assert bool(record["devices"]["reason"]) is not torch.cuda.is_available()
+    assert record["build"]["in_use"] is native.available()
+    assert record["settings"]["scratch_limit"] == {"cpu": 4 << 20, "cuda": 16 << 20}
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    wanted = {(op, dtype) for op in dispatch.OPERATORS for dtype in names}
+    for part, key in (("backends", "op"), ("self_tests", "test")):
+        found = [(t[key], t["dtype"]) for t in record[part] if t["device"] == "cpu" and t["dtype"]]
+        assert set(found) == wanted
+        assert len(found) == len(wanted)
+    for line in record["backends"]:
+        device, dtype = torch.device(line["device"]), getattr(torch, line["dtype"])
+        rule = dispatch.decide(line["op"], device, dtype, "")
+        assert (line["backend"], line["reason"]) == (rule.backend, rule.reason)
+    laws = [test["test"] for test in record["self_tests"] if test["dtype"] is None]
+    assert laws[:2] == ["law in PyTorch", "law in C++"][: 1 + native.available()]
+
+
+def test_figures_are_within_their_bounds_and_are_not_all_zero(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, record = run_json(capsys)
+    tests = [test for test in record["self_tests"] if test["dtype"]]
+    assert all(0 <= test["error"] <= test["bound"] for test in tests)
+    assert all(test["error"] > 0 for test in tests if test["dtype"] != "float64")
+    limits = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
+    assert all(test["bound"] < limits[test["dtype"]] for test in tests)
+
+
+def test_text_has_every_part_and_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = run(capsys)
+    assert status == 0
+    for title in report.TITLES.values():
+        assert f"{title}\n  " in out
+    for op in dispatch.OPERATORS:
+        assert f"\n  {op} " in out
+    assert "FAIL" not in out
+    assert "None" not in out
+    tests = len(selftest.self_tests())
+    assert out.endswith(f"ok: {tests} of {tests} self-tests pass\n")
+
+
+def test_nothing_of_the_process_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    state, limit = torch.get_rng_state(), settings.scratch_bytes("cpu")
+    run(capsys)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert settings.scratch_bytes("cpu") == limit
+    with torch.no_grad():
+        assert run(capsys)[0] == 0
+        assert not torch.is_grad_enabled()
+
+
+def test_explicit_weights_are_those_of_the_brute_force_definition() -> None:
+    for reflect in ("element", "vector", "none"):
+        for shape in [*brute.MATRICES, *brute.KERNELS]:
+            bank = brute.bank_of(640, granularity=16, reflect=reflect)
+            bank.place((3, 5))
+            weight = bank.place(shape)
+            index, sign = selftest.explicit_map(weight.placement)
+            wanted_index, wanted_sign = brute.index_and_sign(weight)
+            assert torch.equal(index, wanted_index)
+            assert torch.equal(sign, wanted_sign)
+
+
+def test_law_values_are_the_committed_ones() -> None:
+    entries = json.loads(GOLDEN.read_text("utf-8"))["entries"]
+    for golden in law_check.GOLDEN:
+        entry = entries[golden.name]
+        assert golden.law == LayerLaw(**entry["config"])
+        committed = {
+            tuple(point): (slot, tuple(words))
+            for point, slot, words in zip(
+                entry["points"], entry["slots"], entry["sign words"], strict=True
+            )
+        }
+        for n, b, slot, words in golden.points:
+            assert committed[n, b] == (slot, words)
+
+
+def wrong(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same, but for one element that is 5 % off."""
+
+    def run(*arguments: Any) -> Tensor:
+        result = function(*arguments).clone()
+        flat = result.view(-1)
+        flat[flat.abs().argmax()] *= 1.05
+        return result
+
+    return run
+
+
+@pytest.mark.usefixtures("fresh_dispatch")
+@pytest.mark.parametrize("op", dispatch.OPERATORS)
+def test_an_operator_that_computes_something_else_fails(
+    op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function = dispatch.implementation(op, torch.device("cpu"), torch.float32, "reference")
+    monkeypatch.setattr(sys.modules[function.__module__], op, wrong(function))
+    dispatch.implementation.cache_clear()
+    status, record = run_json(capsys)
+    assert status == 1
+    assert record["ok"] is False
+    assert failing(record) == {op}
+    bad = [t for t in record["self_tests"] if t["test"] == op and t["device"] == "cpu"]
+    assert len(bad) == len(DTYPES)
+    for test in bad:
+        assert test["passed"] is False, test
+        assert test["error"] > test["bound"]
+        assert test["message"] == "the error exceeds the bound"
+
+
+@pytest.mark.usefixtures("fresh_dispatch")
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        (lambda y: torch.full_like(y, torch.nan), "the result holds values that are not finite"),
+        (lambda y: y.clone().index_fill_(0, torch.tensor([3], device=y.device), torch.inf), ""),
+        (lambda y: y.double().float() if y.dtype != torch.float32 else y.double(), "got torch."),
+        (lambda y: y[:1], "wanted torch."),
+    ],
+)
+def test_results_that_are_not_numbers_or_not_of_the_right_kind_fail(
+    replace: Callable[[Tensor], Tensor],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    function = dispatch.implementation("unpack", torch.device("cpu"), torch.float32, "reference")
+    module = sys.modules[function.__module__]
+    monkeypatch.setattr(module, "unpack", lambda *arguments: replace(function(*arguments)))
+    dispatch.implementation.cache_clear()
+    status, record = run_json(capsys)  # not a number is no JSON
+    assert status == 1
+    bad = [test for test in record["self_tests"] if test["test"] == "unpack"]
+    assert all(not test["passed"] and test["error"] is None for test in bad)
+    assert all(message in test["message"] for test in bad)
+
+
+@pytest.mark.usefixtures("fresh_dispatch")
+def test_an_operator_that_raises_is_reported_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*arguments: object) -> Tensor:
+        raise RuntimeError("the kernel did not start\nCompile with this and that")
+
+    function = dispatch.implementation("conv2d", torch.device("cpu"), torch.float32, "reference")
+    monkeypatch.setattr(sys.modules[function.__module__], "conv2d", broken)
+    dispatch.implementation.cache_clear()
+    status, out = run(capsys)
+    assert status == 1
+    # Gradients of a forward that does not run are not there either.
+    for op in ("conv2d", "conv2d_input_grad", "conv2d_bank_grad"):
+        line = f"  FAIL {op} on cpu in float32: RuntimeError: the kernel did not start\n"
+        assert line in out
+    assert "FAIL linear" not in out
+    assert "Compile with" not in out
+    tests = len(selftest.self_tests())
+    bad = 12 * (1 + torch.cuda.device_count())
+    assert out.endswith(f"NOT OK: {tests - bad} of {tests} self-tests pass, {bad} FAIL\n")
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["unpack", "pack"])
+def test_a_wrong_compiled_unpack_or_pack_fails(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = getattr(native, name)
+
+    def off(law: LayerLaw, source: Tensor, result: Tensor, *rest: Any) -> None:
+        true(law, source, result, *rest)
+        result.mul_(1.25)
+
+    monkeypatch.setattr(native, name, off)
+    status, record = run_json(capsys)
+    assert status == 1
+    forward = {"linear", "linear_input_grad", "conv2d", "conv2d_input_grad", "embedding", "unpack"}
+    assert failing(record) == (forward if name == "unpack" else set(dispatch.OPERATORS) - forward)
+    monkeypatch.setattr(native, "_enabled", False)  # then it is not used
+    assert run(capsys, "--json")[0] == 0
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["slots", "sign_words"])
+def test_a_wrong_compiled_law_fails(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = getattr(native, name)
+    monkeypatch.setattr(native, name, lambda *arguments: true(*arguments) ^ 1)
+    status, record = run_json(capsys)
+    assert status == 1
+    assert failing(record) == {"law in C++"}
+    (test,) = (test for test in record["self_tests"] if not test["passed"])
+    assert name.replace("_", " ") + " of layer 'prime, 7': got [" in test["message"]
+    assert (test["dtype"], test["error"], test["bound"]) == (None, None, None)
+
+
+def test_a_wrong_law_in_pytorch_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = LayerLaw.slot
+
+    def shifted(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:
+        return (true(law, n, b) + 1) % law.slots
+
+    monkeypatch.setattr(LayerLaw, "slot", shifted)
+    status, record = run_json(capsys)
+    assert status == 1
+    assert "law in PyTorch" in failing(record)
+
+
+def test_wrong_signs_of_the_pytorch_path_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native, "_enabled", False)
+    monkeypatch.setattr(tiles, "sign_bits", lambda element: 31 - element % 32)
+    status, record = run_json(capsys)
+    assert status == 1
+    assert failing(record) == set(dispatch.OPERATORS)  # by the cases that reflect elements
+
+
+@ON_CPU_ONLY
+def test_a_torch_that_cannot_do_it_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (operation,) = (o for o in selftest.OPERATIONS if "linear" in o.operators.values())
+    true = operation.torchs
+
+    def no_half(x: Tensor, w: Tensor) -> Tensor:
+        if x.dtype == torch.float16:
+            raise NotImplementedError('"addmm" not implemented for half')
+        return true(x, w)
+
+    other = selftest.Operation(
+        operation.weight, operation.x, no_half, operation.ours, operation.operators
+    )
+    monkeypatch.setattr(selftest, "OPERATIONS", (other,))
+    status, record = run_json(capsys)
+    assert status == 1
+    bad = [test for test in record["self_tests"] if not test["passed"]]
+    assert {(test["test"], test["dtype"]) for test in bad} == {
+        (op, "float16") for op in operation.operators.values()
+    }
+    assert bad[0]["message"].startswith('torch itself: NotImplementedError: "addmm"')
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "simt"])
+def test_a_forced_back_end_that_cannot_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = tuple(rule for rule in dispatch.RULES if rule.backend != name)
+    monkeypatch.setattr(dispatch, "RULES", rules)
+    dispatch.decide.cache_clear()
+    dispatch.implementation.cache_clear()
+    with rpg.backend(name):
+        status, record = run_json(capsys)
+    assert status == 1
+    assert record["settings"]["backend"] == name
+    assert all(line["backend"] is None for line in record["backends"])
+    assert f"backend: got '{name}' for linear on cpu" in record["backends"][0]["reason"]
+    assert failing(record) >= set(dispatch.OPERATORS)
+
+
+@pytest.mark.parametrize("part", doctor.PARTS)
+def test_a_part_that_raises_is_reported_as_failed(
+    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise OSError("no such luck\nsecond line")
+
+    monkeypatch.setitem(doctor.PARTS, part, broken)
+    status, record = run_json(capsys)
+    assert status == 1
+    assert record["ok"] is False
+    assert record["failures"] == {part: "OSError: no such luck"}
+    assert record[part] is None
+    assert all(record[other] is not None for other in doctor.PARTS if other != part)
+    status, out = run(capsys)
+    assert status == 1
+    assert f"{report.TITLES[part]}\n  FAILED: OSError: no such luck\n" in out
+    assert f"could not be examined: {report.TITLES[part]}\n" in out
+
+
+def test_build_info_that_raises(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("rpg_kernels was compiled for another machine")
+
+    monkeypatch.setattr(native, "build_info", broken)
+    status, record = run_json(capsys)
+    assert status == 1
+    assert record["failures"] == {
+        "build": "RuntimeError: rpg_kernels was compiled for another machine"
+    }
+    assert not failing(record)
+
+
+@pytest.mark.parametrize("where", ["PATH", "CXX"])
+def test_no_compiler_and_no_nvcc(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if where == "PATH":
+        assert environment.compilers() == {"c++": None, "cmake": None, "nvcc": None}
+        status, out = run(capsys)
+        for name in ("c++", "cmake", "nvcc"):
+            assert f"\n  {name:<20} not found\n" in out
+    else:
+        monkeypatch.setenv("CXX", "no-such-compiler -m32")
+        monkeypatch.setenv("CUDACXX", "an 'open quote")
+        status, record = run_json(capsys)
+        assert record["compilers"]["c++"] == {
+            "path": "no-such-compiler -m32",
+            "version": None,
+            "error": "CXX: got 'no-such-compiler', wanted a program that is there",
+        }
+        assert record["compilers"]["nvcc"]["error"].startswith("CUDACXX: ValueError: ")
+    assert status == 0  # what could be compiled now says nothing of what is installed
+
+
+def tool(path: Path, script: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_compilers_as_they_call_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("CUDACXX", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    compiler = tool(tmp_path / "wrapper", 'echo "one line"; echo "of $*"')
+    tool(tmp_path / "cmake", "echo broken installation >&2; exit 3")
+    nvcc = (
+        tool(
+            tmp_path / "home" / "bin" / "nvcc",
+            "echo nvcc: a driver; echo 'tools, release 12.6, V1'",
+        )
+        if not (tmp_path / "home" / "bin").mkdir(parents=True)
+        else None
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
+    monkeypatch.setenv("CXX", "wrapper -m64")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert environment.compilers() == {
+        "c++": {"path": f"{compiler} -m64", "version": "one line", "error": ""},
+        "cmake": {
+            "path": str(tmp_path / "cmake"),
+            "version": None,
+            "error": "exit status 3: broken installation",
+        },
+        "nvcc": {"path": str(nvcc), "version": "tools, release 12.6, V1", "error": ""},
+    }
+    out = run(capsys)[1]
+    assert f"{tmp_path / 'cmake'}: FAILED: exit status 3: broken installation\n" in out
+
+
+@pytest.mark.parametrize("script", ["sleep 60", "", "exec no-such-program"])
+def test_a_compiler_that_does_not_answer(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_SECONDS", 0.3)
+    monkeypatch.setenv("CXX", str(tool(tmp_path / "cxx", script)))
+    found = environment.compilers()["c++"]
+    assert found["version"] is None
+    wanted = {"sleep 60": "TimeoutExpired", "": "it says no version"}
+    assert wanted.get(script, "exit status 127") in found["error"]
+
+
+def test_what_was_not_built_comes_with_a_reason_and_a_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = "no C++ compiler was found when it was installed; install g++, then `pip install x`"
+    switched = "RPG_KERNELS_BUILD=python was set when it was installed"
+    for reason in (recorded, switched):
+        monkeypatch.setattr(native, "_load", lambda reason=reason: (None, reason))
+        status, record = run_json(capsys)
+        assert status == 0  # the pure installation is sound
+        build = record["build"]
+        assert build["in_use"] is False
+        assert build["why_not"] == reason
+        assert (build["compiler"], build["cuda"], build["instruction_sets"]) == (None, None, [])
+        assert ("pip install" in build["advice"]) is (reason == switched)
+        assert "law in C++" not in {test["test"] for test in record["self_tests"]}
+        assert f"no: {reason}\n" in run(capsys)[1]
+
+
+GPU = {"device": "cuda:0", "name": "GPU", "capability": "8.9", "memory_bytes": 24 << 30}
+
+
+@pytest.mark.parametrize(
+    ("architectures", "covered"),
+    [("80-real 90a-real", True), ("90a-real 120", False), ("native", None), ("90 75", True)],
+)
+def test_whether_the_gpu_is_among_the_architectures(
+    architectures: str, covered: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = {
+        "law": 1,
+        "compiler": "GNU 12.2.0",
+        "openmp": False,
+        "isas": ["avx2"],
+        "isa": "avx2",
+        "cuda": "13.0.88",
+        "cuda_architectures": architectures,
+    }
+    monkeypatch.setattr(native, "build_info", lambda: info)
+    monkeypatch.setattr(environment, "_no_cuda", lambda: "")
+    monkeypatch.setattr(environment, "_cuda_devices", lambda: [GPU])
+    build = environment.build()
+    assert build["gpus"] == [{"device": "cuda:0", "covered": covered}]
+    assert ("RPG_KERNELS_CUDA_ARCHITECTURES" in build["advice"]) is (covered is False)
+    text = report.section("build", build, "")
+    said = {True: "covered", False: "NOT covered by these architectures", None: "cannot tell"}
+    assert f"  {'cuda:0':<20} {said[covered]}\n" in text
+    assert f"CUDA 13.0.88 for {architectures}" in text
+    text = report.section("devices", environment.devices(), "")
+    assert "GPU, capability 8.9, 24.0 GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs_on", "not_on"),
+    [
+        ("80-real", "8.0 8.6 8.9", "7.5 9.0 12.0"),
+        ("86-real", "8.6 8.9", "8.0 9.0"),
+        ("90a-real", "9.0", "8.9 9.1 10.0 12.0"),
+        ("90a", "9.0", "10.0 12.0"),
+        ("100f-real", "10.0 10.3", "9.0 11.0 12.0"),
+        ("120", "12.0 12.1 13.0", "10.0"),
+        ("80-virtual", "8.0 9.0 12.0", "7.5"),
+        ("80-real 90a-real 120", "8.6 9.0 12.0 12.1", "7.5 10.0"),
+        ("", "", "9.0"),
+    ],
+)
+def test_compute_capabilities(architectures: str, runs_on: str, not_on: str) -> None:
+    names = architectures.split()
+    assert all(environment.covers(names, capability) is True for capability in runs_on.split())
+    assert all(environment.covers(names, capability) is False for capability in not_on.split())
+    assert environment.covers(["all-major", *names], "5.0") is None
+
+
+@pytest.mark.parametrize("visible", [None, ""])
+def test_why_there_is_no_cuda_device(
+    visible: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_driver() -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system.\nPlease check")
+
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    shown = "" if visible is None else " (CUDA_VISIBLE_DEVICES='' is set)"
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    wanted = "RuntimeError: Found no NVIDIA driver on your system."
+    assert environment.devices()["reason"] == wanted + shown
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert environment.devices()["reason"] == "none is visible" + shown
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    wanted = f"torch {torch.__version__} is built without CUDA"
+    assert environment.devices()["reason"] == wanted
+    assert environment.torch_devices() == [torch.device("cpu")]
+    assert f"none                 {wanted}\n" in run(capsys)[1]
+
+
+def test_the_driver_as_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
+    tool(tmp_path / "nvidia-smi", "echo 580.65.06; echo 580.65.06")
+    assert environment.devices()["driver"] == "580.65.06"
+
+
+def test_environment_variables_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RPG_KERNELS_NATIVE", "1")
+    monkeypatch.setenv("SOME_TOKEN", "secret")
+    status, out = run(capsys)
+    assert status == 0
+    assert f"\n  {'RPG_KERNELS_NATIVE':<20} 1\n" in out
+    assert "secret" not in out
+    assert environment.settings_in_force()["environment"]["RPG_KERNELS_NATIVE"] == "1"
+    with rpg.scratch_limit(123 << 20, "cpu"), rpg.backend("reference"):
+        text = report.section("settings", environment.settings_in_force(), "")
+    assert "123 MiB on cpu, 16 MiB on cuda" in text
+    assert "reference, forced" in text
+
+
+def test_back_ends_of_a_table_with_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fast = dispatch.Rule("simt", lambda op, d, t: op == "linear" and t == torch.bfloat16, "fast")
+    monkeypatch.setattr(dispatch, "RULES", (fast, *dispatch.RULES))
+    dispatch.decide.cache_clear()
+    try:
+        text = report.section("backends", environment.backends(), "")
+    finally:
+        dispatch.decide.cache_clear()
+    assert f"  {'cpu':<20} simt for linear in bfloat16\n  {'':<20} fast" in text
+    assert "reference for every operator in float64, float32, float16\n" in text
+    assert "reference for linear_input_grad, linear_bank_grad, conv2d" in text
+
+
+def test_a_process_of_its_own_prints_json_only_and_never_a_traceback() -> None:
+    command = [sys.executable, "-m", "rpg_kernels.cli", "doctor", "--json"]
+    env = {**os.environ, "RPG_KERNELS_ISA": "mmx", "RPG_KERNELS_BACKEND": "reference"}
+    env.pop("RPG_KERNELS_NATIVE", None)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    record = json.loads(done.stdout)
+    assert done.stderr == ""
+    if native.available():  # it is compiled, but not for that
+        assert done.returncode == 1
+        assert "RPG_KERNELS_ISA: not compiled" in record["failures"]["build"]
+        assert failing(record) == {"law in C++", *dispatch.OPERATORS}
+    else:
+        assert done.returncode == 0
+    assert record["settings"]["environment"]["RPG_KERNELS_ISA"] == "mmx"
+
+
+def test_a_terminal_without_unicode() -> None:
+    command = [sys.executable, "-m", "rpg_kernels.cli", "doctor"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "RPG_KERNELS_TEXT": "Ŵ"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "RPG_KERNELS_TEXT     \\u0174" in done.stdout
+
+
+def test_help_asks_for_bug_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--help"])
+    assert "bug report" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_every_cuda_device_is_tested(capsys: pytest.CaptureFixture[str]) -> None:
+    status, record = run_json(capsys)
+    assert status == 0, [test for test in record["self_tests"] if not test["passed"]]
+    for index in range(torch.cuda.device_count()):
+        tests = {t["test"] for t in record["self_tests"] if t["device"] == f"cuda:{index}"}
+        assert tests >= {"law in PyTorch", *dispatch.OPERATORS}
+        assert ("law in CUDA" in tests) is bool(record["build"]["cuda"])
