@@ -152,8 +152,9 @@ def unpack(
         out: ``[positions, block]``, contiguous, of the same dtype.
         scale: the layer's multiplier.
         region: (first row, rows, runs, blocks of a run, first block, blocks) of the positions.
-        lookup: int64 ``[rows]``, contiguous: row numbers from the first row; None for all in order.
+        lookup: int64 ``[rows]``: row numbers from the first row; None for all in order.
     """
+    lookup = None if lookup is None else lookup.contiguous()
     layer_law(law).unpack(
         ring.data_ptr(),
         out.data_ptr(),
@@ -189,6 +190,7 @@ def pack(
         _WORKSPACE_POSITIONS, region[1] * region[2] * region[5], scratch // 4 // per_position
     )
     workspace = torch.empty(per_position * positions if threads > 1 else 0, dtype=torch.int32)
+    lookup = None if lookup is None else lookup.contiguous()
     layer_law(law).pack(
         dense.data_ptr(),
         grad.data_ptr(),

@@ -154,10 +154,13 @@ def test_pack_does_not_depend_on_threads(granularity: int, reflect: str) -> None
         assert_same_bits(unpacked, results[0][1])
 
 
-def test_embedding_rows_by_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("view", ["whole", "column", "expanded"])
+def test_embedding_rows_by_lookup(view: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = rpg.ParameterBank(dof=640, granularity=16, reflect="element")
     weight = bank.place((50, 70), scale=0.5)
     index = torch.randint(50, (9, 13))
+    # One dimension, so that no reshape copies them.
+    index = {"whole": index, "column": index[:, 4], "expanded": index[0, 0].expand(7)}[view]
 
     def run() -> Tensor:
         out = rpg.functional.embedding(index, weight)
