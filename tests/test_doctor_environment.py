@@ -84,6 +84,7 @@ def test_what_was_not_built_comes_with_a_reason_and_a_way(
     switched = "RPG_KERNELS_BUILD=python was set when it was installed"
     for reason in (recorded, switched):
         monkeypatch.setattr(native, "_load", lambda reason=reason: (None, reason))
+        monkeypatch.setattr(native, "_enabled", True)
         status, record = run_json(capsys)
         assert status == 0  # the pure installation is sound
         build = record["build"]
@@ -93,6 +94,9 @@ def test_what_was_not_built_comes_with_a_reason_and_a_way(
         assert ("pip install" in build["advice"]) is (reason == switched)
         assert "law in C++" not in {test["test"] for test in record["self_tests"]}
         assert f"no: {reason}\n" in run(capsys)[1]
+        monkeypatch.setattr(native, "_enabled", False)
+        build = environment.build()
+        assert (build["why_not"], build["note"]) == ("RPG_KERNELS_NATIVE=0 is set", reason)
 
 
 GPU = {"device": "cuda:0", "name": "GPU", "capability": "8.9", "memory_bytes": 24 << 30}

@@ -200,9 +200,11 @@ def build() -> dict[str, Any]:
         {"device": gpu["device"], "covered": covers(architectures, gpu["capability"])}
         for gpu in ([] if _no_cuda() else _cuda_devices())
     ]
+    why_not = native.why_not()
+    reason = info.get("reason", "")
     return {
         "in_use": native.available(),
-        "why_not": native.why_not(),
+        "why_not": why_not,
         "law": info.get("law"),
         "compiler": info.get("compiler"),
         "openmp": info.get("openmp"),
@@ -210,7 +212,7 @@ def build() -> dict[str, Any]:
         "instruction_set": info.get("isa"),
         "cuda": info.get("cuda") or None,
         "cuda_architectures": architectures,
-        "note": info.get("note", ""),
+        "note": info.get("note") or (reason if reason != why_not else ""),
         "advice": _advice(info, [gpu["covered"] for gpu in gpus]),
         "gpus": gpus,
     }
