@@ -115,6 +115,7 @@ void pack(const LayerLaw& law, uintptr_t dense, uintptr_t grad, int dtype, doubl
 
 py::dict build_info() {
   py::dict info;
+  info["version"] = RPG_VERSION;
   info["law"] = kLawVersion;
   info["compiler"] = RPG_COMPILER;
 #if defined(_OPENMP)

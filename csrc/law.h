@@ -209,9 +209,7 @@ RPG_LAW int words_of(const LayerLaw& law) {
   return law.reflect == Reflect::kVector ? 1 : (law.granularity + 31) / 32;
 }
 
-RPG_LAW int64_t bands_of(const LayerLaw& law) {
-  return (law.rows + law.rows_per_band - 1) / law.rows_per_band;
-}
+RPG_LAW int64_t bands_of(const LayerLaw& law) { return 1 + (law.rows - 1) / law.rows_per_band; }
 
 // What evaluating positions of one band takes; passed to kernels by value.
 struct BandLaw {

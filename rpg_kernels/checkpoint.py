@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -88,9 +89,9 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     """Load a file written by ``save`` into a model of the same map. In place.
 
     Everything is checked before the model changes. Values are copied into the parameters there
-    are, cast to their dtype, so that optimisers keep them; parameters on meta are made anew on
-    the CPU, in their dtype. The layers' scales are those of the file. Nothing is unpickled. The
-    file's tensors are held in CPU memory meanwhile.
+    are, floating-point ones cast to their dtype, so that optimisers keep them; parameters on
+    meta are made anew on the CPU, in their dtype. The layers' scales are those of the file.
+    Nothing is unpickled. The file's tensors are held in CPU memory meanwhile.
 
     Args:
         model: built as the saved one was; it may be on meta, wholly or in part. Buffers that no
@@ -103,8 +104,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     Raises:
         TypeError: model is not an nn.Module.
         ValueError: the file is damaged, foreign or of an unknown version; its generator, layers,
-            names or shapes are not the model's; the model cannot be loaded into (see ``save``).
-            The model is unchanged.
+            names, shapes or (unless floating) dtypes are not the model's; the model cannot be
+            loaded into (see ``save``; expanded and inference tensors). The model is unchanged.
         OSError: the file cannot be read.
 
     Example:
@@ -120,6 +121,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         ValueError: ...rpg_bank: ... (seed: got 0, wanted 1)
     """
     contents = _contents(model)
+    for name, tensor in contents.tensors.items():
+        _writable(name, tensor)
     path = os.fsdecode(path)
     with open(path, "rb") as file:
         try:
@@ -236,6 +239,8 @@ def _replace(path: str, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
     temporary = os.path.join(os.path.dirname(path), f".rpg-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
+            if os.path.isfile(path):
+                os.chmod(temporary, stat.S_IMODE(os.stat(path).st_mode))
             _safetensors.write(file, tensors, metadata)
             file.flush()
             os.fsync(file.fileno())
@@ -289,8 +294,10 @@ def _state(
             raise ValueError(f"{name or 'model'}: got {layers[name]}, wanted {wanted} {what}")
     _same_names("tensors", values, contents.tensors)
     for name, tensor in contents.tensors.items():
-        # Another module's extra state may have any shape.
-        if values[name].shape != tensor.shape and not name.endswith(EXTRA_STATE):
+        if name.endswith(EXTRA_STATE):  # another module's, which may be of any kind
+            continue
+        _check_dtype(name, values[name].dtype, tensor.dtype)
+        if values[name].shape != tensor.shape:
             got = f"shape {list(values[name].shape)}"
             raise _checks.fail(name, got, f"shape {list(tensor.shape)}")
     for first, *others in _ties(contents.tensors):
@@ -301,6 +308,21 @@ def _state(
     state = {key: values[name] for name, key in contents.keys.items()}
     state.update({key: maps[name].to_tensor() for name, key in contents.bank_keys.items()})
     return state
+
+
+def _check_dtype(name: str, got: torch.dtype, wanted: torch.dtype) -> None:
+    """Refuse what copying would silently change beyond rounding."""
+    floating = got.is_floating_point and wanted.is_floating_point
+    if got != wanted and not floating and not (got.is_complex and wanted.is_complex):
+        raise _checks.fail(name, got, str(wanted))
+
+
+def _writable(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that cannot be copied into, before any other is."""
+    if tensor.is_inference():
+        raise _checks.fail(name, "an inference tensor", "an ordinary tensor")
+    if any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise _checks.fail(name, "an expanded tensor", "a tensor with memory for every element")
 
 
 def _record(metadata: dict[str, str], key: str) -> dict[str, Any]:

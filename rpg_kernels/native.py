@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from rpg_kernels._tensors import DTYPES
-from rpg_kernels.law import LayerLaw
+from rpg_kernels._version import __version__
+from rpg_kernels.law import LAW_VERSION, LayerLaw
 
 ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
+ENVIRONMENT_ISA = "RPG_KERNELS_ISA"
 BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
 
 _REFLECT = {"none": 0, "vector": 1, "element": 2}
@@ -31,11 +33,25 @@ _enabled = os.environ.get(ENVIRONMENT_NATIVE, "1") != "0"
 def _load() -> tuple[Any, str]:
     """(the module, "") or (None, why there is none)."""
     try:
-        return importlib.import_module("rpg_kernels._native"), ""
+        module: Any = importlib.import_module("rpg_kernels._native")
+        built = module.build_info()  # raises when this processor cannot run it
     except ModuleNotFoundError:
         return None, _build_record().get("reason") or "the compiled module was not built"
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
+        if os.environ.get(ENVIRONMENT_ISA) and isinstance(error, RuntimeError):
+            raise
         return None, f"the compiled module cannot be loaded: {error}"
+    if built.get("version") != __version__ or built["law"] != LAW_VERSION:
+        of = f"version {built.get('version')}, law {built['law']}"
+        wanted = f"version {__version__}, law {LAW_VERSION}; install again"
+        return None, f"the compiled module cannot be loaded: got {of}, wanted {wanted}"
+    return module, ""
+
+
+def broken() -> str:
+    """What is wrong with a compiled module that is there and cannot be used; "" otherwise."""
+    module, reason = _load()
+    return reason if module is None and "cannot be loaded" in reason else ""
 
 
 def _build_record() -> dict[str, str]:

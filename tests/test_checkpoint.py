@@ -319,3 +319,38 @@ def test_a_table_and_a_recurrent_layer_into_meta(path: Path) -> None:
     assert torch.equal(far["rnn"](x)[0], model["rnn"](x)[0])  # it keeps a list of its weights
     y = torch.randn(3, 2)
     assert torch.equal(far["table"](y), model["table"](y))
+
+
+@pytest.mark.parametrize(
+    ("held", "given"),
+    [(torch.uint8, torch.float32), (torch.int32, torch.int64), (torch.float32, torch.int64)],
+)
+def test_a_dtype_that_copying_would_not_keep_is_refused(
+    held: torch.dtype, given: torch.dtype, tmp_path: Path
+) -> None:
+    first, second = nn.Module(), nn.Module()
+    first.register_buffer("counts", torch.tensor([1, 300, 2]).to(given))
+    second.register_buffer("counts", torch.zeros(3, dtype=held))
+    rpg.save(first, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"counts: got {given}, wanted {held}"):
+        rpg.load(second, tmp_path / "a.safetensors")
+    assert not second.counts.any()
+
+
+def test_a_tensor_that_cannot_be_copied_into_is_refused_before_any_other_changes(
+    tmp_path: Path,
+) -> None:
+    def build(value: float, second: torch.Tensor) -> nn.Module:
+        model = nn.Module()
+        model.register_buffer("a", torch.full((2,), value))
+        model.register_buffer("b", second)
+        return model
+
+    rpg.save(build(1.0, torch.ones(4, 3)), tmp_path / "a.safetensors")
+    with torch.inference_mode():
+        inference = torch.ones(4, 3)
+    for second in (torch.ones(1, 3).expand(4, 3), inference):
+        model = build(0.0, second)
+        with pytest.raises(ValueError, match=r"b: got an (expanded|inference) tensor"):
+            rpg.load(model, tmp_path / "a.safetensors")
+        assert not model.a.any()

@@ -173,3 +173,12 @@ def test_a_model_on_meta_is_not_saved(path: Path) -> None:
     ):
         rpg.save(build(device="meta"), path)
     assert not path.exists()
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    model = nn.Linear(2, 2)
+    rpg.save(model, path)
+    path.chmod(0o600)
+    rpg.save(model, path)
+    assert path.stat().st_mode & 0o777 == 0o600

@@ -214,3 +214,12 @@ def test_back_ends_of_a_table_with_two(
     assert f"  {'cpu':<20} simt for linear in bfloat16\n  {'':<20} fast" in text
     assert "reference for every operator in float64, float32, float16\n" in text
     assert "reference for linear_input_grad, linear_bank_grad, conv2d" in text
+
+
+def test_a_compiled_module_that_does_not_load_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "the compiled module cannot be loaded: file too short"
+    monkeypatch.setattr(native, "_load", lambda: (None, said))
+    with pytest.raises(RuntimeError, match=said):
+        environment.build()
+    monkeypatch.setattr(native, "_load", lambda: (None, "no C++ compiler was found"))
+    assert environment.build()["why_not"] == "no C++ compiler was found"

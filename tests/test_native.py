@@ -192,6 +192,44 @@ def test_nan_and_infinity_stay_what_they_are(dtype: torch.dtype) -> None:
         torch.testing.assert_close(out, ring * scale, equal_nan=True, rtol=0, atol=0)
 
 
+def test_subnormals_when_torch_flushes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = rpg.ParameterBank(dof=640, granularity=16, dtype=torch.float16)
+    torch.nn.init.normal_(bank.weight, std=2e-5)
+    weight = bank.place((50, 70), scale=0.7)
+    torch.set_flush_denormal(True)
+    try:
+        with torch.no_grad():
+            assert_same_bits(weight.unpack(), in_pytorch(monkeypatch, weight.unpack))
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("rows", [2**63 - 1, (2**63 - 1) // 3, 2**62])
+def test_layers_as_large_as_numbers_go(rows: int) -> None:
+    law = LayerLaw(6, 1, rows, 1, 64, 2**31, 2**31 - 1, "element", True)
+    n = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1])
+    assert torch.equal(native.slots(law, n, torch.tensor(0)), law.slot(n, torch.tensor(0)))
+
+
+@pytest.mark.parametrize("changes", [{"version": "0.0.9"}, {"law": 2}])
+def test_a_module_of_another_version_is_not_used(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rpg_kernels import _native
+
+    info = {**_native.build_info(), **changes}
+    monkeypatch.setattr(_native, "build_info", lambda: info)
+    native._load.cache_clear()
+    try:
+        assert not native.available()
+        assert "got version" in native.why_not()
+        assert native.broken()
+        assert rpg.ParameterBank(64).place((4, 8)).unpack().shape == (4, 8)
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()
+
+
 def test_tensors_it_cannot_take_go_by_pytorch() -> None:
     ring = torch.randn(4, 8)
     assert native.handles(ring, torch.nn.Parameter(ring))
@@ -309,4 +347,4 @@ def test_an_instruction_set_that_is_not_there() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "RPG_KERNELS_ISA: not compiled, or not of this machine" in done.stderr
+    assert "RPG_KERNELS_ISA: got mmx, wanted " in done.stderr

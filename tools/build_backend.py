@@ -38,6 +38,7 @@ CMAKE = (3, 24)
 NVCC = (12, 0)
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")  # of a release; the last one also as PTX
 ONE_ARCHITECTURE = "90a"  # of a development install where no GPU says better
+REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ."
 WAY_OUT = (
     "RPG_KERNELS_BUILD=python installs without anything compiled, "
     "RPG_KERNELS_BUILD=cpu without CUDA."
@@ -86,7 +87,7 @@ def plan() -> Plan:
         cxx = _asked("CXX") or _which("c++", "g++", "clang++")
         reason = (
             "no C++ compiler was found when it was installed; install g++ or clang++, then "
-            "`pip install --force-reinstall --no-deps --no-cache-dir rpg-kernels`"
+            f"`{REINSTALL}` in the source folder"
         )
     if cxx is None:
         if mode != "auto":
@@ -99,7 +100,7 @@ def plan() -> Plan:
     if nvcc is None:
         note = (
             "no CUDA kernels: nvcc was not found; put it on PATH or set CUDA_HOME, then "
-            "`pip install --force-reinstall --no-deps --no-cache-dir rpg-kernels`"
+            f"`{REINSTALL}` in the source folder"
         )
         if mode == "cuda":
             raise BuildError(f"RPG_KERNELS_BUILD=cuda: {note}")
@@ -249,6 +250,8 @@ class BuildPython(build_py):
                 stale.unlink()
         else:
             folder = Path(self.build_lib) / PACKAGE
+            if folder.resolve() == ROOT / PACKAGE:
+                raise BuildError(f"build_lib: got {self.build_lib}, which holds the sources")
             shutil.rmtree(folder, ignore_errors=True)
         super().run()
         try:

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 #include "isa.h"
 
@@ -48,8 +49,12 @@ const Kernels& kernels() {
         return choice.kernels;
       }
     }
-    throw std::runtime_error(wanted ? "RPG_KERNELS_ISA: not compiled, or not of this machine"
-                                    : "rpg_kernels was compiled for another machine");
+    std::string able;
+    for (const Choice& choice : kChoices) {
+      if (choice.usable) able += std::string(able.empty() ? "" : ", ") + choice.kernels.isa;
+    }
+    if (able.empty()) throw std::runtime_error("it was compiled for another processor");
+    throw std::runtime_error(std::string("RPG_KERNELS_ISA: got ") + wanted + ", wanted " + able);
   }();
   return chosen;
 }

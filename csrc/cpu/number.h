@@ -67,10 +67,11 @@ struct Float16 {
   using Compute = float;
   static constexpr Bits kSign = Bits{1} << 15;
   static inline float load(Bits half) {
-    // The exponent is rebiased by a product, which also makes subnormals normal.
     const uint32_t sign = uint32_t{half} << 16 & 0x80000000;
     const uint32_t rest = (uint32_t{half} & 0x7FFF) << 13;
-    const uint32_t finite = as_bits(as_float(rest) * 0x1p112f);
+    // Subnormal: the difference of two normal floats, so that it survives flushing to zero.
+    const uint32_t subnormal = as_bits(as_float(rest | 0x38800000) - 0x1p-14f);
+    const uint32_t finite = rest < 0x00800000 ? subnormal : rest + 0x38000000;
     return as_float(sign | (rest >= 0x0F800000 ? rest | 0x7F800000 : finite));
   }
   static inline Bits store(float value) {

@@ -118,7 +118,7 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
   const int words = words_of(law);
   const Bits* ring = static_cast<const Bits*>(args.ring);
   Bits* out = static_cast<Bits*>(args.out);
-  const bool exact = args.scale == 1.0 || args.scale == -1.0;
+  const bool exact = args.scale == 1.0;
   const typename T::Compute scales[2] = {signed_scale<T>(args.scale, false),
                                          signed_scale<T>(args.scale, true)};
   const int threads = positions * block < kSerial ? 1 : args.threads;

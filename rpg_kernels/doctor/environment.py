@@ -30,7 +30,7 @@ from rpg_kernels.law import LAW_VERSION
 PACKAGES = ("triton", "numpy", "safetensors", "matplotlib", "pillow", "scikit-learn", "tqdm")
 # Other people's variables that decide what runs here, and how fast.
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET")
-REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir rpg-kernels"
+REINSTALL = "`pip install --force-reinstall --no-deps --no-cache-dir .` in the source folder"
 _SECONDS = 20  # for a tool to say its version
 
 
@@ -194,6 +194,8 @@ def _output(*command: str) -> tuple[str, str]:
 
 def build() -> dict[str, Any]:
     """What was compiled, whether it is in use, and whether this machine's GPUs are served."""
+    if native.broken():
+        raise RuntimeError(native.broken())
     info = native.build_info()
     architectures = str(info.get("cuda_architectures") or "").split()
     gpus = [
