@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
+from rpg_kernels.triton.config import unsupported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,12 +48,45 @@ class Rule:
 
 RULES = (
     Rule(
+        "triton",
+        lambda op, device, dtype: (
+            device.type == "cuda" and not why_not("triton", op, device, dtype)
+        ),
+        "fused Triton kernels, weights unpacked inside tensor-core tiles",
+    ),
+    Rule(
         "reference",
         lambda op, device, dtype: True,
-        "plain PyTorch, unpacked tile by tile within the scratch limit; "
-        "the only back end of this version",
+        "plain PyTorch, unpacked tile by tile within the scratch limit",
+    ),
+    # Triton's interpreter: for tests and curiosity, so only when it is asked for.
+    Rule(
+        "triton",
+        lambda op, device, dtype: not why_not("triton", op, device, dtype),
+        "fused Triton kernels in Triton's interpreter",
     ),
 )
+
+
+def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a back end cannot run an operator call, or "" when it can.
+
+    Example:
+        >>> why_not("triton", "embedding", torch.device("cuda"), torch.float16)
+        'the Triton back end has no kernel for embedding'
+    """
+    if backend == "triton":
+        return unsupported(op, device, dtype)
+    return "" if backend == "reference" else "this version has no such back end"
+
+
+def _reason(rule: Rule, op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """A rule's reason; where a GPU tensor falls to the reference, why Triton did not take it."""
+    if rule.backend == "reference" and device.type == "cuda":
+        missing = why_not("triton", op, device, dtype)
+        if missing:
+            return f"{rule.reason}; {missing}"
+    return rule.reason
 
 
 @dataclass(frozen=True)
@@ -88,10 +122,10 @@ def decide(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> R
     for rule in RULES:
         if backend in ("", rule.backend) and rule.applies(op, device, dtype):
             return rule
-    built = ", ".join(sorted({rule.backend for rule in RULES}))
+    able = ", ".join(sorted({r.backend for r in RULES if r.applies(op, device, dtype)}))
     raise RuntimeError(
-        f"backend: got {backend!r} for {op} on {device} in {dtype}, which this version of "
-        f"rpg_kernels cannot run; wanted one of: {built}"
+        f"backend: got {backend!r} for {op} on {device} in {dtype}, which cannot run: "
+        f"{why_not(backend, op, device, dtype)}; wanted one of: {able}"
     )
 
 
@@ -140,4 +174,5 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         dtype = torch.get_autocast_dtype(x.device.type)
     rule = decide(op, x.device, dtype, settings.forced_backend())
     limit = settings.scratch_bytes(x.device.type)
-    return Explanation(op, rule.backend, rule.reason, str(x.device), str(dtype), limit)
+    reason = _reason(rule, op, x.device, dtype)
+    return Explanation(op, rule.backend, reason, str(x.device), str(dtype), limit)

@@ -1,0 +1,108 @@
+"""Gᵀ by the inverse law: every slot sums its own uses, in a fixed order, without atomics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rpg_kernels.placement import Placement
+from rpg_kernels.triton import law as device_law
+from rpg_kernels.triton import plan, weights
+
+_unpermute = device_law.unpermute
+_sign_word, _sign_bit = device_law.sign_word, device_law.sign_bit
+_law_word, _sub_mod = device_law.law_word, device_law._sub_mod
+_SIZE, _SLOTS, _BASE = device_law._SIZE, device_law._SLOTS, device_law._BASE
+_flip = weights.flip
+
+
+@triton.jit
+def _gather_kernel(
+    dense_ptr,  # [rows, columns, taps]
+    law_ptr,  # [128]
+    grad_ptr,  # [slots, G], fp32
+    stride_n,
+    stride_c,
+    stride_t,
+    rows,
+    columns,
+    column0,
+    channels,
+    run,
+    run_blocks,
+    row0,
+    blocks,
+    scale,
+    G: tl.constexpr,
+    SIGN: tl.constexpr,
+    BY_TAP: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SWAP_ROUNDS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """grad[s, e] += scale * sum over the band's uses (n, b) of slot s of sign * dense[n, b, e].
+
+    The uses of s are P^-1(t) for t = (s - base) mod slots, + slots, + 2 slots ... below the band's
+    positions, in this order. Uses outside the rows and columns of ``dense`` are passed over.
+    Tile: BLOCK_S slots x G elements. Grid: one program per tile. Shared memory: none. Budget:
+    the inverse law once per slot and lap (60 to 100 lane-instructions per G weights), about 12
+    per weight for its place in ``dense``.
+    """
+    s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    slots, size = _law_word(law_ptr, _SLOTS), _law_word(law_ptr, _SIZE)
+    mask_s = s < slots.to(tl.int64)
+    e = tl.arange(0, G)
+    inside = tl.where(mask_s, s, 0).to(tl.uint32)
+    t = _sub_mod(inside, _law_word(law_ptr, _BASE), slots).to(tl.int64)
+    acc = tl.zeros((BLOCK_S, G), tl.float32)
+    laps = tl.cdiv(size.to(tl.int64), slots.to(tl.int64))
+    for _ in range(0, laps):
+        use = mask_s & (t < size.to(tl.int64))
+        q = _unpermute(tl.where(use, t, 0).to(tl.uint32), law_ptr, ROUNDS, SWAP_ROUNDS)
+        row = q.to(tl.int64) // blocks
+        b = q.to(tl.int64) - row * blocks
+        n = row - row0
+        use = use & (n >= 0) & (n < rows)
+        tap = b // run_blocks
+        i = ((b - tap * run_blocks) * G)[:, None] + e[None, :]
+        valid = use[:, None] & (i < run)
+        if BY_TAP:
+            channel, tap = i, tap[:, None]
+        else:
+            tap = i // channels
+            channel = i - tap * channels
+        column = channel - column0
+        valid = valid & (column >= 0) & (column < columns)
+        at = dense_ptr + (n * stride_n)[:, None] + column * stride_c + tap * stride_t
+        value = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+        if SIGN == "entry":
+            value = _flip(value, _sign_word(q, law_ptr, 0)[:, None])
+        if SIGN == "element":
+            word = _sign_word(q[:, None], law_ptr, (e // 32)[None, :])
+            value = _flip(value, word << (31 - _sign_bit(e)).to(tl.uint32)[None, :])
+        acc += value
+        t += slots.to(tl.int64)
+    out = grad_ptr + (s * G)[:, None] + e[None, :]
+    mask = tl.broadcast_to(mask_s[:, None], (BLOCK_S, G))
+    tl.store(out, tl.load(out, mask=mask, other=0.0) + acc * scale, mask=mask)
+
+
+def add(ring: Tensor, dense: Tensor, p: Placement, band: plan.Band) -> None:
+    """ring += scale · Gᵀ · dense for the rows of one launch.
+
+    Args:
+        ring: fp32 ``[slots, block]``, contiguous.
+        dense: ``[rows, columns, taps]`` of the selection, any strides.
+        p: the weight; not one with a table, which has no inverse.
+        band: the rows.
+    """
+    matrix = p.matrix
+    block_s = max(1, 1024 // matrix.block)
+    rows, columns, _ = dense.shape
+    _gather_kernel[(triton.cdiv(ring.shape[0], block_s),)](
+        dense, band.words, ring, *dense.stride(), rows, columns, p.selection[1][0],
+        matrix.channels, matrix.run, matrix.run_blocks, band.row0, matrix.blocks, p.scale,
+        G=matrix.block, SIGN=plan.sign_kind(p), BY_TAP=matrix.by_tap,
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], BLOCK_S=block_s,
+    )  # fmt: skip

@@ -1,0 +1,43 @@
+"""Triton's interpreter (TRITON_INTERPRET=1), repaired in two places, both found in Triton 3.6.
+
+It turns a loop bound, an array of one element, into an int by ``int(array)``, which NumPy 2.4
+refuses. And it patches ``triton.language`` anew in every call of a device function without taking
+that back, so that each operation runs through one more wrapper than the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.runtime import interpreter
+
+_patch_tensor, _patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+_patched: dict[frozenset[int], Any] = {}  # in the launch under way: modules -> what undoes them
+
+
+def _patch_tensor_once(tensor: Any, scope: Any) -> None:
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+class _Launch:
+    """Undoes every patch of a launch, the last one first."""
+
+    def restore(self) -> None:
+        for scope in reversed(list(_patched.values())):
+            scope.restore()
+        _patched.clear()
+
+
+def _patch_lang_once(fn: Any) -> Any:
+    languages = (interpreter.tl, interpreter.tl.core)
+    seen = frozenset(id(v) for v in fn.__globals__.values() if any(v is m for m in languages))
+    if seen not in _patched:
+        _patched[seen] = _patch_lang(fn)
+    return _Launch()
+
+
+def repair() -> None:
+    """Repair the interpreter of this process; may be called again."""
+    interpreter._patch_lang_tensor = _patch_tensor_once
+    interpreter._patch_lang = _patch_lang_once

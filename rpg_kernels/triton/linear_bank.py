@@ -1,0 +1,171 @@
+"""dw = scale·Gᵀ·(dyᵀ·x): scattered from accumulator tiles, or summed in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rpg_kernels import settings
+from rpg_kernels.placement import Placement, parse, split
+from rpg_kernels.reference import linear as reference
+from rpg_kernels.reference.accumulate import bank_accumulator
+from rpg_kernels.triton import gather, plan, weights
+from rpg_kernels.triton.config import Config, choose, dot_precision
+
+_locate, _flip = weights.locate, weights.flip
+
+
+@triton.jit
+def _bank_grad_kernel(
+    dy_ptr,  # [M, N]
+    x_ptr,  # [M, K]
+    law_ptr,  # [128]
+    entry_ptr,  # see weights.entry
+    out_ptr,  # SCATTER: [slots, G]; otherwise [N, K]; fp32
+    M,
+    N,
+    K,
+    stride_dym,
+    stride_dyn,
+    stride_xm,
+    stride_xk,
+    row0,
+    blocks,
+    low,
+    first,
+    steps,
+    scale,
+    G: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SIGN: tl.constexpr,
+    SCATTER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SWAP_ROUNDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dŴ[n, k] = sum_m dy[m, n] x[m, k], added as scale * sign * dŴ to slot(n, k), or stored bare.
+
+    Tile: BLOCK_N x BLOCK_K, the columns of one step, over the whole batch: what is scattered is
+    4 bytes per virtual weight, once. Grid: one program per tile, row tiles innermost. Shared
+    memory: stages * BLOCK_M * (BLOCK_N + BLOCK_K) elements. Budget: that of a dense product in
+    the loop; the law once per row and block (about 100 lane-instructions for BLOCK_K weights),
+    and one atomic per 4 elements where the device has vector atomics.
+    """
+    pid = tl.program_id(0)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    step = pid // tiles_n
+    offs_n = (pid - step * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.minimum(offs_n, N - 1)
+    padded = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = padded - first
+    mask_k = (k >= 0) & (k < K)
+    offs_m = tl.arange(0, BLOCK_M)
+    dy_ptrs = dy_ptr + (offs_m.to(tl.int64) * stride_dym)[:, None]
+    dy_ptrs += (n.to(tl.int64) * stride_dyn)[None, :]
+    x_ptrs = x_ptr + (offs_m.to(tl.int64) * stride_xm)[:, None]
+    x_ptrs += (k.to(tl.int64) * stride_xk)[None, :]
+    step_dy = tl.full([], BLOCK_M, tl.int64) * stride_dym
+    step_x = tl.full([], BLOCK_M, tl.int64) * stride_xm
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for m0 in range(0, M, BLOCK_M):
+        mask_m = (m0 + offs_m < M)[:, None]
+        dy = tl.load(dy_ptrs, mask=mask_m, other=0.0)
+        x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
+        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
+        dy_ptrs += step_dy
+        x_ptrs += step_x
+    mask = (offs_n < N)[:, None] & mask_k[None, :]
+    if SCATTER:
+        if G >= BLOCK_K:
+            per_block: tl.constexpr = G // BLOCK_K
+            b = low + step // per_block
+            e0 = (step % per_block) * BLOCK_K
+        else:
+            b = low + tl.minimum(padded, first + K - 1) // G
+            e0 = padded % G
+        offsets, sign = _locate(
+            law_ptr, entry_ptr, 0, n, b, e0, row0, blocks, low,
+            G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+        )  # fmt: skip
+        value = acc * scale
+        if SIGN != "none":
+            value = _flip(value, sign)
+        tl.atomic_add(out_ptr + offsets, value, mask=mask, sem="relaxed")
+    else:
+        at = offs_n.to(tl.int64)[:, None] * K + k.to(tl.int64)[None, :]
+        tl.store(out_ptr + at, acc, mask=mask)
+
+
+def linear_bank_grad(
+    dy: Tensor,
+    x: Tensor,
+    table: Tensor | None,
+    placement: str,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> Tensor:
+    """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]`` of ``dtype``.
+
+    Under ``torch.use_deterministic_algorithms`` dŴ goes to scratch, some rows at a time, and every
+    slot sums its uses in the order of the law, without atomics. A table has no inverse, and a
+    scratch limit below one row of dŴ leaves no room: then the reference sums.
+
+    Raises:
+        RuntimeError: deterministic, and the scratch limit is too small for the reference too.
+    """
+    p = parse(placement)
+    rows, columns = p.selected_shape
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    height = settings.scratch_bytes(dy.device.type) // (4 * columns)
+    if deterministic and (table is not None or height == 0):
+        return reference.linear_bank_grad(dy, x, table, placement, dtype)
+    grad = bank_accumulator(p, dy.device, dtype)
+    a, b = dy.reshape(-1, rows), x.reshape(-1, columns)
+    m = a.shape[0]
+    if m == 0:
+        return grad.to(dtype)
+    c = config or choose("linear_bank_grad", m, rows, columns, p.matrix.block, dy.dtype)
+    ring = grad.view(-1, p.matrix.block)
+    with plan.on_device(dy):
+        for band in plan.bands(p, dy.device):
+            if not deterministic:
+                _launch(a[:, band.row : band.row + band.rows], b, table, ring, p, band, c)
+                continue
+            for offset, count in split(band.rows, height):
+                row = band.row + offset
+                dense = plan.scratch((count, columns), torch.float32, dy.device)
+                part = plan.Band(row, count, band.row0 + offset, band.words, band.rounds, band.band)
+                _launch(a[:, row : row + count], b, None, dense, p, part, c, scatter=False)
+                gather.add(ring, dense.view(count, columns, 1), p, part)
+                del dense
+    return grad.to(dtype)
+
+
+def _launch(
+    a: Tensor,
+    b: Tensor,
+    table: Tensor | None,
+    out: Tensor,
+    p: Placement,
+    band: plan.Band,
+    c: Config,
+    scatter: bool = True,
+) -> None:
+    (m, columns), cols, g = b.shape, p.block_columns, p.matrix.block
+    in_line = plan.entries_in_line(band)
+    entries = in_line if table is None else plan.entries_of_table(table, p, band)
+    steps = -(-cols.count * g // c.block_k)
+    _bank_grad_kernel[(triton.cdiv(band.rows, c.block_n) * steps,)](
+        a, b, band.words, entries.tensor, out, m, band.rows, columns,
+        a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        band.row0, p.matrix.blocks, cols.low, cols.first, steps, p.scale,
+        G=g, SOURCE=entries.source, SIGN=plan.sign_kind(p), SCATTER=scatter,
+        PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""What a call prepares on the host: the operand copy of the bank, row bands, entries in scratch.
+
+Everything allocated here comes from ``scratch`` and stays within the scratch limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import settings
+from rpg_kernels.generator import TableGenerator
+from rpg_kernels.placement import Placement
+from rpg_kernels.triton import slots
+from rpg_kernels.triton.config import interpreted
+from rpg_kernels.triton.law import LAW_WORDS, law_words, rounds
+
+if interpreted():
+    from rpg_kernels.triton import interpreter
+
+    interpreter.repair()
+
+_INT32_MAX = 2**31 - 1
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory that a call frees before it returns; callers count its bytes first."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The bank as kernels read it.
+
+    Args:
+        ring: ``[slots, block]``, or ``[2 * slots, block]`` holding [v, -v].
+        sign: how the sign of a weight is found: "none", "folded", "entry" or "element".
+        pairs: two elements may be read as one aligned uint32.
+        left: bytes of the scratch limit that remain.
+    """
+
+    ring: Tensor
+    sign: str
+    pairs: bool
+    left: int
+
+
+def sign_kind(p: Placement) -> str:
+    """Where a placement's signs are when nothing is folded."""
+    if isinstance(p.generator, TableGenerator):
+        return "entry"
+    kinds = {"none": "none", "vector": "entry", "element": "element"}
+    return kinds[p.generator.reflect]
+
+
+def _pairs_pay(device: torch.device) -> bool:
+    """Where products read shared memory (wgmma, tcgen05); mma.sync would reorder every pair."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def operand(bank: Tensor, p: Placement, dtype: torch.dtype, reused: bool) -> Operand:
+    """The bank in the dtype of the product, with vector signs folded, as far as scratch allows.
+
+    A copy is made when the dtype differs, or when tiles are read more than once; it holds
+    [v, -v] under "vector" if that fits too. It takes at most half of the limit, so that entries
+    find room. Where there is no room the tiles convert and sign what they read.
+
+    Args:
+        bank: ``[slots, granularity]``.
+        p: the weight.
+        dtype: of the product.
+        reused: several row tiles of the batch read the same weights.
+    """
+    left = settings.scratch_bytes(bank.device.type)
+    ring, sign = bank.contiguous().view(-1, p.matrix.block), sign_kind(p)
+    foldable = sign == "entry" and not isinstance(p.generator, TableGenerator)
+    size = ring.numel() * dtype.itemsize
+    if foldable and 4 * size <= left and (reused or dtype != bank.dtype):
+        copy = scratch((2 * ring.shape[0], ring.shape[1]), dtype, bank.device)
+        positive, negative = copy.chunk(2)
+        positive.copy_(ring)
+        torch.neg(positive, out=negative)
+        ring, sign, left = copy, "folded", left - 2 * size
+    elif dtype != bank.dtype and 2 * size <= left:
+        copy = scratch(tuple(ring.shape), dtype, bank.device)
+        ring, left = copy.copy_(ring), left - size
+    low = ring.dtype == dtype and dtype.itemsize == 2
+    pairs = low and sign in ("entry", "element") and ring.data_ptr() % 16 == 0
+    pairs = pairs and _pairs_pay(bank.device)
+    return Operand(ring, sign, pairs, left)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Rows of one launch, all in one band of the law.
+
+    Args:
+        row: first row, counted from the selection's.
+        rows: how many.
+        row0: first row, counted from the band's.
+        words: the law's vector, ``[128]``; of no meaning for a table.
+        rounds: Feistel and swap-or-not rounds of the band.
+        band: its number.
+    """
+
+    row: int
+    rows: int
+    row0: int
+    words: Tensor
+    rounds: tuple[int, int]
+    band: int
+
+
+def bands(p: Placement, device: torch.device, at_most: int = _INT32_MAX) -> Iterator[Band]:
+    """The selected rows in order, cut where the law's bands end and after ``at_most`` rows."""
+    first, rows = p.selection[0]
+    table = isinstance(p.generator, TableGenerator)
+    if table:
+        height = max(1, _INT32_MAX // p.matrix.blocks)
+        blank = torch.zeros(LAW_WORDS, dtype=torch.int32, device=device)
+    else:
+        height = p.law.rows_per_band
+    row = 0
+    while row < rows:
+        band, row0 = divmod(first + row, height)
+        count = min(rows - row, height - row0, at_most)
+        if table:
+            yield Band(row, count, 0, blank, (0, 0), band)
+        else:
+            words = law_words(p.law, band, device)
+            yield Band(row, count, row0, words, rounds(p.law, band), band)
+        row += count
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Where a launch finds its entries: SOURCE, the tensor, and the stride between its blocks."""
+
+    source: str
+    tensor: Tensor
+    stride: int
+
+
+def entries_of_table(table: Tensor, p: Placement, band: Band) -> Entries:
+    """A view of the table that begins at the launch's first row."""
+    first = p.start + (p.selection[0][0] + band.row) * p.matrix.blocks
+    return Entries("table", table[first:], 0)
+
+
+def entries_in_line(band: Band) -> Entries:
+    """The law, evaluated where it is needed."""
+    return Entries("law", band.words, 0)
+
+
+def entries_in_scratch(p: Placement, band: Band, low: int, count: int, sign: str) -> Entries:
+    """4 * rows * count bytes of scratch, filled from the law for blocks low .. low + count."""
+    out = scratch((count, band.rows), torch.int32, band.words.device)
+    slots.write(out, band.words, band.row0, p.matrix.blocks, low, sign, band.rounds)
+    return Entries("scratch", out, band.rows)
