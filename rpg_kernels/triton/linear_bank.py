@@ -60,13 +60,14 @@ def _bank_grad_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     step = pid // tiles_n
     offs_n = (pid - step * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
     n = tl.minimum(offs_n, N - 1)
     padded = step * BLOCK_K + tl.arange(0, BLOCK_K)
     k = padded - first
     mask_k = (k >= 0) & (k < K)
     offs_m = tl.arange(0, BLOCK_M)
     dy_ptrs = dy_ptr + (offs_m.to(tl.int64) * stride_dym)[:, None]
-    dy_ptrs += (n.to(tl.int64) * stride_dyn)[None, :]
+    dy_ptrs += (offs_n.to(tl.int64) * stride_dyn)[None, :]
     x_ptrs = x_ptr + (offs_m.to(tl.int64) * stride_xm)[:, None]
     x_ptrs += (k.to(tl.int64) * stride_xk)[None, :]
     step_dy = tl.full([], BLOCK_M, tl.int64) * stride_dym
@@ -74,12 +75,12 @@ def _bank_grad_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for m0 in range(0, M, BLOCK_M):
         mask_m = (m0 + offs_m < M)[:, None]
-        dy = tl.load(dy_ptrs, mask=mask_m, other=0.0)
+        dy = tl.load(dy_ptrs, mask=mask_m & mask_n[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
         acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
         dy_ptrs += step_dy
         x_ptrs += step_x
-    mask = (offs_n < N)[:, None] & mask_k[None, :]
+    mask = mask_n[:, None] & mask_k[None, :]
     if SCATTER:
         if G >= BLOCK_K:
             per_block: tl.constexpr = G // BLOCK_K

@@ -32,7 +32,7 @@ def _slots_kernel(
     lane-instructions per entry (8 per Feistel round, 9 per swap-or-not round, 11 for the sign).
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < count.to(tl.int64) * rows
+    mask = offs < tl.full([], 1, tl.int64) * count * rows
     b = offs // rows
     n = (offs - b * rows).to(tl.int32)
     q = _position(n, low + b.to(tl.int32), row0, blocks)

@@ -203,9 +203,8 @@ def weight_tile(
     k = step * BLOCK_K + index
     valid = ((k >= first) & (k < first + length))[None, :]
     if G >= BLOCK_K and PAIRS:
-        per_block: tl.constexpr = G // BLOCK_K
-        b = low + step // per_block
-        e0 = (step % per_block) * BLOCK_K
+        b = low + step // (G // BLOCK_K)
+        e0 = (step % (G // BLOCK_K)) * BLOCK_K
         word = entry(
             law_ptr, entry_ptr, entry_stride, n, b, row0, blocks, low,
             SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
@@ -234,9 +233,8 @@ def weight_tile(
         return w
     else:
         if G >= BLOCK_K:
-            per_block: tl.constexpr = G // BLOCK_K
-            b = low + step // per_block
-            e0 = (step % per_block) * BLOCK_K
+            b = low + step // (G // BLOCK_K)
+            e0 = (step % (G // BLOCK_K)) * BLOCK_K
         else:
             b = low + tl.minimum(k, first + length - 1) // G  # no entry beyond the last block
             e0 = k % G

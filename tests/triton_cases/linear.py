@@ -25,7 +25,7 @@ GRANULARITY = (1, 2, 4, 8, 16, 32, 64, 128)
 LIMITS = (None, 0, 400, 3000, 1 << 16)
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else brute.ALL[1:]
 # None, row bands, all entries, and an operand copy beside them.
-LIMITS_OF_BANDS = {4: (0, 26 * 4 * 17, 1 << 16), 32: (0, 4 * 4 * 17, 1 << 16)}
+LIMITS_OF_BANDS = {4: (0, 18 * 4 * 17, 1 << 16), 32: (0, 3 * 4 * 17, 1 << 16)}
 # Small tiles, so that small shapes have several; the usual ones are tested too.
 TILES = Config(16, 16, 16, 4, 2, 2)
 
@@ -128,8 +128,8 @@ def test_random(seed: int) -> None:
 def test_scratch_stays_within_the_limit_and_changes_no_result(g: int, reflect: str) -> None:
     """Row bands, column bands, operand copies or none: the weights are the same bits."""
     bank = on_bank(600, torch.float16, granularity=g, reflect=reflect)
-    weight = bank.place((40, 104), scale=0.5).narrow(1, 7, 90)
-    x, dy = torch.randn(20, 90).half(), torch.randn(20, 40).half()
+    weight = bank.place((24, 72), scale=0.5).narrow(1, 7, 60)
+    x, dy = torch.randn(17, 60).half(), torch.randn(17, 24).half()
     tiles = Config(16, 16, 32, 4, 2)
     results, kinds = [], set()
     make, write = plan.scratch, plan.slots.write
@@ -194,19 +194,20 @@ def test_law_of_several_bands(g: int) -> None:
     torch.testing.assert_close(dw.cpu().double(), reference, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("g", "reflect"), [(2, "vector"), (16, "element"), (16, "none")])
+@pytest.mark.parametrize(("g", "reflect"), [(2, "vector"), (16, "element")])
 def test_deterministic_bank_gradient(g: int, reflect: str) -> None:
     bank = on_bank(500, torch.float32, granularity=g, reflect=reflect)
-    weight = bank.place((21, 60), scale=0.6).narrow(1, 5, 50).narrow(0, 2, 18)
-    x, dy = torch.randn(33, 50), torch.randn(33, 18)
+    weight = bank.place((15, 60), scale=0.6).narrow(1, 5, 50).narrow(0, 2, 12)
+    x, dy = torch.randn(33, 50), torch.randn(33, 12)
     torch.use_deterministic_algorithms(True)
     try:
         _, _, first = check(weight, x, dy, None, TILES)
-        _, _, again = check(weight, x, dy, None, TILES)
+        with rpg.scratch_limit(4 * 50 * 5):
+            _, _, bands = check(weight, x, dy, None, TILES)
+        with rpg.scratch_limit(8192):
+            _, _, again = check(weight, x, dy, None, TILES)
         assert torch.equal(first, again)
-        for limit in (4 * 50 * 5, 8192):
-            with rpg.scratch_limit(limit):
-                check(weight, x, dy, None, TILES)
+        assert torch.allclose(first, bands, rtol=1e-5, atol=1e-5)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -1,0 +1,89 @@
+"""What the compiler made of the kernels, for four architectures, without a GPU."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import triton_aot as aot
+
+from rpg_kernels.triton.config import choose
+
+INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+# Lane-instructions per generated weight in the loop of the large-batch tile. On sm_80 and sm_120,
+# whose mma.sync does a quarter of wgmma's work per instruction, products alone are 2 of them.
+FORWARD = {
+    ("folded", 80): 5.3, ("folded", 90): 3.6, ("folded", 100): 4.1, ("folded", 120): 6.0,
+    ("element", 80): 11.0, ("element", 90): 7.0, ("element", 100): 7.5, ("element", 120): 12.2,
+}  # fmt: skip
+INPUT_GRAD = {("folded", 90): 4.5, ("element", 90): 8.2}
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize("sign", ["folded", "element"])
+@pytest.mark.parametrize("name", ["linear", "linear_input_grad"])
+def test_large_batch(name: str, sign: str, architecture: int) -> None:
+    c, weights = aot.large(name, architecture, sign)
+    assert INSTRUCTION[architecture] in c.ptx
+    gathers = re.findall(r"cp\.async\.cg\.shared\.global[^;]*, (?:0x10|16)", c.ptx)
+    assert len(gathers) >= 12
+    assert not re.findall(r"ld\.global[.\w:]*b16", c.ptx)  # nothing is read two bytes at a time
+    assert c.spills_in_loop == 0
+    budget = (FORWARD if name == "linear" else INPUT_GRAD).get((sign, architecture))
+    if budget is not None:
+        assert aot.per_weight(c, weights) <= budget
+
+
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_bank_gradient(architecture: int) -> None:
+    c, _ = aot.large("linear_bank_grad", architecture, "element", "law")
+    assert INSTRUCTION[architecture] in c.ptx
+    assert not re.findall(r"ld\.global[.\w:]*b16", c.ptx)
+    assert c.spills_in_loop == 0
+    atomics = re.findall(r"atom\.global[.\w:]*", c.ptx)
+    assert atomics
+    assert all(("v4" in a) == (architecture >= 90) for a in atomics)
+
+
+@pytest.mark.parametrize("architecture", [90])
+@pytest.mark.parametrize("name", ["unpack", "pack", "slots"])
+def test_kernels_without_products(name: str, architecture: int) -> None:
+    config = choose("unpack", 1, 4096, 4096, 64, torch.float16)
+    constants = aot.linear_constants("element", "law")
+    c = aot.build(name, architecture, config, "fp16", **constants)
+    assert c.spills == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "g", "precision"),
+    [
+        ("linear", "bf16", 1, "ieee"),
+        ("linear_input_grad", "bf16", 16, "ieee"),
+        ("linear_bank_grad", "bf16", 4, "ieee"),
+        ("linear", "fp32", 16, "tf32"),
+        ("linear_bank_grad", "fp32", 2, "tf32"),
+        ("linear", "fp32", 32, "ieee"),
+    ],
+)
+def test_other_dtypes_and_granularities(name: str, dtype: str, g: int, precision: str) -> None:
+    """bfloat16 has no interpreter to run in: at least it compiles. fp32 has TF32 if allowed."""
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    config = choose(name, 32, 256, 256, g, torch_dtype)
+    more = {"PAIRS": dtype == "bf16", "EVEN_K": False, "PRECISION": precision}
+    constants = aot.linear_constants("element", "law", g, **more)
+    c = aot.build(name, 90, config, dtype, **constants)
+    tensor_cores = dtype == "bf16" or precision == "tf32"
+    assert bool(re.search(r"wgmma\.mma_async|mma\.sync", c.ptx)) == tensor_cores
+
+
+@pytest.mark.parametrize("name", list(aot.KERNELS))
+@pytest.mark.parametrize(("g", "source", "sign"), [(1, "table", "entry"), (16, "law", "element")])
+def test_integers_of_one(name: str, g: int, source: str, sign: str) -> None:
+    """Sizes and strides of 1 become constants, which have fewer methods than tensors."""
+    config = choose("unpack" if name in ("pack", "slots") else name, 1, 1, 1, g, torch.float16)
+    more = {"PAIRS": False, "EVEN_K": False, "ADD": True, "HAS_BIAS": True, "BY_TAP": False}
+    constants = aot.linear_constants(sign, source, g, **more)
+    assert aot.build(name, 90, config, "fp16", ones=True, **constants).ptx
+    if source == "table" and name not in ("pack", "slots"):
+        assert aot.build(name, 90, config, "fp16", **constants).ptx
