@@ -76,6 +76,7 @@ def build(
     config: Config,
     dtype: str,
     ones: bool = False,
+    bank: str = "",
     **constants: Any,
 ) -> Compiled:
     """Compile a kernel of KERNELS.
@@ -86,6 +87,7 @@ def build(
         config: tile sizes.
         dtype: Triton's name of x, dy and the bank: "fp16", "bf16" or "fp32".
         ones: every integer is 1, which Triton makes a constant of.
+        bank: dtype of the bank where it is another.
         constants: compile-time arguments, beside the tile sizes.
     """
     kernel = KERNELS[name]
@@ -109,6 +111,7 @@ def build(
                 "law_ptr": "i32",
                 "entry_ptr": "i32",
                 "grad_ptr": "fp32",
+                "bank_ptr": bank or dtype,
                 "out_ptr": {"slots": "i32", "linear_bank_grad": "fp32"}.get(name, dtype),
             }.get(p.name, dtype)
             signature[p.name] = f"*{pointee}"

@@ -41,8 +41,8 @@ def unsupported(op: str, device: torch.device, dtype: torch.dtype) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if interpreted():
-        if device.type not in ("cpu", "cuda"):
-            return "Triton's interpreter takes CPU and CUDA tensors"
+        if device.type != "cpu":
+            return "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors only"
         if dtype == torch.bfloat16:
             return "Triton's interpreter computes wrongly in bfloat16, without a warning"
         return ""

@@ -179,6 +179,11 @@ def _steps(p: Placement, config: Config, count: int) -> int:
     return -(-count * p.matrix.block // config.block_k)
 
 
+def _stages(bank: plan.Operand, a: Tensor, c: Config) -> int:
+    """Two where fp32 is gathered for a 16-bit product: its tiles are twice as large."""
+    return c.stages if bank.ring.dtype == a.dtype else min(2, c.stages)
+
+
 def _rows(x: Tensor) -> Tensor:
     """``[..., K]`` as ``[M, K]``, a view where strides allow it."""
     return x.reshape(-1, x.shape[-1])
@@ -244,7 +249,7 @@ def _launch_forward(
         EVEN_K=cols.first == 0 and columns == steps * c.block_k, HAS_BIAS=bias is not None,
         PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
-        num_warps=c.warps, num_stages=c.stages,
+        num_warps=c.warps, num_stages=_stages(bank, a, c),
     )  # fmt: skip
 
 
@@ -327,5 +332,5 @@ def _launch_input_grad(
         EVEN_K=first == 0 and columns == steps * c.block_k, ADD=add,
         PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
-        num_warps=c.warps, num_stages=c.stages,
+        num_warps=c.warps, num_stages=_stages(bank, a, c),
     )  # fmt: skip

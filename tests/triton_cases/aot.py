@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ FORWARD = {
     ("folded", 80): 5.3, ("folded", 90): 3.6, ("folded", 100): 4.1, ("folded", 120): 6.0,
     ("element", 80): 11.0, ("element", 90): 7.0, ("element", 100): 7.5, ("element", 120): 12.2,
 }  # fmt: skip
+SMALL_SHARED = 99 * 1024  # bytes a program may have on sm_86, sm_89 and sm_120
 INPUT_GRAD = {("folded", 90): 4.5, ("element", 90): 8.2}
 
 
@@ -30,6 +32,7 @@ def test_large_batch(name: str, sign: str, architecture: int) -> None:
     assert len(gathers) >= 12
     assert not re.findall(r"ld\.global[.\w:]*b16", c.ptx)  # nothing is read two bytes at a time
     assert c.spills_in_loop == 0
+    assert architecture in (90, 100) or c.shared <= SMALL_SHARED
     budget = (FORWARD if name == "linear" else INPUT_GRAD).get((sign, architecture))
     if budget is not None:
         assert aot.per_weight(c, weights) <= budget
@@ -44,6 +47,15 @@ def test_bank_gradient(architecture: int) -> None:
     atomics = re.findall(r"atom\.global[.\w:]*", c.ptx)
     assert atomics
     assert all(("v4" in a) == (architecture >= 90) for a in atomics)
+
+
+def test_fp32_bank_that_is_converted_in_the_tile() -> None:
+    for name in ("linear", "linear_input_grad"):
+        config = replace(choose(name, 4096, 4096, 4096, 64, torch.float16), stages=2)
+        constants = aot.linear_constants("element", PAIRS=False)
+        c = aot.build(name, 120, config, "fp16", bank="fp32", **constants)
+        assert c.shared <= SMALL_SHARED
+        assert c.spills_in_loop == 0
 
 
 @pytest.mark.parametrize("architecture", [90])

@@ -158,6 +158,23 @@ def test_scratch_stays_within_the_limit_and_changes_no_result(g: int, reflect: s
         assert torch.equal(dx, results[0][1])
 
 
+@pytest.mark.parametrize(("g", "reflect"), [(4, "vector"), (64, "element")])
+def test_tiles_of_every_configuration_hold_the_same_bits(g: int, reflect: str) -> None:
+    """Against the unit matrix a product is the weight itself."""
+    bank = on_bank(1500, torch.float16, granularity=g, reflect=reflect)
+    weight = bank.place((18, 64), scale=1.0).narrow(1, 3, 58)
+    wanted = brute.unpack(weight, brute.ring(bank)).detach().half()
+    on, spec = bank.weight.detach().to(DEVICE), weight.spec
+    x, dy = torch.eye(58).half().to(DEVICE), torch.eye(18).half().to(DEVICE)
+    for config in (TILES, Config(32, 32, 32, 4, 2), Config(128, 16, 16 if g < 64 else 64, 4, 2)):
+        for limit in (0, 1 << 20):
+            with rpg.scratch_limit(limit):
+                y = kernels.linear(x, on, None, None, spec, config)
+                dx = kernels.linear_input_grad(dy, on, None, spec, config)
+            assert torch.equal(y.cpu().t(), wanted)
+            assert torch.equal(dx.cpu(), wanted)
+
+
 @pytest.mark.parametrize("m", [1, 17])
 def test_tables(m: int) -> None:
     bank = brute.table_bank(50, entries=21 * 70 + 5, dtype=torch.float32)
