@@ -128,6 +128,25 @@ def test_files_that_cannot_be_compared(record: dict[str, Any]) -> None:
     assert "6 figures are in one file only" in compare.text(record, fewer, ("a", "b"))
 
 
+def test_a_comparison_names_what_went_wrong_in_either_file(record: dict[str, Any]) -> None:
+    broken = copy.deepcopy(record)
+    broken["complete"] = False
+    broken["load"]["busy"] = ["much to do"]
+    broken["results"][1].update(status="wrong", reason="output: error 1", times={}, memory=None)
+    text = compare.text(record, schema.validate(broken), ("old", "new"))
+    assert "new: INTERRUPTED" in text
+    assert "new: BUSY MACHINE: much to do" in text
+    row = "tiny.linear/3 200 g8 element fp32 rpg-reference"
+    assert f"new: {row}: WRONG: output: error 1\n" in text
+    assert not [line for line in text.splitlines() if line.startswith("old: ")][1:]
+
+
+def test_a_time_of_zero_is_refused(record: dict[str, Any]) -> None:
+    message = r"median_s: got 0 for tiny\.linear/3 dense .*, wanted a time"
+    with pytest.raises(ValueError, match=message):
+        compare.ratios(record, slower(record, 0.0))
+
+
 def test_merging_takes_the_fastest_run_of_every_figure(record: dict[str, Any]) -> None:
     runs = [slower(record, 3.0, "dense"), slower(record, 5.0, "rpg-reference")]
     merged = compare.merge(runs)
@@ -193,6 +212,18 @@ def test_comparing_two_commits_runs_both_in_turn(repository: Path, tmp_path: Pat
         ["git", "-C", str(repository), "worktree", "list"], capture_output=True, text=True
     )
     assert len(trees.stdout.splitlines()) == 1
+
+
+def test_a_commit_whose_native_part_does_not_build_is_named(repository: Path) -> None:
+    (repository / "csrc").mkdir()
+    (repository / "csrc" / "law.h").write_text("")
+    (repository / "setup.py").write_text("raise SystemExit('error: no compiler today')")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-C", str(repository)]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "native"], check=True)
+    first, *rest = compare.compare("HEAD~1", "HEAD", [], repository).splitlines()
+    assert "measured WITHOUT its native part: error: no compiler today" in first
+    assert not any("WITHOUT" in line for line in rest)
 
 
 def test_commits_that_cannot_be_measured(repository: Path) -> None:

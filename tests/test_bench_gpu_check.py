@@ -225,6 +225,59 @@ def test_sanitizer_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ]  # fmt: skip
 
 
+def test_memory_is_not_cached_under_a_sanitizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inside a block of PyTorch's cache, memcheck would find nothing out of bounds."""
+    tool = tmp_path / "tool"
+    tool.write_text('#!/bin/sh\necho "SUMMARY: caching off: $PYTORCH_NO_CUDA_MEMORY_CACHING"\n')
+    tool.chmod(0o755)
+    assert gpu_parts.sanitized(str(tool), "memcheck", ["program"])
+    (record,) = check.json_lines(capsys.readouterr().out)
+    assert record["verdict"] == "SUMMARY: caching off: 1"
+
+
+def test_without_nvcc_only_the_microbenchmarks_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def sanitized(tool: str, name: str, command: Any) -> bool:
+        ran.append((name, command[-1]))
+        return True
+
+    def which(name: str) -> str | None:
+        return "/bin/true" if name == "compute-sanitizer" else None
+
+    monkeypatch.setattr(gpu_parts.shutil, "which", which)
+    monkeypatch.setattr(gpu_parts, "architecture", lambda: "")
+    monkeypatch.setattr(gpu_parts, "sanitized", sanitized)
+    monkeypatch.setattr(repeat, "chosen", lambda device, names: [("triton", None)])
+    assert gpu_parts.compiler() is None
+    assert gpu_parts.micro() == 75
+    assert gpu_parts.sanitizer() == 0
+    assert ran == [("memcheck", "triton"), ("racecheck", "triton")]
+    output = capsys.readouterr().out
+    assert "no nvcc on this machine\n" in output
+    assert "note: no nvcc, the microbenchmarks are left out" in output
+
+
+def test_a_test_file_that_cannot_be_imported_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    (tmp_path / "tests" / "test_a.py").write_text("import not_installed_here\n")
+    (tmp_path / "tests" / "test_b.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_it(): pass\n"
+    )
+    (made,) = [p for p in check.parts(tmp_path) if p.name == "tests"]
+    done = subprocess.run(made.command, cwd=tmp_path, capture_output=True, text=True)
+    summary, data = check.tests(done.stdout, tmp_path)
+    assert done.returncode == 1
+    assert data["passed"] == 1
+    assert len(data["failed"]) == 1
+    assert "test_a" in summary
+
+
 def test_build_says_when_there_is_nothing_to_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

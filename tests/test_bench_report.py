@@ -175,3 +175,14 @@ def test_plots_are_valid_and_to_scale(theme: str) -> None:
 
 def test_a_plot_of_equal_values_has_an_axis() -> None:
     ET.fromstring(plot.svg("t", "a", [plot.Row("x", {"dense": 1.0})], "light"))
+
+
+def test_files_of_others_are_passed_over_and_broken_ones_named(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(root) == 0
+    (root / report.RESULTS / "list.json").write_text("[1]")
+    assert run(root, "--check") == 0
+    (root / report.RESULTS / "cut.json").write_text('{"schema": ')
+    assert run(root, "--check") == 1
+    assert "cut.json: Expecting value" in capsys.readouterr().err

@@ -234,13 +234,32 @@ def test_command_line(
         (["--dtype", "int4"], "dtype: got 'int4', wanted one of 'fp32'"),
         (["--suite", "full", "--op", "linear"], "suite: got full, wanted no choice of cases"),
         (["--threads", "0"], "threads: got 0"),
+        (["--seed", "-1"], "seed: got -1"),
+        (["--seconds", "-1"], "seconds: got -1.0, wanted a number from 0"),
+        (["--seconds", "nan"], "seconds: got nan"),
+        (["--memory", "-1"], "memory: got -1.0, wanted a number of GB from 0"),
+        (["--memory", "nan"], "memory: got nan"),
+        (["--out", "."], "out: got the folder ., wanted a file"),
+        (["--out", "/dev/null/bench.json"], "/dev/null"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def measured(*arguments: Any) -> None:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(harness.roofline, "measure", measured)
     assert cli.main(["bench", "--device", "cpu", *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_no_cases_are_refused() -> None:
+    with pytest.raises(ValueError, match="cases: got none, wanted at least one"):
+        harness.run([], impls=["dense"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

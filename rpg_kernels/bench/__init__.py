@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         impls=args.impl,
         device=args.device,
         threads=args.threads,
-        seconds=args.seconds or SECONDS.get(suite or "quick", SECONDS["quick"]),
+        seconds=SECONDS[suite or "quick"] if args.seconds is None else args.seconds,
         seed=args.seed,
         memory_limit=_memory(args, suite),
         graphs=not args.eager,
@@ -140,7 +140,11 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], str | None]:
 
 
 def _memory(args: argparse.Namespace, suite: str | None) -> int | None:
+    from rpg_kernels import _checks
+
     if args.memory is not None:
+        if not 0 <= args.memory < 1e9:
+            raise _checks.fail("memory", repr(args.memory), "a number of GB from 0")
         return int(args.memory * 1e9)
     return QUICK_MEMORY if suite == "quick" else None
 

@@ -76,7 +76,13 @@ def text(before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[st
         f"{name}: {next(table.heading(f))}" for name, f in zip(names, (before, after), strict=True)
     ]
     for name, f in zip(names, (before, after), strict=True):
-        lines += [f"{name}: {reason}" for reason in f["load"]["busy"]]
+        lines += [f"{name}: {remark}" for remark in list(table.heading(f))[1:]]
+        lines += [
+            f"{name}: {row['case']} {table.setting(row)} {row['impl']}: "
+            f"{row['status'].upper()}: {row['reason']}"
+            for row in f["results"]
+            if row["status"] not in (schema.OK, schema.SKIPPED)
+        ]
     lines.append("")
     if not found:
         return "\n".join([*lines, "The two have no case in common."])
@@ -111,17 +117,18 @@ def compare(one: str, other: str, options: Sequence[str], repository: Path) -> s
     if Path(one).is_file() and Path(other).is_file():
         return text(schema.load(Path(one)), schema.load(Path(other)), (one, other))
     commits = [_commit(name, repository) for name in (one, other)]
+    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="rpg-kernels-bench-") as folder:
         trees = [Path(folder) / f"tree{i}" for i in range(2)]
         try:
             for tree, commit in zip(trees, commits, strict=True):
                 _git(repository, "worktree", "add", "--detach", str(tree), commit)
-                _build(tree)
+                notes += _build(tree, commit)
             records = _measure(trees, options, Path(folder))
         finally:
             for tree in trees:
                 _git(repository, "worktree", "remove", "--force", str(tree), check=False)
-    return text(*records, names=(one, other))
+    return "\n".join([*notes, text(*records, names=(one, other))])
 
 
 def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -172,15 +179,26 @@ def _environment(tree: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def _build(tree: Path) -> None:
-    """Build a commit's native part where it has one; without it the commit still runs."""
-    if (tree / "csrc").is_dir():
-        subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            cwd=tree,
-            capture_output=True,
-            check=False,
-        )
+def _build(tree: Path, commit: str) -> list[str]:
+    """Build a commit's native part where it has one; a remark where that fails.
+
+    Without it the commit still runs, and may be much slower.
+    """
+    if not (tree / "csrc").is_dir():
+        return []
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tree,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if not done.returncode:
+        return []
+    reasons = [line for line in done.stdout.splitlines() if "error" in line.lower()]
+    return [f"{commit[:12]}: measured WITHOUT its native part: {(reasons or ['it failed'])[0]}"]
 
 
 def _commit(name: str, repository: Path) -> str:
@@ -207,6 +225,9 @@ def _figures(record: Mapping[str, Any]) -> dict[Key, Mapping[str, Any]]:
             for state in (COLD, WARM):
                 figure = quoted(states.get(state, {}), record["headline"])
                 if figure is not None:
+                    if not figure["median_s"]:
+                        name = f"{row['case']} {row['impl']} {kind} {state}"
+                        raise ValueError(f"median_s: got 0 for {name}, wanted a time")
                     found[row["case"], table.setting(row), row["impl"], kind, state] = figure
     return found
 

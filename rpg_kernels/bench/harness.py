@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,14 +61,22 @@ def run(
             terminal, and lines elsewhere.
 
     Raises:
-        ValueError: an unknown device or implementation, with what exists; no cases.
+        ValueError: an unknown device or implementation, with what exists; no cases; a number
+            that is out of range.
+        OSError: ``out`` cannot be written; it is tried before anything is measured.
     """
     where = _device(device)
-    for name in impls:
-        baselines.choose([name], cases[0], where)
     if not cases:
         raise _checks.fail("cases", "none", "at least one")
+    for name in impls:
+        baselines.choose([name], cases[0], where)
     _checks.integer("threads", threads, 1, 4096)
+    _checks.integer("seed", seed, 0, 2**63 - 1)
+    if not 0 <= seconds < math.inf:
+        raise _checks.fail("seconds", repr(seconds), "a number from 0")
+    if memory_limit is not None and memory_limit < 0:
+        raise _checks.fail("memory_limit", repr(memory_limit), "a number of bytes from 0")
+    _check_writable(out)
     free = int(0.8 * machine.available_bytes(where))
     load = machine.load()
     with _torch_settings(threads):
@@ -89,6 +99,17 @@ def run(
         finally:
             _save(record, plan, load, out)
     return record
+
+
+def _check_writable(out: Path | None) -> None:
+    """Fail before minutes of measuring, not after."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise IsADirectoryError(f"out: got the folder {out}, wanted a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=out.parent):
+        pass
 
 
 def _device(name: str | None) -> torch.device:

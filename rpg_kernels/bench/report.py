@@ -43,11 +43,15 @@ def newest(root: Path) -> dict[str, tuple[Path, Record]]:
     """By device, the result file of the harness that was begun last, complete ones only.
 
     Raises:
-        ValueError: a file of the harness does not keep to the format.
+        ValueError: a file is no JSON, or one of the harness does not keep to the format.
     """
     found: dict[str, tuple[Path, Record]] = {}
     for path in sorted((root / RESULTS).glob("*.json")):
-        if json.loads(path.read_text(encoding="utf-8")).get("schema") != schema.SCHEMA:
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if not isinstance(held, dict) or held.get("schema") != schema.SCHEMA:
             continue  # of an older script
         record = schema.load(path)
         device = record["environment"]["device"]
