@@ -173,8 +173,9 @@ def large(name: str, architecture: int, sign: str, source: str = "scratch") -> t
         (what was compiled, weights that one pass of its loop generates; for the bank gradient
         elements of dy that it reads).
     """
-    config = choose(name, 4096, 4096, 4096, 64, torch.float16)
-    pairs = sign in ("entry", "element") and architecture in (90, 100)
+    shared = architecture in (90, 100)
+    config = choose(name, 4096, 4096, 4096, 64, torch.float16, shared)
+    pairs = sign in ("entry", "element") and shared
     constants = linear_constants(sign, source, PAIRS=pairs)
     inner = config.block_m if name == "linear_bank_grad" else config.block_k
     return build(name, architecture, config, "fp16", **constants), config.block_n * inner

@@ -84,7 +84,14 @@ def _columns(block: int, low_precision: bool) -> int:
     return min(block, 64 if low_precision else 32)
 
 
-def choose(op: str, m: int, n: int, k: int, block: int, dtype: torch.dtype) -> Config:
+def products_read_shared(device: torch.device) -> bool:
+    """Whether tensor cores take both operands from shared memory: wgmma, tcgen05, not mma.sync."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def choose(
+    op: str, m: int, n: int, k: int, block: int, dtype: torch.dtype, shared: bool = True
+) -> Config:
     """The configuration of a call by its sizes.
 
     Args:
@@ -92,6 +99,7 @@ def choose(op: str, m: int, n: int, k: int, block: int, dtype: torch.dtype) -> C
         m, n, k: batch, rows and columns of the product.
         block: elements per block of the layer.
         dtype: that the product is computed in.
+        shared: see products_read_shared.
 
     Example:
         >>> choose("linear", 4096, 4096, 4096, 64, torch.float16)
@@ -107,7 +115,8 @@ def choose(op: str, m: int, n: int, k: int, block: int, dtype: torch.dtype) -> C
         block_n = _power_of_two(n, 16, 64 if block_m < 64 else largest)
     elif op == "linear_input_grad":
         block_m = _power_of_two(m, 16, largest)
-        block_n = _power_of_two(n, 16, 64 if low else 32)
+        # Longer steps halve what addresses and the loop cost, where registers allow it.
+        block_n = _power_of_two(n, 16, (128 if shared and block_m > 64 else 64) if low else 32)
     else:  # the batch is what this product sums over
         block_m = _power_of_two(m, 16, 64 if low else 32)
         block_n = _power_of_two(n, 16, largest)

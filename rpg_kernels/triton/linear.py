@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg_kernels.placement import Placement, parse
 from rpg_kernels.triton import plan, weights
-from rpg_kernels.triton.config import Config, choose, dot_precision
+from rpg_kernels.triton.config import Config, choose, dot_precision, products_read_shared
 from rpg_kernels.triton.linear_bank import linear_bank_grad
 
 __all__ = ["linear", "linear_bank_grad", "linear_input_grad"]
@@ -272,7 +272,8 @@ def linear_input_grad(
     m = a.shape[0]
     if m == 0:
         return dx
-    c = config or choose("linear_input_grad", m, rows, columns, p.matrix.block, dy.dtype)
+    shared = products_read_shared(dy.device)
+    c = config or choose("linear_input_grad", m, rows, columns, p.matrix.block, dy.dtype, shared)
     cols, g = p.block_columns, p.matrix.block
     tall = m > c.block_m
     unit = max(1, c.block_k // g)  # blocks that a launch must hold whole

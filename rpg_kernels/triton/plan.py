@@ -16,7 +16,7 @@ from rpg_kernels import settings
 from rpg_kernels.generator import TableGenerator
 from rpg_kernels.placement import Placement
 from rpg_kernels.triton import slots
-from rpg_kernels.triton.config import interpreted
+from rpg_kernels.triton.config import interpreted, products_read_shared
 from rpg_kernels.triton.law import LAW_WORDS, law_words, rounds
 
 if interpreted():
@@ -62,11 +62,6 @@ def sign_kind(p: Placement) -> str:
     return kinds[p.generator.reflect]
 
 
-def _pairs_pay(device: torch.device) -> bool:
-    """Where products read shared memory (wgmma, tcgen05); mma.sync would reorder every pair."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
-
-
 def operand(bank: Tensor, p: Placement, dtype: torch.dtype, reused: bool) -> Operand:
     """The bank in the dtype of the product, with vector signs folded, as far as scratch allows.
 
@@ -95,7 +90,7 @@ def operand(bank: Tensor, p: Placement, dtype: torch.dtype, reused: bool) -> Ope
         ring, left = copy.copy_(ring), left - size
     low = ring.dtype == dtype and dtype.itemsize == 2
     pairs = low and sign in ("entry", "element") and ring.data_ptr() % 16 == 0
-    pairs = pairs and _pairs_pay(bank.device)
+    pairs = pairs and products_read_shared(bank.device)  # mma.sync would reorder every pair
     return Operand(ring, sign, pairs, left)
 
 
