@@ -69,9 +69,9 @@ def _forward_kernel(
 
     Tile: BLOCK_M x BLOCK_N, BLOCK_K columns a step; padded columns count from block ``low``, of
     which x's column 0 is number ``first``. Grid: one program per tile, grouped for the L2 cache.
-    Shared memory: a ring of (BLOCK_M + BLOCK_N) * BLOCK_K elements, 65 KiB at 128 x 128 x 64 with 3
-    stages in 16 bits. Budget at that size: 3.6 lane-instructions per generated weight with entries in
-    scratch and vector signs, 7 with element signs.
+    Shared memory: a ring of (BLOCK_M + BLOCK_N) * BLOCK_K elements, 65 KiB at 128 x 128 x 64 with
+    3 stages in 16 bits. Budget at that size: 3.6 lane-instructions per generated weight with
+    entries in scratch and vector signs, 7 with element signs (sm_90).
     Rows beyond M and N repeat the last one and are not stored.
     """
     pid = tl.program_id(0)

@@ -52,9 +52,9 @@ def _bank_grad_kernel(
 
     Tile: BLOCK_N x BLOCK_K, the columns of one step, over the whole batch: what is scattered is
     4 bytes per virtual weight, once. Grid: one program per tile, row tiles innermost. Shared
-    memory: a ring of BLOCK_M * (BLOCK_N + BLOCK_K) elements, 72 KiB at 64 x 128 x 64 with 3 stages in
-    16 bits. Budget: that of a dense product in
-    the loop; the law once per row and block (about 100 lane-instructions for BLOCK_K weights),
+    memory: a ring of BLOCK_M * (BLOCK_N + BLOCK_K) elements, 72 KiB at 64 x 128 x 64 with 3 stages
+    in 16 bits. Budget: that of a dense product in the loop; the law once per row and block (about
+    100 lane-instructions for BLOCK_K weights),
     and one atomic per 4 elements where the device has vector atomics.
     """
     pid = tl.program_id(0)
