@@ -48,22 +48,16 @@ class Rule:
 
 RULES = (
     Rule(
-        "triton",
-        lambda op, device, dtype: (
-            device.type == "cuda" and not why_not("triton", op, device, dtype)
-        ),
-        "fused Triton kernels, weights unpacked inside tensor-core tiles",
-    ),
-    Rule(
         "reference",
         lambda op, device, dtype: True,
         "plain PyTorch, unpacked tile by tile within the scratch limit",
     ),
-    # Triton's interpreter: for tests and curiosity, so only when it is asked for.
+    # Only when asked for: no GPU has run these kernels yet, and on CPU tensors it is Triton's
+    # interpreter that runs them.
     Rule(
         "triton",
         lambda op, device, dtype: not why_not("triton", op, device, dtype),
-        "fused Triton kernels in Triton's interpreter",
+        "fused Triton kernels, weights unpacked inside the tiles of the product",
     ),
 )
 
@@ -83,9 +77,11 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 def _reason(rule: Rule, op: str, device: torch.device, dtype: torch.dtype) -> str:
     """A rule's reason; where a GPU tensor falls to the reference, why Triton did not take it."""
     if rule.backend == "reference" and device.type == "cuda":
-        missing = why_not("triton", op, device, dtype)
-        if missing:
-            return f"{rule.reason}; {missing}"
+        missing = why_not("triton", op, device, dtype) or (
+            "the Triton kernels have not run on a GPU yet, so they are used when asked for: "
+            'rpg.backend("triton")'
+        )
+        return f"{rule.reason}; {missing}"
     return rule.reason
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import bench_tools as tools
 import pytest
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from rpg_kernels.bench import baselines, cuda_clock, machine, memory, roofline, timing
-from rpg_kernels.bench.cases import Case
-from rpg_kernels.bench.problem import Problem, Stack
+from rpg_kernels.bench.cases import Case, select
+from rpg_kernels.bench.problem import Problem, Stack, turns
+from rpg_kernels.bench.timing import COLD, WARM, Work
 
 
 def work(name: str, case: Case | None = None, copies: int = 1) -> timing.Work:
@@ -193,14 +195,34 @@ def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
 
     def reasons(load: float, wait: float, spread: float, threads: int = 1) -> list[str]:
-        return machine.busy_reasons(load, [wait] * 5, [spread] * 5, threads)
+        return machine.busy_reasons(load, [wait] * 5, [("a/1", spread)] * 5, threads)
 
     assert reasons(1.9, 1.01, 0.1) == []
     assert reasons(3.0, 1.01, 0.1) == ["load average 3.0 before the run"]
     assert reasons(0.2, 1.50, 0.1) == ["wall time was 1.50 times process time"]
     assert reasons(0.2, 0.60, 0.1, threads=2) == []
-    assert reasons(0.2, 1.00, 0.9) == ["samples of a figure spread over 90% of their median"]
+    assert reasons(0.2, 1.00, 0.9) == ["samples of a/1 spread over 90% of their median"]
     assert machine.busy_reasons(0.0, [], [], 1) == []
+    quiet, disturbed = [("a/1", 0.1)] * 9, [("b/1", 0.4)] * 3
+    assert machine.busy_reasons(0.0, [], [*quiet, *disturbed], 1) == [
+        "samples of b/1 spread over 40% of their median"
+    ]
+
+
+def test_an_embedding_is_looked_up_with_other_tokens_when_cold() -> None:
+    (case,) = select(["llama-3-8b.embed_tokens/16"])
+    small = replace(case, layer=replace(case.layer, weight=(50, 8)))
+    problem = Problem(small, torch.device("cpu"), 0)
+    problem.take_turns(3)
+    seen: list[Tensor] = []
+    stack = Stack(1, lambda i: (seen.append(problem.x), torch.zeros(1))[1], lambda i: [])
+    work = Work(problem, stack)
+    for state in (COLD, COLD, COLD, WARM, WARM):
+        work.prepare("forward", state)()
+    assert seen[3] is seen[4] is problem.turns[0]
+    assert len({id(x) for x in seen[:3]}) == 3
+    assert not torch.equal(seen[0], seen[1])
+    assert turns(case, 32 << 20) > 1
 
 
 class FakeCuda:

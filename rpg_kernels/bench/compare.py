@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rpg_kernels.bench import schema, table
-from rpg_kernels.bench.timing import COLD, WARM, quoted
+from rpg_kernels.bench.timing import COLD, WARM
 
 Key = tuple[str, str, str, str, str]  # case, setting, implementation, pass, state
 _ROUNDS = 2  # runs of each commit, in turn, so that both see the same drift
@@ -137,6 +137,11 @@ def merge(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Other work on the machine only ever adds time.
     """
     best: dict[str, Any] = {**runs[0]}
+    # Once wrong is wrong.
+    for run in runs[1:]:
+        for row, other in zip(best["results"], run["results"], strict=False):
+            if row["status"] == schema.OK and other["status"] != schema.OK:
+                row.update(status=other["status"], reason=other["reason"], times={})
     figures = [_figures(run) for run in runs]
     for row in best["results"]:
         for kind, states in row["times"].items():
@@ -223,7 +228,8 @@ def _figures(record: Mapping[str, Any]) -> dict[Key, Mapping[str, Any]]:
     for row in record["results"]:
         for kind, states in row["times"].items():
             for state in (COLD, WARM):
-                figure = quoted(states.get(state, {}), record["headline"])
+                # Of the headline's clock only: figures of two clocks make no ratio.
+                figure = states.get(state, {}).get(record["headline"])
                 if figure is not None:
                     if not figure["median_s"]:
                         name = f"{row['case']} {row['impl']} {kind} {state}"

@@ -176,13 +176,15 @@ def _record(plan: Plan, suite: str | None, commit: str | None, load: float) -> R
 
 def _save(record: Record, plan: Plan, load: float, out: Path | None) -> None:
     """Bring the remarks on load up to date and write the file, whole or not at all."""
-    waits, spreads = [], []
+    waits: list[float] = []
+    spreads: list[tuple[str, float]] = []
     for row in record["results"]:
         for states in row["times"].values():
             for clocks in states.values():
                 figure = quoted(clocks, plan.clock.headline)
                 if figure is not None:
-                    spreads.append((figure["q90_s"] - figure["q10_s"]) / figure["median_s"])
+                    spread = (figure["q90_s"] - figure["q10_s"]) / figure["median_s"]
+                    spreads.append((row["case"], spread))
                 if "process" in clocks:
                     waits.append(clocks["wall"]["median_s"] / clocks["process"]["median_s"])
     threads = record["environment"]["threads"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rpg_kernels import native
 from rpg_kernels._version import __version__
 from rpg_kernels.demo.report import commit, cpu_name
 
@@ -53,6 +54,8 @@ def environment(device: torch.device, commit_given: str | None = None) -> dict[s
         "rpg_kernels": __version__,
         "commit": commit_given or commit(),
         "sources": sources(),
+        "native": _native(),
+        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("RPG_KERNELS_")},
     }
 
 
@@ -103,10 +106,19 @@ def available_bytes(device: torch.device) -> int:
 def sources() -> str:
     """SHA-256 over the package's sources: says what ran where there is no git, or a dirty tree."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(str(path.relative_to(PACKAGE)).encode())
+    compiled = PACKAGE.parent / "csrc"
+    for path in sorted([*PACKAGE.rglob("*.py"), *compiled.rglob("*.*")]):
+        digest.update(str(path.relative_to(PACKAGE.parent)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _native() -> str:
+    """The compiled half in use, or why there is none."""
+    info = native.build_info()
+    if not native.available():
+        return f"not in use: {native.why_not()}"
+    return f"{info['isa']}, {info['compiler']}"
 
 
 def load() -> float:
@@ -115,19 +127,24 @@ def load() -> float:
 
 
 def busy_reasons(
-    load_before: float, waits: Sequence[float], spreads: Sequence[float], threads: int
+    load_before: float,
+    waits: Sequence[float],
+    spreads: Sequence[tuple[str, float]],
+    threads: int,
 ) -> list[str]:
     """Why the times of a run are to be doubted; nothing when they are not.
 
     Args:
         load_before: ``load()`` before the run began.
         waits: wall time over process time, of every measurement; of a CPU only.
-        spreads: of every headline figure.
+        spreads: of every headline figure, with the name of its case.
         threads: that torch used; process time says little about more than one.
 
     Example:
-        >>> busy_reasons(0.0, [1.0, 1.0, 1.01], [0.02, 0.1, 0.1], threads=1)
+        >>> busy_reasons(0.0, [1.0, 1.0, 1.01], [("a/1", 0.02), ("a/1", 0.5), ("a/1", 0.1)], 1)
         []
+        >>> busy_reasons(0.0, [], [("a/1", 0.02), ("b/1", 0.5), ("b/1", 0.3)], threads=1)
+        ['samples of b/1 spread over 50% of their median']
         >>> busy_reasons(0.0, [1.9, 2.0, 2.1], [], threads=1)
         ['wall time was 2.00 times process time']
     """
@@ -137,9 +154,10 @@ def busy_reasons(
     wait = _median(waits)
     if threads == 1 and wait > BUSY_WAIT:
         reasons.append(f"wall time was {wait:.2f} times process time")
-    spread = _median(spreads)
-    if spread > BUSY_SPREAD:
-        reasons.append(f"samples of a figure spread over {spread:.0%} of their median")
+    for case in dict.fromkeys(name for name, _ in spreads):
+        spread = _median([value for name, value in spreads if name == case])
+        if spread > BUSY_SPREAD:
+            reasons.append(f"samples of {case} spread over {spread:.0%} of their median")
     return reasons
 
 

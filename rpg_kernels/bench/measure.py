@@ -16,7 +16,7 @@ from rpg_kernels import dispatch
 from rpg_kernels.bench import baselines, gate, machine, memory, roofline
 from rpg_kernels.bench.baselines import Implementation
 from rpg_kernels.bench.cases import PASSES, Case
-from rpg_kernels.bench.problem import Problem, copies
+from rpg_kernels.bench.problem import Problem, copies, turns
 from rpg_kernels.bench.schema import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
 from rpg_kernels.bench.timing import COLD, WARM, Sample, Work, figure, quoted
 
@@ -132,7 +132,11 @@ def _blank(case: Case, implementation: Implementation, plan: Plan) -> Row:
         "status": OK,
         "reason": None,
         "copies": count,
-        "cold_bytes": layers + case.input_bytes + case.output_bytes,
+        "cold_bytes": (
+            turns(case, plan.cache_bytes) * case.output_bytes if case.rows_only else layers
+        )
+        + case.input_bytes
+        + case.output_bytes,
         "accuracy": {},
         "times": {},
         "memory": None,
@@ -164,6 +168,7 @@ def _build(case: Case, plan: Plan, entries: Sequence[_Entry]) -> None:
             if problem is None or wanted is None:
                 problem = Problem(case, plan.device, plan.seed)
                 wanted = gate.exact(problem)
+                problem.take_turns(turns(case, plan.cache_bytes))
             stack = entry.implementation.build(problem, count)
             own = wanted if stack.own_map is None else gate.exact(problem, stack.own_map)
             accuracy = gate.check(problem, stack, own)
@@ -237,7 +242,7 @@ def _time(plan: Plan, entries: Sequence[_Entry]) -> None:
         for entry in entries
         for kind in entry.passes
         # A layer larger than the cache is cold whatever one does.
-        for state in ((COLD, WARM) if entry.row["copies"] > 1 else (COLD,))
+        for state in ((COLD, WARM) if entry.row["copies"] > 1 or _turning(entry) else (COLD,))
     ]
     order = random.Random(plan.seed)
     for round_ in range(MAX_ROUNDS + 1):
@@ -261,6 +266,10 @@ def _time(plan: Plan, entries: Sequence[_Entry]) -> None:
     for entry in entries:
         if entry.work is not None and entry.row["reason"] is None:
             entry.row["reason"] = plan.clock.note(entry.work)
+
+
+def _turning(entry: _Entry) -> bool:
+    return entry.work is not None and len(entry.work.problem.turns) > 1
 
 
 def _finish(case: Case, plan: Plan, entry: _Entry) -> None:

@@ -59,6 +59,8 @@ class Problem:
         bank: random; the layer's weights have standard deviation 1/sqrt(fan-in).
         weight: the layer's virtual weight, the first on the bank.
         rows: the rows of an embedding that x looks up, ascending; None for other operators.
+        turns: inputs to be used in turn; x is the first. An embedding has several, since the
+            same tokens would find their rows in the cache.
     """
 
     case: Case
@@ -69,6 +71,7 @@ class Problem:
     bank: ParameterBank = field(init=False)
     weight: VirtualWeight = field(init=False)
     rows: Tensor | None = field(init=False, default=None)
+    turns: list[Tensor] = field(init=False)
     _map: tuple[Tensor, Tensor] | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,11 +83,12 @@ class Problem:
             self._scale = 1 / (self.bank.init_std * math.sqrt(fan_in))
             self._placed = [self._place()]
             if case.op == "embedding":
-                self.x = torch.randint(case.layer.weight[0], case.input_shape, device=self.device)
+                self.x = self._tokens()
                 self.rows = self.x.unique()
             else:
                 self.x = self._random(case.input_shape, case.x_dtype).requires_grad_()
             self.dy = self._random(case.output_shape, self.y_dtype)
+        self.turns = [self.x]
         self.weight = self._placed[0]
 
     @property
@@ -101,6 +105,15 @@ class Problem:
         return ParameterBank(
             case.dof, case.granularity, case.reflect, device=self.device, dtype=dtype
         )
+
+    def _tokens(self) -> Tensor:
+        case = self.case
+        return torch.randint(case.layer.weight[0], case.input_shape, device=self.device)
+
+    def take_turns(self, count: int) -> None:
+        """Have ``count`` inputs in ``turns``, where an embedding's rows are what is read."""
+        if self.case.op == "embedding":
+            self.turns += [self._tokens() for _ in range(count - len(self.turns))]
 
     def _place(self) -> VirtualWeight:
         return self.bank.place(self.case.layer.weight, scale=self._scale)
@@ -188,3 +201,17 @@ def copies(case: Case, bytes_of_layer: int, cache_bytes: int, limit: int = MAX_C
     """
     missing = 2 * cache_bytes - case.input_bytes - case.output_bytes
     return min(limit, max(1, -(-missing // bytes_of_layer)))
+
+
+def turns(case: Case, cache_bytes: int) -> int:
+    """Inputs to use in turn so that twice the last-level cache of rows passes between two uses.
+
+    Example:
+        >>> from rpg_kernels.bench.cases import select
+        >>> (case,) = select(["llama-3-8b.embed_tokens/256"])
+        >>> turns(case, 32 << 20), turns(select(["llama-3-8b.q_proj/1"])[0], 32 << 20)
+        (17, 1)
+    """
+    if not case.rows_only:
+        return 1
+    return min(MAX_COPIES, 1 + 2 * cache_bytes // case.output_bytes)

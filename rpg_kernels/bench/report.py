@@ -22,6 +22,7 @@ from typing import Any
 
 from rpg_kernels import _checks
 from rpg_kernels.bench import cases, older, plot, schema, table
+from rpg_kernels.bench.machine import BUSY_SPREAD
 from rpg_kernels.bench.table import NOT_MEASURED
 from rpg_kernels.bench.timing import COLD
 
@@ -89,7 +90,7 @@ def _speed(root: Path) -> list[str]:
         head = ("case", "bank", *_SHOWN, _OURS, "of dense", "of published")
         rows = []
         for case, bank, group in _groups(record):
-            times = {name: table.median(row, "full", COLD, clock) for name, row in group.items()}
+            times = {n: table.comparable(row, "full", COLD, clock) for n, row in group.items()}
             ours = times.get(_OURS)
             cells = [_time(group.get(name), clock) for name in (*_SHOWN, _OURS)]
             of = [times.get(name) for name in ("dense", "published")]
@@ -146,8 +147,17 @@ def _time(row: Mapping[str, Any] | None, clock: str) -> str:
         return NOT_MEASURED
     found = table.median(row, "full", COLD, clock)
     if found is not None:
-        return table.seconds(found)
+        return table.seconds(found) + _doubt(row, clock)
     return row["status"] if row["status"] not in (schema.OK, schema.SKIPPED) else NOT_MEASURED
+
+
+def _doubt(row: Mapping[str, Any], clock: str) -> str:
+    """The spread of a figure where that is large, and the clock where it is another."""
+    figures = row["times"]["full"][COLD]
+    if clock not in figures:
+        return f" ({next(iter(figures))})"
+    spread = (figures[clock]["q90_s"] - figures[clock]["q10_s"]) / figures[clock]["median_s"]
+    return f" ±{spread / 2:.0%}" if spread > BUSY_SPREAD else ""
 
 
 def _plots(root: Path) -> list[str]:
@@ -191,7 +201,7 @@ def _relative_times(record: Record) -> list[plot.Row]:
     rows = []
     for case, bank, group in _groups(record):
         times = {
-            name: table.median(row, "full", COLD, record["headline"])
+            name: table.comparable(row, "full", COLD, record["headline"])
             for name, row in group.items()
             if name in plot.MARKS
         }

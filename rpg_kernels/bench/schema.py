@@ -73,7 +73,9 @@ ENVIRONMENT = {
     "triton": _text("version, where installed", nullable=True),
     "rpg_kernels": _text("version"),
     "commit": _text("of the checkout, `-dirty` with changes; null outside one", nullable=True),
-    "sources": _text("first 16 hex digits of a SHA-256 over the package's Python files"),
+    "sources": _text("first 16 hex digits of a SHA-256 over the package's Python, C++ and CUDA"),
+    "native": _text("instruction set and compiler of the compiled half, or why it is not in use"),
+    "settings": Field("map", "environment variables RPG_KERNELS_*", {"*": _text("")}),
 }
 OPTIONS = {
     "suite": _text("`quick`, `full`, or null when cases were chosen", nullable=True),
@@ -152,7 +154,10 @@ RESULT = {
     "status": _text("how it went", *STATUSES),
     "reason": _text("why, unless ok; for ok, a note", nullable=True),
     "copies": _int("layers that ran in turn when cold"),
-    "cold_bytes": _int("between two uses of one layer: all layers, x and y"),
+    "cold_bytes": _int(
+        "that pass between two uses of one layer: x, y and the weights of all layers (of an "
+        "embedding the rows looked up), as if they were stored"
+    ),
     "accuracy": Field(
         "map",
         "by quantity",

@@ -64,6 +64,12 @@ def median(row: Mapping[str, Any], kind: str, state: str, clock: str) -> float |
     return None if found is None else float(found["median_s"])
 
 
+def comparable(row: Mapping[str, Any], kind: str, state: str, clock: str) -> float | None:
+    """As median, but only of the headline's clock: figures of two clocks make no ratio."""
+    found = row["times"].get(kind, {}).get(state, {}).get(clock)
+    return None if found is None else float(found["median_s"])
+
+
 def setting(row: Mapping[str, Any]) -> str:
     """Bank and dtype of a row, as ``Case.setting``."""
     return f"{short(row['dof'])} g{row['granularity']} {row['reflect']} {row['dtype']}"
@@ -118,6 +124,8 @@ def heading(record: Mapping[str, Any]) -> Iterator[str]:
     commit = (e["commit"] or "unknown")[:12]
     changes = " with changes" if (e["commit"] or "").endswith("-dirty") else ""
     yield f"{e['device_name']}{threads}; torch {e['torch']}; commit {commit}{changes}"
+    if e["native"].startswith("not in use"):
+        yield f"The compiled half was {e['native']}"
     if not record["complete"]:
         yield "INTERRUPTED: only what was finished is here"
     for reason in record["load"]["busy"]:
@@ -129,8 +137,8 @@ def _cells(row: Mapping[str, Any], dense: Mapping[str, Any] | None, clock: str) 
     name = row["impl"] + (" *" if row["chosen"] else "")
     if not row["times"] and row["memory"] is None:
         return name, f"{row['status'].upper()}: {row['reason'] or NOT_MEASURED}"
-    full = median(row, "full", COLD, clock)
-    of_dense = median(dense, "full", COLD, clock) if dense else None
+    full = comparable(row, "full", COLD, clock)
+    of_dense = comparable(dense, "full", COLD, clock) if dense else None
     warm = median(row, "full", "warm", clock)
     percent = row["floors"].get("full", {}).get("percent")
     memory = row["memory"] or {}

@@ -43,6 +43,7 @@ class Work:
     problem: Problem
     stack: Stack
     _next: int = field(init=False, default=0)
+    _turn: int = field(init=False, default=0)
 
     def layer(self, state: str) -> int:
         """The layer to run now: the next one when cold, always the first when warm."""
@@ -59,12 +60,20 @@ class Work:
     def prepare(self, kind: str, state: str) -> Callable[[], object]:
         """What to time for one call of a pass; a backward's forward has been run by then."""
         i = self.layer(state)
+        self.problem.x = self._input(state)
         if kind == "forward":
             return lambda: self._forward(i)
         if kind == "full":
             return lambda: self.backward(i, self.stack.forward(i))
         y = self.stack.forward(i)
         return lambda: self.backward(i, y)
+
+    def _input(self, state: str) -> Tensor:
+        """x of the call to be made: the next one when cold, always the first when warm."""
+        if state == WARM:
+            return self.problem.turns[0]
+        self._turn = (self._turn + 1) % len(self.problem.turns)
+        return self.problem.turns[self._turn]
 
     def _forward(self, i: int) -> Tensor:
         with torch.no_grad():
