@@ -239,14 +239,32 @@ def test_tensors_it_cannot_take_go_by_pytorch() -> None:
     assert not native.handles(ring.as_subclass(type("Other", (Tensor,), {})))
 
 
-def test_scratch_of_a_threaded_pack_stays_within_the_limit() -> None:
+def test_scratch_of_a_threaded_pack_stays_within_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bank = rpg.ParameterBank(dof=640, granularity=1, reflect="element")
     weight = bank.place((64, 300))
     dense = torch.randn(weight.shape)
+    entries: list[int] = []
+
+    class Watched:
+        def __init__(self, law: Any) -> None:
+            self.law = law
+
+        def pack(self, *arguments: Any) -> None:
+            entries.append(arguments[-1])
+            self.law.pack(*arguments)
+
+    real = native.layer_law
+    monkeypatch.setattr(native, "layer_law", lambda law: Watched(real(law)))
+    limit = 1 << 16
     with threads(2):
         wanted = weight.pack(dense)
-        with rpg.scratch_limit(1 << 16):
+        most = max(entries)
+        entries.clear()
+        with rpg.scratch_limit(limit):
             assert_same_bits(weight.pack(dense), wanted)
+    assert 0 < 4 * max(entries) <= limit // 4 < 4 * most
 
 
 def region(**changes: int) -> dict[str, int]:

@@ -2,8 +2,8 @@
 // pack: grad [slots, block] += scale · Gᵀ · dense [positions, block].
 //
 // kLanes positions at a time: their q, their slots and sign words (vector instructions), then one
-// block after the other is copied or added with its signs. A block is `kBlock` elements, or a
-// multiple of 32 for kBlock = 0. Bytes moved per position and element: one read of the ring, which
+// block after the other is copied or added with its signs. A block is BLOCK elements, or a
+// multiple of 32 for BLOCK = 0. Bytes moved per position and element: one read of the ring, which
 // is meant to lie in cache, and one write of out (pack: a read of dense, a read and a write of
 // grad). Rounding: unpack rounds scale · w once to the element type; pack rounds scale · x to the
 // type of grad and adds in the order of positions, whatever the number of threads.
