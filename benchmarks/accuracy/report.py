@@ -1,0 +1,284 @@
+"""Tables and plots of a results file; nothing is written that no run produced."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.accuracy import chart, records, summary
+from benchmarks.accuracy.records import Record
+from benchmarks.accuracy.rows import (
+    DENSE,
+    GRANULARITIES,
+    HASHED,
+    LAW,
+    REFLECT,
+    UNSIGNED,
+    law_name,
+)
+from benchmarks.accuracy.running import RESULTS, ROOT, default_name
+from benchmarks.accuracy.summary import ENOUGH, Summary
+from rpg_kernels.bench.plot import THEMES
+from rpg_kernels.bench.table import NOT_MEASURED, markdown
+
+Found = Mapping[str, Summary]
+CURVES = ("dense", "rpg 4x g64 vector", "rpg 17x g1 element", "rpg 17x g64 vector",
+          "hashed 17x", "unsigned 17x", "narrow 17x")  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options of ``report``."""
+    default = RESULTS / default_name("small", "cifar10")
+    parser.add_argument("--results", type=Path, default=default, help="default: CIFAR-10's")
+    parser.add_argument(
+        "--images", type=Path, default=ROOT / "docs" / "images", help="folder for the plots"
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, fail when stale")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the page beside the results file and the plots; the exit status.
+
+    Raises:
+        ValueError: there are no runs, or the file is damaged.
+    """
+    runs = records.read(args.results)
+    if not runs:
+        raise ValueError(f"results: got {args.results} without runs, wanted a file that has some")
+    page = "\n".join(tables(runs))
+    files = {args.results.with_suffix(".md"): page + "\n"}
+    files |= {args.images / name: text for name, text in plots(runs, args.results.stem).items()}
+    stale = [
+        path
+        for path, text in files.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    if not args.check:
+        print(page)
+        for path in stale:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[path], encoding="utf-8")
+    for path in stale:
+        print(f"{path}: {'stale' if args.check else 'written'}")
+    return int(args.check and bool(stale))
+
+
+def tables(runs: Sequence[Record]) -> list[str]:
+    """Everything as Markdown: where it comes from, all rows, the design table, the fit."""
+    found = summary.summaries(runs)
+    compressions = sorted({s.compression for s in _design(found)}, reverse=True)
+    lines = [*heading(runs), "", *all_rows(found)]
+    for compression in compressions:
+        lines += ["", f"Granularity and signs at {compression:g}x:", ""]
+        lines += design(found, compression)
+    return [*lines, "", *fit(found)]
+
+
+def heading(runs: Sequence[Record]) -> list[str]:
+    """Data set, recipe and machine, and how far seeds spread."""
+    first = runs[0]
+    recipe, data = first["recipe"], first["data"]
+    machines = sorted(
+        {
+            f"{e['device_name']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, "
+            f"torch {e['torch']}"
+            for e in (run["environment"] for run in runs)
+        }
+    )
+    pooled = summary.spread(summary.summaries(runs))
+    lines = [
+        f"{data['name']}: {data['train_images']:,} training and {data['test_images']:,} test "
+        f"images; {recipe['network']} ResNet, {recipe['epochs']} epochs, batch "
+        f"{recipe['batch_size']}, SGD with Nesterov momentum {recipe['momentum']:g}, one-cycle "
+        f"learning rate up to {recipe['lr']:g}, weight decay {recipe['weight_decay']:g}, "
+        f"{'flips and crops' if recipe['augment'] else 'no augmentation'}, "
+        f"{'bf16 autocast' if recipe['bfloat16'] else 'fp32'}. "
+        f"{len(runs)} runs on {'; '.join(machines)}.",
+        "",
+        "Test accuracy in per cent: mean over seeds ± its standard error. A difference is taken "
+        "seed by seed.",
+    ]
+    if pooled:
+        lines[-1] += (
+            f" The standard deviation between seeds, pooled over all rows, is {pooled[0]:.2f} "
+            f"points ({pooled[1]} degrees of freedom): by chance alone, two rows of {ENOUGH} seeds "
+            f"differ by about {pooled[0] * math.sqrt(2 / ENOUGH):.2f}."
+        )
+    return lines
+
+
+def all_rows(found: Found) -> list[str]:
+    """One line for each row that has a run."""
+    head = (
+        "network", "degrees of freedom", "test accuracy", "seeds",
+        "minus element-wise of this size", "training loss",
+    )  # fmt: skip
+    rows = []
+    for one in found.values():
+        difference = summary.against(one, summary.element_wise(one, found))
+        losses = [run["training_loss"] for run in one.runs.values()]
+        loss = None if None in losses else summary.estimate(losses).mean
+        count = one.accuracy.count
+        rows.append(
+            (
+                one.row,
+                f"{one.dof:,}",
+                str(one.accuracy),
+                f"{count}" if count >= ENOUGH else f"{count}, too few",
+                "" if difference is None else _signed(difference),
+                "not finite" if loss is None else f"{loss:.3f}",
+            )
+        )
+    return markdown(head, rows)
+
+
+def design(found: Found, compression: float) -> list[str]:
+    """Granularity down, reflect across."""
+    rows = []
+    for granularity in GRANULARITIES:
+        cells = [_design_cell(found, compression, granularity, reflect) for reflect in REFLECT]
+        rows.append((f"{granularity}", *cells))
+    return markdown(("granularity", *REFLECT), rows)
+
+
+def fit(found: Found) -> list[str]:
+    """The power law, with what it stands on."""
+    rows = summary.sweep(found)
+    law = summary.power_law(rows)
+    if law is None:
+        return [f"Power law: {NOT_MEASURED}; it takes three sizes, there are {len(rows)}."]
+    few = [s.row for s in rows if s.accuracy.count < ENOUGH]
+    sizes = ", ".join(f"{size:,}" for size in law.sizes)
+    return [
+        f"Power law: test error = {law.factor:.4g} · DoF^({law.exponent:.4f} ± {law.error:.4f}), "
+        f"R² {law.determination:.3f}, through {sizes} degrees of freedom at granularity 64 with a "
+        f"sign per slot{f'; fewer than {ENOUGH} seeds: ' + ', '.join(few) if few else ''}."
+    ]
+
+
+def plots(runs: Sequence[Record], stem: str) -> dict[str, str]:
+    """Every plot that the runs give, by file name, for a light and a dark page."""
+    found = summary.summaries(runs)
+    made: dict[str, str] = {}
+    for theme in THEMES:
+        drawn = {"dof": _against_dof(found, theme), "curves": _curves(found, theme)}
+        for compression in sorted({s.compression for s in _design(found)}, reverse=True):
+            drawn[f"design_{compression:g}x"] = _designs(found, compression, theme)
+        made |= {f"{stem}_{name}_{theme}.svg": text for name, text in drawn.items() if text}
+    return made
+
+
+def _against_dof(found: Found, theme: str) -> str:
+    groups = {
+        "granularity 64, signs per slot": summary.sweep(found),
+        "granularity 1, signs per element": _plain(found, LAW, granularity=1, reflect="element"),
+        "HashedNet-style": _plain(found, HASHED),
+        "unsigned random": _plain(found, UNSIGNED),
+        "dense, and narrowed": _plain(found, DENSE),
+    }
+    marks = ("circle", "diamond", "square", "square", "triangle")
+    series = [
+        chart.Series(label, [_point(s, s.dof) for s in rows], line, mark)
+        for (label, rows), mark, line in zip(
+            groups.items(), marks, ("none", "none", "none", "none", "dashed"), strict=True
+        )
+    ]
+    law = summary.power_law(groups["granularity 64, signs per slot"])
+    if law:
+        steps = [law.sizes[0] * (law.sizes[-1] / law.sizes[0]) ** (i / 40) for i in range(41)]
+        curve = [chart.Point(dof, law.accuracy(dof)) for dof in steps]
+        label = f"error = a · DoF^{law.exponent:.3f}"
+        series.append(chart.Series(label, curve, "solid", ""))
+    series = [one for one in series if one.points]
+    if not series:
+        return ""
+    ticks = [(x, name) for x, name in _SIZES if _near(x, series)]
+    title = "Test accuracy against degrees of freedom"
+    labels = ("degrees of freedom of the block convolutions", "test accuracy (%)")
+    return chart.svg(title, *labels, series, theme, ticks, log_x=True)
+
+
+_SIZES = [
+    (m * 10.0**p, f"{m}{'0' * (p % 3)}{'KM'[p // 3 - 1]}") for p in range(3, 8) for m in (1, 2, 5)
+]
+
+
+def _near(x: float, series: Sequence[chart.Series]) -> bool:
+    sizes = [point.x for one in series for point in one.points]
+    return min(sizes) / 1.3 <= x <= max(sizes) * 1.3
+
+
+def _curves(found: Found, theme: str) -> str:
+    shown = [found[name] for name in CURVES if name in found]
+    if not shown:
+        return ""
+    series = [
+        chart.Series(one.row, [chart.Point(i, y) for i, y in enumerate(one.curve, 1)], "solid", "")
+        for one in shown
+    ]
+    epochs = max(len(one.curve) for one in shown)
+    ticks = [(float(i), str(i)) for i in range(1, epochs + 1)]
+    run = shown[0].any
+    count = min(run["epoch_test_images"], run["data"]["test_images"])
+    label = f"accuracy on {count:,} test images (%)"
+    return chart.svg("Convergence, means over seeds", "epoch", label, series, theme, ticks)
+
+
+def _designs(found: Found, compression: float, theme: str) -> str:
+    series = []
+    marks = ("circle", "square", "diamond")
+    for number, (reflect, mark) in enumerate(zip(REFLECT, marks, strict=True)):
+        names = [(g, law_name(compression, g, reflect)) for g in GRANULARITIES]
+        # Side by side, so that error bars can be told apart.
+        shift = 1.06 ** (number - 1)
+        points = [_point(found[name], g * shift) for g, name in names if name in found]
+        series.append(chart.Series(f"signs: {reflect}", points, "dashed", mark))
+    ticks = [(float(g), str(g)) for g in GRANULARITIES]
+    title = f"Granularity and signs at {compression:g}x compression"
+    return chart.svg(
+        title,
+        "granularity",
+        "test accuracy (%)",
+        [one for one in series if one.points],
+        theme,
+        ticks,
+        log_x=True,
+    )
+
+
+def _design(found: Found) -> list[Summary]:
+    """Rows of the design table: nothing but size, granularity and reflect is set."""
+    names = {"map", "compression", "granularity", "reflect"}
+    rows = [s for s in found.values() if s.settings["map"] == LAW and set(s.settings) <= names]
+    tabled = {s.compression for s in rows if "granularity" in s.settings}
+    return [s for s in rows if s.compression in tabled]
+
+
+def _design_cell(found: Found, compression: float, granularity: int, reflect: str) -> str:
+    if granularity == 1 and reflect == "vector":
+        return "as element"
+    one = found.get(law_name(compression, granularity, reflect))
+    if one is None:
+        return NOT_MEASURED
+    return f"{one.accuracy} (n = {one.accuracy.count})"
+
+
+def _plain(found: Found, kind: str, **settings: object) -> list[Summary]:
+    """Rows of a map trained as all are, smallest first."""
+    rows = []
+    for one in found.values():
+        rest = {k: v for k, v in one.settings.items() if k not in ("map", "compression")}
+        if one.settings["map"] == kind and rest == settings:
+            rows.append(one)
+    return sorted(rows, key=lambda s: s.dof)
+
+
+def _point(one: Summary, x: float) -> chart.Point:
+    about = f"{one.row}: {one.accuracy} (n = {one.accuracy.count})"
+    return chart.Point(float(x), one.accuracy.mean, one.accuracy.error, about)
+
+
+def _signed(value: summary.Estimate) -> str:
+    return f"{'+' if value.mean >= 0 else ''}{value}"

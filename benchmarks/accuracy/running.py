@@ -1,0 +1,177 @@
+"""Trains what is not in the results file yet, until the budget is used up."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rpg_kernels
+from benchmarks.accuracy import records, training
+from benchmarks.accuracy.network import NETWORKS
+from benchmarks.accuracy.rows import Row, plan
+from rpg_kernels._extras import require
+from rpg_kernels.demo import data, report, train
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options of ``run``."""
+    default = training.Recipe()
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="CIFAR-10: torchvision's cifar-10-batches-py folder, or an .npz of JPEGs "
+        "(default: scikit-learn's handwritten digits)",
+    )
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="default: no end")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="rows, as in '*17x*'")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--network", choices=tuple(NETWORKS), default=default.network)
+    parser.add_argument("--images", type=int, default=default.images, help="default: %(default)s")
+    parser.add_argument("--test-images", type=int, help="default: all")
+    parser.add_argument("--epochs", type=int, default=default.epochs, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--out", type=Path, help="results file (default: in benchmarks/results)")
+    parser.add_argument("--list", action="store_true", help="show the runs and train none")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run with parsed options.
+
+    Raises:
+        FileNotFoundError, ValueError: an option or a file is not what it should be.
+    """
+    runs = plan(args.seeds, args.only)
+    recipe = training.Recipe(
+        network=args.network,
+        images=args.images,
+        test_images=args.test_images,
+        epochs=args.epochs,
+        augment=args.data is not None,  # a mirrored or shifted digit is another one
+    )
+    out = args.out or RESULTS / default_name(args.network, args.data)
+    if args.list:
+        done = records.read(out)
+        for row, seed in runs:
+            state = "done" if records.find(done, row.name, seed) else ""
+            print(f"{row.name:40} seed {seed}  {state}")
+        return
+    torch.set_num_threads(args.threads)
+    images = data.load(args.data, recipe.images, recipe.test_images)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run(runs, recipe, train.Pixels(images, device), out, args.budget)
+
+
+def default_name(network: str, path: str | None) -> str:
+    """Of the results file: one for each data set and network."""
+    suffix = "" if network == "small" else f"_{network}"
+    return f"accuracy_{'digits' if path is None else 'cifar10'}{suffix}.jsonl"
+
+
+def run(
+    runs: Sequence[tuple[Row, int]],
+    recipe: training.Recipe,
+    pixels: train.Pixels,
+    out: Path,
+    budget: float | None = None,
+) -> int:
+    """Train the runs that ``out`` does not have, in order, and append each when it has finished.
+
+    Args:
+        runs: rows and seeds.
+        recipe: of all of them.
+        pixels: the images.
+        out: the results file, made by the same recipe from the same images.
+        budget: minutes; no run is begun that would end later, going by the slowest so far.
+
+    Returns:
+        How many were trained.
+
+    Raises:
+        ValueError: ``out`` holds runs of another recipe, or of rows that meant something else.
+    """
+    common = {"recipe": asdict(recipe), "data": _data(pixels.data)}
+    todo = _missing(runs, common, out)
+    print(f"{out}: {len(runs) - len(todo)} of {len(runs)} runs are there", flush=True)
+    environment = _environment(pixels.device)
+    begin, slowest, trained = time.perf_counter(), 0.0, 0
+    tqdm = require("tqdm", "tqdm", "the progress bar")
+    steps = training.steps_of(recipe, pixels.data)
+    # disable=None: no bar where the output is not a terminal.
+    with tqdm.tqdm(total=steps * len(todo), unit="step", disable=None) as bar:
+        for row, seed in todo:
+            if budget is not None and time.perf_counter() - begin + slowest > 60 * budget:
+                bar.write(f"the budget of {budget:g} minutes is used up")
+                break
+            bar.set_description(f"{row.name}, seed {seed}")
+            if records.find(records.read(out), row.name, seed):
+                bar.update(steps)  # by another process, meanwhile
+                continue
+            outcome = training.run(row, recipe, pixels, seed, bar.update)
+            record = {
+                "row": row.name,
+                "seed": seed,
+                "settings": row.settings(),
+                **training.record(outcome),
+                **common,
+                "lr": recipe.lr * row.lr,
+                "bank_lr": recipe.lr * row.lr * row.bank_lr,
+                "bank_weight_decay": recipe.weight_decay * row.bank_decay,
+                "environment": environment,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            records.append(out, record)
+            trained += 1
+            slowest = max(slowest, outcome.seconds)
+            bar.write(
+                f"{trained:3} {row.name}, seed {seed}: {outcome.final:.2f} % after "
+                f"{outcome.seconds:.0f} s; {(time.perf_counter() - begin) / 60:.1f} min in all"
+            )
+    return trained
+
+
+def _missing(
+    runs: Sequence[tuple[Row, int]], common: dict[str, Any], out: Path
+) -> list[tuple[Row, int]]:
+    """The runs that are not in the file, once what is there has been found comparable."""
+    done = records.read(out)
+    for record in done:
+        for key, wanted in common.items():
+            changed = {k: record[key].get(k) for k, v in wanted.items() if record[key].get(k) != v}
+            if changed:
+                raise ValueError(
+                    f"out: got {out}, made with {key} {changed}, wanted "
+                    f"{ {k: wanted[k] for k in changed} }, or another file"
+                )
+    todo = []
+    for row, seed in runs:
+        found = records.find(done, row.name, seed)
+        if found is None:
+            todo.append((row, seed))
+        elif found["settings"] != row.settings():
+            raise ValueError(
+                f"{out}: row {row.name!r}: got {found['settings']}, wanted {row.settings()}; "
+                "a row with another meaning needs another name"
+            )
+    return todo
+
+
+def _data(images: data.Images) -> dict[str, Any]:
+    return {
+        "name": images.name,
+        "train_images": len(images.train_labels),
+        "test_images": len(images.test_labels),
+    }
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    return {**report.environment(device), "rpg_kernels": rpg_kernels.__version__}
