@@ -327,6 +327,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     capsys.readouterr()
     assert __main__.main([*options, "--list"]) == 0
     assert capsys.readouterr().out.split() == ["narrow", "17x", "seed", "0", "done"]
+    assert __main__.main([*options, "--epochs", "0"]) == 1
+    assert "epochs: got 0, wanted at least 1" in capsys.readouterr().err
     given = ["report", "--results", str(out), "--images", str(tmp_path / "images")]
     assert __main__.main([*given, "--check"]) == 1
     assert not out.with_suffix(".md").exists()

@@ -24,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, ValueError, MissingExtraError) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the runs that had finished are kept", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-images", type=int, help="default: all")
     parser.add_argument("--epochs", type=int, default=default.epochs, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="results file (default: in benchmarks/results)")
     parser.add_argument("--list", action="store_true", help="show the runs and train none")
 
@@ -50,6 +50,11 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError, ValueError: an option or a file is not what it should be.
     """
+    for name in ("images", "epochs", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name}: got {getattr(args, name)}, wanted at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', wanted cpu, as there is no CUDA device")
     runs = plan(args.seeds, args.only)
     recipe = training.Recipe(
         network=args.network,

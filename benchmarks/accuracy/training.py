@@ -36,7 +36,7 @@ class Recipe:
     network: str = "small"
     images: int | None = 10_000
     test_images: int | None = None
-    epochs: int = 12
+    epochs: int = 10
     batch_size: int = 128
     lr: float = 0.2
     weight_decay: float = 5e-4
