@@ -1,17 +1,22 @@
-"""Triton's interpreter (TRITON_INTERPRET=1), repaired in two places, both found in Triton 3.6.
+"""Triton's interpreter (TRITON_INTERPRET=1), repaired in three places, found in Triton 3.6 and 3.9.
 
 It turns a loop bound, an array of one element, into an int by ``int(array)``, which NumPy 2.4
-refuses. And it patches ``triton.language`` anew in every call of a device function without taking
-that back, so that each operation runs through one more wrapper than the last.
+refuses. It patches ``triton.language`` anew in every call of a device function without taking
+that back, so that each operation runs through one more wrapper than the last. And it records the
+operands' dtype as that of a comparison, so that a scalar condition becomes int32 when it is
+broadcast, which 3.9 refuses as a mask.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from triton.runtime import interpreter
 
+_COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 _patch_tensor, _patch_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+_binary_op = interpreter.InterpreterBuilder.binary_op
 _patched: dict[frozenset[int], Any] = {}  # in the launch under way: modules -> what undoes them
 
 
@@ -37,7 +42,15 @@ def _patch_lang_once(fn: Any) -> Any:
     return _Launch()
 
 
+def _binary_op_of_booleans(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+    result = _binary_op(self, lhs, rhs, op)
+    if op in _COMPARISONS:
+        return interpreter.TensorHandle(result.data.astype(bool), interpreter.tl.int1)
+    return result
+
+
 def repair() -> None:
     """Repair the interpreter of this process; may be called again."""
+    interpreter.InterpreterBuilder.binary_op = _binary_op_of_booleans
     interpreter._patch_lang_tensor = _patch_tensor_once
     interpreter._patch_lang = _patch_lang_once
