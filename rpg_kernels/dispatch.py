@@ -66,8 +66,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
     """Why a back end cannot run an operator call, or "" when it can.
 
     Example:
-        >>> why_not("triton", "embedding", torch.device("cuda"), torch.float16)
-        'the Triton back end has no kernel for embedding'
+        >>> why_not("triton", "embedding", torch.device("cuda"), torch.float64)
+        'the Triton kernels compute in float32, bfloat16 and float16, not in torch.float64'
     """
     if backend == "triton":
         return unsupported(op, device, dtype)

@@ -1,11 +1,13 @@
-"""tests/triton_cases/aot.py: the kernels compiled ahead of time, GPU or none."""
+"""Cases that compile the kernels ahead of time, GPU or none."""
 
 from __future__ import annotations
 
+import pytest
 import triton_process as process
 
 pytestmark = process.needs_triton
 
 
-def test_compiled_ahead_of_time() -> None:
-    process.run("aot.py", interpreted=False)
+@pytest.mark.parametrize("name", ["aot.py", "aot_embedding.py"])
+def test_compiled_ahead_of_time(name: str) -> None:
+    process.run(name, interpreted=False)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rpg_kernels.triton import gather, linear, linear_bank, slots, unpack
+from rpg_kernels.triton import embedding, gather, linear, linear_bank, slots, unpack
 from rpg_kernels.triton.config import Config, choose
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -30,13 +30,15 @@ KERNELS = {
     "linear": linear._forward_kernel,
     "linear_input_grad": linear._input_grad_kernel,
     "linear_bank_grad": linear_bank._bank_grad_kernel,
+    "embedding": embedding._embedding_kernel,
+    "embedding_bank_grad": embedding._embedding_grad_kernel,
     "unpack": unpack._unpack_kernel,
     "pack": gather._gather_kernel,
     "slots": slots._slots_kernel,
 }
 # Integers that are multiples of 16 in the layers that must be fast.
 _ALIGNED = ("M", "N", "K", "blocks", "entry_stride", "rows", "columns", "stride_", "first")
-_INNERMOST = ("stride_xk", "stride_dyn", "stride_c")
+_INNERMOST = ("stride_xk", "stride_dyn", "stride_dyk", "stride_c")
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def build(
             pointee = {
                 "law_ptr": "i32",
                 "entry_ptr": "i32",
+                "index_ptr": "i64",
                 "grad_ptr": "fp32",
                 "bank_ptr": bank or dtype,
                 "out_ptr": {"slots": "i32", "linear_bank_grad": "fp32"}.get(name, dtype),

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-OPERATORS = ("linear", "linear_input_grad", "linear_bank_grad", "unpack", "pack")
+OPERATORS = (
+    "linear",
+    "linear_input_grad",
+    "linear_bank_grad",
+    "embedding",
+    "embedding_bank_grad",
+    "unpack",
+    "pack",
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CAPABILITY = (8, 0)
 
@@ -84,6 +92,13 @@ def _columns(block: int, low_precision: bool) -> int:
     return min(block, 64 if low_precision else 32)
 
 
+def _without_product(m: int, n: int, block: int) -> Config:
+    """Tiles of 2048 weights, whose columns lie in one block from 8 elements on."""
+    block_k = min(block, 64) if block >= 8 else 32
+    rows = 2048 // block_k
+    return Config(_power_of_two(m, 1, rows), _power_of_two(n, 1, rows), block_k, 4, 1)
+
+
 def products_read_shared(device: torch.device) -> bool:
     """Whether tensor cores take both operands from shared memory: wgmma, tcgen05, not mma.sync."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
@@ -105,10 +120,10 @@ def choose(
         >>> choose("linear", 4096, 4096, 4096, 64, torch.float16)
         Config(block_m=128, block_n=128, block_k=64, warps=8, stages=3, group=8)
     """
+    if op in ("embedding", "embedding_bank_grad", "unpack", "pack"):
+        return _without_product(m, n, block)
     low = dtype.itemsize == 2
     block_k = _columns(block, low)
-    if op in ("unpack", "pack"):
-        return Config(16, _power_of_two(n, 1, 32), block_k, 4, 1)
     largest = 128 if low else 64  # fp32 products without tf32 run on the plain units
     if op == "linear":
         block_m = _power_of_two(m, 16, largest)

@@ -322,7 +322,6 @@ def test_through_dispatch_and_autograd() -> None:
     [
         ("linear", torch.float64, "not in torch.float64"),
         ("conv2d", torch.float32, "has no kernel for conv2d"),
-        ("embedding", torch.float32, "has no kernel for embedding"),
         pytest.param(
             "linear",
             torch.bfloat16,
