@@ -377,3 +377,13 @@ def test_starts_are_aligned_to_columns() -> None:
         assert 0 <= start - cursor < alignment(matrix.rows) * matrix.block
         assert end - start == matrix.span == math.prod(shape[:1]) * matrix.blocks * matrix.block
         cursor = end
+
+
+def test_the_worked_example() -> None:
+    """Of docs/window_law.md, section 7."""
+    c = WindowLaw(2, 1, 100, 20, 64, 704, 448, "vector", True, window=256, laps=2)
+    assert (c.cell, c.head(0), c.units(0)) == (512, 64, 3)
+    n, b = torch.tensor([37, 98]), torch.tensor([9, 3])
+    assert c.order(n, b, 0).tolist() == [613, 1934]
+    assert c.slot(n, b).tolist() == [614, 454]
+    assert c.negative(n, b)[:, 0].tolist() == [False, True]

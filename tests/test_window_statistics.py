@@ -113,6 +113,9 @@ def statistics(layer: Layer, after: Layer) -> dict[str, float]:
     for lag in sorted({1, 2, 3, across - 1, across, 2 * across, law.laps * across}):
         if 0 < lag < law.blocks:
             pairs(out, f"blocks {lag}", slot[:, :-lag], slot[:, lag:], size)
+    pairs(out, "next layer", slot, after.slot if many else after.local, size)
+    if law.rows * law.blocks < (law.laps + 2) * law.window:
+        return out
     laps = layer.by_address
     pairs(out, "laps", laps[:-1], laps[1:], law.window)
     pairs(out, "units", laps[: -law.laps], laps[law.laps :], law.window)
@@ -126,7 +129,6 @@ def statistics(layer: Layer, after: Layer) -> dict[str, float]:
     place = torch.arange(law.window).expand_as(laps)
     pairs(out, "place", place, laps, law.window)
     out["place modulo 64"] = chi_square(((place % 64) * 64 + laps % 64).flatten(), 64 * 64)
-    pairs(out, "next layer", slot, after.slot if many else after.local, size)
     return out
 
 
