@@ -223,7 +223,8 @@ def _launch(
     """One launch for every band of the law, each over all indices."""
     flat = indices.reshape(-1).contiguous()
     m, matrix, cols = flat.numel(), p.matrix, p.block_columns
-    steps = -(-cols.count * matrix.block // c.block_k)
+    width = min(c.block_k, matrix.block) if matrix.block >= 8 else c.block_k
+    steps = -(-cols.count * matrix.block // width)
     with plan.on_device(indices):
         for band in plan.bands(p, indices.device):
             in_line = plan.entries_in_line(band)
@@ -234,5 +235,5 @@ def _launch(
                 steps, p.scale,
                 G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p),
                 ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
-                BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.warps,
+                BLOCK_M=c.block_m, BLOCK_K=width, num_warps=c.warps,
             )  # fmt: skip
