@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
-from rpg_kernels.triton.config import unsupported
+from rpg_kernels.placement import parse
+from rpg_kernels.triton.config import interpreted, unsupported
+from rpg_kernels.vendor import config as vendor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,27 +39,39 @@ OPERATORS = {
 }  # operator -> file of that name in every back end
 
 
+def _always(op: str, batch: int, reflect: str) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table: a back end, where it applies, and the reason to print."""
+    """One line of the table: a back end, where it applies, the reason to print, and when, of the
+    calls that it could run, it is taken without being forced."""
 
     backend: str
     applies: Callable[[str, torch.device, torch.dtype], bool]
     reason: str
+    when: Callable[[str, int, str], bool] = _always
 
 
 RULES = (
     Rule(
-        "reference",
-        lambda op, device, dtype: True,
-        "plain PyTorch, unpacked tile by tile within the scratch limit",
+        "vendor",
+        lambda op, device, dtype: not why_not("vendor", op, device, dtype),
+        "unpacked by a kernel within the scratch limit, multiplied by the vendor's library: "
+        f"predicted faster with a sign per element from batch {vendor.ELEMENT_SIGNS_FROM}",
+        lambda op, batch, reflect: vendor.preferred(op, batch, reflect) and not interpreted(),
     ),
-    # Only when asked for: no GPU has run these kernels yet, and on CPU tensors it is Triton's
-    # interpreter that runs them.
     Rule(
         "triton",
         lambda op, device, dtype: not why_not("triton", op, device, dtype),
         "fused Triton kernels, weights unpacked inside the tiles of the product",
+        lambda op, batch, reflect: not interpreted(),  # which is for tests, not for speed
+    ),
+    Rule(
+        "reference",
+        lambda op, device, dtype: True,
+        "plain PyTorch, unpacked tile by tile within the scratch limit",
     ),
 )
 
@@ -71,16 +85,15 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
     """
     if backend == "triton":
         return unsupported(op, device, dtype)
+    if backend == "vendor":
+        return vendor.unsupported(op, device, dtype)
     return "" if backend == "reference" else "this version has no such back end"
 
 
 def _reason(rule: Rule, op: str, device: torch.device, dtype: torch.dtype) -> str:
     """A rule's reason; where a GPU tensor falls to the reference, why Triton did not take it."""
-    if rule.backend == "reference" and device.type == "cuda":
-        missing = why_not("triton", op, device, dtype) or (
-            "the Triton kernels have not run on a GPU yet, so they are used when asked for: "
-            'rpg.backend("triton")'
-        )
+    missing = why_not("triton", op, device, dtype)
+    if rule.backend == "reference" and device.type == "cuda" and missing:
         return f"{rule.reason}; {missing}"
     return rule.reason
 
@@ -103,20 +116,30 @@ class Explanation:
         )
 
 
-@lru_cache(maxsize=1024)
-def decide(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> Rule:
+@lru_cache(maxsize=4096)
+def decide(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    batch: int = 0,
+    reflect: str = "",
+) -> Rule:
     """The rule that an operator call falls under.
 
     Args:
         op: operator name.
         device, dtype: of the call's first tensor.
         backend: a forced back end, or "".
+        batch: rows of the product, see ``batch_of``.
+        reflect: of the weight's generator.
 
     Raises:
         RuntimeError: the forced back end cannot run this call.
     """
     for rule in RULES:
-        if backend in ("", rule.backend) and rule.applies(op, device, dtype):
+        chosen = rule.backend == backend or (not backend and rule.when(op, batch, reflect))
+        if chosen and rule.applies(op, device, dtype):
             return rule
     able = ", ".join(sorted({r.backend for r in RULES if r.applies(op, device, dtype)}))
     raise RuntimeError(
@@ -125,12 +148,41 @@ def decide(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> R
     )
 
 
-@lru_cache(maxsize=1024)
+def batch_of(op: str, x: Tensor) -> int:
+    """Rows of an operator's product: those of x, or pixels of an image; 0 where there is none.
+
+    Only whether it is large matters, so it is rounded down to a power of two.
+
+    Example:
+        >>> batch_of("linear", torch.empty(3, 5, 7)), batch_of("conv2d", torch.empty(2, 3, 4, 4))
+        (8, 32)
+    """
+    if not op.startswith(("linear", "conv2d")) or not x.numel():
+        return 0
+    rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
+    return 1 << rows.bit_length() - 1
+
+
+def reflect_of(placement: str) -> str:
+    """Reflect mode of the generator in a placement's JSON; a table has one sign per entry.
+
+    Raises:
+        TypeError, ValueError: not a placement's JSON.
+    """
+    return getattr(parse(placement).generator, "reflect", "element")
+
+
+@lru_cache(maxsize=4096)
 def implementation(
-    op: str, device: torch.device, dtype: torch.dtype, backend: str
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    batch: int = 0,
+    reflect: str = "",
 ) -> Callable[..., Tensor]:
     """The function that runs an operator call; same arguments as the operator's, less backend."""
-    rule = decide(op, device, dtype, backend)
+    rule = decide(op, device, dtype, backend, batch, reflect)
     module = importlib.import_module(f"rpg_kernels.{rule.backend}.{OPERATORS[op]}")
     function: Callable[..., Tensor] = getattr(module, op)
     return function
@@ -159,16 +211,19 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     if not isinstance(op, str):
         got = type(module).__name__
         raise TypeError(f"module: got {got}, wanted an rpg layer (rpg.nn.Linear, Conv2d, ...)")
+    weight = cast("VirtualLayer", module).virtual_weight
     dtype = _checks.tensor("x", x).dtype
     if op == "embedding":
-        dtype = cast("VirtualLayer", module).virtual_weight.dtype
+        dtype = weight.dtype
     elif (
         torch.amp.is_autocast_available(x.device.type)
         and torch.is_autocast_enabled(x.device.type)
         and dtype != torch.float64
     ):
         dtype = torch.get_autocast_dtype(x.device.type)
-    rule = decide(op, x.device, dtype, settings.forced_backend())
+    reflect = reflect_of(weight.spec)
+    batch = batch_of(op, x)
+    rule = decide(op, x.device, dtype, settings.forced_backend(), batch, reflect)
     limit = settings.scratch_bytes(x.device.type)
     reason = _reason(rule, op, x.device, dtype)
     return Explanation(op, rule.backend, reason, str(x.device), str(dtype), limit)

@@ -12,7 +12,7 @@ from types import TracebackType
 from rpg_kernels import _checks
 
 ENVIRONMENT_BACKEND = "RPG_KERNELS_BACKEND"
-BACKENDS = ("reference", "triton", "cuda", "simt")
+BACKENDS = ("reference", "triton", "vendor", "cuda", "simt")
 
 _MIB = 1 << 20
 _scratch_bytes = {"cpu": 4 * _MIB, "cuda": 16 * _MIB}
@@ -88,7 +88,9 @@ def backend(name: str) -> _Restore:
     function wins over it. The setting is process-wide.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"triton"``, ``"cuda"`` or ``"simt"``.
+        name: ``"auto"``; ``"reference"``, plain PyTorch; ``"triton"``, fused kernels only, so that
+            no weight is ever in memory; ``"vendor"``, unpacked within the scratch limit and
+            multiplied by the vendor's library; ``"cuda"`` or ``"simt"``.
 
     Returns:
         A context manager that restores the earlier setting; ignore it to keep the new one.

@@ -18,8 +18,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rpg_kernels.triton import embedding, gather, linear, linear_bank, slots, unpack
-from rpg_kernels.triton.config import Config, choose
+from rpg_kernels.triton import (
+    conv2d,
+    conv2d_bank,
+    conv2d_input,
+    embedding,
+    gather,
+    linear,
+    linear_bank,
+    slots,
+    unpack,
+)
+from rpg_kernels.triton.config import Config, Gpu, choose
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100, 120)
@@ -30,6 +40,9 @@ KERNELS = {
     "linear": linear._forward_kernel,
     "linear_input_grad": linear._input_grad_kernel,
     "linear_bank_grad": linear_bank._bank_grad_kernel,
+    "conv2d": conv2d._forward_kernel,
+    "conv2d_input_grad": conv2d_input._input_grad_kernel,
+    "conv2d_bank_grad": conv2d_bank._bank_grad_kernel,
     "embedding": embedding._embedding_kernel,
     "embedding_bank_grad": embedding._embedding_grad_kernel,
     "unpack": unpack._unpack_kernel,
@@ -37,8 +50,14 @@ KERNELS = {
     "slots": slots._slots_kernel,
 }
 # Integers that are multiples of 16 in the layers that must be fast.
-_ALIGNED = ("M", "N", "K", "blocks", "entry_stride", "rows", "columns", "stride_", "first")
-_INNERMOST = ("stride_xk", "stride_dyn", "stride_dyk", "stride_c")
+_ALIGNED = (
+    *("M", "N", "K", "blocks", "entry_stride", "rows", "columns", "stride_", "first"),
+    *("per_group", "group", "channels", "offset", "length", "low"),
+)
+_INNERMOST = (
+    *("stride_xk", "stride_dyn", "stride_dyk", "stride_c", "stride_xc", "stride_yn"),
+    *("stride_dxc",),
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +109,7 @@ def build(
         dtype: Triton's name of x, dy and the bank: "fp16", "bf16" or "fp32".
         ones: every integer is 1, which Triton makes a constant of.
         bank: dtype of the bank where it is another.
-        constants: compile-time arguments, beside the tile sizes.
+        constants: compile-time arguments, beside the tile sizes, and integers of 1.
     """
     kernel = KERNELS[name]
     tile = {
@@ -104,7 +123,8 @@ def build(
     attributes: dict[tuple[int, ...], Any] = {}
     for i, p in enumerate(kernel.params):
         number = not p.is_constexpr and p.name != "scale" and not p.name.endswith("_ptr")
-        if p.is_constexpr or p.name in _INNERMOST or (ones and number):
+        given = p.is_constexpr or p.name in _INNERMOST or p.name in constants
+        if given or (ones and number):
             signature[p.name] = "constexpr"
             inner = 1 if number else None
             values[(i,)] = {**tile, **constants}.get(p.name, inner)
@@ -113,9 +133,12 @@ def build(
                 "law_ptr": "i32",
                 "entry_ptr": "i32",
                 "index_ptr": "i64",
+                "magic_ptr": "i32",
                 "grad_ptr": "fp32",
                 "bank_ptr": bank or dtype,
-                "out_ptr": {"slots": "i32", "linear_bank_grad": "fp32"}.get(name, dtype),
+                "out_ptr": "fp32"
+                if name.endswith("bank_grad")
+                else {"slots": "i32"}.get(name, dtype),
             }.get(p.name, dtype)
             signature[p.name] = f"*{pointee}"
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -160,6 +183,13 @@ def linear_constants(
         "BY_TAP": True,
         "BLOCK": 256,
         "BLOCK_S": max(1, 1024 // g),
+        "WHOLE": False,
+        "BITS": False,
+        "EVEN_N": False,
+        "LINES": False,
+        "TAPS_H": 2,
+        "TAPS_W": 3,
+        "PARTS": 2,
         **more,
     }
 
@@ -184,9 +214,29 @@ def large(name: str, architecture: int, sign: str, source: str = "scratch") -> t
     return build(name, architecture, config, "fp16", **constants), config.block_n * inner
 
 
+def large_conv(
+    name: str, architecture: int, sign: str, source: str = "scratch"
+) -> tuple[Compiled, int]:
+    """As ``large``, of a 3x3 layer of ResNet: 256 channels to 256, 128 images of 14 x 14."""
+    pixels, channels = 128 * 14 * 14, 256
+    shared = architecture in (90, 100)
+    times = 9 if name == "conv2d_bank_grad" else 1
+    config = choose(name, pixels, channels, channels, 64, torch.float16, Gpu(shared), times)
+    pairs = sign in ("entry", "element") and shared
+    taps = {"TAPS_H": 3, "TAPS_W": 3}
+    more = {"WHOLE": True, "BITS": True, "EVEN_N": True, "LINES": True, **taps}
+    more["PARTS"] = channels // (config.block_k if name == "conv2d" else config.block_n)
+    ones = dict.fromkeys(("step_h", "step_w", "reach_h", "reach_w", "tap_across"), 1)
+    if name == "conv2d_input_grad":
+        ones = dict.fromkeys(("step_h", "step_w", "start_h", "start_w", "tap_across"), 1)
+    constants = linear_constants(sign, source, PAIRS=pairs, **more, **ones)
+    inner = config.block_m if name == "conv2d_bank_grad" else config.block_k
+    return build(name, architecture, config, "fp16", **constants), config.block_n * inner
+
+
 CASES = (
     *itertools.product(
-        ("linear", "linear_input_grad"),
+        ("linear", "linear_input_grad", "conv2d", "conv2d_input_grad"),
         (
             ("folded", "scratch"),
             ("entry", "scratch"),
@@ -196,6 +246,8 @@ CASES = (
     ),
     ("linear_bank_grad", ("entry", "law")),
     ("linear_bank_grad", ("element", "law")),
+    ("conv2d_bank_grad", ("entry", "law")),
+    ("conv2d_bank_grad", ("element", "law")),
 )
 
 
@@ -204,7 +256,7 @@ def main() -> None:
     print("| kernel | entries, sign | sm | in loop / weight | registers | shared | spills |")
     print("|---|---|---|---|---|---|---|")
     for (name, (sign, source)), arch in itertools.product(CASES, ARCHITECTURES):
-        c, weights = large(name, arch, sign, source)
+        c, weights = (large_conv if "conv" in name else large)(name, arch, sign, source)
         rate = per_weight(c, weights)
         print(
             f"| {name} | {source}, {sign} | {arch} | {rate:.2f} | {c.registers} | {c.shared} | "

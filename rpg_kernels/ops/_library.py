@@ -41,7 +41,11 @@ def define(
         if values is not None:
             values(*operands)
         first: Tensor = operands[0]
-        return dispatch.implementation(name, first.device, first.dtype, backend)(*operands)
+        how: tuple[Any, ...] = (name, first.device, first.dtype, backend)
+        if first.device.type == "cuda" and not backend:  # elsewhere sizes decide nothing
+            placement = next(argument for argument in operands if isinstance(argument, str))
+            how += (dispatch.batch_of(name, first), dispatch.reflect_of(placement))
+        return dispatch.implementation(*how)(*operands)
 
     def trace(*args: Any) -> Tensor:
         check(*args[:-1])

@@ -6,8 +6,10 @@ One predicate (``unsupported``) and one heuristic (``choose``); nothing is tuned
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -15,6 +17,9 @@ OPERATORS = (
     "linear",
     "linear_input_grad",
     "linear_bank_grad",
+    "conv2d",
+    "conv2d_input_grad",
+    "conv2d_bank_grad",
     "embedding",
     "embedding_bank_grad",
     "unpack",
@@ -39,8 +44,8 @@ def unsupported(op: str, device: torch.device, dtype: torch.dtype) -> str:
         device, dtype: of the call's first tensor.
 
     Example:
-        >>> unsupported("conv2d", torch.device("cuda"), torch.float16)
-        'the Triton back end has no kernel for conv2d'
+        >>> unsupported("nothing", torch.device("cuda"), torch.float16)
+        'the Triton back end has no kernel for nothing'
     """
     if op not in OPERATORS:
         return f"the Triton back end has no kernel for {op}"
@@ -85,11 +90,63 @@ def _power_of_two(size: int, low: int, high: int) -> int:
     return min(high, max(low, 1 << max(0, size - 1).bit_length()))
 
 
-def _columns(block: int, low_precision: bool) -> int:
-    """Columns of a tile: a part of one block from 16 elements on, otherwise several blocks."""
-    if block < 16:
-        return 32
-    return min(block, 64 if low_precision else 32)
+# op -> largest tiles of (batch, rows, columns): for 16 bits where products read shared memory, for
+# 16 bits elsewhere, and for fp32, whose products without tf32 run on the plain units.
+_TILES = {
+    "linear": ((128, 256, 64), (128, 128, 64), (64, 64, 32)),
+    "linear_input_grad": ((128, 64, 256), (128, 64, 128), (64, 32, 64)),
+    "linear_bank_grad": ((64, 256, 128), (32, 128, 128), (32, 64, 64)),
+    "conv2d": ((128, 256, 64), (128, 128, 64), (64, 64, 32)),
+    "conv2d_input_grad": ((128, 128, 64), (128, 64, 64), (64, 32, 32)),
+    "conv2d_bank_grad": ((64, 256, 128), (32, 128, 128), (32, 64, 64)),
+}
+# The dimension that a product sums over: its tile is a step, and not made smaller to fill the GPU.
+_SUMMED = {"": 2, "input_grad": 1, "bank_grad": 0}
+
+
+def _choose(op: str, m: int, n: int, k: int, block: int, low: bool, on: Gpu, times: int) -> Config:
+    summed, sizes = _SUMMED[op.partition("_")[2]], (m, n, k)
+    largest = list(_TILES[op][0 if low and on.shared else 1 if low else 2])
+    tile = [_power_of_two(size, 16, high) for size, high in zip(sizes, largest, strict=True)]
+    if block < 8:  # every element finds its own entry, which takes registers
+        tile[2] = min(tile[2], 32)
+    kept = [i for i in range(3) if i != summed]
+
+    def few() -> bool:
+        tiles = times * math.prod(-(-sizes[i] // tile[i]) for i in kept)
+        return 8 * tiles < 7 * on.processors
+
+    # Rows or columns of the weight first; then the batch, which is halved down to 64 only.
+    for i, floor in ((2, 128), (1, 128), (0, 64), (2, 64), (1, 64), (2, 32), (1, 32)):
+        while i in kept and tile[i] > floor and few():
+            tile[i] //= 2
+    area = math.prod(tile[i] for i in kept)
+    stages = 3 if summed == 0 else 5  # two of five are for entries
+    warps = 8 if area >= 128 * 128 else 4
+    return Config(tile[0], tile[1], tile[2], warps, stages)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What tile sizes depend on.
+
+    Args:
+        shared: tensor cores take both operands from shared memory (wgmma, tcgen05), not from
+            registers (mma.sync).
+        processors: streaming multiprocessors.
+    """
+
+    shared: bool = True
+    processors: int = 132
+
+
+@lru_cache(maxsize=64)
+def gpu(device: torch.device) -> Gpu:
+    """The GPU that a device is; on a CPU, where kernels are interpreted, an H200's."""
+    if device.type != "cuda":
+        return Gpu()
+    p = torch.cuda.get_device_properties(device)
+    return Gpu(p.major in (9, 10), p.multi_processor_count)
 
 
 def _without_product(m: int, n: int, block: int) -> Config:
@@ -100,43 +157,46 @@ def _without_product(m: int, n: int, block: int) -> Config:
 
 
 def products_read_shared(device: torch.device) -> bool:
-    """Whether tensor cores take both operands from shared memory: wgmma, tcgen05, not mma.sync."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    """See Gpu."""
+    return gpu(device).shared
 
 
+@lru_cache(maxsize=4096)
 def choose(
-    op: str, m: int, n: int, k: int, block: int, dtype: torch.dtype, shared: bool = True
+    op: str,
+    m: int,
+    n: int,
+    k: int,
+    block: int,
+    dtype: torch.dtype,
+    on: Gpu | bool = True,
+    times: int = 1,
 ) -> Config:
     """The configuration of a call by its sizes.
 
+    Tiles are the largest that registers and shared memory hold, since each weight is made once
+    per tile of the batch; halved while they are fewer than the GPU's processors.
+
     Args:
         op: operator name.
-        m, n, k: batch, rows and columns of the product.
+        m, n, k: batch, rows and columns of the product; of a convolution pixels, rows of a
+            group, and columns of a run (geometry.VirtualMatrix).
         block: elements per block of the layer.
         dtype: that the product is computed in.
-        shared: see products_read_shared.
+        on: the GPU.
+        times: products of these sizes side by side, of groups and of taps.
 
     Example:
         >>> choose("linear", 4096, 4096, 4096, 64, torch.float16)
-        Config(block_m=128, block_n=128, block_k=64, warps=8, stages=3, group=8)
+        Config(block_m=128, block_n=256, block_k=64, warps=8, stages=5, group=8)
+        >>> choose("linear", 16, 4096, 4096, 64, torch.float16)
+        Config(block_m=16, block_n=32, block_k=64, warps=4, stages=5, group=8)
     """
     if op in ("embedding", "embedding_bank_grad", "unpack", "pack"):
         return _without_product(m, n, block)
-    low = dtype.itemsize == 2
-    block_k = _columns(block, low)
-    largest = 128 if low else 64  # fp32 products without tf32 run on the plain units
-    if op == "linear":
-        block_m = _power_of_two(m, 16, largest)
-        block_n = _power_of_two(n, 16, 64 if block_m < 64 else largest)
-    elif op == "linear_input_grad":
-        block_m = _power_of_two(m, 16, largest)
-        # Longer steps halve what addresses and the loop cost, where registers allow it.
-        block_n = _power_of_two(n, 16, (128 if shared and block_m > 64 else 64) if low else 32)
-    else:  # the batch is what this product sums over
-        block_m = _power_of_two(m, 16, 64 if low else 32)
-        block_n = _power_of_two(n, 16, largest)
-    warps = 8 if block_m * block_n >= 128 * 128 and op == "linear" else 4
-    return Config(block_m, block_n, block_k, warps, 3 if block_m >= 64 else 4)
+    if isinstance(on, bool):
+        on = Gpu(on)
+    return _choose(op, m, n, k, block, dtype.itemsize == 2, on, times)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

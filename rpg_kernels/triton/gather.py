@@ -17,7 +17,7 @@ _SIZE, _SLOTS, _BASE = device_law._SIZE, device_law._SLOTS, device_law._BASE
 _flip = weights.flip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row0", "blocks", "run_blocks"])
 def _gather_kernel(
     dense_ptr,  # [rows, columns, taps]
     law_ptr,  # [128]
@@ -43,11 +43,15 @@ def _gather_kernel(
 ):
     """grad[s, e] += scale * sum over the band's uses (n, b) of slot s of sign * dense[n, b, e].
 
+    A row of the virtual matrix is runs of ``run_blocks`` blocks; a run is a tap of ``run``
+    channels where BY_TAP, otherwise it holds all taps, ``channels`` elements for each. The
+    selected columns begin at channel ``column0``.
     The uses of s are P^-1(t) for t = (s - base) mod slots, + slots, + 2 slots ... below the band's
-    positions, in this order. Uses outside the rows and columns of ``dense`` are passed over.
-    Tile: BLOCK_S slots x G elements. Grid: one program per tile. Shared memory: none. Budget:
-    the inverse law once per slot and lap (60 to 100 lane-instructions per G weights), about 12
-    per weight for its place in ``dense``.
+    positions, in this order. Uses outside the rows and columns of ``dense`` are passed over, but
+    each costs its inverse: a part of a layer takes as long as the whole band.
+    Tile: BLOCK_S slots x G elements. Grid: one program per tile. Shared memory: 4 KiB, to exchange
+    what rows share. Budget at G = 64: about 55 lane-instructions per weight and lap, a fifth of
+    them the inverse law, which every thread of a slot evaluates.
     """
     s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     slots, size = _law_word(law_ptr, _SLOTS), _law_word(law_ptr, _SIZE)
@@ -60,12 +64,12 @@ def _gather_kernel(
     for _ in range(0, laps):
         use = mask_s & (t < size.to(tl.int64))
         q = _unpermute(tl.where(use, t, 0).to(tl.uint32), law_ptr, ROUNDS, SWAP_ROUNDS)
-        row = q.to(tl.int64) // blocks
-        b = q.to(tl.int64) - row * blocks
-        n = row - row0
+        row = q.to(tl.int32) // blocks  # q < 2^31
+        b = q.to(tl.int32) - row * blocks
+        n = (row - row0).to(tl.int64)
         use = use & (n >= 0) & (n < rows)
         tap = b // run_blocks
-        i = ((b - tap * run_blocks) * G)[:, None] + e[None, :]
+        i = ((b - tap * run_blocks).to(tl.int64) * G)[:, None] + e[None, :]
         valid = use[:, None] & (i < run)
         if BY_TAP:
             channel, tap = i, tap[:, None]

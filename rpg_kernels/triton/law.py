@@ -54,6 +54,7 @@ def divider(divisor: int) -> tuple[int, int]:
     return -(-(1 << (31 + log)) // divisor), log - 1
 
 
+@functools.lru_cache(maxsize=65536)
 def rounds(law: LayerLaw, band: int = 0) -> tuple[int, int]:
     """(Feistel rounds, swap-or-not rounds), the compile-time part of a band's law."""
     if not law.permute:
@@ -62,9 +63,20 @@ def rounds(law: LayerLaw, band: int = 0) -> tuple[int, int]:
     return (p.rounds, 0) if p.rounds else (0, p.swap_rounds)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def law_words(law: LayerLaw, band: int, device: torch.device) -> Tensor:
-    """int32 ``[LAW_WORDS]`` on a device: what the device functions read as ``law_ptr``."""
+    """int32 ``[LAW_WORDS]`` on a device: what the device functions read as ``law_ptr``.
+
+    Kept for good: a captured CUDA graph goes on reading them.
+
+    Raises:
+        RuntimeError: a stream is being captured, and these words are not on the device yet.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "stream: got a capture before the first call of this layer, wanted a warm-up call, "
+            "since the words of its packing law are copied to the device once"
+        )
     p = law.permutation(band)
     major, minor = most_square_factors(p.size)
     first = band * law.rows_per_band * law.blocks

@@ -10,14 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.placement import Placement, parse
+from rpg_kernels.placement import Placement, parse, split
 from rpg_kernels.triton import plan, weights
-from rpg_kernels.triton.config import Config, choose, dot_precision, products_read_shared
+from rpg_kernels.triton.config import Config, choose, dot_precision, gpu
 from rpg_kernels.triton.linear_bank import linear_bank_grad
 
 __all__ = ["linear", "linear_bank_grad", "linear_input_grad"]
 
 _weight_tile = weights.weight_tile
+# Integers that no address is made of: a kernel compiled anew for their values gains nothing.
+_PER_LAYER = ["M", "row0", "blocks", "low", "steps"]
 
 
 @triton.jit
@@ -30,7 +32,7 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + inside % height, inside // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_LAYER)
 def _forward_kernel(
     x_ptr,  # [M, K]
     bank_ptr,  # [slots, G] or [2 * slots, G]
@@ -107,7 +109,7 @@ def _forward_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_LAYER)
 def _input_grad_kernel(
     dy_ptr,  # [M, N]
     bank_ptr,  # [slots, G] or [2 * slots, G]
@@ -132,6 +134,7 @@ def _input_grad_kernel(
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -146,7 +149,6 @@ def _input_grad_kernel(
     Tile: BLOCK_M x BLOCK_K, the columns of step pid_k, BLOCK_N rows of the weight at a time.
     Grid: one program per tile, grouped. Shared memory: a ring of (BLOCK_M + BLOCK_K) * BLOCK_N
     elements, 97 KiB at 128 x 64 x 128 with 3 stages in 16 bits. Budget: as the forward's.
-    Rows of the weight beyond N repeat the last one, against a dy of zero.
     """
     pid = tl.program_id(0)
     pid_m, step = _tile_of(pid, tl.cdiv(M, BLOCK_M), steps, GROUP)
@@ -158,11 +160,16 @@ def _input_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for n0 in range(0, N, BLOCK_N):
         n = tl.minimum(n0 + offs_n, N - 1)
+        live = None if EVEN_N else n0 + offs_n < N
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
             G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, dy_ptr.dtype.element_ty,
+            live,
         )  # fmt: skip
-        dy = tl.load(dy_ptrs, mask=(n0 + offs_n < N)[None, :], other=0.0)
+        if EVEN_N:
+            dy = tl.load(dy_ptrs)
+        else:
+            dy = tl.load(dy_ptrs, mask=(n0 + offs_n < N)[None, :], other=0.0)
         acc = tl.dot(dy, w, acc, input_precision=PRECISION)
         dy_ptrs += step_dy
     k = step * BLOCK_K + tl.arange(0, BLOCK_K) - first
@@ -179,9 +186,15 @@ def _steps(p: Placement, config: Config, count: int) -> int:
     return -(-count * p.matrix.block // config.block_k)
 
 
-def _stages(bank: plan.Operand, a: Tensor, c: Config) -> int:
-    """Two where fp32 is gathered for a 16-bit product: its tiles are twice as large."""
-    return c.stages if bank.ring.dtype == a.dtype else min(2, c.stages)
+def _stages(bank: plan.Operand, a: Tensor, entries: plan.Entries, c: Config) -> int:
+    """Stages of the pipeline, of which each takes a tile of shared memory.
+
+    Only loads of entries before loads of weights need more than three. Two where fp32 is gathered
+    for a 16-bit product, whose tiles are twice as large.
+    """
+    if bank.ring.dtype != a.dtype:
+        return min(2, c.stages)
+    return c.stages if entries.source == "scratch" else min(3, c.stages)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -205,15 +218,14 @@ def linear(
     m = a.shape[0]
     if m == 0:
         return y
-    c = config or choose("linear", m, rows, columns, p.matrix.block, x.dtype)
+    c = config or choose("linear", m, rows, columns, p.matrix.block, x.dtype, gpu(x.device))
     cols = p.block_columns
-    tall = m > c.block_m
+    added = None if bias is None else bias.contiguous()
     with plan.on_device(x):
-        bank_operand = plan.operand(bank, p, x.dtype, reused=tall)
-        fits = bank_operand.left // (4 * cols.count)
-        in_scratch = table is None and tall and fits >= min(rows, c.block_n)
-        at_most = fits if in_scratch else 2**31 - 1
-        for band in plan.bands(p, x.device, at_most):
+        bank_operand = plan.operand(bank, p, x.dtype, reused=m > c.block_m)
+        at_most = plan.rows_that_fit(bank_operand.left, rows, cols.count, c.block_n)
+        in_scratch = table is None and at_most > 0
+        for band in plan.bands(p, x.device, at_most if in_scratch else plan.INT32_MAX):
             if table is not None:
                 entries = plan.entries_of_table(table, p, band)
             elif in_scratch:
@@ -221,7 +233,11 @@ def linear(
             else:
                 entries = plan.entries_in_line(band)
             part = slice(band.row, band.row + band.rows)
-            _launch_forward(a, bank_operand, entries, bias, out, part, p, band, c)
+            for top, height in split(m, plan.MAX_ROWS):
+                batch = slice(top, top + height)
+                _launch_forward(
+                    a[batch], bank_operand, entries, added, out[batch], part, p, band, c
+                )
             del entries  # before the next band's are made
     return y
 
@@ -249,7 +265,7 @@ def _launch_forward(
         EVEN_K=cols.first == 0 and columns == steps * c.block_k, HAS_BIAS=bias is not None,
         PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
-        num_warps=c.warps, num_stages=_stages(bank, a, c),
+        num_warps=c.warps, num_stages=_stages(bank, a, entries, c),
     )  # fmt: skip
 
 
@@ -272,13 +288,12 @@ def linear_input_grad(
     m = a.shape[0]
     if m == 0:
         return dx
-    shared = products_read_shared(dy.device)
-    c = config or choose("linear_input_grad", m, rows, columns, p.matrix.block, dy.dtype, shared)
+    block = p.matrix.block
+    c = config or choose("linear_input_grad", m, rows, columns, block, dy.dtype, gpu(dy.device))
     cols, g = p.block_columns, p.matrix.block
-    tall = m > c.block_m
     unit = max(1, c.block_k // g)  # blocks that a launch must hold whole
     with plan.on_device(dy):
-        bank_operand = plan.operand(bank, p, dy.dtype, reused=tall)
+        bank_operand = plan.operand(bank, p, dy.dtype, reused=m > c.block_m)
         all_bands = list(plan.bands(p, dy.device))
         several = len(all_bands) > 1
         out = dx.view(-1, columns)
@@ -286,7 +301,7 @@ def linear_input_grad(
             out = torch.empty_like(out, dtype=torch.float32)
         for band in all_bands:
             fits = bank_operand.left // (4 * band.rows) // unit * unit
-            in_scratch = table is None and tall and fits >= min(unit, cols.count)
+            in_scratch = table is None and fits >= min(unit, cols.count)
             width = min(fits, cols.count) if in_scratch else cols.count
             for offset in range(0, cols.count, width):
                 low, count = cols.low + offset, min(width, cols.count - offset)
@@ -300,10 +315,13 @@ def linear_input_grad(
                 begin = max(0, offset * g - cols.first)
                 end = min(columns, (offset + count) * g - cols.first)
                 first = cols.first if offset == 0 else 0
-                _launch_input_grad(
-                    a[:, band.row : band.row + band.rows], bank_operand, entries,
-                    out[:, begin:end], p, band, c, low, count, first, band.row > 0,
-                )  # fmt: skip
+                part = a[:, band.row : band.row + band.rows]
+                for top, height in split(m, plan.MAX_ROWS):
+                    batch = slice(top, top + height)
+                    _launch_input_grad(
+                        part[batch], bank_operand, entries, out[batch, begin:end],
+                        p, band, c, low, count, first, band.row > 0,
+                    )  # fmt: skip
                 del entries
         if several:
             dx.view(-1, columns).copy_(out)
@@ -330,8 +348,9 @@ def _launch_input_grad(
         a.stride(0), a.stride(1), out.stride(0), entries.stride, band.row0, p.matrix.blocks,
         low, first, steps, p.scale,
         G=p.matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
-        EVEN_K=first == 0 and columns == steps * c.block_k, ADD=add,
+        EVEN_K=first == 0 and columns == steps * c.block_k, EVEN_N=band.rows % c.block_n == 0,
+        ADD=add,
         PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
-        num_warps=c.warps, num_stages=_stages(bank, a, c),
+        num_warps=c.warps, num_stages=_stages(bank, a, entries, c),
     )  # fmt: skip

@@ -12,12 +12,12 @@ from rpg_kernels.placement import Placement, parse, split
 from rpg_kernels.reference import linear as reference
 from rpg_kernels.reference.accumulate import bank_accumulator
 from rpg_kernels.triton import gather, plan, weights
-from rpg_kernels.triton.config import Config, choose, dot_precision
+from rpg_kernels.triton.config import Config, choose, dot_precision, gpu
 
-_locate, _flip = weights.locate, weights.flip
+_scatter = weights.scatter
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "row0", "blocks", "low", "steps"])
 def _bank_grad_kernel(
     dy_ptr,  # [M, N]
     x_ptr,  # [M, K]
@@ -31,6 +31,7 @@ def _bank_grad_kernel(
     stride_dyn,
     stride_xm,
     stride_xk,
+    entry_stride,
     row0,
     blocks,
     low,
@@ -41,6 +42,7 @@ def _bank_grad_kernel(
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     SCATTER: tl.constexpr,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
@@ -48,7 +50,8 @@ def _bank_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dŴ[n, k] = sum_m dy[m, n] x[m, k], added as scale * sign * dŴ to slot(n, k), or stored bare.
+    """dŴ[n, k] = sum_m dy[m, n] x[m, k], added as scale * sign * dŴ to slot(n, k), or stored bare
+    (where ADD, added to what is there).
 
     Tile: BLOCK_N x BLOCK_K, the columns of one step, over the whole batch: what is scattered is
     4 bytes per virtual weight, once. Grid: one program per tile, row tiles innermost. Shared
@@ -81,25 +84,16 @@ def _bank_grad_kernel(
         acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
         dy_ptrs += step_dy
         x_ptrs += step_x
-    mask = mask_n[:, None] & mask_k[None, :]
     if SCATTER:
-        if G >= BLOCK_K:
-            per_block: tl.constexpr = G // BLOCK_K
-            b = low + step // per_block
-            e0 = (step % per_block) * BLOCK_K
-        else:
-            b = low + tl.minimum(padded, first + K - 1) // G
-            e0 = padded % G
-        offsets, sign = _locate(
-            law_ptr, entry_ptr, 0, n, b, e0, row0, blocks, low,
-            G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+        _scatter(
+            out_ptr, acc * scale, law_ptr, entry_ptr, entry_stride, n, mask_n, step, row0, blocks,
+            low, first, K, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
         )  # fmt: skip
-        value = acc * scale
-        if SIGN != "none":
-            value = _flip(value, sign)
-        tl.atomic_add(out_ptr + offsets, value, mask=mask, sem="relaxed")
     else:
         at = offs_n.to(tl.int64)[:, None] * K + k.to(tl.int64)[None, :]
+        mask = mask_n[:, None] & mask_k[None, :]
+        if ADD:
+            acc += tl.load(out_ptr + at, mask=mask, other=0.0)
         tl.store(out_ptr + at, acc, mask=mask)
 
 
@@ -131,42 +125,69 @@ def linear_bank_grad(
     m = a.shape[0]
     if m == 0:
         return grad.to(dtype)
-    c = config or choose("linear_bank_grad", m, rows, columns, p.matrix.block, dy.dtype)
+    block = p.matrix.block
+    c = config or choose("linear_bank_grad", m, rows, columns, block, dy.dtype, gpu(dy.device))
     ring = grad.view(-1, p.matrix.block)
+    cols = p.block_columns
+    limit = settings.scratch_bytes(dy.device.type)
+    at_most = plan.rows_that_fit(limit, rows, cols.count, c.block_n)
+    in_scratch = table is None and not deterministic and at_most > 0
     with plan.on_device(dy):
-        for band in plan.bands(p, dy.device):
-            if not deterministic:
-                _launch(a[:, band.row : band.row + band.rows], b, table, ring, p, band, c)
+        for band in plan.bands(p, dy.device, at_most if in_scratch else plan.INT32_MAX):
+            if deterministic:
+                _add_in_order(a, b, ring, p, band, c, height)
                 continue
-            for offset, count in split(band.rows, height):
-                row = band.row + offset
-                dense = plan.scratch((count, columns), torch.float32, dy.device)
-                part = plan.Band(row, count, band.row0 + offset, band.words, band.rounds, band.band)
-                _launch(a[:, row : row + count], b, None, dense, p, part, c, scatter=False)
-                gather.add(ring, dense.view(count, columns, 1), p, part)
-                del dense
+            if table is not None:
+                entries = plan.entries_of_table(table, p, band)
+            elif in_scratch:
+                sign = plan.sign_kind(p)
+                entries = plan.entries_in_scratch(p, band, cols.low, cols.count, sign)
+            else:
+                entries = plan.entries_in_line(band)
+            part = a[:, band.row : band.row + band.rows]
+            for top, count in split(m, plan.MAX_ROWS):
+                batch = slice(top, top + count)
+                _launch(part[batch], b[batch], entries, ring, p, band, c)
+            del entries  # before the next band's are made
     return grad.to(dtype)
+
+
+def _add_in_order(
+    a: Tensor, b: Tensor, ring: Tensor, p: Placement, band: plan.Band, c: Config, height: int
+) -> None:
+    """ring += scale · Gᵀ · (aᵀ·b), at most ``height`` rows of the weight at a time."""
+    columns = b.shape[1]
+    for offset, count in split(band.rows, height):
+        row = band.row + offset
+        dense = plan.scratch((count, columns), torch.float32, a.device)
+        part = plan.Band(row, count, band.row0 + offset, band.words, band.rounds, band.band)
+        rows = a[:, row : row + count]
+        for top, many in split(a.shape[0], plan.MAX_ROWS):
+            batch = slice(top, top + many)
+            entries = plan.entries_in_line(band)
+            _launch(rows[batch], b[batch], entries, dense, p, part, c, scatter=False, add=top > 0)
+        gather.add(ring, dense.view(count, columns, 1), p, part)
+        del dense
 
 
 def _launch(
     a: Tensor,
     b: Tensor,
-    table: Tensor | None,
+    entries: plan.Entries,
     out: Tensor,
     p: Placement,
     band: plan.Band,
     c: Config,
     scatter: bool = True,
+    add: bool = False,
 ) -> None:
     (m, columns), cols, g = b.shape, p.block_columns, p.matrix.block
-    in_line = plan.entries_in_line(band)
-    entries = in_line if table is None else plan.entries_of_table(table, p, band)
     steps = -(-cols.count * g // c.block_k)
     _bank_grad_kernel[(triton.cdiv(band.rows, c.block_n) * steps,)](
         a, b, band.words, entries.tensor, out, m, band.rows, columns,
-        a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        a.stride(0), a.stride(1), b.stride(0), b.stride(1), entries.stride,
         band.row0, p.matrix.blocks, cols.low, cols.first, steps, p.scale,
-        G=g, SOURCE=entries.source, SIGN=plan.sign_kind(p), SCATTER=scatter,
+        G=g, SOURCE=entries.source, SIGN=plan.sign_kind(p), SCATTER=scatter, ADD=add,
         PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,

@@ -1,6 +1,8 @@
 """What a call prepares on the host: the operand copy of the bank, row bands, entries in scratch.
 
-Everything allocated here comes from ``scratch`` and stays within the scratch limit.
+What grows with a layer comes from ``scratch`` and stays within the scratch limit. Not counted:
+the law's words, 512 bytes per layer and band, which are kept, and copies of a bank that is not
+contiguous.
 """
 
 from __future__ import annotations
@@ -8,11 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from rpg_kernels import settings
+from rpg_kernels import _checks, settings
 from rpg_kernels.generator import TableGenerator
 from rpg_kernels.placement import Placement
 from rpg_kernels.triton import slots
@@ -24,7 +27,8 @@ if interpreted():
 
     interpreter.repair()
 
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
+MAX_ROWS = 1 << 30  # of the batch in one launch, so that their numbers stay int32
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -94,6 +98,27 @@ def operand(bank: Tensor, p: Placement, dtype: torch.dtype, reused: bool) -> Ope
     return Operand(ring, sign, pairs, left)
 
 
+def rows_that_fit(left: int, rows: int, blocks: int, block_n: int) -> int:
+    """Rows of a launch whose entries, 4 bytes for each of ``blocks``, fit in ``left`` bytes.
+
+    Whole tiles of ``block_n`` rows, spread evenly over the launches; 0 where not even one fits.
+
+    Example:
+        >>> rows_that_fit(16 << 20, 14336, 256, 128)
+        14336
+        >>> rows_that_fit(8 << 20, 14336, 256, 128)
+        7168
+    """
+    fits = left // (4 * blocks)
+    if fits >= rows:
+        return rows
+    fits -= fits % block_n
+    if fits == 0:
+        return 0
+    even = -(-rows // -(-rows // fits))
+    return min(fits, -(-even // block_n) * block_n)
+
+
 @dataclass(frozen=True)
 class Band:
     """Rows of one launch, all in one band of the law.
@@ -115,25 +140,27 @@ class Band:
     band: int
 
 
-def bands(p: Placement, device: torch.device, at_most: int = _INT32_MAX) -> Iterator[Band]:
+def bands(p: Placement, device: torch.device, at_most: int = INT32_MAX) -> Iterator[Band]:
     """The selected rows in order, cut where the law's bands end and after ``at_most`` rows."""
     first, rows = p.selection[0]
     table = isinstance(p.generator, TableGenerator)
-    if table:
-        height = max(1, _INT32_MAX // p.matrix.blocks)
-        blank = torch.zeros(LAW_WORDS, dtype=torch.int32, device=device)
-    else:
-        height = p.law.rows_per_band
+    height = first + rows if table else p.law.rows_per_band
     row = 0
     while row < rows:
         band, row0 = divmod(first + row, height)
         count = min(rows - row, height - row0, at_most)
         if table:
-            yield Band(row, count, 0, blank, (0, 0), band)
+            yield Band(row, count, 0, _no_law(device), (0, 0), band)
         else:
             words = law_words(p.law, band, device)
             yield Band(row, count, row0, words, rounds(p.law, band), band)
         row += count
+
+
+@lru_cache(maxsize=64)
+def _no_law(device: torch.device) -> Tensor:
+    """What stands in for the law's vector where a table is read."""
+    return torch.zeros(LAW_WORDS, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -147,6 +174,8 @@ class Entries:
 
 def entries_of_table(table: Tensor, p: Placement, band: Band) -> Entries:
     """A view of the table that begins at the launch's first row."""
+    if not table.is_contiguous():
+        raise _checks.fail("table", f"strides {table.stride()}", "a contiguous table")
     first = p.start + (p.selection[0][0] + band.row) * p.matrix.blocks
     return Entries("table", table[first:], 0)
 
@@ -157,7 +186,9 @@ def entries_in_line(band: Band) -> Entries:
 
 
 def entries_in_scratch(p: Placement, band: Band, low: int, count: int, sign: str) -> Entries:
-    """4 * rows * count bytes of scratch, filled from the law for blocks low .. low + count."""
-    out = scratch((count, band.rows), torch.int32, band.words.device)
-    slots.write(out, band.words, band.row0, p.matrix.blocks, low, sign, band.rounds)
+    """4 * rows * runs * count bytes of scratch: blocks low .. low + count of every run."""
+    matrix = p.matrix
+    out = scratch((matrix.runs * count, band.rows), torch.int32, band.words.device)
+    runs = (matrix.runs, matrix.run_blocks)
+    slots.write(out, band.words, band.row0, matrix.blocks, low, sign, band.rounds, *runs)
     return Entries("scratch", out, band.rows)

@@ -14,8 +14,8 @@ and its sign comes in one of four (``SIGN``):
     "entry"    bit 31 of the entry, applied to the tile
     "element"  one bit per element, from the words of the law
 
-A tile is COARSE when its columns lie in one block: one entry per row of the tile, and loads of 16
-bytes. Otherwise every element finds its own entry.
+A tile of G >= 8 takes one entry per row and block, and loads of 16 bytes. Below 8, every element
+finds its own entry.
 """
 
 from __future__ import annotations
@@ -79,8 +79,25 @@ def entry(
 
 
 @triton.jit
-def slot_and_sign(word, SIGN: tl.constexpr):
-    """(slot int64, sign in bit 31 of a uint32) of an entry."""
+def slot_and_sign(
+    law_ptr,  # [128]
+    entry_ptr,  # see entry
+    entry_stride,
+    n,
+    b,
+    row0,
+    blocks,
+    low,
+    SOURCE: tl.constexpr,
+    SIGN: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SWAP_ROUNDS: tl.constexpr,
+):
+    """(slot int64, sign in bit 31 of a uint32) of rows n and blocks b, of their common shape."""
+    word = entry(
+        law_ptr, entry_ptr, entry_stride, n, b, row0, blocks, low,
+        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+    )  # fmt: skip
     slot = word
     if SIGN == "entry":
         slot = word & tl.full([], _LOW, tl.uint32)
@@ -88,20 +105,134 @@ def slot_and_sign(word, SIGN: tl.constexpr):
 
 
 @triton.jit
-def block_words(q, law_ptr, e0, index, BLOCK_K: tl.constexpr):
-    """Sign words [BLOCK_N, len(index)] of elements e0 + index of block positions q [BLOCK_N].
+def span(step, low, last, G: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(blocks b, elements e) of the padded columns step * BLOCK_K + [0, BLOCK_K).
 
-    index runs over elements within a tile of BLOCK_K (at most 64, so one or two words).
+    A tile is PART of one block, or several whole BLOCKS, or for G < 8 a list of elements:
+
+        PART    G >= BLOCK_K   b and e scalars, e the tile's first element
+        BLOCKS  8 <= G         b [BLOCK_K / G], e 0
+        else                   b and e [BLOCK_K]
+
+    Args:
+        low: the block that padded columns count from.
+        last: of the wanted blocks, counted from ``low``; those beyond repeat it.
     """
-    if BLOCK_K > 32:
-        # Each word once per row of the tile, not once per thread that needs it.
-        both = _sign_word(q[:, None], law_ptr, (e0 // 32 + tl.arange(0, 2))[None, :])
-        half: tl.constexpr = index.shape[0] // 2
-        spread = tl.broadcast_to(both[:, :, None], (q.shape[0], 2, half))
-        word = spread.reshape(q.shape[0], 2 * half)
+    if G >= BLOCK_K:
+        per_block: tl.constexpr = G // BLOCK_K
+        b = low + step // per_block
+        e = (step % per_block) * BLOCK_K
+    elif G >= 8:
+        many: tl.constexpr = BLOCK_K // G
+        b = low + tl.minimum(step * many + tl.arange(0, many), last)
+        e = 0
     else:
-        word = _sign_word(q, law_ptr, e0 // 32)[:, None]
-    return word
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        b = low + tl.minimum(k // G, last)
+        e = k % G
+    return b, e
+
+
+@triton.jit
+def spread(per_block, WIDTH: tl.constexpr):
+    """[rows, blocks] -> [rows, blocks * WIDTH], each column WIDTH times."""
+    wide = tl.broadcast_to(per_block[:, :, None], (per_block.shape[0], per_block.shape[1], WIDTH))
+    return wide.reshape(per_block.shape[0], per_block.shape[1] * WIDTH)
+
+
+@triton.jit
+def line(base, e, WIDTH: tl.constexpr):
+    """base [rows] or [rows, blocks] + e + [0, WIDTH): addresses of whole lines, two-dimensional."""
+    index = tl.arange(0, WIDTH)
+    if len(base.shape) == 1:
+        at = base[:, None] + (e + index)[None, :]
+    else:
+        at = (base[:, :, None] + (e + index)[None, None, :]).reshape(
+            base.shape[0], base.shape[1] * WIDTH
+        )
+    return at
+
+
+@triton.jit
+def places(slot, e, G: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Addresses [BLOCK_N, BLOCK_K] of a tile whose entries name ``slot``, with e from span.
+
+    The multiples are what makes the loads and the atomics of a row vectors of 16 bytes.
+    """
+    if G >= BLOCK_K:
+        at = line(tl.multiple_of(slot * G, G), e, BLOCK_K)
+    elif G >= 8:
+        at = line(tl.multiple_of(slot * G, [G, G]), e, G)
+    else:
+        at = slot * G + e[None, :]
+    return at
+
+
+@triton.jit
+def sign_words(q, law_ptr, e, G: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sign words [rows, COLUMNS] of a tile of BLOCK_K elements, PART or BLOCKS.
+
+    Each word is made once per row and block of the tile, not once per thread that needs it.
+
+    Args:
+        q: positions [rows] or [rows, blocks].
+        e: the tile's first element, PART.
+        COLUMNS: BLOCK_K, or BLOCK_K / 2 for words of pairs of elements.
+    """
+    part: tl.constexpr = G if G < BLOCK_K else BLOCK_K  # elements of one block in the tile
+    words: tl.constexpr = part // 32 if part > 32 else 1
+    width: tl.constexpr = COLUMNS * part // BLOCK_K // words
+    w = e // 32 + tl.arange(0, words)
+    if len(q.shape) == 1:
+        return spread(_sign_word(q[:, None], law_ptr, w[None, :]), width)
+    else:
+        three = _sign_word(q[:, :, None], law_ptr, w[None, None, :])
+        return spread(three.reshape(q.shape[0], q.shape[1] * words), width)
+
+
+@triton.jit
+def grid(n, b, G: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(n, b) of a tile's entries: [rows] of one block, or two shapes that broadcast."""
+    rows, columns = n, b
+    if G < BLOCK_K:
+        rows, columns = n[:, None], b[None, :]
+    return rows, columns
+
+
+@triton.jit
+def signs(
+    sign,
+    rows,
+    columns,
+    e,
+    law_ptr,  # [128]
+    row0,
+    blocks,
+    G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SIGN: tl.constexpr,
+):
+    """Signs of a tile's elements in bit 31 of a uint32, of a shape that broadcasts to the tile's.
+
+    Args:
+        sign: of the entries (slot_and_sign).
+        rows, columns: see grid.
+        e: see span.
+    """
+    if SIGN == "element":
+        q = position(rows, columns, row0, blocks)
+        element = e
+        if G >= 8 or G >= BLOCK_K:
+            words = sign_words(q, law_ptr, e, G, BLOCK_K, BLOCK_K)
+            element = (e + tl.arange(0, BLOCK_K)) % G
+        else:
+            words = _sign_word(q, law_ptr, 0)
+        sign = words << (31 - _sign_bit(element)).to(tl.uint32)[None, :]
+    elif G >= BLOCK_K:
+        sign = sign[:, None]
+    elif G >= 8:
+        sign = spread(sign, G)
+    return sign
 
 
 @triton.jit
@@ -111,7 +242,7 @@ def locate(
     entry_stride,
     n,
     b,
-    e0,
+    e,
     row0,
     blocks,
     low,
@@ -126,37 +257,18 @@ def locate(
 
     Args:
         n: rows of the launch [BLOCK_N].
-        b: COARSE: the block, a scalar; otherwise the block of every column [BLOCK_K].
-        e0: COARSE: the first element, a scalar; otherwise the element of every column [BLOCK_K].
+        b, e: see span.
 
     Returns:
         (int64 offsets [BLOCK_N, BLOCK_K], uint32 signs in bit 31 that broadcast to it).
     """
-    index = tl.arange(0, BLOCK_K)
-    if G >= BLOCK_K:
-        word = entry(
-            law_ptr, entry_ptr, entry_stride, n, b, row0, blocks, low,
-            SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
-        )  # fmt: skip
-        slot, sign = slot_and_sign(word, SIGN)
-        # What makes the loads and the atomics of a row vectors of 16 bytes.
-        base = tl.multiple_of(slot * G, G)
-        offsets = base[:, None] + (e0 + index)[None, :]
-        sign = sign[:, None]
-        if SIGN == "element":
-            words = block_words(position(n, b, row0, blocks), law_ptr, e0, index, BLOCK_K)
-            sign = words << (31 - _sign_bit(e0 + index)).to(tl.uint32)[None, :]
-    else:
-        rows, columns = n[:, None], b[None, :]
-        word = entry(
-            law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, low,
-            SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
-        )  # fmt: skip
-        slot, sign = slot_and_sign(word, SIGN)
-        offsets = slot * G + e0[None, :]
-        if SIGN == "element":
-            words = _sign_word(position(rows, columns, row0, blocks), law_ptr, 0)
-            sign = words << (31 - _sign_bit(e0)).to(tl.uint32)[None, :]
+    rows, columns = grid(n, b, G, BLOCK_K)
+    slot, sign = slot_and_sign(
+        law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, low,
+        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+    )  # fmt: skip
+    offsets = places(slot, e, G, BLOCK_K)
+    sign = signs(sign, rows, columns, e, law_ptr, row0, blocks, G, BLOCK_K, SIGN)
     return offsets, sign
 
 
@@ -169,6 +281,70 @@ def flip(w, sign):
     else:
         short = (mask >> 16).to(tl.uint16)
         return (w.to(tl.uint16, bitcast=True) ^ short).to(w.dtype, bitcast=True)
+
+
+@triton.jit
+def masked_load(at, columns, live, EVEN_K: tl.constexpr):
+    """What lies at ``at`` [rows, columns], zero outside of columns [1, columns] and rows [rows]."""
+    if live is not None:
+        mask = live[:, None]
+        if not EVEN_K:
+            mask = mask & columns
+        value = tl.load(at, mask=mask, other=0)
+    elif EVEN_K:
+        value = tl.load(at)
+    else:
+        value = tl.load(at, mask=columns, other=0)
+    return value
+
+
+@triton.jit
+def scatter(
+    grad_ptr,  # [slots, G], fp32
+    value,  # [BLOCK_N, BLOCK_K], fp32
+    law_ptr,  # [128]
+    entry_ptr,  # see entry
+    entry_stride,
+    n,
+    mask_n,
+    step,
+    row0,
+    blocks,
+    low,
+    first,
+    length,
+    G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SIGN: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SWAP_ROUNDS: tl.constexpr,
+):
+    """grad[slot, e] += sign * value, one atomic for 4 elements where the device has such.
+
+    Columns as in weight_tile; rows [BLOCK_N] are left out where ``mask_n`` is false.
+    """
+    b, e = span(step, low, (first + length - 1) // G, G, BLOCK_K)
+    rows, columns = grid(n, b, G, BLOCK_K)
+    slot, sign = slot_and_sign(
+        law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, low,
+        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+    )  # fmt: skip
+    if SIGN != "none":
+        value = flip(value, signs(sign, rows, columns, e, law_ptr, row0, blocks, G, BLOCK_K, SIGN))
+    if G >= 8 and G < BLOCK_K:
+        # In three dimensions: a reshape of addresses or masks hides whole lines from the compiler.
+        many: tl.constexpr = BLOCK_K // G
+        index = tl.arange(0, G)
+        k = step * BLOCK_K + (tl.arange(0, many) * G)[:, None] + index[None, :]
+        mask = mask_n[:, None, None] & ((k >= first) & (k < first + length))[None, :, :]
+        at = tl.multiple_of(slot * G, [G, G])[:, :, None] + index[None, None, :]
+        value = value.reshape(value.shape[0], many, G)
+    else:
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = mask_n[:, None] & ((k >= first) & (k < first + length))[None, :]
+        at = places(slot, e, G, BLOCK_K)
+    tl.atomic_add(grad_ptr + at, value, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -193,60 +369,50 @@ def weight_tile(
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     DTYPE: tl.constexpr,
+    live=None,
 ):
     """G · w of rows n [BLOCK_N] and columns step * BLOCK_K + [0, BLOCK_K) from block ``low``.
 
-    Columns outside [first, first + length) are zero and not read. With PAIRS two 16-bit elements
-    are read, and signed, as one uint32.
+    Columns outside [first, first + length) are zero and not read; so are rows where ``live``, if
+    given, is false. With PAIRS two 16-bit elements are read, and signed, as one uint32.
     """
-    index = tl.arange(0, BLOCK_K)
-    k = step * BLOCK_K + index
+    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
     valid = ((k >= first) & (k < first + length))[None, :]
-    if G >= BLOCK_K and PAIRS:
-        b = low + step // (G // BLOCK_K)
-        e0 = (step % (G // BLOCK_K)) * BLOCK_K
-        word = entry(
-            law_ptr, entry_ptr, entry_stride, n, b, row0, blocks, low,
+    b, e = span(step, low, (first + length - 1) // G, G, BLOCK_K)
+    if PAIRS and G >= 16:
+        width: tl.constexpr = (G if G < BLOCK_K else BLOCK_K) // 2
+        pair = tl.arange(0, BLOCK_K // 2)
+        rows, columns = grid(n, b, G, BLOCK_K)
+        slot, sign = slot_and_sign(
+            law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, low,
             SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
         )  # fmt: skip
-        slot, sign = slot_and_sign(word, SIGN)
-        base = tl.multiple_of(slot * (G // 2), G // 2)
-        pair = tl.arange(0, BLOCK_K // 2)
-        at = bank_ptr.to(tl.pointer_type(tl.uint32)) + base[:, None] + (e0 // 2 + pair)[None, :]
-        if EVEN_K:
-            both = tl.load(at)
-        else:
-            one = step * BLOCK_K + 2 * pair
-            some = ((one + 1 >= first) & (one < first + length))[None, :]
-            both = tl.load(at, mask=some, other=0)
+        at = bank_ptr.to(tl.pointer_type(tl.uint32)) + places(slot, e // 2, G // 2, BLOCK_K // 2)
+        one = step * BLOCK_K + 2 * pair
+        some = ((one + 1 >= first) & (one < first + length))[None, :]
+        both = masked_load(at, some, live, EVEN_K)
         if SIGN == "element":
-            q = position(n, b, row0, blocks)
-            words = block_words(q, law_ptr, e0, 2 * pair, BLOCK_K)
-            shift = ((e0 // 2 + pair) % 16).to(tl.uint32)[None, :]
+            q = position(rows, columns, row0, blocks)
+            words = sign_words(q, law_ptr, e, G, BLOCK_K // 2, BLOCK_K)
+            shift = ((e // 2 + pair) % (G // 2) % 16).to(tl.uint32)[None, :]
             both ^= (words << shift) & tl.full([], _PAIR, tl.uint32)
         else:
-            both ^= tl.where(sign != 0, tl.full([], _PAIR, tl.uint32), 0)[:, None]
+            mask = tl.where(sign != 0, tl.full([], _PAIR, tl.uint32), 0)
+            if G >= BLOCK_K:
+                both ^= mask[:, None]
+            else:
+                both ^= spread(mask, width)
         even, odd = both.to(tl.uint16), (both >> 16).to(tl.uint16)
         w = tl.interleave(even, odd).to(DTYPE, bitcast=True)
         if not EVEN_K:
             w = tl.where(valid, w, tl.zeros([], DTYPE))
-        return w
     else:
-        if G >= BLOCK_K:
-            b = low + step // (G // BLOCK_K)
-            e0 = (step % (G // BLOCK_K)) * BLOCK_K
-        else:
-            b = low + tl.minimum(k, first + length - 1) // G  # no entry beyond the last block
-            e0 = k % G
         offsets, sign = locate(
-            law_ptr, entry_ptr, entry_stride, n, b, e0, row0, blocks, low,
+            law_ptr, entry_ptr, entry_stride, n, b, e, row0, blocks, low,
             G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
         )  # fmt: skip
-        if EVEN_K:
-            w = tl.load(bank_ptr + offsets)
-        else:
-            w = tl.load(bank_ptr + offsets, mask=valid, other=0.0)
+        w = masked_load(bank_ptr + offsets, valid, live, EVEN_K)
         w = w.to(DTYPE)
         if SIGN == "entry" or SIGN == "element":
             w = flip(w, sign)
-        return w
+    return w

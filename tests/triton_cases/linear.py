@@ -321,7 +321,6 @@ def test_through_dispatch_and_autograd() -> None:
     ("op", "dtype", "reason"),
     [
         ("linear", torch.float64, "not in torch.float64"),
-        ("conv2d", torch.float32, "has no kernel for conv2d"),
         pytest.param(
             "linear",
             torch.bfloat16,
