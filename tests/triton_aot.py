@@ -9,7 +9,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ def build(
     dtype: str,
     ones: bool = False,
     bank: str = "",
+    integers: str = "i32",
     **constants: Any,
 ) -> Compiled:
     """Compile a kernel of KERNELS.
@@ -109,6 +110,7 @@ def build(
         dtype: Triton's name of x, dy and the bank: "fp16", "bf16" or "fp32".
         ones: every integer is 1, which Triton makes a constant of.
         bank: dtype of the bank where it is another.
+        integers: their type; Triton passes "i64" what does not fit "i32".
         constants: compile-time arguments, beside the tile sizes, and integers of 1.
     """
     kernel = KERNELS[name]
@@ -143,7 +145,7 @@ def build(
             signature[p.name] = f"*{pointee}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[p.name] = "fp32" if p.name == "scale" else "i32"
+            signature[p.name] = "fp32" if p.name == "scale" else integers
             if p.name.startswith(_ALIGNED):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
@@ -181,8 +183,9 @@ def linear_constants(
         "ROUNDS": 6,
         "SWAP_ROUNDS": 0,
         "BY_TAP": True,
-        "BLOCK": 256,
+        "BLOCK": 1024,
         "BLOCK_S": max(1, 1024 // g),
+        "ONE_TAP": True,
         "WHOLE": False,
         "BITS": False,
         "EVEN_N": False,
@@ -208,8 +211,10 @@ def large(name: str, architecture: int, sign: str, source: str = "scratch") -> t
     """
     shared = architecture in (90, 100)
     config = choose(name, 4096, 4096, 4096, 64, torch.float16, shared)
+    if source == "law":  # as linear._stages
+        config = replace(config, stages=min(3, config.stages))
     pairs = sign in ("entry", "element") and shared
-    constants = linear_constants(sign, source, PAIRS=pairs)
+    constants = linear_constants(sign, source, PAIRS=pairs, EVEN_N=True)
     inner = config.block_m if name == "linear_bank_grad" else config.block_k
     return build(name, architecture, config, "fp16", **constants), config.block_n * inner
 
@@ -244,10 +249,10 @@ CASES = (
             ("folded", "law"),
         ),
     ),
-    ("linear_bank_grad", ("entry", "law")),
-    ("linear_bank_grad", ("element", "law")),
-    ("conv2d_bank_grad", ("entry", "law")),
-    ("conv2d_bank_grad", ("element", "law")),
+    ("linear_bank_grad", ("entry", "scratch")),
+    ("linear_bank_grad", ("element", "scratch")),
+    ("conv2d_bank_grad", ("entry", "scratch")),
+    ("conv2d_bank_grad", ("element", "scratch")),
 )
 
 

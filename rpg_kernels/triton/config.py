@@ -97,7 +97,7 @@ _TILES = {
     "linear_input_grad": ((128, 64, 256), (128, 64, 128), (64, 32, 64)),
     "linear_bank_grad": ((64, 256, 128), (32, 128, 128), (32, 64, 64)),
     "conv2d": ((128, 256, 64), (128, 128, 64), (64, 64, 32)),
-    "conv2d_input_grad": ((128, 128, 64), (128, 64, 64), (64, 32, 32)),
+    "conv2d_input_grad": ((128, 64, 256), (128, 64, 128), (64, 32, 64)),
     "conv2d_bank_grad": ((64, 256, 128), (32, 128, 128), (32, 64, 64)),
 }
 # The dimension that a product sums over: its tile is a step, and not made smaller to fill the GPU.

@@ -133,7 +133,7 @@ def _forward_kernel(
                     bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, 0, 0,
                     TAPS_H * TAPS_W * PARTS * BLOCK_K,
                     G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS,
-                    x_ptr.dtype.element_ty,
+                    x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
             else:
                 entry_at = entry_ptr
@@ -143,7 +143,7 @@ def _forward_kernel(
                     bank_ptr, law_ptr, entry_at, entry_stride, n, part, row0, blocks,
                     low + tap * run_blocks, first, length,
                     G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS,
-                    x_ptr.dtype.element_ty,
+                    x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
             if BITS:
                 valid = ((bits >> tap) & 1 != 0)[:, None]
@@ -160,7 +160,7 @@ def _forward_kernel(
             w = _weight_tile(
                 bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first,
                 length, G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS,
-                x_ptr.dtype.element_ty,
+                x_ptr.dtype.element_ty, scale,
             )  # fmt: skip
             k = step * BLOCK_K + index
             tap = k // channels
@@ -176,7 +176,9 @@ def _forward_kernel(
             x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=valid, other=0.0)
             w = tl.where(wanted, w, tl.zeros_like(w))
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-    y = acc * scale
+    y = acc
+    if bank_ptr.dtype.element_ty == x_ptr.dtype.element_ty:  # otherwise the tiles hold it
+        y *= scale
     if HAS_BIAS:
         y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
     y_row = b.to(tl.int64) * stride_yb + i.to(tl.int64) * stride_yh + j.to(tl.int64) * stride_yw
@@ -270,7 +272,7 @@ def _launch(
         m, band.rows, *x.shape[2:], *y.shape[2:], *x.stride(), *y.stride(), *view.numbers,
         g.per_group, g.first, g.offset, columns, matrix.channels, p.selection[1][0],
         entries.stride, band.row0, matrix.blocks, matrix.run_blocks,
-        cols.low, cols.count, cols.first, cols.length, tiles_n, p.scale,
+        cols.low, cols.count, cols.first, cols.length, tiles_n, bank.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs, EVEN_K=even,
         WHOLE=even and cols.count == matrix.run_blocks, BY_TAP=matrix.by_tap, BITS=view.in_bits,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1], PARTS=parts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -36,7 +37,7 @@ def _bank_grad_kernel(
     x_ptr,  # [B, C, H, W]
     law_ptr,  # [128]
     magic_ptr,  # [4]: magic and shift of out_w, and of out_h
-    entry_ptr,  # see weights.entry
+    entry_ptr,  # see weights.entry; in scratch [taps * count, entry_stride]
     out_ptr,  # SCATTER: [slots, G]; otherwise [N, taps, C of a group]; fp32
     M,
     N,
@@ -64,10 +65,12 @@ def _bank_grad_kernel(
     group_channels,
     channels,
     column0,
+    entry_stride,
     row0,
     blocks,
     run_blocks,
     low,
+    count,
     first,
     length,
     parts,
@@ -95,8 +98,8 @@ def _bank_grad_kernel(
     scattered per virtual weight, once. Grid: one program per tile, row tiles innermost. Shared
     memory: a ring of BLOCK_M * (BLOCK_N + BLOCK_K) elements, 144 KiB at 64 x 256 x 128 with 3
     stages in 16 bits. Budget at that size on sm_90: 5.2 lane-instructions per element of dy in the
-    loop, a dense product's and the places and masks of the rows of x; at the end the law once per
-    row and block, and one atomic per 4 elements where the device has vector atomics.
+    loop, a dense product's and the places and masks of the rows of x; at the end an entry per row
+    and block, and one atomic per 4 elements where the device has vector atomics.
     LINES: dy's pixels lie at one stride, and need no coordinates.
     """
     pid = tl.program_id(0)
@@ -156,15 +159,17 @@ def _bank_grad_kernel(
         )
         acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
     if SCATTER:
-        base = low
+        base, entry_at = low, entry_ptr
         if BY_TAP:
             base = low + tap * run_blocks
+            if SOURCE == "scratch":
+                entry_at += tap.to(tl.int64) * count * entry_stride
         value = acc * scale
         if not BY_TAP:  # columns of the run that are not selected
             value = tl.where(mask_k[None, :], value, tl.zeros_like(value))
         _scatter(
-            out_ptr, value, law_ptr, entry_ptr, 0, n, mask_n, step, row0, blocks, base, first,
-            length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+            out_ptr, value, law_ptr, entry_at, entry_stride, n, mask_n, step, row0, blocks,
+            base, first, length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
         )  # fmt: skip
     else:
         row = offs_n.to(tl.int64) * (TAPS_H * TAPS_W * group_channels)
@@ -212,21 +217,31 @@ def conv2d_bank_grad(
     c = config or window.choose_tiles("conv2d_bank_grad", m, p, groups, dy)
     view = window.forward_window(p, stride, padding, dilation)
     ring = grad.view(-1, p.matrix.block)
+    cols, rows = p.block_columns, p.selected_shape[0]
+    limit = settings.scratch_bytes(dy.device.type)
+    at_most = plan.rows_that_fit(limit, rows, p.matrix.runs * cols.count, c.block_n)
+    in_scratch = table is None and not deterministic and at_most > 0
     with plan.on_device(dy):
-        magic = _magic(dy)
-        for image, number in window.images(dy.shape[0], dy.shape[2] * dy.shape[3]):
-            some = slice(image, image + number)
-            for band in plan.bands(p, dy.device):
+        for band in plan.bands(p, dy.device, at_most if in_scratch else plan.INT32_MAX):
+            entries = plan.entries_in_line(band)
+            if table is not None:
+                entries = plan.entries_of_table(table, p, band)
+            elif in_scratch:
+                sign = plan.sign_kind(p)
+                entries = plan.entries_in_scratch(p, band, cols.low, cols.count, sign)
+            for image, number in window.images(dy.shape[0], dy.shape[2] * dy.shape[3]):
+                some = slice(image, image + number)
                 if not deterministic:
-                    _launch(dy[some], x[some], magic, table, ring, p, band, view, groups, c)
+                    _launch(dy[some], x[some], entries, ring, p, band, view, groups, c)
                     continue
                 for offset, count in split(band.rows, height):
                     row, row0 = band.row + offset, band.row0 + offset
                     part = plan.Band(row, count, row0, band.words, band.rounds, band.band)
                     dense = plan.scratch((count, taps, columns), torch.float32, dy.device)
-                    _launch(dy[some], x[some], magic, None, dense, p, part, view, groups, c, False)
+                    _launch(dy[some], x[some], entries, dense, p, part, view, groups, c, False)
                     gather.add(ring, dense.transpose(1, 2), p, part)
                     del dense
+            del entries  # before the next band's are made
     return grad.to(dtype)
 
 
@@ -235,18 +250,17 @@ def _same_lines(dy: Tensor, x: Tensor) -> bool:
     return all(t.is_contiguous(memory_format=torch.channels_last) for t in (dy, x))
 
 
-def _magic(dy: Tensor) -> Tensor:
-    """What divides pixel numbers by W' and by H'."""
-    words = (*device_law.divider(dy.shape[3]), *device_law.divider(dy.shape[2]))
-    signed = [word - (1 << 32) if word >= 1 << 31 else word for word in words]
-    return torch.tensor(signed, dtype=torch.int32, device=dy.device)
+@cache
+def _magic(height: int, width: int, device: torch.device) -> Tensor:
+    """What divides pixel numbers by W' and by H'; kept, as captured graphs go on reading it."""
+    words = (*device_law.divider(width), *device_law.divider(height))
+    return device_law.on_device(words, device)
 
 
 def _launch(
     dy: Tensor,
     x: Tensor,
-    magic: Tensor,
-    table: Tensor | None,
+    entries: plan.Entries,
     out: Tensor,
     p: Placement,
     band: plan.Band,
@@ -257,8 +271,6 @@ def _launch(
 ) -> None:
     cols, matrix = p.block_columns, p.matrix
     dy = dy[:, band.row : band.row + band.rows]
-    in_line = plan.entries_in_line(band)
-    entries = in_line if table is None else plan.entries_of_table(table, p, band)
     batch, _, out_h, out_w = dy.shape
     stride_b, _, stride_h, stride_w = dy.stride()
     lines = stride_h == out_w * stride_w and stride_b == out_h * stride_h
@@ -266,12 +278,12 @@ def _launch(
     g = window.groups_of(p, groups, band.row, band.rows)
     tiles_n = g.count * triton.cdiv(g.per_group, c.block_n)
     _bank_grad_kernel[(tiles_n * parts * matrix.runs,)](
-        dy, x, band.words, magic, entries.tensor, out,
+        dy, x, band.words, _magic(out_h, out_w, dy.device), entries.tensor, out,
         batch * out_h * out_w, band.rows, *x.shape[2:], out_h, out_w, *dy.stride(), *x.stride(),
         *view.numbers, g.per_group, g.first, g.offset,
         p.selected_shape[1], matrix.channels, p.selection[1][0],
-        band.row0, matrix.blocks, matrix.run_blocks, cols.low, cols.first, cols.length, parts,
-        tiles_n, p.scale,
+        entries.stride, band.row0, matrix.blocks, matrix.run_blocks,
+        cols.low, cols.count, cols.first, cols.length, parts, tiles_n, p.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p), LINES=lines,
         BY_TAP=matrix.by_tap, SCATTER=scatter,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1], PRECISION=dot_precision(dy.dtype),

@@ -42,6 +42,8 @@ def _element_tile(
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     DTYPE: tl.constexpr,
+    scale,
+    live,
 ):
     """G · w of rows n [BLOCK_N] and elements i [BLOCK_K] of a run of all taps, each on its own."""
     block, e = i // G, i % G
@@ -51,7 +53,11 @@ def _element_tile(
         SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
     )  # fmt: skip
     mask = tl.broadcast_to(wanted[None, :], slot.shape)
-    w = tl.load(bank_ptr + slot * G + e[None, :], mask=mask, other=0.0).to(DTYPE)
+    if live is not None:
+        mask = mask & live[:, None]
+    w = tl.load(bank_ptr + slot * G + e[None, :], mask=mask, other=0.0)
+    if bank_ptr.dtype.element_ty != DTYPE:
+        w = (w * scale).to(DTYPE)  # as in weights.weight_tile
     if SIGN == "element":
         words = _sign_word(_position(rows, columns, row0, blocks), law_ptr, (e // 32)[None, :])
         sign = words << (31 - _sign_bit(e)).to(tl.uint32)[None, :]
@@ -161,8 +167,8 @@ def _input_grad_kernel(
         at, part, down, across = _walk(turn, reach_h, reach_w, TAPS_W, PARTS)
         tap = first_tap + at // TAPS_W * tap_down + at % TAPS_W * tap_across
         n = n_low + part * BLOCK_N + offs_n
-        if not EVEN_N:
-            n = tl.minimum(n, n_high - 1)
+        live = None if EVEN_N else n < n_high
+        n = tl.minimum(n, n_high - 1)
         if BY_TAP:
             entry_at = entry_ptr
             if SOURCE == "scratch":
@@ -171,21 +177,21 @@ def _input_grad_kernel(
                 bank_ptr, law_ptr, entry_at, entry_stride, n, step, row0, blocks,
                 low + tap * run_blocks, first, length,
                 G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS,
-                dy_ptr.dtype.element_ty,
+                dy_ptr.dtype.element_ty, scale, live,
             )  # fmt: skip
         else:
             wanted = k < length
             w = _element_tile(
                 bank_ptr, law_ptr, entry_ptr, entry_stride, n,
                 tap * channels + column0 + tl.where(wanted, k, 0), wanted, row0, blocks,
-                G, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, dy_ptr.dtype.element_ty,
+                G, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, dy_ptr.dtype.element_ty, scale, live,
             )  # fmt: skip
         if BITS:
             valid = ((bits >> at) & 1 != 0)[:, None]
         else:
             valid = (_inside(top + down, height) & _inside(left + across, width))[:, None]
-        if not EVEN_N:
-            valid = valid & (n_low + part * BLOCK_N + offs_n < n_high)[None, :]
+        if live is not None:
+            valid = valid & live[None, :]
         shift = _distance(down, across, part * BLOCK_N, stride_dyh, stride_dyw, stride_dyn)
         dy = tl.load(dy_ptrs + shift, mask=valid, other=0.0)
         acc = tl.dot(dy, w, acc, input_precision=PRECISION)
@@ -195,7 +201,9 @@ def _input_grad_kernel(
     place = ((group0 + group).to(tl.int64) * group_channels + c) * stride_dxc
     dx_ptrs = dx_ptr + dx_row[:, None] + place[None, :]
     mask = (offs_m < M)[:, None] & ((c >= 0) & (c < length))[None, :]
-    dx = acc * scale
+    dx = acc
+    if bank_ptr.dtype.element_ty == dy_ptr.dtype.element_ty:  # otherwise the tiles hold it
+        dx *= scale
     if ADD:
         dx += tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -331,7 +339,7 @@ def _launch(
         *view.numbers, view.first_tap, *view.taps_apart,
         g.per_group, g.first, g.offset, p.selected_shape[1], matrix.channels, p.selection[1][0],
         entries.stride, band.row0, matrix.blocks, matrix.run_blocks, columns.low, columns.count,
-        columns.first, columns.length, steps, tiles_k, p.scale,
+        columns.first, columns.length, steps, tiles_k, bank.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=columns.first == 0 and columns.length == steps * c.block_k, EVEN_N=even_n,
         BY_TAP=matrix.by_tap, BITS=view.in_bits,

@@ -9,6 +9,7 @@ About 8 instructions per Feistel round, 9 per swap-or-not round, 11 per sign wor
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -72,11 +73,6 @@ def law_words(law: LayerLaw, band: int, device: torch.device) -> Tensor:
     Raises:
         RuntimeError: a stream is being captured, and these words are not on the device yet.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "stream: got a capture before the first call of this layer, wanted a warm-up call, "
-            "since the words of its packing law are copied to the device once"
-        )
     p = law.permutation(band)
     major, minor = most_square_factors(p.size)
     first = band * law.rows_per_band * law.blocks
@@ -97,6 +93,20 @@ def law_words(law: LayerLaw, band: int, device: torch.device) -> Tensor:
         drawn = list(keys(law.seed, law.layer, band, 0, 2 * p.swap_rounds))
         drawn[::2] = [key * p.size >> 32 for key in drawn[::2]]
         words[32 : 32 + len(drawn)] = drawn
+    return on_device(words, device)
+
+
+def on_device(words: Sequence[int], device: torch.device) -> Tensor:
+    """uint32 words as an int32 tensor on a device.
+
+    Raises:
+        RuntimeError: a stream is being captured, which allows no copy from the host.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "stream: got a capture before the first call of this layer, wanted a warm-up call, "
+            "since a few words about the layer are copied to the device once"
+        )
     signed = [word - (1 << 32) if word >= 1 << 31 else word for word in words]
     return torch.tensor(signed, dtype=torch.int32, device=device)
 

@@ -93,6 +93,7 @@ def _forward_kernel(
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
             G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, x_ptr.dtype.element_ty,
+            scale,
         )  # fmt: skip
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -101,7 +102,9 @@ def _forward_kernel(
             x = tl.load(x_ptrs, mask=((k >= first) & (k < first + K))[None, :], other=0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
         x_ptrs += step_x
-    y = acc * scale
+    y = acc
+    if bank_ptr.dtype.element_ty == x_ptr.dtype.element_ty:  # otherwise the tiles hold it
+        y *= scale
     if HAS_BIAS:
         y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :]
@@ -164,7 +167,7 @@ def _input_grad_kernel(
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
             G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, dy_ptr.dtype.element_ty,
-            live,
+            scale, live,
         )  # fmt: skip
         if EVEN_N:
             dy = tl.load(dy_ptrs)
@@ -175,7 +178,9 @@ def _input_grad_kernel(
     k = step * BLOCK_K + tl.arange(0, BLOCK_K) - first
     dx_ptrs = dx_ptr + offs_m.to(tl.int64)[:, None] * stride_dxm + k.to(tl.int64)[None, :]
     mask = (offs_m < M)[:, None] & ((k >= 0) & (k < K))[None, :]
-    dx = acc * scale
+    dx = acc
+    if bank_ptr.dtype.element_ty == dy_ptr.dtype.element_ty:
+        dx *= scale
     if ADD:
         dx += tl.load(dx_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -260,7 +265,7 @@ def _launch_forward(
     _forward_kernel[grid](
         a, bank.ring, band.words, entries.tensor, out if bias is None else bias[part],
         out[:, part], m, band.rows, columns, a.stride(0), a.stride(1), out.stride(0),
-        entries.stride, band.row0, p.matrix.blocks, cols.low, cols.first, steps, p.scale,
+        entries.stride, band.row0, p.matrix.blocks, cols.low, cols.first, steps, bank.scale,
         G=g, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=cols.first == 0 and columns == steps * c.block_k, HAS_BIAS=bias is not None,
         PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
@@ -346,7 +351,7 @@ def _launch_input_grad(
     _input_grad_kernel[(triton.cdiv(m, c.block_m) * steps,)](
         a, bank.ring, band.words, entries.tensor, out, m, band.rows, columns,
         a.stride(0), a.stride(1), out.stride(0), entries.stride, band.row0, p.matrix.blocks,
-        low, first, steps, p.scale,
+        low, first, steps, bank.scale,
         G=p.matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=first == 0 and columns == steps * c.block_k, EVEN_N=band.rows % c.block_n == 0,
         ADD=add,

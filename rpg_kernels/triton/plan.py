@@ -50,12 +50,14 @@ class Operand:
         sign: how the sign of a weight is found: "none", "folded", "entry" or "element".
         pairs: two elements may be read as one aligned uint32.
         left: bytes of the scratch limit that remain.
+        scale: what products with ``ring`` are still to be multiplied by.
     """
 
     ring: Tensor
     sign: str
     pairs: bool
     left: int
+    scale: float
 
 
 def sign_kind(p: Placement) -> str:
@@ -83,19 +85,27 @@ def operand(bank: Tensor, p: Placement, dtype: torch.dtype, reused: bool) -> Ope
     ring, sign = bank.contiguous().view(-1, p.matrix.block), sign_kind(p)
     foldable = sign == "entry" and not isinstance(p.generator, TableGenerator)
     size = ring.numel() * dtype.itemsize
+    # The reference rounds scale * w, and fp16 may hold that but not w.
+    scale_of_copy = p.scale if dtype != bank.dtype else 1.0
     if foldable and 4 * size <= left and (reused or dtype != bank.dtype):
         copy = scratch((2 * ring.shape[0], ring.shape[1]), dtype, bank.device)
         positive, negative = copy.chunk(2)
-        positive.copy_(ring)
+        _cast(ring, scale_of_copy, positive)
         torch.neg(positive, out=negative)
         ring, sign, left = copy, "folded", left - 2 * size
     elif dtype != bank.dtype and 2 * size <= left:
         copy = scratch(tuple(ring.shape), dtype, bank.device)
-        ring, left = copy.copy_(ring), left - size
+        ring, left = _cast(ring, scale_of_copy, copy), left - size
     low = ring.dtype == dtype and dtype.itemsize == 2
     pairs = low and sign in ("entry", "element") and ring.data_ptr() % 16 == 0
     pairs = pairs and products_read_shared(bank.device)  # mma.sync would reorder every pair
-    return Operand(ring, sign, pairs, left)
+    scale = 1.0 if ring.dtype != bank.dtype else p.scale
+    return Operand(ring, sign, pairs, left, scale)
+
+
+def _cast(ring: Tensor, scale: float, out: Tensor) -> Tensor:
+    """out = scale * ring, rounded once."""
+    return out.copy_(ring) if scale == 1.0 else torch.mul(ring, scale, out=out)
 
 
 def rows_that_fit(left: int, rows: int, blocks: int, block_n: int) -> int:

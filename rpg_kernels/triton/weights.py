@@ -150,6 +150,8 @@ def line(base, e, WIDTH: tl.constexpr):
         at = (base[:, :, None] + (e + index)[None, None, :]).reshape(
             base.shape[0], base.shape[1] * WIDTH
         )
+        # Said again: the reshape hides from the compiler that these are whole, aligned lines.
+        at = tl.max_contiguous(tl.multiple_of(at, [1, WIDTH]), [1, WIDTH])
     return at
 
 
@@ -325,26 +327,15 @@ def scatter(
     Columns as in weight_tile; rows [BLOCK_N] are left out where ``mask_n`` is false.
     """
     b, e = span(step, low, (first + length - 1) // G, G, BLOCK_K)
-    rows, columns = grid(n, b, G, BLOCK_K)
-    slot, sign = slot_and_sign(
-        law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, low,
-        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+    offsets, sign = locate(
+        law_ptr, entry_ptr, entry_stride, n, b, e, row0, blocks, low,
+        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
     )  # fmt: skip
     if SIGN != "none":
-        value = flip(value, signs(sign, rows, columns, e, law_ptr, row0, blocks, G, BLOCK_K, SIGN))
-    if G >= 8 and G < BLOCK_K:
-        # In three dimensions: a reshape of addresses or masks hides whole lines from the compiler.
-        many: tl.constexpr = BLOCK_K // G
-        index = tl.arange(0, G)
-        k = step * BLOCK_K + (tl.arange(0, many) * G)[:, None] + index[None, :]
-        mask = mask_n[:, None, None] & ((k >= first) & (k < first + length))[None, :, :]
-        at = tl.multiple_of(slot * G, [G, G])[:, :, None] + index[None, None, :]
-        value = value.reshape(value.shape[0], many, G)
-    else:
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = mask_n[:, None] & ((k >= first) & (k < first + length))[None, :]
-        at = places(slot, e, G, BLOCK_K)
-    tl.atomic_add(grad_ptr + at, value, mask=mask, sem="relaxed")
+        value = flip(value, sign)
+    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = mask_n[:, None] & ((k >= first) & (k < first + length))[None, :]
+    tl.atomic_add(grad_ptr + offsets, value, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -369,12 +360,15 @@ def weight_tile(
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     DTYPE: tl.constexpr,
+    scale,
     live=None,
 ):
     """G · w of rows n [BLOCK_N] and columns step * BLOCK_K + [0, BLOCK_K) from block ``low``.
 
     Columns outside [first, first + length) are zero and not read; so are rows where ``live``, if
-    given, is false. With PAIRS two 16-bit elements are read, and signed, as one uint32.
+    given, is false. With PAIRS two 16-bit elements are read, and signed, as one uint32. A bank of
+    another dtype than DTYPE is multiplied by ``scale`` before it is rounded, as the reference
+    does; otherwise the scale is the caller's to apply.
     """
     k = step * BLOCK_K + tl.arange(0, BLOCK_K)
     valid = ((k >= first) & (k < first + length))[None, :]
@@ -412,7 +406,8 @@ def weight_tile(
             G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
         )  # fmt: skip
         w = masked_load(bank_ptr + offsets, valid, live, EVEN_K)
-        w = w.to(DTYPE)
+        if bank_ptr.dtype.element_ty != DTYPE:
+            w = (w * scale).to(DTYPE)
         if SIGN == "entry" or SIGN == "element":
             w = flip(w, sign)
     return w

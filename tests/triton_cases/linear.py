@@ -332,3 +332,59 @@ def test_through_dispatch_and_autograd() -> None:
 def test_forced_where_it_cannot_run(op: str, dtype: torch.dtype, reason: str) -> None:
     with pytest.raises(RuntimeError, match=f"backend: got 'triton' for {op} .*{reason}"):
         rpg.dispatch.decide(op, DEVICE, dtype, "triton")
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 20])
+@pytest.mark.parametrize(("std", "scale"), [(1e5, 1e-3), (1e-7, 1e4)])
+def test_fp16_products_of_an_fp32_bank_out_of_its_range(
+    std: float, scale: float, limit: int
+) -> None:
+    """scale * w is rounded to fp16, as by the reference, not w, which fp16 cannot hold."""
+    bank = on_bank(640, torch.float32, granularity=16, reflect="vector")
+    with torch.no_grad():
+        bank.weight.mul_(std / bank.weight.std())
+    weight = bank.place((20, 50), scale=scale)
+    x, dy = torch.randn(17, 50).half(), torch.randn(17, 20).half()
+    with rpg.scratch_limit(limit):
+        check(weight, x, dy, None, TILES)
+
+
+def test_infinity_in_the_last_row_stays_infinite() -> None:
+    bank = on_bank(640, torch.float32, granularity=16, reflect="none")
+    weight = bank.place((21, 50))
+    index, _ = brute.index_and_sign(weight)
+    with torch.no_grad():
+        bank.weight.view(-1)[index[20, 7]] = torch.inf
+    dy = torch.rand(5, 21, device=DEVICE) + 0.1
+    dx = kernels.linear_input_grad(dy, bank.weight.detach().to(DEVICE), None, weight.spec, TILES)
+    assert torch.equal(dx.isinf().any(0).cpu(), (index == index[20, 7]).any(0))
+    assert not dx.isnan().any()
+
+
+def test_bias_with_strides() -> None:
+    weight = on_bank(700, torch.float32, granularity=16).place((20, 50))
+    x, dy = torch.randn(6, 50), torch.randn(6, 20)
+    for bias in (torch.randn(40)[::2], torch.randn(1).expand(20)):
+        check(weight, x, dy, bias, TILES)
+
+
+def test_table_with_strides_is_refused() -> None:
+    bank = brute.table_bank(50, entries=11 * 70, dtype=torch.float32)
+    weight = bank.place((11, 70))
+    assert bank.table is not None
+    table = bank.table.to(DEVICE).repeat_interleave(2)[::2]
+    on = bank.weight.detach().to(DEVICE)
+    with pytest.raises(ValueError, match=r"table: got strides \(2,\), wanted a contiguous table"):
+        kernels.linear(torch.randn(3, 70, device=DEVICE), on, table, None, weight.spec)
+
+
+def test_more_rows_than_one_launch_can_number() -> None:
+    weight = on_bank(700, torch.float16, granularity=16).place((20, 50))
+    x, dy = torch.randn(41, 50).half(), torch.randn(41, 20).half()
+    with mock.patch.object(plan, "MAX_ROWS", 16):
+        check(weight, x, dy, None, TILES)
+        torch.use_deterministic_algorithms(True)
+        try:
+            check(weight, x, dy, None, TILES)
+        finally:
+            torch.use_deterministic_algorithms(False)
