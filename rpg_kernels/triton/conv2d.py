@@ -16,7 +16,7 @@ from rpg_kernels._tensors import empty_image
 from rpg_kernels.placement import Placement, parse
 from rpg_kernels.reference import conv2d as reference
 from rpg_kernels.triton import linear as pointwise
-from rpg_kernels.triton import plan, weights, window
+from rpg_kernels.triton import pixels, plan, weights
 from rpg_kernels.triton.config import Config, dot_precision
 from rpg_kernels.triton.conv2d_bank import conv2d_bank_grad
 from rpg_kernels.triton.conv2d_input import conv2d_input_grad
@@ -25,8 +25,8 @@ __all__ = ["conv2d", "conv2d_bank_grad", "conv2d_input_grad"]
 
 _weight_tile = weights.weight_tile
 _tile_of = pointwise._tile_of
-_pixel, _inside, _tap_bits = window.pixel, window.inside, window.tap_bits
-_walk, _distance, _rows_of = window.walk, window.distance, window.rows_of
+_pixel, _inside, _tap_bits = pixels.pixel, pixels.inside, pixels.tap_bits
+_walk, _distance, _rows_of = pixels.walk, pixels.distance, pixels.rows_of
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _forward_kernel(
     x_ptr,  # [B, C, H, W]
     bank_ptr,  # [slots, G] or [2 * slots, G]
     law_ptr,  # [128]
-    entry_ptr,  # see weights.entry; in scratch [taps * count, entry_stride]
+    entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     bias_ptr,  # [N] or unused
     y_ptr,  # [B, N, out_h, out_w]
     M,
@@ -95,7 +95,7 @@ def _forward_kernel(
 ):
     """y[m, n] = scale * sum over taps t and channels c of x[m, t, c] Ŵ[n, c, t] + bias[n].
 
-    m is an output pixel (b, i, j), and x[m, t, c] what the window reads there, zero outside of the
+    m is an output pixel (b, i, j), and x[m, t, c] what it reads at tap t, zero outside of the
     image. The rows n are those of one launch, ``per_group`` of them for each group of channels.
     Tile: BLOCK_M pixels x BLOCK_N rows of one group; a step is BLOCK_K padded columns of one tap
     (of the run of all taps where not BY_TAP), PARTS steps per tap in one loop. Grid: one
@@ -203,11 +203,11 @@ def conv2d(
     p = parse(placement)
     bias = None if bias is None else bias.contiguous()
     table = None if table is None else table.contiguous()
-    if window.is_pointwise(x, p, stride, padding, groups):
-        lines, matrix = x.permute(0, 2, 3, 1), window.as_matrix(placement)
+    if pixels.is_pointwise(x, p, stride, padding, groups):
+        lines, matrix = x.permute(0, 2, 3, 1), pixels.as_matrix(placement)
         return pointwise.linear(lines, bank, table, bias, matrix, config).permute(0, 3, 1, 2)
     rows = p.selected_shape[0]
-    view = window.forward_window(p, stride, padding, dilation)
+    view = pixels.forward_reads(p, stride, padding, dilation)
     out_h, out_w = (
         (x.shape[2 + d] - 2 * view.start[d] - view.reach[d] * (view.taps[d] - 1) - 1)
         // view.step[d] + 1
@@ -216,10 +216,10 @@ def conv2d(
     y = empty_image(x, (x.shape[0], rows, out_h, out_w))
     if y.numel() == 0:
         return y
-    if window.too_large(x, y):
+    if pixels.too_large(x, y):
         return reference.conv2d(x, bank, table, bias, placement, stride, padding, dilation, groups)
     m = x.shape[0] * out_h * out_w
-    c = config or window.choose_tiles("conv2d", m, p, groups, x)
+    c = config or pixels.choose_tiles("conv2d", m, p, groups, x)
     with plan.on_device(x):
         bank_operand = plan.operand(bank, p, x.dtype, reused=m > c.block_m)
         count = p.matrix.runs * p.block_columns.count
@@ -229,7 +229,7 @@ def conv2d(
             entries = _entries(p, band, table, bank_operand, in_scratch)
             part = slice(band.row, band.row + band.rows)
             added = None if bias is None else bias[part]
-            for image, number in window.images(x.shape[0], out_h * out_w):
+            for image, number in pixels.images(x.shape[0], out_h * out_w):
                 some = slice(image, image + number)
                 _launch(
                     x[some], bank_operand, entries, added, y[some, part], p, band, view, groups, c
@@ -257,14 +257,14 @@ def _launch(
     y: Tensor,
     p: Placement,
     band: plan.Band,
-    view: window.Window,
+    view: pixels.Reads,
     groups: int,
     c: Config,
 ) -> None:
     cols, matrix, columns = p.block_columns, p.matrix, p.selected_shape[1]
     parts = -(-cols.count * matrix.block // c.block_k)
     even = cols.first == 0 and cols.length == parts * c.block_k
-    g = window.groups_of(p, groups, band.row, band.rows)
+    g = pixels.groups_of(p, groups, band.row, band.rows)
     m = y.shape[0] * y.shape[2] * y.shape[3]
     tiles_n = g.count * triton.cdiv(g.per_group, c.block_n)
     _forward_kernel[(triton.cdiv(m, c.block_m) * tiles_n,)](

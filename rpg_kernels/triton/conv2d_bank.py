@@ -14,17 +14,17 @@ from rpg_kernels import settings
 from rpg_kernels.placement import Placement, parse, split
 from rpg_kernels.reference import conv2d as reference
 from rpg_kernels.reference.accumulate import bank_accumulator
-from rpg_kernels.triton import gather, linear_bank, plan, weights, window
+from rpg_kernels.triton import gather, linear_bank, pixels, plan, weights
 from rpg_kernels.triton import law as device_law
 from rpg_kernels.triton.config import Config, dot_precision
 
 _scatter = weights.scatter
-_inside, _rows_of, _divide = window.inside, window.rows_of, device_law._divide
+_inside, _rows_of, _divide = pixels.inside, pixels.rows_of, device_law._divide
 
 
 @triton.jit
 def _pixel_by_magic(m, height, width, line_magic, line_shift, image_magic, image_shift):
-    """window.pixel, with multiplications for the divisions."""
+    """pixels.pixel, with multiplications for the divisions."""
     u = m.to(tl.uint32)
     line = _divide(u, line_magic, line_shift).to(tl.int32)
     b = _divide(line.to(tl.uint32), image_magic, image_shift).to(tl.int32)
@@ -37,7 +37,7 @@ def _bank_grad_kernel(
     x_ptr,  # [B, C, H, W]
     law_ptr,  # [128]
     magic_ptr,  # [4]: magic and shift of out_w, and of out_h
-    entry_ptr,  # see weights.entry; in scratch [taps * count, entry_stride]
+    entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     out_ptr,  # SCATTER: [slots, G]; otherwise [N, taps, C of a group]; fp32
     M,
     N,
@@ -200,22 +200,22 @@ def conv2d_bank_grad(
     """
     p = parse(placement)
     table = None if table is None else table.contiguous()
-    if _same_lines(dy, x) and window.is_pointwise(x, p, stride, padding, groups):
+    if _same_lines(dy, x) and pixels.is_pointwise(x, p, stride, padding, groups):
         lines = dy.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
-        matrix = window.as_matrix(placement)
+        matrix = pixels.as_matrix(placement)
         return linear_bank.linear_bank_grad(*lines, table, matrix, dtype, config)
     columns, taps = p.selected_shape[1], p.matrix.taps
     deterministic = torch.are_deterministic_algorithms_enabled()
     height = settings.scratch_bytes(dy.device.type) // (4 * columns * taps)
-    if (deterministic and (table is not None or height == 0)) or window.too_large(dy, x):
+    if (deterministic and (table is not None or height == 0)) or pixels.too_large(dy, x):
         how = (stride, padding, dilation, groups, dtype)
         return reference.conv2d_bank_grad(dy, x, table, placement, *how)
     grad = bank_accumulator(p, dy.device, dtype)
     m = dy.shape[0] * dy.shape[2] * dy.shape[3]
     if m == 0:
         return grad.to(dtype)
-    c = config or window.choose_tiles("conv2d_bank_grad", m, p, groups, dy)
-    view = window.forward_window(p, stride, padding, dilation)
+    c = config or pixels.choose_tiles("conv2d_bank_grad", m, p, groups, dy)
+    view = pixels.forward_reads(p, stride, padding, dilation)
     ring = grad.view(-1, p.matrix.block)
     cols, rows = p.block_columns, p.selected_shape[0]
     limit = settings.scratch_bytes(dy.device.type)
@@ -229,7 +229,7 @@ def conv2d_bank_grad(
             elif in_scratch:
                 sign = plan.sign_kind(p)
                 entries = plan.entries_in_scratch(p, band, cols.low, cols.count, sign)
-            for image, number in window.images(dy.shape[0], dy.shape[2] * dy.shape[3]):
+            for image, number in pixels.images(dy.shape[0], dy.shape[2] * dy.shape[3]):
                 some = slice(image, image + number)
                 if not deterministic:
                     _launch(dy[some], x[some], entries, ring, p, band, view, groups, c)
@@ -264,7 +264,7 @@ def _launch(
     out: Tensor,
     p: Placement,
     band: plan.Band,
-    view: window.Window,
+    view: pixels.Reads,
     groups: int,
     c: Config,
     scatter: bool = True,
@@ -275,7 +275,7 @@ def _launch(
     stride_b, _, stride_h, stride_w = dy.stride()
     lines = stride_h == out_w * stride_w and stride_b == out_h * stride_h
     parts = triton.cdiv(cols.count * matrix.block, c.block_k)
-    g = window.groups_of(p, groups, band.row, band.rows)
+    g = pixels.groups_of(p, groups, band.row, band.rows)
     tiles_n = g.count * triton.cdiv(g.per_group, c.block_n)
     _bank_grad_kernel[(tiles_n * parts * matrix.runs,)](
         dy, x, band.words, _magic(out_h, out_w, dy.device), entries.tensor, out,

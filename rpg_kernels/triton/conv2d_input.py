@@ -12,24 +12,24 @@ from torch import Tensor
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.placement import Placement, parse
 from rpg_kernels.reference import conv2d as reference
+from rpg_kernels.triton import entries, pixels, plan, weights
 from rpg_kernels.triton import law as device_law
 from rpg_kernels.triton import linear as pointwise
-from rpg_kernels.triton import plan, weights, window
 from rpg_kernels.triton.config import Config, dot_precision
 
-_weight_tile, _slot_and_sign = weights.weight_tile, weights.slot_and_sign
-_position, _flip = weights.position, weights.flip
+_weight_tile, _slot_and_sign = weights.weight_tile, entries.slot_and_sign
+_position, _flip = entries.position, entries.flip
 _sign_word, _sign_bit = device_law.sign_word, device_law.sign_bit
 _tile_of = pointwise._tile_of
-_pixel, _inside, _tap_bits = window.pixel, window.inside, window.tap_bits
-_walk, _distance = window.walk, window.distance
+_pixel, _inside, _tap_bits = pixels.pixel, pixels.inside, pixels.tap_bits
+_walk, _distance = pixels.walk, pixels.distance
 
 
 @triton.jit
 def _element_tile(
     bank_ptr,  # [slots, G] or [2 * slots, G]
     law_ptr,  # [128]
-    entry_ptr,  # see weights.entry
+    entry_ptr,  # see entries.entry
     entry_stride,
     n,
     i,
@@ -71,7 +71,7 @@ def _input_grad_kernel(
     dy_ptr,  # [B, N, out_h, out_w]
     bank_ptr,  # [slots, G] or [2 * slots, G]
     law_ptr,  # [128]
-    entry_ptr,  # see weights.entry; in scratch [taps * count, entry_stride]
+    entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     dx_ptr,  # [B, C, rows of the class, columns of the class]
     M,
     N,
@@ -135,7 +135,7 @@ def _input_grad_kernel(
 ):
     """dx[m, c] = scale * sum over taps t and rows n of dy[m, t, n] Ŵ[n, c, t]; added where ADD.
 
-    m is an input pixel of one residue class, and dy[m, t, n] what the class's window reads: only
+    m is an input pixel of one residue class, and dy[m, t, n] what the class reads: only
     taps that reach the class are walked, and over them the strides are 1.
     Tile: BLOCK_M pixels x BLOCK_K channels of one group, the columns of one step of a run; BLOCK_N
     rows of the weight at a time, all rows of a tap in turn. Grid: one program per tile, grouped.
@@ -245,20 +245,20 @@ def conv2d_input_grad(
     """
     p = parse(placement)
     table = None if table is None else table.contiguous()
-    if window.is_pointwise(dy, p, stride, padding, groups):
-        lines, matrix = dy.permute(0, 2, 3, 1), window.as_matrix(placement)
+    if pixels.is_pointwise(dy, p, stride, padding, groups):
+        lines, matrix = dy.permute(0, 2, 3, 1), pixels.as_matrix(placement)
         dx = pointwise.linear_input_grad(lines, bank, table, matrix, config)
         return dx.permute(0, 3, 1, 2)
     dx = empty_image(dy, input_size)
     if dx.numel() == 0:
         return dx
-    if window.too_large(dx, dy):
+    if pixels.too_large(dx, dy):
         return reference.conv2d_input_grad(
             dy, bank, table, input_size, placement, stride, padding, dilation, groups
         )
-    classes = list(window.residue_classes(p, input_size[2:], stride, padding, dilation))
+    classes = list(pixels.residue_classes(p, input_size[2:], stride, padding, dilation))
     m = dx.shape[0] * max((one.height * one.width for one in classes), default=0)
-    c = config or window.choose_tiles("conv2d_input_grad", m, p, groups, dy)
+    c = config or pixels.choose_tiles("conv2d_input_grad", m, p, groups, dy)
     if not p.matrix.by_tap:
         c = replace(c, block_k=16)
     with plan.on_device(dy):
@@ -279,7 +279,7 @@ def conv2d_input_grad(
                 else:
                     entries = plan.entries_in_line(band)
                 for one in classes:
-                    for image, number in window.images(dx.shape[0], one.height * one.width):
+                    for image, number in pixels.images(dx.shape[0], one.height * one.width):
                         some = slice(image, image + number)
                         _launch(
                             dy[some, band.row : band.row + band.rows], operand, entries,
@@ -319,18 +319,18 @@ def _launch(
     p: Placement,
     band: plan.Band,
     columns: _Columns,
-    one: window.ResidueClass,
+    one: pixels.ResidueClass,
     stride: Sequence[int],
     groups: int,
     c: Config,
     add: bool,
 ) -> None:
-    matrix, view = p.matrix, one.window
+    matrix, view = p.matrix, one.reads
     out = dx[:, columns.begin :, one.first[0] :: stride[0], one.first[1] :: stride[1]]
     m = out.shape[0] * one.height * one.width
     padded = columns.count * matrix.block if matrix.by_tap else columns.length
     steps = triton.cdiv(padded, c.block_k)
-    g = window.groups_of(p, groups, band.row, band.rows)
+    g = pixels.groups_of(p, groups, band.row, band.rows)
     tiles_k = g.count * steps
     even_n = g.per_group % c.block_n == 0 and g.offset == 0 and band.rows % g.per_group == 0
     _input_grad_kernel[(triton.cdiv(m, c.block_m) * tiles_k,)](

@@ -14,10 +14,10 @@ from torch import Tensor
 from rpg_kernels.placement import Placement, parse
 from rpg_kernels.reference import embedding as reference
 from rpg_kernels.reference.accumulate import bank_accumulator
-from rpg_kernels.triton import plan, weights
+from rpg_kernels.triton import entries, plan, weights
 from rpg_kernels.triton.config import Config, choose
 
-_locate, _flip = weights.locate, weights.flip
+_locate, _flip = weights.locate, entries.flip
 # What changes from call to call, and would be compiled anew where a multiple of 16 comes or goes.
 _VARYING = ("M", "row", "rows", "row0", "low", "steps")
 
@@ -64,7 +64,7 @@ def _columns_of(step, low, first, columns, G: tl.constexpr, BLOCK_K: tl.constexp
 def _embedding_kernel(
     bank_ptr,  # [slots, G]
     law_ptr,  # [128]
-    entry_ptr,  # see weights.entry
+    entry_ptr,  # see entries.entry
     index_ptr,  # [M], int32 or int64
     y_ptr,  # [M, columns], contiguous
     M,
@@ -113,7 +113,7 @@ def _embedding_kernel(
 def _embedding_grad_kernel(
     dy_ptr,  # [M, columns]
     law_ptr,  # [128]
-    entry_ptr,  # see weights.entry
+    entry_ptr,  # see entries.entry
     index_ptr,  # [M], int32 or int64
     grad_ptr,  # [slots, G], fp32
     M,

@@ -7,14 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rpg_kernels.placement import Placement
+from rpg_kernels.triton import entries, plan
 from rpg_kernels.triton import law as device_law
-from rpg_kernels.triton import plan, weights
 
 _unpermute = device_law.unpermute
 _sign_word, _sign_bit = device_law.sign_word, device_law.sign_bit
 _law_word, _sub_mod = device_law.law_word, device_law._sub_mod
 _SIZE, _SLOTS, _BASE = device_law._SIZE, device_law._SLOTS, device_law._BASE
-_flip = weights.flip
+_flip = entries.flip
 
 
 @triton.jit(do_not_specialize=["rows", "row0", "blocks", "run_blocks"])

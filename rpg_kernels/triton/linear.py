@@ -37,7 +37,7 @@ def _forward_kernel(
     x_ptr,  # [M, K]
     bank_ptr,  # [slots, G] or [2 * slots, G]
     law_ptr,  # [128]
-    entry_ptr,  # see weights.entry
+    entry_ptr,  # see entries.entry
     bias_ptr,  # [N] or unused
     y_ptr,  # [M, N], N contiguous
     M,
@@ -117,7 +117,7 @@ def _input_grad_kernel(
     dy_ptr,  # [M, N]
     bank_ptr,  # [slots, G] or [2 * slots, G]
     law_ptr,  # [128]
-    entry_ptr,  # see weights.entry
+    entry_ptr,  # see entries.entry
     dx_ptr,  # [M, K], K contiguous
     M,
     N,

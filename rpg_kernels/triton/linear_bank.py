@@ -22,7 +22,7 @@ def _bank_grad_kernel(
     dy_ptr,  # [M, N]
     x_ptr,  # [M, K]
     law_ptr,  # [128]
-    entry_ptr,  # see weights.entry
+    entry_ptr,  # see entries.entry
     out_ptr,  # SCATTER: [slots, G]; otherwise [N, K]; fp32
     M,
     N,

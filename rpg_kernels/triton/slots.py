@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.triton import weights
+from rpg_kernels.triton import entries
 
-_position, _law_entry = weights.position, weights.law_entry
+_position, _law_entry = entries.position, entries.law_entry
 
 
 @triton.jit(do_not_specialize=["row0", "blocks", "run_blocks", "low", "count"])

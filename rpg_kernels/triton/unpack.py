@@ -12,10 +12,10 @@ from rpg_kernels._checks import INT32_MAX as _INT32_MAX
 from rpg_kernels.placement import Placement, parse
 from rpg_kernels.reference import unpack as reference
 from rpg_kernels.reference.accumulate import bank_accumulator
-from rpg_kernels.triton import gather, plan, weights
+from rpg_kernels.triton import entries, gather, plan, weights
 from rpg_kernels.triton.config import Config, choose
 
-_locate, _flip = weights.locate, weights.flip
+_locate, _flip = weights.locate, entries.flip
 
 
 @triton.jit(do_not_specialize=["rows", "low", "first", "row0", "steps"])

@@ -21,7 +21,7 @@ import rpg_kernels as rpg
 from rpg_kernels import _tensors
 from rpg_kernels.placement import Placement
 from rpg_kernels.triton import conv2d as kernels
-from rpg_kernels.triton import conv2d_input, plan, window
+from rpg_kernels.triton import conv2d_input, pixels, plan
 from rpg_kernels.triton.config import Config
 
 
@@ -181,14 +181,14 @@ def test_law_of_several_bands(groups: int) -> None:
 def test_more_pixels_than_a_launch_numbers() -> None:
     """Images in several launches, whose bank gradients add up."""
     weight = brute.bank_of(400, torch.float32, granularity=16).place((5, 16, 2, 2))
-    with mock.patch.object(window, "MOST_PIXELS", 40):
+    with mock.patch.object(pixels, "MOST_PIXELS", 40):
         check(weight, torch.randn(3, 16, 5, 5), padding=(1, 0))
         torch.use_deterministic_algorithms(True)
         try:
             check(weight, torch.randn(3, 16, 5, 5))
         finally:
             torch.use_deterministic_algorithms(False)
-    with mock.patch.object(window, "MOST_PIXELS", 20):
+    with mock.patch.object(pixels, "MOST_PIXELS", 20):
         check(weight, torch.randn(2, 16, 5, 5))  # the reference's
 
 
@@ -324,7 +324,7 @@ def test_through_dispatch_and_autograd() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
 @pytest.mark.parametrize("dilation", [1, 2, 3])
-def test_residue_classes_are_the_adjoint_of_the_window(stride: int, dilation: int) -> None:
+def test_residue_classes_are_the_adjoint_of_the_forward(stride: int, dilation: int) -> None:
     """Every (input pixel, tap, output pixel) of the forward is in exactly one class."""
     p = rpg.ParameterBank(64).place((1, 1, 3, 4)).placement
     size, padding, strides, dilations = (7, 9), (2, 3), (stride, 2), (dilation, 2)
@@ -338,8 +338,8 @@ def test_residue_classes_are_the_adjoint_of_the_window(stride: int, dilation: in
     }
     wanted = {use for use in wanted if 0 <= use[0] < size[0] and 0 <= use[1] < size[1]}
     got = []
-    for c in window.residue_classes(p, size, strides, padding, dilations):
-        view = c.window
+    for c in pixels.residue_classes(p, size, strides, padding, dilations):
+        view = c.reads
         numbers = itertools.product(*map(range, (c.height, c.width, *view.taps)))
         got += [
             (

@@ -1,6 +1,6 @@
 """Which pixels a convolution's rows read: device functions, and the host's arithmetic for them.
 
-A *window* tells it for the forward and for the input gradient alike. Row (b, i, j) of a grid of
+`Reads` tells it for the forward and for the input gradient alike. Row (b, i, j) of a grid of
 pixels reads, at tap (th, tw), pixel
 
     (b, i * step_h + start_h + th * reach_h, j * step_w + start_w + tw * reach_w)
@@ -92,7 +92,7 @@ def rows_of(number, N, per_group, offset, BLOCK_N: tl.constexpr):
 
 
 @dataclass(frozen=True)
-class Window:
+class Reads:
     """Taps, steps, starts and reaches, each (vertical, horizontal); see the module.
 
     Args:
@@ -117,13 +117,13 @@ class Window:
         return math.prod(self.taps) <= MOST_BITS
 
 
-def forward_window(
+def forward_reads(
     p: Placement, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Window:
+) -> Reads:
     """Output pixels read input pixels."""
     kernel_h, kernel_w = p.selected_shape[2:]
     pair_of = (stride[0], stride[1]), (-padding[0], -padding[1]), (dilation[0], dilation[1])
-    return Window((kernel_h, kernel_w), *pair_of, 0, (kernel_w, 1))
+    return Reads((kernel_h, kernel_w), *pair_of, 0, (kernel_w, 1))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class ResidueClass:
     first: tuple[int, int]
     height: int
     width: int
-    window: Window
+    reads: Reads
 
 
 def _progression(residue: int, kernel: int, stride: int, padding: int, dilation: int) -> range:
@@ -162,7 +162,7 @@ def residue_classes(
         stride, padding, dilation: of the forward.
     """
     kernel = p.selected_shape[2:]
-    whole = forward_window(p, (1, 1), (0, 0), (1, 1))
+    whole = forward_reads(p, (1, 1), (0, 0), (1, 1))
     for rh in range(min(stride[0], size[0])):
         for rw in range(min(stride[1], size[1])):
             residue = (rh, rw)
@@ -176,7 +176,7 @@ def residue_classes(
                 (residue[d] + padding[d] - taps[d].start * dilation[d]) // stride[d] for d in (0, 1)
             ]
             reach = [-taps[d].step * dilation[d] // stride[d] for d in (0, 1)]
-            window = replace(
+            reads = replace(
                 whole,
                 taps=(len(taps[0]), len(taps[1])),
                 start=(start[0], start[1]),
@@ -187,7 +187,7 @@ def residue_classes(
             height, width = (
                 (s - r - 1) // t + 1 for s, r, t in zip(size, residue, stride, strict=True)
             )
-            yield ResidueClass(residue, height, width, window)
+            yield ResidueClass(residue, height, width, reads)
 
 
 def images(batch: int, pixels: int) -> Iterator[tuple[int, int]]:
