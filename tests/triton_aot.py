@@ -1,7 +1,4 @@
-"""Compile the Triton kernels without a GPU, and read what came out.
-
-``python tests/triton_aot.py`` prints the table of docs/kernels.md.
-"""
+"""Compile the Triton kernels without a GPU, and read what came out."""
 
 from __future__ import annotations
 
@@ -254,21 +251,3 @@ CASES = (
     ("conv2d_bank_grad", ("entry", "scratch")),
     ("conv2d_bank_grad", ("element", "scratch")),
 )
-
-
-def main() -> None:
-    """Print a Markdown table of every case on every architecture."""
-    print("| kernel | entries, sign | sm | in loop / weight | registers | shared | spills |")
-    print("|---|---|---|---|---|---|---|")
-    for (name, (sign, source)), arch in itertools.product(CASES, ARCHITECTURES):
-        c, weights = (large_conv if "conv" in name else large)(name, arch, sign, source)
-        rate = per_weight(c, weights)
-        print(
-            f"| {name} | {source}, {sign} | {arch} | {rate:.2f} | {c.registers} | {c.shared} | "
-            f"{c.spills} ({c.spills_in_loop} in the loop) |",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Predicted times of the Triton kernels from bytes, instructions and tensor cycles.
 
 A prediction is an upper bound on speed with two assumptions beside it (OVERLAP, CUBLAS), not a
-measurement. ``python tests/triton_aot.py --write`` puts the table into docs/kernels.md.
+measurement. ``python tests/triton_report.py`` puts the table into docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -41,10 +41,6 @@ class Product:
     n: int
     k: int
 
-    @property
-    def operations(self) -> int:
-        return self.m * self.n * self.k
-
 
 @dataclass(frozen=True)
 class Step:
@@ -74,12 +70,14 @@ class Step:
         }
 
 
-def loop_time(product: Product, step: Step, on: Device = H200) -> tuple[float, str]:
-    """(seconds of the loops of all tiles, the resource that bounds them)."""
+def loop_time(
+    product: Product, step: Step, on: Device = H200, splits: int = 1
+) -> tuple[float, str]:
+    """(seconds of the loops of all tiles and splits, the resource that bounds them)."""
     clocks = step.clocks(on)
     bound = max(clocks, key=lambda name: clocks[name])
     tiles = math.ceil(product.m / step.m) * math.ceil(product.n / step.n)
-    turns = math.ceil(tiles / on.processors) * math.ceil(product.k / step.k)
+    turns = math.ceil(tiles * splits / on.processors) * math.ceil(product.k / step.k / splits)
     return turns * clocks[bound] / OVERLAP / on.clock, bound
 
 
@@ -93,11 +91,13 @@ def step_of(name: str, c: Config, instructions: float, resigned: bool) -> Step:
     return Step(c.block_m, c.block_n, c.block_k, instructions, weights)
 
 
-def product_of(name: str, m: int, n: int, k: int) -> Product:
-    """The product of an operator on a batch m and a weight [n, k]."""
+def product_of(name: str, m: int, n: int, channels: int, taps: int = 1) -> Product:
+    """The product of an operator on m rows or pixels and a weight [n, channels, taps]."""
     if name.endswith("input_grad"):
-        return Product(m, k, n)
-    return Product(n, k, m) if name.endswith("bank_grad") else Product(m, n, k)
+        return Product(m, channels, n * taps)
+    if name.endswith("bank_grad"):
+        return Product(n, channels * taps, m)
+    return Product(m, n, channels * taps)
 
 
 def issued(lane_instructions: float, on: Device = H200) -> float:
@@ -105,20 +105,28 @@ def issued(lane_instructions: float, on: Device = H200) -> float:
     return lane_instructions / (on.processors * on.issue * on.clock)
 
 
-def dense(m: int, n: int, k: int, on: Device = H200) -> float:
-    """Seconds of the vendor's product, its operands read from DRAM."""
+def dense(m: int, n: int, k: int, taps: int = 1, on: Device = H200) -> float:
+    """Seconds of the vendor's product, its operands read from DRAM, pixels once for all taps."""
     tensor = m * n * k / (on.processors * on.products * on.clock) / CUBLAS
-    return max(tensor, 2 * (m * k + n * k + m * n) / on.memory) + on.launch
+    return max(tensor, 2 * (m * k // taps + n * k + m * n) / on.memory) + on.launch
 
 
 def fused(
-    name: str, m: int, n: int, k: int, step: Step, g: int = 64, on: Device = H200
+    name: str,
+    product: Product,
+    step: Step,
+    weights: int,
+    splits: int = 1,
+    g: int = 64,
+    on: Device = H200,
 ) -> tuple[float, str]:
     """(seconds of a call, what bounds it): entries, the loops, and what the bank gradient adds."""
-    time, bound = loop_time(product_of(name, m, n, k), step, on)
-    time += issued(ENTRY * n * k / g, on) + 2 * on.launch
+    time, bound = loop_time(product, step, on, splits)
+    time += issued(ENTRY * weights / g, on) + 2 * on.launch
     if name.endswith("bank_grad"):
-        time += 8 * n * k / (on.cache * on.processors * on.clock)  # a read and a write in L2
+        time += (
+            8 * splits * weights / (on.cache * on.processors * on.clock)
+        )  # read and written in L2
     return time, bound
 
 

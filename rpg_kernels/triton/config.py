@@ -75,6 +75,7 @@ class Config:
         warps: per program.
         stages: of the software pipeline.
         group: row tiles of the batch that neighbouring programs share a weight tile for.
+        splits: parts of the batch that a bank gradient sums in programs of their own.
     """
 
     block_m: int
@@ -83,6 +84,7 @@ class Config:
     warps: int
     stages: int
     group: int = 8
+    splits: int = 1
 
 
 def _power_of_two(size: int, low: int, high: int) -> int:
@@ -110,12 +112,19 @@ def _choose(op: str, m: int, n: int, k: int, block: int, low: bool, on: Gpu, tim
     tile = [_power_of_two(size, 16, high) for size, high in zip(sizes, largest, strict=True)]
     if block < 8:  # every element finds its own entry, which takes registers
         tile[2] = min(tile[2], 32)
-    kept = [i for i in range(3) if i != summed]
+    kept, splits = [i for i in range(3) if i != summed], 1
 
     def few() -> bool:
         tiles = times * math.prod(-(-sizes[i] // tile[i]) for i in kept)
         return 8 * tiles < 7 * on.processors
 
+    # A bank gradient whose batch is long is cut along it instead, at 8 bytes of atomics per weight
+    # and part: less than its operands as long as a part is several steps.
+    most = sizes[0] // (8 * tile[0]) if summed == 0 else 1
+    if most > 1 and few():
+        tiles = times * math.prod(-(-sizes[i] // tile[i]) for i in kept)
+        splits = min(most, -(-on.processors // tiles))
+        times *= splits
     # Rows or columns of the weight first; then the batch, which is halved down to 64 only.
     for i, floor in ((2, 128), (1, 128), (0, 64), (2, 64), (1, 64), (2, 32), (1, 32)):
         while i in kept and tile[i] > floor and few():
@@ -123,7 +132,7 @@ def _choose(op: str, m: int, n: int, k: int, block: int, low: bool, on: Gpu, tim
     area = math.prod(tile[i] for i in kept)
     stages = 3 if summed == 0 else 5  # two of five are for entries
     warps = 8 if area >= 128 * 128 else 4
-    return Config(tile[0], tile[1], tile[2], warps, stages)
+    return Config(tile[0], tile[1], tile[2], warps, stages, splits=splits)
 
 
 @dataclass(frozen=True)
@@ -188,9 +197,9 @@ def choose(
 
     Example:
         >>> choose("linear", 4096, 4096, 4096, 64, torch.float16)
-        Config(block_m=128, block_n=256, block_k=64, warps=8, stages=5, group=8)
+        Config(block_m=128, block_n=256, block_k=64, warps=8, stages=5, group=8, splits=1)
         >>> choose("linear", 16, 4096, 4096, 64, torch.float16)
-        Config(block_m=16, block_n=32, block_k=64, warps=4, stages=5, group=8)
+        Config(block_m=16, block_n=32, block_k=64, warps=4, stages=5, group=8, splits=1)
     """
     if op in ("embedding", "embedding_bank_grad", "unpack", "pack"):
         return _without_product(m, n, block)

@@ -75,6 +75,8 @@ def _bank_grad_kernel(
     length,
     parts,
     tiles_n,
+    tiles,
+    span,
     scale,
     G: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -94,15 +96,19 @@ def _bank_grad_kernel(
     """dŴ[n, c, t] = sum over pixels m of dy[m, n] x[m, t, c], added to slots, or stored bare.
 
     What is added is scale * sign * dŴ. Tile: BLOCK_N rows of one group x BLOCK_K columns, one step
-    of one tap (of the run of all taps where not BY_TAP), over all output pixels: 4 bytes are
-    scattered per virtual weight, once. Grid: one program per tile, row tiles innermost. Shared
-    memory: a ring of BLOCK_M * (BLOCK_N + BLOCK_K) elements, 144 KiB at 64 x 256 x 128 with 3
-    stages in 16 bits. Budget at that size on sm_90: 5.2 lane-instructions per element of dy in the
-    loop, a dense product's and the places and masks of the rows of x; at the end an entry per row
-    and block, and one atomic per 4 elements where the device has vector atomics.
+    of one tap (of the run of all taps where not BY_TAP), over ``span`` output pixels: all of them,
+    unless tiles are too few to fill the device. Grid: one program per tile (of which there are
+    ``tiles``) and span, row tiles innermost. Shared memory: a ring of BLOCK_M * (BLOCK_N + BLOCK_K)
+    elements, 144 KiB at 64 x 256 x 128 with 3 stages in 16 bits. Budget at that size on sm_90: 5.2
+    lane-instructions per element of dy in the loop, a dense product's and the places and masks of
+    the rows of x; at the end an entry per row and block, and one atomic per 4 elements where the
+    device has vector atomics, 4 bytes per virtual weight and span.
     LINES: dy's pixels lie at one stride, and need no coordinates.
     """
     pid = tl.program_id(0)
+    split = pid // tiles
+    pid -= split * tiles
+    begin = split * span
     number = pid // tiles_n
     group, offs_n, n_low, n_high = _rows_of(pid - number * tiles_n, N, per_group, offset, BLOCK_N)
     mask_n = (offs_n >= n_low) & (offs_n < n_high)
@@ -135,10 +141,10 @@ def _bank_grad_kernel(
     image_magic = tl.load(magic_ptr + 2).to(tl.uint32, bitcast=True)
     image_shift = tl.load(magic_ptr + 3).to(tl.uint32)
     offs_m = tl.arange(0, BLOCK_M)
-    dy_ptrs = dy_ptr + dy_columns + (offs_m.to(tl.int64) * stride_dyw)[:, None]
+    dy_ptrs = dy_ptr + dy_columns + ((begin + offs_m).to(tl.int64) * stride_dyw)[:, None]
     dy_step = tl.full([], BLOCK_M, tl.int64) * stride_dyw
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for m0 in range(0, M, BLOCK_M):
+    for m0 in range(begin, tl.minimum(begin + span, M), BLOCK_M):
         m = m0 + offs_m
         mask_m = (m < M)[:, None]
         b, i, j = _pixel_by_magic(m, out_h, out_w, line_magic, line_shift, image_magic, image_shift)
@@ -277,13 +283,15 @@ def _launch(
     parts = triton.cdiv(cols.count * matrix.block, c.block_k)
     g = pixels.groups_of(p, groups, band.row, band.rows)
     tiles_n = g.count * triton.cdiv(g.per_group, c.block_n)
-    _bank_grad_kernel[(tiles_n * parts * matrix.runs,)](
+    m, tiles = batch * out_h * out_w, tiles_n * parts * matrix.runs
+    splits, span = linear_bank.spans(m, c, scatter)
+    _bank_grad_kernel[(tiles * splits,)](
         dy, x, band.words, _magic(out_h, out_w, dy.device), entries.tensor, out,
-        batch * out_h * out_w, band.rows, *x.shape[2:], out_h, out_w, *dy.stride(), *x.stride(),
+        m, band.rows, *x.shape[2:], out_h, out_w, *dy.stride(), *x.stride(),
         *view.numbers, g.per_group, g.first, g.offset,
         p.selected_shape[1], matrix.channels, p.selection[1][0],
         entries.stride, band.row0, matrix.blocks, matrix.run_blocks,
-        cols.low, cols.count, cols.first, cols.length, parts, tiles_n, p.scale,
+        cols.low, cols.count, cols.first, cols.length, parts, tiles_n, tiles, span, p.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p), LINES=lines,
         BY_TAP=matrix.by_tap, SCATTER=scatter,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1], PRECISION=dot_precision(dy.dtype),

@@ -17,7 +17,7 @@ from rpg_kernels.triton.config import Config, choose, dot_precision, gpu
 _scatter = weights.scatter
 
 
-@triton.jit(do_not_specialize=["M", "row0", "blocks", "low", "steps"])
+@triton.jit(do_not_specialize=["M", "row0", "blocks", "low", "steps", "span"])
 def _bank_grad_kernel(
     dy_ptr,  # [M, N]
     x_ptr,  # [M, K]
@@ -37,6 +37,7 @@ def _bank_grad_kernel(
     low,
     first,
     steps,
+    span,
     scale,
     G: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -53,15 +54,18 @@ def _bank_grad_kernel(
     """dŴ[n, k] = sum_m dy[m, n] x[m, k], added as scale * sign * dŴ to slot(n, k), or stored bare
     (where ADD, added to what is there).
 
-    Tile: BLOCK_N x BLOCK_K, the columns of one step, over the whole batch: what is scattered is
-    4 bytes per virtual weight, once. Grid: one program per tile, row tiles innermost. Shared
-    memory: a ring of BLOCK_M * (BLOCK_N + BLOCK_K) elements, 72 KiB at 64 x 128 x 64 with 3 stages
-    in 16 bits. Budget: that of a dense product in the loop; the law once per row and block (about
-    100 lane-instructions for BLOCK_K weights),
-    and one atomic per 4 elements where the device has vector atomics.
+    Tile: BLOCK_N x BLOCK_K, the columns of one step, over ``span`` rows of the batch: all of them,
+    unless tiles are too few to fill the device. Grid: one program per tile and span, row tiles
+    innermost. Shared memory: a ring of BLOCK_M * (BLOCK_N + BLOCK_K) elements, 144 KiB at
+    64 x 256 x 128 with 3 stages in 16 bits. Budget: that of a dense product in the loop, 2.4
+    lane-instructions per element of dy at that size; at the end an entry per row and block, and one
+    atomic per 4 elements where the device has vector atomics, 4 bytes per virtual weight and span.
     """
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
+    split = pid // (tiles_n * steps)
+    pid -= split * tiles_n * steps
+    begin = split * span
     step = pid // tiles_n
     offs_n = (pid - step * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -70,14 +74,14 @@ def _bank_grad_kernel(
     k = padded - first
     mask_k = (k >= 0) & (k < K)
     offs_m = tl.arange(0, BLOCK_M)
-    dy_ptrs = dy_ptr + (offs_m.to(tl.int64) * stride_dym)[:, None]
+    dy_ptrs = dy_ptr + ((begin + offs_m).to(tl.int64) * stride_dym)[:, None]
     dy_ptrs += (offs_n.to(tl.int64) * stride_dyn)[None, :]
-    x_ptrs = x_ptr + (offs_m.to(tl.int64) * stride_xm)[:, None]
+    x_ptrs = x_ptr + ((begin + offs_m).to(tl.int64) * stride_xm)[:, None]
     x_ptrs += (k.to(tl.int64) * stride_xk)[None, :]
     step_dy = tl.full([], BLOCK_M, tl.int64) * stride_dym
     step_x = tl.full([], BLOCK_M, tl.int64) * stride_xm
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for m0 in range(0, M, BLOCK_M):
+    for m0 in range(begin, tl.minimum(begin + span, M), BLOCK_M):
         mask_m = (m0 + offs_m < M)[:, None]
         dy = tl.load(dy_ptrs, mask=mask_m & mask_n[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
@@ -170,6 +174,13 @@ def _add_in_order(
         del dense
 
 
+def spans(m: int, c: Config, scatter: bool) -> tuple[int, int]:
+    """(parts of the batch, rows of each) of a launch; one part where results are stored."""
+    rows = triton.cdiv(m, c.splits if scatter else 1)
+    span = triton.cdiv(rows, c.block_m) * c.block_m
+    return triton.cdiv(m, span), span
+
+
 def _launch(
     a: Tensor,
     b: Tensor,
@@ -183,10 +194,11 @@ def _launch(
 ) -> None:
     (m, columns), cols, g = b.shape, p.block_columns, p.matrix.block
     steps = -(-cols.count * g // c.block_k)
-    _bank_grad_kernel[(triton.cdiv(band.rows, c.block_n) * steps,)](
+    splits, span = spans(m, c, scatter)
+    _bank_grad_kernel[(triton.cdiv(band.rows, c.block_n) * steps * splits,)](
         a, b, band.words, entries.tensor, out, m, band.rows, columns,
         a.stride(0), a.stride(1), b.stride(0), b.stride(1), entries.stride,
-        band.row0, p.matrix.blocks, cols.low, cols.first, steps, p.scale,
+        band.row0, p.matrix.blocks, cols.low, cols.first, steps, span, p.scale,
         G=g, SOURCE=entries.source, SIGN=plan.sign_kind(p), SCATTER=scatter, ADD=add,
         PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,

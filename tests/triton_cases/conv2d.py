@@ -6,6 +6,7 @@ import itertools
 import random
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -354,3 +355,13 @@ def test_residue_classes_are_the_adjoint_of_the_forward(stride: int, dilation: i
     got = [use for use in got if 0 <= use[3] < out[0] and 0 <= use[4] < out[1]]
     assert len(got) == len(set(got))
     assert set(got) == wanted
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_bank_gradient_in_parts_of_the_pixels(last: bool) -> None:
+    weight = brute.bank_of(400, torch.float32, granularity=16).place((5, 16, 2, 2))
+    x = torch.randn(4, 16, 6, 5)
+    if last:
+        x = x.to(memory_format=LAST)
+    for splits in (2, 5):
+        check(weight, x, padding=(1, 0), config=replace(TILES, splits=splits))

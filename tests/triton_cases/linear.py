@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ import rpg_kernels as rpg
 from rpg_kernels.placement import Placement
 from rpg_kernels.triton import linear as kernels
 from rpg_kernels.triton import plan
-from rpg_kernels.triton.config import Config
+from rpg_kernels.triton.config import Config, Gpu, choose
 
 REFLECT = ("element", "vector", "none")
 GRANULARITY = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -388,3 +389,20 @@ def test_more_rows_than_one_launch_can_number() -> None:
             check(weight, x, dy, None, TILES)
         finally:
             torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_bank_gradient_in_parts_of_the_batch(splits: int) -> None:
+    weight = on_bank(700, torch.float16, granularity=16).place((20, 50))
+    for m in (5, 47):  # fewer steps than parts, and more
+        x, dy = torch.randn(m, 50).half(), torch.randn(m, 20).half()
+        check(weight, x, dy, None, replace(TILES, splits=splits))
+
+
+def test_parts_fill_the_device_and_are_several_steps_each() -> None:
+    for m, rows, columns, times in ((100352, 64, 64, 9), (4096, 768, 768, 1), (300, 64, 64, 1)):
+        c = choose("linear_bank_grad", m, rows, columns, 64, torch.float16, Gpu(), times)
+        tiles = times * -(-rows // c.block_n) * -(-columns // c.block_k)
+        assert c.splits == 1 or m // c.splits >= 8 * c.block_m - c.block_m
+        assert c.splits == 1 or tiles * c.splits >= 0.8 * Gpu().processors or m < 5000
+    assert choose("linear_bank_grad", 4096, 4096, 4096, 64, torch.float16).splits == 1
