@@ -224,6 +224,8 @@ def large_conv(
     shared = architecture in (90, 100)
     times = 9 if name == "conv2d_bank_grad" else 1
     config = choose(name, pixels, channels, channels, 64, torch.float16, Gpu(shared), times)
+    if source == "law":
+        config = replace(config, stages=min(3, config.stages))
     pairs = sign in ("entry", "element") and shared
     taps = {"TAPS_H": 3, "TAPS_W": 3}
     more = {"WHOLE": True, "BITS": True, "EVEN_N": True, "LINES": True, **taps}
