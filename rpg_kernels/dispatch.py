@@ -131,7 +131,7 @@ def decide(
         op: operator name.
         device, dtype: of the call's first tensor.
         backend: a forced back end, or "".
-        batch: rows of the product, see ``batch_of``.
+        batch: rows of the product, see ``size_of``.
         reflect: of the weight's generator.
 
     Raises:
@@ -148,28 +148,34 @@ def decide(
     )
 
 
-def batch_of(op: str, x: Tensor) -> int:
-    """Rows of an operator's product: those of x, or pixels of an image; 0 where there is none.
+def size_of(op: str, x: Tensor, placement: str) -> tuple[int, str]:
+    """(rows of the product, reflect mode): what beside its kind decides where a call runs.
 
-    Only whether it is large matters, so it is rounded down to a power of two.
+    Rows are those of x, or pixels of all images, rounded down to a power of two, since only
+    whether there are many matters; 0 where there is no product, and where the scratch limit does
+    not allow for a row and a column of the weight.
+
+    Args:
+        op: operator name.
+        x: the operator's first tensor.
+        placement: of the weight. A table counts as reflecting each element.
 
     Example:
-        >>> batch_of("linear", torch.empty(3, 5, 7)), batch_of("conv2d", torch.empty(2, 3, 4, 4))
-        (8, 32)
+        >>> from rpg_kernels.generator import Generator
+        >>> from rpg_kernels.placement import Placement
+        >>> spec = Placement(Generator(100, 8, "vector"), 0, 0, (6, 7), 1.0).to_json()
+        >>> size_of("linear", torch.empty(3, 5, 7), spec)
+        (8, 'vector')
     """
+    p = parse(placement)
+    reflect = getattr(p.generator, "reflect", "element")
     if not op.startswith(("linear", "conv2d")) or not x.numel():
-        return 0
+        return 0, reflect
     rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
-    return 1 << rows.bit_length() - 1
-
-
-def reflect_of(placement: str) -> str:
-    """Reflect mode of the generator in a placement's JSON; a table has one sign per entry.
-
-    Raises:
-        TypeError, ValueError: not a placement's JSON.
-    """
-    return getattr(parse(placement).generator, "reflect", "element")
+    line = p.numel // min(p.selected_shape[:2]) * x.element_size()
+    if line > settings.scratch_bytes(x.device.type):
+        return 0, reflect
+    return 1 << rows.bit_length() - 1, reflect
 
 
 @lru_cache(maxsize=4096)
@@ -221,8 +227,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         and dtype != torch.float64
     ):
         dtype = torch.get_autocast_dtype(x.device.type)
-    reflect = reflect_of(weight.spec)
-    batch = batch_of(op, x)
+    batch, reflect = size_of(op, x, weight.spec)
     rule = decide(op, x.device, dtype, settings.forced_backend(), batch, reflect)
     limit = settings.scratch_bytes(x.device.type)
     reason = _reason(rule, op, x.device, dtype)

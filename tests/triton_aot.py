@@ -74,18 +74,23 @@ class Compiled:
         return sum(bool(SPILL.search(line)) for line in self.loop())
 
     def loop(self) -> list[str]:
-        """Instructions of the shortest loop that holds a tensor-core instruction, or []."""
+        """Instructions of the shortest loop that holds a tensor-core instruction.
+
+        Of the longest loop where none does, [] where there is no loop.
+        """
         lines = [line.strip() for line in self.sass.splitlines()]
         at = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L_x_\d+):", line))}
         best: list[str] = []
+        longest: list[str] = []
         for i, line in enumerate(lines):
             target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
             if not target or at.get(target[1], i) >= i:
                 continue
             body = [s for s in lines[at[target[1]] : i + 1] if re.match(r"/\*[0-9a-f]+\*/", s)]
+            longest = max(longest, body, key=len)
             if any(MMA.search(s) for s in body) and (not best or len(body) < len(best)):
                 best = body
-        return [re.sub(r"^/\*[0-9a-f]+\*/\s*", "", line) for line in best]
+        return [re.sub(r"^/\*[0-9a-f]+\*/\s*", "", line) for line in best or longest]
 
 
 def build(
@@ -96,6 +101,7 @@ def build(
     ones: bool = False,
     bank: str = "",
     integers: str = "i32",
+    aligned: bool = True,
     **constants: Any,
 ) -> Compiled:
     """Compile a kernel of KERNELS.
@@ -108,6 +114,7 @@ def build(
         ones: every integer is 1, which Triton makes a constant of.
         bank: dtype of the bank where it is another.
         integers: their type; Triton passes "i64" what does not fit "i32".
+        aligned: sizes and strides are multiples of 16.
         constants: compile-time arguments, beside the tile sizes, and integers of 1.
     """
     kernel = KERNELS[name]
@@ -143,7 +150,7 @@ def build(
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[p.name] = "fp32" if p.name == "scale" else integers
-            if p.name.startswith(_ALIGNED):
+            if aligned and p.name.startswith(_ALIGNED):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -183,6 +190,8 @@ def linear_constants(
         "BLOCK": 1024,
         "BLOCK_S": max(1, 1024 // g),
         "ONE_TAP": True,
+        "UNIT_N": 1,
+        "UNIT_K": 1,
         "WHOLE": False,
         "BITS": False,
         "EVEN_N": False,

@@ -44,7 +44,7 @@ def define(
         how: tuple[Any, ...] = (name, first.device, first.dtype, backend)
         if first.device.type == "cuda" and not backend:  # elsewhere sizes decide nothing
             placement = next(argument for argument in operands if isinstance(argument, str))
-            how += (dispatch.batch_of(name, first), dispatch.reflect_of(placement))
+            how += dispatch.size_of(name, first, placement)
         return dispatch.implementation(*how)(*operands)
 
     def trace(*args: Any) -> Tensor:

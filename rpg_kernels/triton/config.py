@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -131,7 +132,8 @@ def _choose(op: str, m: int, n: int, k: int, block: int, low: bool, on: Gpu, tim
             tile[i] //= 2
     area = math.prod(tile[i] for i in kept)
     stages = 3 if summed == 0 else 5  # two of five are for entries
-    warps = 8 if area >= 128 * 128 else 4
+    # fp32 tiles are small, but sums and signs in fp32 take as many registers.
+    warps = 8 if area >= 128 * 128 or not low else 4
     return Config(tile[0], tile[1], tile[2], warps, stages, splits=splits)
 
 
@@ -208,8 +210,12 @@ def choose(
     return _choose(op, m, n, k, block, dtype.itemsize == 2, on, times)
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """Triton's input_precision: TF32 only where torch's own switch allows it."""
-    if dtype != torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def dot_precision(dtype: torch.dtype, convolution: bool = False) -> str:
+    """Triton's input_precision: TF32 only where torch's own switch allows it.
+
+    torch has two, torch.backends.cuda.matmul and torch.backends.cudnn.conv; the latter allows it
+    by default.
+    """
+    cudnn: Any = torch.backends.cudnn
+    switch = cudnn.conv if convolution else torch.backends.cuda.matmul
+    return "tf32" if dtype == torch.float32 and switch.fp32_precision == "tf32" else "ieee"

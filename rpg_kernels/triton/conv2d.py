@@ -276,7 +276,7 @@ def _launch(
         G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs, EVEN_K=even,
         WHOLE=even and cols.count == matrix.run_blocks, BY_TAP=matrix.by_tap, BITS=view.in_bits,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1], PARTS=parts,
-        HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype),
+        HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype, convolution=True),
         ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=pointwise._stages(bank, x, entries, c),

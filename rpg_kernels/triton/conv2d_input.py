@@ -345,7 +345,8 @@ def _launch(
         BY_TAP=matrix.by_tap, BITS=view.in_bits,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1],
         PARTS=triton.cdiv(g.per_group, c.block_n), ADD=add,
-        PRECISION=dot_precision(dy.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+        PRECISION=dot_precision(dy.dtype, convolution=True),
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=pointwise._stages(bank, dy, entries, c),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -108,7 +109,15 @@ def on_device(words: Sequence[int], device: torch.device) -> Tensor:
             "since a few words about the layer are copied to the device once"
         )
     signed = [word - (1 << 32) if word >= 1 << 31 else word for word in words]
-    return torch.tensor(signed, dtype=torch.int32, device=device)
+    if device.type != "cuda":
+        return torch.tensor(signed, dtype=torch.int32, device=device)
+    # In another thread, which allocates outside of a CUDA graph's private pool: what lies there
+    # and is no output would be taken for a leak (torch.compile, mode="reduce-overhead").
+    with ThreadPoolExecutor(1) as thread:
+        made: Tensor = thread.submit(
+            torch.tensor, signed, dtype=torch.int32, device=device
+        ).result()
+    return made
 
 
 @triton.jit

@@ -58,6 +58,8 @@ def _forward_kernel(
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    UNIT_N: tl.constexpr,
+    UNIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -71,11 +73,16 @@ def _forward_kernel(
 
     Tile: BLOCK_M x BLOCK_N, BLOCK_K columns a step; padded columns count from block ``low``, of
     which x's column 0 is number ``first``. Grid: one program per tile, grouped for the L2 cache.
-    Shared memory: a ring of (BLOCK_M + BLOCK_N) * BLOCK_K elements, 65 KiB at 128 x 128 x 64 with
-    3 stages in 16 bits. Budget at that size: 3.6 lane-instructions per generated weight with
-    entries in scratch and vector signs, 7 with element signs (sm_90).
+    Shared memory: a ring of (BLOCK_M + BLOCK_N) * BLOCK_K elements, 146 KiB at 128 x 256 x 64 with
+    5 stages in 16 bits (3 of tiles). Budget at that size on sm_90: 2.0 lane-instructions per
+    generated weight with entries in scratch and folded signs, 4.9 with element signs; 11 with the
+    law in line.
+    K, first and stride_xm come in units of UNIT_K elements, N and stride_ym of UNIT_N: 16 bytes
+    where all are multiples, so that the compiler knows.
     Rows beyond M and N repeat the last one and are not stored.
     """
+    K, first, stride_xm = K * UNIT_K, first * UNIT_K, tl.full([], UNIT_K, tl.int64) * stride_xm
+    N, stride_ym = N * UNIT_N, tl.full([], UNIT_N, tl.int64) * stride_ym
     pid = tl.program_id(0)
     pid_m, pid_n = _tile_of(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -138,6 +145,8 @@ def _input_grad_kernel(
     PAIRS: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
+    UNIT_N: tl.constexpr,
+    UNIT_K: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -151,8 +160,12 @@ def _input_grad_kernel(
 
     Tile: BLOCK_M x BLOCK_K, the columns of step pid_k, BLOCK_N rows of the weight at a time.
     Grid: one program per tile, grouped. Shared memory: a ring of (BLOCK_M + BLOCK_K) * BLOCK_N
-    elements, 97 KiB at 128 x 64 x 128 with 3 stages in 16 bits. Budget: as the forward's.
+    elements, 146 KiB at 128 x 64 x 256 with 5 stages in 16 bits (3 of tiles). Budget at that size:
+    as the forward's. K, first and stride_dxm come in units of UNIT_K elements, N and stride_dym of
+    UNIT_N.
     """
+    K, first, stride_dxm = K * UNIT_K, first * UNIT_K, tl.full([], UNIT_K, tl.int64) * stride_dxm
+    N, stride_dym = N * UNIT_N, tl.full([], UNIT_N, tl.int64) * stride_dym
     pid = tl.program_id(0)
     pid_m, step = _tile_of(pid, tl.cdiv(M, BLOCK_M), steps, GROUP)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -262,13 +275,21 @@ def _launch_forward(
     cols, g = p.block_columns, p.matrix.block
     steps = _steps(p, c, cols.count)
     grid = (triton.cdiv(m, c.block_m) * triton.cdiv(band.rows, c.block_n),)
+    of_n, of_k = (
+        plan.unit(out.dtype, band.rows, out.stride(0)),
+        plan.unit(a.dtype, columns, a.stride(0)),
+    )
+    of_k = of_k if cols.first % of_k == 0 else 1
     _forward_kernel[grid](
         a, bank.ring, band.words, entries.tensor, out if bias is None else bias[part],
-        out[:, part], m, band.rows, columns, a.stride(0), a.stride(1), out.stride(0),
-        entries.stride, band.row0, p.matrix.blocks, cols.low, cols.first, steps, bank.scale,
+        out[:, part], m, band.rows // of_n, columns // of_k,
+        a.stride(0) // of_k, a.stride(1), out.stride(0) // of_n,
+        entries.stride, band.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps,
+        bank.scale,
         G=g, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=cols.first == 0 and columns == steps * c.block_k, HAS_BIAS=bias is not None,
-        PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+        UNIT_N=of_n, UNIT_K=of_k, PRECISION=dot_precision(a.dtype),
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=_stages(bank, a, entries, c),
     )  # fmt: skip
@@ -348,13 +369,18 @@ def _launch_input_grad(
 ) -> None:
     m, columns = out.shape
     steps = _steps(p, c, count)
+    of_n, of_k = (
+        plan.unit(a.dtype, band.rows, a.stride(0)),
+        plan.unit(out.dtype, columns, out.stride(0)),
+    )
+    of_k = of_k if first % of_k == 0 else 1
     _input_grad_kernel[(triton.cdiv(m, c.block_m) * steps,)](
-        a, bank.ring, band.words, entries.tensor, out, m, band.rows, columns,
-        a.stride(0), a.stride(1), out.stride(0), entries.stride, band.row0, p.matrix.blocks,
-        low, first, steps, bank.scale,
+        a, bank.ring, band.words, entries.tensor, out, m, band.rows // of_n, columns // of_k,
+        a.stride(0) // of_n, a.stride(1), out.stride(0) // of_k, entries.stride, band.row0,
+        p.matrix.blocks, low, first // of_k, steps, bank.scale,
         G=p.matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=first == 0 and columns == steps * c.block_k, EVEN_N=band.rows % c.block_n == 0,
-        ADD=add,
+        UNIT_N=of_n, UNIT_K=of_k, ADD=add,
         PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=_stages(bank, a, entries, c),

@@ -44,6 +44,8 @@ def _bank_grad_kernel(
     SIGN: tl.constexpr,
     SCATTER: tl.constexpr,
     ADD: tl.constexpr,
+    UNIT_N: tl.constexpr,
+    UNIT_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
@@ -60,7 +62,10 @@ def _bank_grad_kernel(
     64 x 256 x 128 with 3 stages in 16 bits. Budget: that of a dense product in the loop, 2.4
     lane-instructions per element of dy at that size; at the end an entry per row and block, and one
     atomic per 4 elements where the device has vector atomics, 4 bytes per virtual weight and span.
+    K, first and stride_xm come in units of UNIT_K elements, N and stride_dym of UNIT_N.
     """
+    K, first, stride_xm = K * UNIT_K, first * UNIT_K, tl.full([], UNIT_K, tl.int64) * stride_xm
+    N, stride_dym = N * UNIT_N, tl.full([], UNIT_N, tl.int64) * stride_dym
     pid = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     split = pid // (tiles_n * steps)
@@ -195,11 +200,17 @@ def _launch(
     (m, columns), cols, g = b.shape, p.block_columns, p.matrix.block
     steps = -(-cols.count * g // c.block_k)
     splits, span = spans(m, c, scatter)
+    of_n, of_k = (
+        plan.unit(a.dtype, band.rows, a.stride(0)),
+        plan.unit(b.dtype, columns, b.stride(0)),
+    )
+    of_k = of_k if cols.first % of_k == 0 else 1
     _bank_grad_kernel[(triton.cdiv(band.rows, c.block_n) * steps * splits,)](
-        a, b, band.words, entries.tensor, out, m, band.rows, columns,
-        a.stride(0), a.stride(1), b.stride(0), b.stride(1), entries.stride,
-        band.row0, p.matrix.blocks, cols.low, cols.first, steps, span, p.scale,
+        a, b, band.words, entries.tensor, out, m, band.rows // of_n, columns // of_k,
+        a.stride(0) // of_n, a.stride(1), b.stride(0) // of_k, b.stride(1), entries.stride,
+        band.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps, span, p.scale,
         G=g, SOURCE=entries.source, SIGN=plan.sign_kind(p), SCATTER=scatter, ADD=add,
+        UNIT_N=of_n, UNIT_K=of_k,
         PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,

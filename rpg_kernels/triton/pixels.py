@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rpg_kernels.placement import Placement, parse, split
-from rpg_kernels.triton.config import Config, choose, gpu
+from rpg_kernels.triton.config import Config, choose, dot_precision, gpu
 
 MOST_PIXELS = 1 << 30  # of one launch, so that their numbers stay int32
 MOST_BITS = 32  # taps that one word of a row's validity holds
@@ -253,6 +253,7 @@ def is_pointwise(
     """Whether a convolution is a product of matrices that are there: image only channels-last."""
     return (
         groups == 1
+        and dot_precision(image.dtype) == dot_precision(image.dtype, convolution=True)
         and p.matrix.taps == 1
         and tuple(stride) == (1, 1)
         and tuple(padding) == (0, 0)

@@ -108,6 +108,19 @@ def _cast(ring: Tensor, scale: float, out: Tensor) -> Tensor:
     return out.copy_(ring) if scale == 1.0 else torch.mul(ring, scale, out=out)
 
 
+def unit(dtype: torch.dtype, *sizes: int) -> int:
+    """Elements in 16 bytes where all sizes are multiples of that, otherwise 1.
+
+    Triton itself looks for multiples of 16 only, so that it would read rows of 1000 one by one.
+
+    Example:
+        >>> unit(torch.float16, 1000, 8), unit(torch.float16, 1000, 4), unit(torch.float32, 4)
+        (8, 1, 4)
+    """
+    whole = 16 // dtype.itemsize
+    return whole if all(size % whole == 0 for size in sizes) else 1
+
+
 def rows_that_fit(left: int, rows: int, blocks: int, block_n: int) -> int:
     """Rows of a launch whose entries, 4 bytes for each of ``blocks``, fit in ``left`` bytes.
 

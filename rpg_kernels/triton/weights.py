@@ -187,8 +187,8 @@ def weight_tile(
             SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
         )  # fmt: skip
         at = bank_ptr.to(tl.pointer_type(tl.uint32)) + places(slot, e // 2, G // 2, BLOCK_K // 2)
-        one = step * BLOCK_K + 2 * pair
-        some = ((one + 1 >= first) & (one < first + length))[None, :]
+        half, end = step * (BLOCK_K // 2) + pair, first + length
+        some = ((half >= first // 2) & (half < end - end // 2))[None, :]  # pairs with one wanted
         both = masked_load(at, some, live, EVEN_K)
         if SIGN == "element":
             q = _position(rows, columns, row0, blocks)

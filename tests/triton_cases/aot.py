@@ -132,3 +132,25 @@ def test_other_laws_and_wide_integers(
         more = {"ROUNDS": rounds[0], "SWAP_ROUNDS": rounds[1], "PAIRS": False, "EVEN_K": False}
         constants = aot.linear_constants("element", "law", 16, **more)
         assert aot.build(name, 90, config, "fp16", integers=integers, **constants).ptx
+
+
+@pytest.mark.parametrize("sign", ["folded", "element"])
+@pytest.mark.parametrize("name", ["linear", "linear_input_grad", "linear_bank_grad"])
+def test_sizes_that_are_multiples_of_eight_only(name: str, sign: str) -> None:
+    """Rows of 1000 are read in 16 bytes too."""
+    config = choose(name, 1024, 1000, 1000, 64, torch.float16)
+    sign = "entry" if name == "linear_bank_grad" and sign == "folded" else sign
+    more = {"EVEN_K": False, "UNIT_N": 8, "UNIT_K": 8, "PAIRS": sign == "element"}
+    constants = aot.linear_constants(sign, **more)
+    c = aot.build(name, 90, config, "fp16", aligned=False, **constants)
+    assert not re.findall(r"(?:ld|st)\.global[.\w:]*b16", c.ptx)
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x\w+|\d+)", c.ptx)
+    assert sum(s in ("0x10", "16") for s in sizes) >= 12
+    assert c.spills_in_loop == 0
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_input_grad", "linear_bank_grad"])
+def test_plain_fp32_products_keep_their_registers(name: str) -> None:
+    config = choose(name, 1024, 4096, 4096, 64, torch.float32)
+    constants = aot.linear_constants("element", PAIRS=False)
+    assert aot.build(name, 90, config, "fp32", **constants).spills_in_loop == 0

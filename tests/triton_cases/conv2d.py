@@ -47,7 +47,7 @@ def poison() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("seed", range(16 if INTERPRETED else 200))
+@pytest.mark.parametrize("seed", range(16 if INTERPRETED else 40))
 def test_random(seed: int) -> None:
     weight, x, bias, how = random_call(seed)
     with rpg.scratch_limit(random.Random(seed).choice([0, 1000, 6000, 1 << 20, 1 << 20])):

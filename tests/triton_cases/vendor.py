@@ -14,6 +14,7 @@ from triton_process import DEVICE, INTERPRETED
 
 import rpg_kernels as rpg
 from rpg_kernels import dispatch
+from rpg_kernels.triton.config import dot_precision
 from rpg_kernels.vendor import chunks, conv2d, linear
 
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else brute.ALL[1:]
@@ -44,7 +45,7 @@ def test_linear(seed: int) -> None:
     on, spec, a, d = bank.weight.detach().to(DEVICE), weight.spec, x.to(DEVICE), dy.to(DEVICE)
     row = w.shape[1] * dtype.itemsize
     column = w.shape[0] * dtype.itemsize
-    for limit in (max(row, column), 3 * max(row, column), 1 << 20):
+    for limit in (3 * max(row, column), 1 << 20):
         with rpg.scratch_limit(limit):
             y = linear.linear(a, on, None, bias.to(DEVICE), spec)
             dx = linear.linear_input_grad(d, on, None, spec)
@@ -86,7 +87,7 @@ def test_conv2d(shape: tuple[int, ...], groups: int, last: bool) -> None:
     on = bank.weight.detach().to(DEVICE)
     ours, theirs = {}, {}
     one = max(shape[1:][0] * shape[2] * shape[3], shape[0] // groups * shape[2] * shape[3]) * 4
-    for limit in (one, 3 * one, 1 << 20):
+    for limit in (2 * one, 1 << 20):
         with rpg.scratch_limit(limit):
             y = conv2d.conv2d(x, on, None, None, weight.spec, *geometry)
             dy = torch.randn(y.shape, device=DEVICE, generator=None).to(memory_format=kind)
@@ -174,3 +175,25 @@ def test_choice_by_size(op: str, batch: int, reflect: str, wanted: str) -> None:
     dispatch.decide.cache_clear()
     assert rule.backend == wanted
     assert forced.backend == "triton"
+
+
+def test_not_chosen_where_scratch_has_no_room() -> None:
+    weight = brute.bank_of(500, torch.float32, granularity=8, reflect="element").place((40, 64))
+    x = torch.randn(4096, 64)
+    assert dispatch.size_of("linear", x, weight.spec) == (4096, "element")
+    for limit in (0, 255):
+        with rpg.scratch_limit(limit):
+            assert dispatch.size_of("linear", x, weight.spec) == (0, "element")
+
+
+def test_convolutions_follow_their_own_tf32_switch() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (True, False):
+            torch.backends.cudnn.allow_tf32 = allowed
+            wanted = "tf32" if allowed else "ieee"
+            assert dot_precision(torch.float32, convolution=True) == wanted
+            assert dot_precision(torch.float32) == "ieee"
+            assert dot_precision(torch.float16, convolution=True) == "ieee"
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
