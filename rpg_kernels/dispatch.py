@@ -58,8 +58,7 @@ RULES = (
     Rule(
         "vendor",
         lambda op, device, dtype: not why_not("vendor", op, device, dtype),
-        "unpacked by a kernel within the scratch limit, multiplied by the vendor's library: "
-        f"predicted faster with a sign per element from batch {vendor.ELEMENT_SIGNS_FROM}",
+        "unpacked by a kernel within the scratch limit, multiplied by the vendor's library",
         lambda op, batch, reflect: vendor.preferred(op, batch, reflect) and not interpreted(),
     ),
     Rule(
@@ -153,7 +152,7 @@ def size_of(op: str, x: Tensor, placement: str) -> tuple[int, str]:
 
     Rows are those of x, or pixels of all images, rounded down to a power of two, since only
     whether there are many matters; 0 where there is no product, and where the scratch limit does
-    not allow for a row and a column of the weight.
+    not allow for a sixteenth of the weight, since many small parts cost more than they gain.
 
     Args:
         op: operator name.
@@ -172,7 +171,7 @@ def size_of(op: str, x: Tensor, placement: str) -> tuple[int, str]:
     if not op.startswith(("linear", "conv2d")) or not x.numel():
         return 0, reflect
     rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
-    line = p.numel // min(p.selected_shape[:2]) * x.element_size()
+    line = p.numel // min(16, *p.selected_shape[:2]) * x.element_size()
     if line > settings.scratch_bytes(x.device.type):
         return 0, reflect
     return 1 << rows.bit_length() - 1, reflect
@@ -231,4 +230,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     rule = decide(op, x.device, dtype, settings.forced_backend(), batch, reflect)
     limit = settings.scratch_bytes(x.device.type)
     reason = _reason(rule, op, x.device, dtype)
+    if rule.backend == "vendor" and not settings.forced_backend():
+        reason += "; with a sign per element predicted to be faster than fused kernels from batch "
+        reason += str(vendor.ELEMENT_SIGNS_FROM)
     return Explanation(op, rule.backend, reason, str(x.device), str(dtype), limit)

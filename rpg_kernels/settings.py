@@ -46,8 +46,10 @@ def scratch_limit(limit: int, device_type: str | None = None) -> _Restore:
 
     The default is 4 MiB on CPU and 16 MiB on CUDA. 0 forbids scratch; an operator that cannot
     run within the limit raises and says how much it needs. Not scratch are inputs and results, the
-    fp32 accumulator of a bank gradient, copies of activations (in another dtype, or in pieces),
-    and what the vendor library packs for itself. The setting is process-wide.
+    fp32 accumulator of a bank gradient, a copy of the bank in the dtype of a product (at most 4
+    bytes per degree of freedom in 16 bits; none when scratch is forbidden), copies of activations
+    (in another dtype, or in pieces), and what the vendor library packs for itself. The setting is
+    process-wide.
 
     Args:
         limit: bytes, at least 0.

@@ -356,3 +356,14 @@ def test_explain_without_a_tensor() -> None:
     layer = rpg.nn.Linear(20, 9, bank=rpg.ParameterBank(640))
     with pytest.raises(TypeError, match=rf"^x{NAMED}"):
         rpg.explain(layer, [1.0])  # type: ignore[arg-type]
+
+
+def test_table_that_is_not_contiguous() -> None:
+    bank = brute.table_bank(50, entries=6 * 10, dtype=torch.float32)
+    weight = bank.place((6, 10))
+    assert bank.table is not None
+    table = bank.table.repeat_interleave(2)[::2]
+    with pytest.raises(ValueError, match=r"table: got strides \(2,\), wanted a contiguous table"):
+        torch.ops.rpg_kernels.linear(
+            torch.randn(3, 10), bank.weight, table, None, weight.spec, "reference"
+        )

@@ -150,7 +150,7 @@ def build(
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[p.name] = "fp32" if p.name == "scale" else integers
-            if aligned and p.name.startswith(_ALIGNED):
+            if aligned and not p.do_not_specialize and p.name.startswith(_ALIGNED):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": config.warps, "num_stages": config.stages}

@@ -120,6 +120,8 @@ def check_table(table: Tensor | None, p: Placement, device: torch.device) -> Non
     if table.dtype != torch.int32 or tuple(table.shape) != (p.generator.entries,):
         got = f"{table.dtype} {list(table.shape)}"
         raise _checks.fail("table", got, f"torch.int32 [{p.generator.entries}]")
+    if not table.is_contiguous():
+        raise _checks.fail("table", f"strides {table.stride()}", "a contiguous table")
     check_device("table", table, device)
 
 

@@ -202,7 +202,6 @@ def conv2d(
     """x ``[B, C, H, W]`` -> ``[B, out, H', W']`` in x's memory format."""
     p = parse(placement)
     bias = None if bias is None else bias.contiguous()
-    table = None if table is None else table.contiguous()
     if pixels.is_pointwise(x, p, stride, padding, groups):
         lines, matrix = x.permute(0, 2, 3, 1), pixels.as_matrix(placement)
         return pointwise.linear(lines, bank, table, bias, matrix, config).permute(0, 3, 1, 2)
@@ -221,7 +220,7 @@ def conv2d(
     m = x.shape[0] * out_h * out_w
     c = config or pixels.choose_tiles("conv2d", m, p, groups, x)
     with plan.on_device(x):
-        bank_operand = plan.operand(bank, p, x.dtype, reused=m > c.block_m)
+        bank_operand = plan.operand(bank, p, x.dtype, tiles=plan.cdiv(m, c.block_m))
         count = p.matrix.runs * p.block_columns.count
         at_most = plan.rows_that_fit(bank_operand.left, rows, count, c.block_n)
         in_scratch = table is None and at_most > 0
@@ -266,8 +265,8 @@ def _launch(
     even = cols.first == 0 and cols.length == parts * c.block_k
     g = pixels.groups_of(p, groups, band.row, band.rows)
     m = y.shape[0] * y.shape[2] * y.shape[3]
-    tiles_n = g.count * triton.cdiv(g.per_group, c.block_n)
-    _forward_kernel[(triton.cdiv(m, c.block_m) * tiles_n,)](
+    tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
+    _forward_kernel[(plan.cdiv(m, c.block_m) * tiles_n,)](
         x, bank.ring, band.words, entries.tensor, y if bias is None else bias, y,
         m, band.rows, *x.shape[2:], *y.shape[2:], *x.stride(), *y.stride(), *view.numbers,
         g.per_group, g.first, g.offset, columns, matrix.channels, p.selection[1][0],

@@ -205,7 +205,6 @@ def conv2d_bank_grad(
         RuntimeError: deterministic, and the scratch limit is too small for the reference too.
     """
     p = parse(placement)
-    table = None if table is None else table.contiguous()
     if _same_lines(dy, x) and pixels.is_pointwise(x, p, stride, padding, groups):
         lines = dy.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
         matrix = pixels.as_matrix(placement)
@@ -280,9 +279,9 @@ def _launch(
     batch, _, out_h, out_w = dy.shape
     stride_b, _, stride_h, stride_w = dy.stride()
     lines = stride_h == out_w * stride_w and stride_b == out_h * stride_h
-    parts = triton.cdiv(cols.count * matrix.block, c.block_k)
+    parts = plan.cdiv(cols.count * matrix.block, c.block_k)
     g = pixels.groups_of(p, groups, band.row, band.rows)
-    tiles_n = g.count * triton.cdiv(g.per_group, c.block_n)
+    tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
     m, tiles = batch * out_h * out_w, tiles_n * parts * matrix.runs
     splits, span = linear_bank.spans(m, c, scatter)
     _bank_grad_kernel[(tiles * splits,)](

@@ -244,7 +244,6 @@ def conv2d_input_grad(
     the law itself has several bands, and then in fp32.
     """
     p = parse(placement)
-    table = None if table is None else table.contiguous()
     if pixels.is_pointwise(dy, p, stride, padding, groups):
         lines, matrix = dy.permute(0, 2, 3, 1), pixels.as_matrix(placement)
         dx = pointwise.linear_input_grad(lines, bank, table, matrix, config)
@@ -262,7 +261,7 @@ def conv2d_input_grad(
     if not p.matrix.by_tap:
         c = replace(c, block_k=16)
     with plan.on_device(dy):
-        operand = plan.operand(bank, p, dy.dtype, reused=m > c.block_m)
+        operand = plan.operand(bank, p, dy.dtype, tiles=plan.cdiv(m, c.block_m))
         bands = list(plan.bands(p, dy.device))
         out = dx.float() if len(bands) > 1 else dx
         if len(bands) > 1 or len(classes) < stride[0] * stride[1]:
@@ -329,11 +328,11 @@ def _launch(
     out = dx[:, columns.begin :, one.first[0] :: stride[0], one.first[1] :: stride[1]]
     m = out.shape[0] * one.height * one.width
     padded = columns.count * matrix.block if matrix.by_tap else columns.length
-    steps = triton.cdiv(padded, c.block_k)
+    steps = plan.cdiv(padded, c.block_k)
     g = pixels.groups_of(p, groups, band.row, band.rows)
     tiles_k = g.count * steps
     even_n = g.per_group % c.block_n == 0 and g.offset == 0 and band.rows % g.per_group == 0
-    _input_grad_kernel[(triton.cdiv(m, c.block_m) * tiles_k,)](
+    _input_grad_kernel[(plan.cdiv(m, c.block_m) * tiles_k,)](
         dy, bank.ring, band.words, entries.tensor, out,
         m, band.rows, *dy.shape[2:], one.height, one.width, *dy.stride(), *out.stride(),
         *view.numbers, view.first_tap, *view.taps_apart,
@@ -344,7 +343,7 @@ def _launch(
         EVEN_K=columns.first == 0 and columns.length == steps * c.block_k, EVEN_N=even_n,
         BY_TAP=matrix.by_tap, BITS=view.in_bits,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1],
-        PARTS=triton.cdiv(g.per_group, c.block_n), ADD=add,
+        PARTS=plan.cdiv(g.per_group, c.block_n), ADD=add,
         PRECISION=dot_precision(dy.dtype, convolution=True),
         ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,

@@ -229,7 +229,7 @@ def _launch(
         for band in plan.bands(p, indices.device):
             in_line = plan.entries_in_line(band)
             entries = in_line if table is None else plan.entries_of_table(table, p, band)
-            kernel[(triton.cdiv(m, c.block_m) * steps,)](
+            kernel[(plan.cdiv(m, c.block_m) * steps,)](
                 *source, band.words, entries.tensor, flat, *result, m, p.selected_shape[1],
                 *strides, band.row, band.rows, band.row0, matrix.blocks, cols.low, cols.first,
                 steps, p.scale,

@@ -104,7 +104,7 @@ def add(ring: Tensor, dense: Tensor, p: Placement, band: plan.Band) -> None:
     matrix = p.matrix
     block_s = max(1, 1024 // matrix.block)
     rows, columns, _ = dense.shape
-    _gather_kernel[(triton.cdiv(ring.shape[0], block_s),)](
+    _gather_kernel[(plan.cdiv(ring.shape[0], block_s),)](
         dense, band.words, ring, *dense.stride(), rows, columns, p.selection[1][0],
         matrix.channels, matrix.run, matrix.run_blocks, band.row0, matrix.blocks, p.scale,
         G=matrix.block, SIGN=plan.sign_kind(p), BY_TAP=matrix.by_tap,

@@ -240,7 +240,7 @@ def linear(
     cols = p.block_columns
     added = None if bias is None else bias.contiguous()
     with plan.on_device(x):
-        bank_operand = plan.operand(bank, p, x.dtype, reused=m > c.block_m)
+        bank_operand = plan.operand(bank, p, x.dtype, tiles=plan.cdiv(m, c.block_m))
         at_most = plan.rows_that_fit(bank_operand.left, rows, cols.count, c.block_n)
         in_scratch = table is None and at_most > 0
         for band in plan.bands(p, x.device, at_most if in_scratch else plan.INT32_MAX):
@@ -274,7 +274,7 @@ def _launch_forward(
     m, columns = a.shape
     cols, g = p.block_columns, p.matrix.block
     steps = _steps(p, c, cols.count)
-    grid = (triton.cdiv(m, c.block_m) * triton.cdiv(band.rows, c.block_n),)
+    grid = (plan.cdiv(m, c.block_m) * plan.cdiv(band.rows, c.block_n),)
     of_n, of_k = (
         plan.unit(out.dtype, band.rows, out.stride(0)),
         plan.unit(a.dtype, columns, a.stride(0)),
@@ -319,7 +319,7 @@ def linear_input_grad(
     cols, g = p.block_columns, p.matrix.block
     unit = max(1, c.block_k // g)  # blocks that a launch must hold whole
     with plan.on_device(dy):
-        bank_operand = plan.operand(bank, p, dy.dtype, reused=m > c.block_m)
+        bank_operand = plan.operand(bank, p, dy.dtype, tiles=plan.cdiv(m, c.block_m))
         all_bands = list(plan.bands(p, dy.device))
         several = len(all_bands) > 1
         out = dx.view(-1, columns)
@@ -374,7 +374,7 @@ def _launch_input_grad(
         plan.unit(out.dtype, columns, out.stride(0)),
     )
     of_k = of_k if first % of_k == 0 else 1
-    _input_grad_kernel[(triton.cdiv(m, c.block_m) * steps,)](
+    _input_grad_kernel[(plan.cdiv(m, c.block_m) * steps,)](
         a, bank.ring, band.words, entries.tensor, out, m, band.rows // of_n, columns // of_k,
         a.stride(0) // of_n, a.stride(1), out.stride(0) // of_k, entries.stride, band.row0,
         p.matrix.blocks, low, first // of_k, steps, bank.scale,

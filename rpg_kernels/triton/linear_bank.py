@@ -181,9 +181,9 @@ def _add_in_order(
 
 def spans(m: int, c: Config, scatter: bool) -> tuple[int, int]:
     """(parts of the batch, rows of each) of a launch; one part where results are stored."""
-    rows = triton.cdiv(m, c.splits if scatter else 1)
-    span = triton.cdiv(rows, c.block_m) * c.block_m
-    return triton.cdiv(m, span), span
+    rows = plan.cdiv(m, c.splits if scatter else 1)
+    span = plan.cdiv(rows, c.block_m) * c.block_m
+    return plan.cdiv(m, span), span
 
 
 def _launch(
@@ -205,7 +205,7 @@ def _launch(
         plan.unit(b.dtype, columns, b.stride(0)),
     )
     of_k = of_k if cols.first % of_k == 0 else 1
-    _bank_grad_kernel[(triton.cdiv(band.rows, c.block_n) * steps * splits,)](
+    _bank_grad_kernel[(plan.cdiv(band.rows, c.block_n) * steps * splits,)](
         a, b, band.words, entries.tensor, out, m, band.rows // of_n, columns // of_k,
         a.stride(0) // of_n, a.stride(1), b.stride(0) // of_k, b.stride(1), entries.stride,
         band.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps, span, p.scale,

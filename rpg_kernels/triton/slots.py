@@ -71,6 +71,6 @@ def write(
     """
     number, rows = out.shape
     block = min(1024, max(32, triton.next_power_of_2(rows)))
-    _slots_kernel[(number * triton.cdiv(rows, block),)](
+    _slots_kernel[(number * -(-rows // block),)](
         words, out, rows, number // runs, row0, blocks, run_blocks, low, sign, *rounds, block
     )

@@ -18,7 +18,7 @@ from rpg_kernels.triton.config import Config, choose
 _locate, _flip = weights.locate, entries.flip
 
 
-@triton.jit(do_not_specialize=["rows", "low", "first", "row0", "steps"])
+@triton.jit(do_not_specialize=["rows", "low", "row0", "steps"])
 def _unpack_kernel(
     bank_ptr,  # [slots, G]
     law_ptr,  # [128]
@@ -147,7 +147,7 @@ def tile(
             in_line = plan.entries_in_line(band)
             entries = in_line if table is None else plan.entries_of_table(table, p, band)
             part = dense[band.row : band.row + band.rows]
-            _unpack_kernel[(triton.cdiv(band.rows, c.block_n) * steps,)](
+            _unpack_kernel[(plan.cdiv(band.rows, c.block_n) * steps,)](
                 ring, band.words, entries.tensor, part, *part.stride(),
                 band.rows, columns, matrix.channels, matrix.run, matrix.run_blocks, matrix.runs,
                 band.row0, matrix.blocks, cols.low, cols.count, first, steps, p.scale,

@@ -43,6 +43,7 @@ def poison() -> Iterator[None]:
         mock.patch.object(kernels, "empty_image", image),
         mock.patch.object(conv2d_input, "empty_image", image),
         mock.patch.object(plan, "scratch", scratch),
+        mock.patch.object(plan, "COPY_FROM", 1),  # small layers copy the bank too
     ):
         yield
 
@@ -142,7 +143,6 @@ def test_tiles_of_every_configuration_hold_the_same_bits(g: int, reflect: str) -
 def test_tables(groups: int) -> None:
     bank = brute.table_bank(50, entries=6 * 12 * 6 + 5, dtype=torch.float32)
     bank.place((1, 5))
-    bank.table = bank.table.repeat_interleave(2)[::2]  # not contiguous
     weight = bank.place((6, 12, 3, 2), scale=0.7)
     for part in (weight, weight.narrow(1, 3, 8).narrow(0, 2, 4)):
         check(part, torch.randn(2, part.shape[1] * groups, 5, 4), padding=1, groups=groups)

@@ -45,7 +45,11 @@ def poison() -> Iterator[None]:
     def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return poisoned(empty(shape, dtype=dtype, device=device))
 
-    with mock.patch.object(Tensor, "new_empty", new), mock.patch.object(plan, "scratch", scratch):
+    with (
+        mock.patch.object(Tensor, "new_empty", new),
+        mock.patch.object(plan, "scratch", scratch),
+        mock.patch.object(plan, "COPY_FROM", 1),  # small layers copy the bank too
+    ):
         yield
 
 
