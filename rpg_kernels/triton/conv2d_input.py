@@ -255,7 +255,7 @@ def conv2d_input_grad(
         return reference.conv2d_input_grad(
             dy, bank, table, input_size, placement, stride, padding, dilation, groups
         )
-    classes = list(pixels.residue_classes(p, input_size[2:], stride, padding, dilation))
+    classes = pixels.residue_classes(p, input_size[2:], stride, padding, dilation)
     m = dx.shape[0] * max((one.height * one.width for one in classes), default=0)
     c = config or pixels.choose_tiles("conv2d_input_grad", m, p, groups, dy)
     if not p.matrix.by_tap:

@@ -151,18 +151,29 @@ def residue_classes(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> Iterator[ResidueClass]:
+) -> tuple[ResidueClass, ...]:
     """Input pixels by their residues modulo the stride: each reads its own taps, with stride 1.
 
-    Classes without pixels or without taps are left out.
+    Classes without pixels or without taps are left out. Kept for the next call.
 
     Args:
         p: the weight.
         size: (H, W) of the input.
         stride, padding, dilation: of the forward.
     """
-    kernel = p.selected_shape[2:]
-    whole = forward_reads(p, (1, 1), (0, 0), (1, 1))
+    geometry = (tuple(v) for v in (size, stride, padding, dilation))
+    return _residue_classes(p.selected_shape[2:], *geometry)
+
+
+@lru_cache(maxsize=4096)
+def _residue_classes(
+    kernel: tuple[int, ...],
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[ResidueClass, ...]:
+    classes = []
     for rh in range(min(stride[0], size[0])):
         for rw in range(min(stride[1], size[1])):
             residue = (rh, rw)
@@ -176,9 +187,9 @@ def residue_classes(
                 (residue[d] + padding[d] - taps[d].start * dilation[d]) // stride[d] for d in (0, 1)
             ]
             reach = [-taps[d].step * dilation[d] // stride[d] for d in (0, 1)]
-            reads = replace(
-                whole,
+            reads = Reads(
                 taps=(len(taps[0]), len(taps[1])),
+                step=(1, 1),
                 start=(start[0], start[1]),
                 reach=(reach[0], reach[1]),
                 first_tap=taps[0].start * kernel[1] + taps[1].start,
@@ -187,7 +198,8 @@ def residue_classes(
             height, width = (
                 (s - r - 1) // t + 1 for s, r, t in zip(size, residue, stride, strict=True)
             )
-            yield ResidueClass(residue, height, width, reads)
+            classes.append(ResidueClass(residue, height, width, reads))
+    return tuple(classes)
 
 
 def images(batch: int, pixels: int) -> Iterator[tuple[int, int]]:
