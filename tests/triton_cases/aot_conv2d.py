@@ -15,7 +15,7 @@ INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "
 SMALL_SHARED = 99 * 1024  # bytes a program may have on sm_86, sm_89 and sm_120
 # Lane-instructions per generated weight in the loop.
 BUDGET = {
-    ("conv2d", "folded", 90): 2.6, ("conv2d", "element", 90): 5.4,
+    ("conv2d", "folded", 90): 2.5, ("conv2d", "element", 90): 5.4,
     ("conv2d", "folded", 100): 2.9, ("conv2d", "element", 100): 5.9,
     ("conv2d_input_grad", "folded", 90): 2.9, ("conv2d_input_grad", "element", 90): 6.3,
     ("conv2d_input_grad", "folded", 100): 3.4, ("conv2d_input_grad", "element", 100): 6.8,
