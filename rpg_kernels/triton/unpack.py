@@ -57,8 +57,9 @@ def _unpack_kernel(
     run from there. BY_TAP a run is a tap, and i = ``first`` is the first wanted column. Otherwise
     one run holds all taps, ``channels`` elements for each, of which column ``first`` is the first.
     Tile: BLOCK_N rows x BLOCK_K elements. Grid: one program per tile, row tiles innermost. Shared
-    memory: none where lines are aligned, otherwise 4 KiB. Budget: 20 to 25 lane-instructions per weight of a
-    matrix at G = 64, most of them the law, which each of the 8 threads of a row evaluates.
+    memory: none where lines are aligned, otherwise 4 KiB. Budget: 20 to 25 lane-instructions per
+    weight of a matrix at G = 64, most of them the law, which each of the 8 threads of a row
+    evaluates.
     The product with scale is rounded once, from fp32.
     """
     pid = tl.program_id(0)
