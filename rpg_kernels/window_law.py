@@ -6,7 +6,7 @@ that memory is read ``laps`` times less often than in law 1, and at random only 
 ``docs/window_law.md`` is the specification, this file the definition in PyTorch: int64 tensors
 that hold uint32 values. For one layer::
 
-    p    = order(n, b)         # 64 rows at a time, column after column: runs of p are units
+    p    = order(n, b)         # up to 4096 rows of a column, then the next: runs of p are units
     z    = start + P(p)        # whole units change places among the layer's whole cells
     cell, lap, j = z / (laps * window), z / window, z mod window
     slot = (cell * window + scramble(lap, j)) mod slots
@@ -32,12 +32,14 @@ from rpg_kernels import _checks
 from rpg_kernels.geometry import VirtualMatrix
 from rpg_kernels.law import MAX_BAND, LayerLaw, Permutation, sign_word
 
-STRIP = 64  # rows of a strip; units are columns of a strip
+STRIP = 4096  # most rows of a strip, which is cut column by column
+ALIGN = 64  # layers start at multiples of it
 OCTET = 8  # rows of a block whose slots differ modulo 8
-MIN_WINDOW, MAX_WINDOW = STRIP, 2**15
+MIN_WINDOW, MAX_WINDOW = ALIGN, 2**15
 MAX_LAPS = 64
 
 _M32 = 0xFFFFFFFF
+_POWERS = tuple(1 << i for i in range(STRIP.bit_length()))  # heights of strips
 _RING = 2**64 - 1  # the "layer" whose keys scramble the ring; real layers stay below 2^63
 _OCTET_WORD, _FACTOR_WORD, _SUMMAND_WORD = 0, 1, 2
 
@@ -93,13 +95,13 @@ def check_laps(laps: int, dof: int, span: int) -> None:
 
 
 def alignment(rows: int) -> int:
-    """What a layer's start must be a multiple of, in blocks, for columns to stay inside laps.
+    """What a layer's start must be a multiple of, in blocks, for 64 rows to stay inside a lap.
 
     Example:
         >>> alignment(4096), alignment(100), alignment(10)
         (64, 64, 8)
     """
-    return min(STRIP, 1 << (rows.bit_length() - 1))
+    return min(ALIGN, 1 << (rows.bit_length() - 1))
 
 
 def place(shape: Sequence[int], granularity: int, cursor: int) -> tuple[int, int]:
@@ -258,8 +260,8 @@ class WindowLaw(LayerLaw):
     def order(self, n: Tensor, b: Tensor, band: int) -> Tensor:
         """p: position of row n of a band and block b in the order in which units are cut.
 
-        Strips of 64 rows follow each other, then strips of 32, 16 ... rows, the binary digits of
-        what is left; inside a strip columns, inside a column rows.
+        Strips of 4096 rows follow each other, then strips of 2048, 1024 ... rows, the binary digits
+        of what is left; inside a strip columns, inside a column rows.
         """
         height = _strip_height(n, self.rows_in(band))
         return (n - n % height) * self.blocks + b * height + n % height
@@ -269,7 +271,7 @@ class WindowLaw(LayerLaw):
         rows = self.rows_in(band)
         height = torch.full_like(p, STRIP)
         base = p // (STRIP * self.blocks) * STRIP
-        for power in (1, 2, 4, 8, 16, 32):
+        for power in _POWERS[:-1]:
             if rows & power:
                 top = rows // (2 * power) * (2 * power)
                 inside = (p >= top * self.blocks) & (p < (top + power) * self.blocks)
@@ -363,10 +365,10 @@ class WindowLaw(LayerLaw):
 
 
 def _strip_height(n: Tensor, rows: int) -> Tensor:
-    """Rows of the strip that holds row n: the highest bit in which n and rows differ, up to 64."""
+    """Rows of the strip that holds row n: the highest bit in which n and rows differ, at most 4096."""
     differ = n ^ rows
     height = torch.ones_like(n)
-    for power in (2, 4, 8, 16, 32, 64):
+    for power in _POWERS[1:]:
         height = torch.where(differ >= power, power, height)
     return height
 

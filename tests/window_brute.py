@@ -35,9 +35,9 @@ def scramble(window: int, seed: int, lap: int, j: int) -> int:
 
 
 def strips(rows: int) -> Iterator[range]:
-    """Rows cut into strips of 64, then 32, 16 ... as often as they fit."""
+    """Rows cut into strips of 4096, then 2048, 1024 ... as often as they fit."""
     first = 0
-    for height in (64, 32, 16, 8, 4, 2, 1):
+    for height in (4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1):
         while rows - first >= height:
             yield range(first, first + height)
             first += height
@@ -86,9 +86,9 @@ def locate(c: WindowLaw, n: int, b: int) -> tuple[int, int, int, int]:
     band, row = divmod(n, height)
     rows = min(height, c.rows - band * height)
     first = c.start + band * height * c.blocks
-    top = row // 64 * 64
-    strip = 64
-    while top + strip > rows:  # row lies in what 64 do not fit into any more
+    top = row // 4096 * 4096
+    strip = 4096
+    while top + strip > rows:  # row lies in what 4096 do not fit into any more
         strip //= 2
         if row >= top + strip <= rows:
             top += strip
