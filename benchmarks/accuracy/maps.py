@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.rows import HASHED, LAW, UNSIGNED, Row
-from rpg_kernels import Generator, ParameterBank, VirtualWeight
+from rpg_kernels import Generator, ParameterBank, VirtualWeight, window_law
 from rpg_kernels.geometry import VirtualMatrix
 from rpg_kernels.placement import Placement
 
@@ -50,6 +50,8 @@ Map = Callable[[Ring, tuple[int, ...], int, int], Entries]
 def law(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:
     """The packing law, as ``ParameterBank.place`` lays layers out."""
     row = ring.row
+    if row.window is not None:
+        return _windows(ring, shape, layer, start)
     generator = Generator(
         slots=ring.dof // row.granularity,
         granularity=row.granularity,
@@ -74,6 +76,24 @@ def law(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:
         bank.weight.copy_(addresses.view_as(bank.weight))
         read = VirtualWeight(bank, placement).unpack()
     return Entries(read.abs().long() - 1, read.sign().float(), start + matrix.span)
+
+
+def _windows(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:
+    row = ring.row
+    start, end = window_law.place(shape, row.granularity, start)
+    index, sign = window_law.window_map(
+        shape,
+        slots=ring.dof // row.granularity,
+        granularity=row.granularity,
+        window=row.window,
+        laps=row.laps,
+        seed=ring.seed,
+        layer=layer,
+        start=start,
+        reflect=row.reflect,
+        permute=row.permute,
+    )
+    return Entries(index, sign, end)
 
 
 def hashed(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:

@@ -25,6 +25,7 @@ class Row:
             has no more trainable numbers than a shared one of this compression.
         granularity, reflect, permute: of the packing law.
         init_std, scale: of the bank and of the layers, as in ``RPGConfig``.
+        window, laps: of the window law; None for the whole ring. The window is in slots.
         lr: factor on the recipe's learning rate.
         bank_lr, bank_decay: factors on the bank's learning rate and weight decay.
     """
@@ -35,6 +36,8 @@ class Row:
     granularity: int = 64
     reflect: str = "vector"
     permute: bool = True
+    window: int | None = None
+    laps: int | None = None
     init_std: float = PAPER_INIT_STD
     scale: str = "fan_out"
     lr: float = 1.0
@@ -78,6 +81,23 @@ def _design(compression: float) -> list[Row]:
     ]
 
 
+def window_name(compression: float, granularity: int, reflect: str, window: int, laps: int) -> str:
+    """Name of a row with windows.
+
+    Example:
+        >>> window_name(17, 64, "vector", 256, 4)
+        'rpg 17x g64 vector, windows 256 x 4'
+    """
+    return f"{law_name(compression, granularity, reflect)}, windows {window} x {laps}"
+
+
+def _windows(
+    compression: float, window: int, laps: int, granularity: int = 64, reflect: str = "vector"
+) -> Row:
+    name = window_name(compression, granularity, reflect, window, laps)
+    return Row(name, LAW, compression, granularity, reflect=reflect, window=window, laps=laps)
+
+
 def _trained(name: str, **changed: Any) -> Row:
     """The middle row at 17x with another setting of the optimiser or of the start."""
     return Row(f"rpg 17x g64 vector, {name}", compression=17.0, **changed)
@@ -96,6 +116,22 @@ DECIDING = (
     _law(17, 128, "vector"),
     _law(4, 1, "element"),
     _law(4, 64, "vector"),
+)
+# Windows of the sizes that fit first-level caches and shared memory, read often and seldom.
+WINDOWS = (
+    _windows(17, 256, 16),
+    _windows(17, 128, 16),
+    _windows(17, 64, 16),
+    _windows(17, 256, 4),
+    _windows(17, 128, 4),
+    _windows(17, 64, 4),
+    _windows(17, 512, 16),
+    _windows(4, 256, 4),
+    _windows(4, 64, 4),
+    _windows(17, 256, 16, reflect="element"),
+    _windows(17, 64, 16, reflect="element"),
+    _windows(17, 256, 1),
+    _windows(17, 512, 4),
 )
 # Degrees of freedom from 45K to as many as weights; comparators at 4x; permutation and signs alone.
 SUPPORTING = (
@@ -141,7 +177,7 @@ def _unique(tiers: Iterable[Sequence[Row]]) -> Iterator[tuple[Row, ...]]:
         yield fresh
 
 
-TIERS = tuple(_unique((DECIDING, SUPPORTING, FURTHER)))
+TIERS = tuple(_unique((DECIDING, WINDOWS, SUPPORTING, FURTHER)))
 ROWS = {row.name: row for tier in TIERS for row in tier}
 
 
