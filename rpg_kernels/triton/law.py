@@ -72,8 +72,11 @@ def law_words(law: LayerLaw, band: int, device: torch.device) -> Tensor:
     Kept for good: a captured CUDA graph goes on reading them.
 
     Raises:
+        TypeError: another law than version 1, whose numbers these words would not be.
         RuntimeError: a stream is being captured, and these words are not on the device yet.
     """
+    if type(law) is not LayerLaw:
+        raise TypeError(f"law: got a {type(law).__name__}, wanted a LayerLaw of version 1")
     p = law.permutation(band)
     major, minor = most_square_factors(p.size)
     first = band * law.rows_per_band * law.blocks

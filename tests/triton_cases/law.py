@@ -17,6 +17,7 @@ from triton_process import DEVICE
 from rpg_kernels.law import LayerLaw, Permutation
 from rpg_kernels.triton import law as device_law
 from rpg_kernels.triton import plan, slots  # noqa: F401  (plan repairs the interpreter)
+from rpg_kernels.window_law import WindowLaw
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "law1.json").read_text())["entries"]
 POINTS = {name: entry for name, entry in GOLDEN.items() if "points" in entry}
@@ -117,6 +118,13 @@ def test_bands_without_permutation() -> None:
     n, b = torch.tensor(points).t()
     assert found == law.slot(n, b).tolist()
     assert words == law.sign_words(n, b).tolist()
+
+
+def test_another_law_is_refused() -> None:
+    """A subclass has the fields that these words are made of, and other values."""
+    law = WindowLaw(0, 0, 64, 16, 64, 704, 0, "vector", True, window=256, laps=4)
+    with pytest.raises(TypeError, match="law: got a WindowLaw, wanted a LayerLaw"):
+        device_law.law_words(law, 0, DEVICE)
 
 
 def test_bfloat16_products_of_the_interpreter_are_still_wrong() -> None:
