@@ -202,6 +202,10 @@ struct LayerLaw {
   int64_t rows_per_band;
   uint32_t minor;
   uint32_t last_minor;
+  // Of the window law (window_law.h), instead of `start`; window 0: the law of this file.
+  uint32_t window = 0;
+  uint32_t laps = 0;
+  uint64_t address = 0;
 };
 
 // Sign words of a block.
@@ -236,6 +240,17 @@ RPG_HOST LayerLaw make_layer_law(uint64_t seed, uint64_t layer, int64_t rows, in
   return law;
 }
 
+// Of the window law. `address` is in blocks, not wrapped; all as rpg_kernels.window_law checks it.
+RPG_HOST LayerLaw make_window_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks,
+                                  int granularity, uint32_t slots, uint64_t address,
+                                  Reflect reflect, bool permute, uint32_t window, uint32_t laps) {
+  LayerLaw law = make_layer_law(seed, layer, rows, blocks, granularity, slots, 0, reflect, permute);
+  law.window = window;
+  law.laps = laps;
+  law.address = address;
+  return law;
+}
+
 RPG_HOST BandLaw make_band_law(const LayerLaw& law, int64_t band) {
   const bool last = band == bands_of(law) - 1;
   const int64_t first = band * law.rows_per_band;
@@ -253,6 +268,15 @@ RPG_HOST BandLaw make_band_law(const LayerLaw& law, int64_t band) {
   return out;
 }
 
+// 32 pseudorandom bits of x.
+RPG_LAW uint32_t hash_word(uint32_t x, uint32_t k0, uint32_t k1) {
+  uint32_t h = x ^ k0;
+  h = (h ^ (h >> 17)) * 0xED5AD4BBu;
+  h = (h ^ (h >> 11) ^ k1) * 0xAC4C1B51u;
+  h = (h ^ (h >> 15)) * 0x31848BABu;
+  return h ^ (h >> 14);
+}
+
 // q -> slot, in place.
 template <int LANES>
 RPG_LAW void slots_of(const BandLaw& law, uint32_t (&q)[LANES]) {
@@ -266,13 +290,7 @@ template <int LANES>
 RPG_LAW void sign_words_of(const BandLaw& law, int w, const uint32_t (&q)[LANES],
                            uint32_t (&word)[LANES]) {
   const uint32_t k0 = law.sign_key[2 * w], k1 = law.sign_key[2 * w + 1];
-  for (int l = 0; l < LANES; ++l) {
-    uint32_t h = q[l] ^ k0;
-    h = (h ^ (h >> 17)) * 0xED5AD4BBu;
-    h = (h ^ (h >> 11) ^ k1) * 0xAC4C1B51u;
-    h = (h ^ (h >> 15)) * 0x31848BABu;
-    word[l] = h ^ (h >> 14);
-  }
+  for (int l = 0; l < LANES; ++l) word[l] = hash_word(q[l], k0, k1);
 }
 
 // The bit of its word that belongs to element e: bits 15 - p and 31 - p are those of pair p.

@@ -1,0 +1,280 @@
+// The window law, for host and device: which bank slot, and with which sign, a virtual weight reads
+// when units of the virtual matrix draw from windows of the ring. docs/window_law.md is its
+// specification, rpg_kernels/window_law.py its definition.
+//
+//   p    = (n - n mod H) blocks + b H + n mod H      in a band; H rows in the strip that holds n
+//   z    = F + P(p)                                  whole units change places; F as 64 bits
+//   slot = (z / cell window + scramble(z / window, z mod window)) mod slots
+//   sign = a bit of word(p, w), or bit p mod 32 of word(p / 32, 0) for reflect "vector"
+//
+// The first address F of a band is reduced once, on the host; everything on p and on z - F is
+// uint32 arithmetic. Lane functions as in law.h. Budget of a lone position: P, 33 instructions for
+// three words, 5 for each of 7 or 8 rounds, about 40 for the rest.
+//
+// Kernels go part by part: a part is a run of p, and of z, inside one cell, so all of its slots lie
+// in one window. csrc/cpu/unit_table.h evaluates whole parts.
+
+#pragma once
+
+#include "law.h"
+
+namespace rpg {
+
+constexpr uint32_t kStrip = 4096;         // most rows of a strip
+constexpr uint32_t kMinWindow = 64;       // in blocks, as everything here
+constexpr uint32_t kMaxWindow = 1 << 22;  // 2^15 slots of 128 blocks
+constexpr uint32_t kMaxLaps = 64;
+constexpr uint64_t kRingLayer = ~uint64_t{0};  // whose keys scramble the ring
+
+// The permutation of the window in each lap.
+struct Scramble {
+  uint32_t window;  // blocks, a power of two from 64
+  uint32_t bits;    // of an octet's number: log2(window / 8)
+  uint32_t rounds;
+  uint32_t shift;
+  uint32_t key[6];  // of words 0, 1, 2: of an octet, of factors, of summands
+};
+
+RPG_HOST uint32_t log2_floor(uint64_t x) {
+  uint32_t log = 0;
+  while (x >>= 1) ++log;
+  return log;
+}
+
+RPG_HOST Scramble make_scramble(uint32_t window, uint64_t seed) {
+  const uint32_t bits = log2_floor(window) - 3;
+  Scramble out{window, bits, bits >= 5 ? 7u : 8u, bits >= 4 ? bits / 2 : 1u, {}};
+  const KeyStream keys = make_keys(seed, kRingLayer, 0);
+  for (int i = 0; i < 6; ++i) out.key[i] = key_at(keys, kSignKey + i);
+  return out;
+}
+
+// Residue modulo 8 of row r of an octet, and back; h is the octet's word.
+RPG_LAW uint32_t residue(uint32_t r, uint32_t h) {
+  return ((r ^ (h >> 29)) - h) * (h >> 3 | 1) & 7;
+}
+RPG_LAW uint32_t row_of_residue(uint32_t c, uint32_t h) {
+  return ((c * (h >> 3 | 1) + h) & 7) ^ (h >> 29);
+}
+
+// y with x y = 1 modulo 2^24, of an odd x: each step doubles the right bits, 3 at first.
+RPG_LAW uint32_t odd_inverse(uint32_t x) {
+  uint32_t y = x;
+  for (int i = 0; i < 3; ++i) y *= 2 - x * y;
+  return y;
+}
+
+// Position j of a lap -> slot of its window, in place; `lap` modulo 2^32.
+template <int LANES>
+RPG_LAW void scramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t (&j)[LANES]) {
+  const uint32_t mask = (1u << s.bits) - 1;
+  uint32_t a[LANES], factors[LANES], summands[LANES];
+  for (int l = 0; l < LANES; ++l) {
+    a[l] = j[l] >> 3;
+    const uint32_t c = residue(j[l] & 7, hash_word((lap[l] << s.bits) + a[l], s.key[0], s.key[1]));
+    factors[l] = hash_word(8 * lap[l] + c, s.key[2], s.key[3]);
+    summands[l] = hash_word(8 * lap[l] + c, s.key[4], s.key[5]);
+    j[l] = c;
+  }
+  for (uint32_t r = 0; r < s.rounds; ++r) {
+    for (int l = 0; l < LANES; ++l) {
+      a[l] = (a[l] * (factors[l] >> 4 * r | 1) + (summands[l] >> 4 * r)) & mask;
+      a[l] ^= a[l] >> s.shift;
+    }
+  }
+  for (int l = 0; l < LANES; ++l) j[l] += 8 * a[l];
+}
+
+// Slot of its window -> position of the lap, in place.
+template <int LANES>
+RPG_LAW void unscramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t (&j)[LANES]) {
+  const uint32_t mask = (1u << s.bits) - 1;
+  uint32_t a[LANES], factors[LANES], summands[LANES];
+  for (int l = 0; l < LANES; ++l) {
+    a[l] = j[l] >> 3;
+    const uint32_t c = j[l] & 7;
+    factors[l] = hash_word(8 * lap[l] + c, s.key[2], s.key[3]);
+    summands[l] = hash_word(8 * lap[l] + c, s.key[4], s.key[5]);
+  }
+  for (uint32_t r = s.rounds; r-- > 0;) {
+    for (int l = 0; l < LANES; ++l) {
+      uint32_t high = a[l];  // undoes a ^= a >> shift from the top down
+      for (uint32_t t = s.shift; t < s.bits; t += s.shift) high = a[l] ^ (high >> s.shift);
+      a[l] = (high - (summands[l] >> 4 * r)) * odd_inverse(factors[l] >> 4 * r | 1) & mask;
+    }
+  }
+  for (int l = 0; l < LANES; ++l) {
+    const uint32_t h = hash_word((lap[l] << s.bits) + a[l], s.key[0], s.key[1]);
+    j[l] = 8 * a[l] + row_of_residue(j[l] & 7, h);
+  }
+}
+
+// What evaluating positions of one band takes. Of BandLaw: `permutation` is that of whole units,
+// `base` the slot at which the window of the band's first cell begins.
+struct WindowBand : BandLaw {
+  Scramble scramble;
+  Divider by_cell, by_laps, by_blocks;
+  uint32_t rows, blocks;
+  uint32_t positions;  // Q = rows blocks
+  uint32_t cell;       // laps window
+  uint32_t head;       // positions before the first whole unit
+  uint32_t units;      // U, whole ones
+  uint32_t offset;     // F mod cell: addresses of its first cell that lie before the band
+  uint32_t lap;        // of that cell's first address, modulo 2^32
+  bool vector;         // one sign for a block
+};
+
+RPG_HOST WindowBand make_window_band(const LayerLaw& law, int64_t band) {
+  const int64_t first_row = band * law.rows_per_band;
+  const int64_t rows = law.rows - first_row;
+  const KeyStream keys = make_keys(law.seed, law.layer, static_cast<uint64_t>(band));
+  WindowBand out{};
+  out.scramble = make_scramble(law.window, law.seed);
+  out.rows = static_cast<uint32_t>(rows < law.rows_per_band ? rows : law.rows_per_band);
+  out.blocks = static_cast<uint32_t>(law.blocks);
+  out.positions = static_cast<uint32_t>(uint64_t{out.rows} * out.blocks);
+  out.cell = law.laps * law.window;
+  // Addresses of a model end below 2^63.
+  const uint64_t first =
+      law.address + static_cast<uint64_t>(first_row) * static_cast<uint64_t>(law.blocks);
+  const uint64_t number = first / out.cell;
+  out.offset = static_cast<uint32_t>(first % out.cell);
+  out.head = min_u32(out.offset ? out.cell - out.offset : 0, out.positions);
+  out.units = (out.positions - out.head) / out.cell;
+  out.lap = static_cast<uint32_t>(number * law.laps);
+  out.base = static_cast<uint32_t>(number % law.slots * law.window % law.slots);
+  const uint32_t size = out.units ? out.units : 1;
+  out.permutation = make_permutation(size, minor_factor(size), keys);
+  out.permute = law.permute;
+  out.by_slots = make_divider(law.slots);
+  out.by_cell = make_divider(out.cell);
+  out.by_laps = make_divider(law.laps);
+  out.by_blocks = make_divider(out.blocks);
+  out.vector = law.reflect == Reflect::kVector;
+  for (int i = 0; i < 2 * kMaxWords; ++i) out.sign_key[i] = key_at(keys, kSignKey + i);
+  return out;
+}
+
+// Rows of the strip that holds row n of a band of `rows`.
+RPG_LAW uint32_t strip_height(uint32_t n, uint32_t rows) {
+  uint32_t x = min_u32(n ^ rows, kStrip);  // its highest bit
+  x |= x >> 1;
+  x |= x >> 2;
+  x |= x >> 4;
+  x |= x >> 8;
+  return x - (x >> 1);
+}
+
+// p of row n of the band and block b.
+RPG_LAW uint32_t order(const WindowBand& law, uint32_t n, uint32_t b) {
+  const uint32_t height = strip_height(n, law.rows), row = n & (height - 1);
+  return (n - row) * law.blocks + b * height + row;
+}
+
+// A piece of a column in the order of positions.
+struct Column {
+  uint32_t row;    // of the band
+  uint32_t block;  //
+  uint32_t rows;   // from this one to the end of the strip: positions p, p + 1 ...
+};
+
+// The inverse of order, and how far the column goes on.
+RPG_LAW Column column_at(const WindowBand& law, uint32_t p) {
+  const uint32_t strips = law.rows & ~(kStrip - 1);
+  uint32_t height = kStrip, base;
+  if (p < strips * law.blocks) {
+    base = divide(p / kStrip, law.by_blocks) * kStrip;
+  } else {
+    base = strips;
+    for (height /= 2; !(law.rows & height) || p >= (base + height) * law.blocks; height /= 2) {
+      base += law.rows & height;
+    }
+  }
+  const uint32_t rest = p - base * law.blocks, row = rest & (height - 1);
+  return {base + row, rest / height, height - row};
+}
+
+// p -> z - F, in place, and back: whole units change places.
+template <bool INVERSE, int LANES>
+RPG_LAW void change_units(const WindowBand& law, uint32_t (&p)[LANES]) {
+  if (!law.permute || !law.units) return;
+  uint32_t unit[LANES], place[LANES];
+  for (int l = 0; l < LANES; ++l) {
+    unit[l] = p[l] < law.head ? law.units : divide(p[l] - law.head, law.by_cell);
+    place[l] = unit[l] < law.units ? unit[l] : 0;
+  }
+  if (INVERSE) {
+    unpermute(law.permutation, place);
+  } else {
+    permute(law.permutation, place);
+  }
+  for (int l = 0; l < LANES; ++l) {
+    p[l] += unit[l] < law.units ? (place[l] - unit[l]) * law.cell : 0;
+  }
+}
+
+template <int LANES>
+RPG_LAW void address_of(const WindowBand& law, uint32_t (&p)[LANES]) {
+  change_units<false>(law, p);
+}
+
+template <int LANES>
+RPG_LAW void from_address(const WindowBand& law, uint32_t (&z)[LANES]) {
+  change_units<true>(law, z);
+}
+
+// The slot at which the window of address z (from F) begins. The product is below 2^31 + 2^28.
+RPG_LAW uint32_t window_base(const WindowBand& law, uint32_t z) {
+  const uint32_t lap = (z + law.offset) >> (law.scramble.bits + 3);
+  const uint32_t x = divide(lap, law.by_laps) * law.scramble.window, m = law.by_slots.divisor;
+  const uint32_t rest = 2 * modulo(x / 2, law.by_slots) + (x & 1);
+  return add_mod(law.base, min_u32(rest, rest - m), m);
+}
+
+// p -> slot, in place.
+template <int LANES>
+RPG_LAW void slots_of(const WindowBand& law, uint32_t (&p)[LANES]) {
+  address_of(law, p);
+  uint32_t lap[LANES], base[LANES];
+  for (int l = 0; l < LANES; ++l) {
+    const uint32_t z = p[l] + law.offset;
+    base[l] = window_base(law, p[l]);
+    lap[l] = law.lap + (z >> (law.scramble.bits + 3));
+    p[l] = z & (law.scramble.window - 1);
+  }
+  if (law.permute) scramble(law.scramble, lap, p);
+  for (int l = 0; l < LANES; ++l) p[l] = add_mod(base[l], p[l], law.by_slots.divisor);
+}
+
+// 32 sign bits of position p; with one sign for a block, bit 31 is that of p.
+template <int LANES>
+RPG_LAW void sign_words_of(const WindowBand& law, int w, const uint32_t (&p)[LANES],
+                           uint32_t (&word)[LANES]) {
+  const uint32_t k0 = law.sign_key[2 * w], k1 = law.sign_key[2 * w + 1];
+  if (law.vector) {
+    for (int l = 0; l < LANES; ++l) word[l] = hash_word(p[l] >> 5, k0, k1) << (~p[l] & 31);
+  } else {
+    for (int l = 0; l < LANES; ++l) word[l] = hash_word(p[l], k0, k1);
+  }
+}
+
+// A run of positions inside one cell: p, p + 1 ... have the addresses z, z + 1 ... (from F).
+struct Part {
+  uint32_t p;
+  uint32_t z;
+  uint32_t count;  // at most a cell; 0: there is none
+};
+
+// Of a band: part 0 finishes the cell before, 1 to `units` are whole units, the last is the rest.
+RPG_LAW uint32_t parts_of(const WindowBand& law) { return law.units + 2; }
+
+RPG_LAW Part part_at(const WindowBand& law, uint32_t i) {
+  if (i == 0) return {0, 0, law.head};
+  const uint32_t p = law.head + (i - 1) * law.cell;
+  if (i > law.units) return {p, p, law.positions - p};
+  uint32_t z[1] = {p};
+  address_of(law, z);
+  return {p, z[0], law.cell};
+}
+
+}  // namespace rpg
