@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rpg_kernels import _checks
+from rpg_kernels import _checks, window_law
 from rpg_kernels._tensors import DTYPES, memory
 from rpg_kernels.bank_map import BankMap
-from rpg_kernels.config import PAPER_INIT_STD
+from rpg_kernels.config import PAPER_INIT_STD, ring_of
 from rpg_kernels.generator import Generator, TableGenerator
 from rpg_kernels.placement import Placement
 from rpg_kernels.virtual_weight import VirtualWeight
 
+DEFAULT_LAPS = 4
 EXTRA_STATE = "_extra_state"  # torch's suffix for what get_extra_state returns
 
 
@@ -33,7 +34,10 @@ class ParameterBank(nn.Module):
         granularity: elements per slot, a power of two from 1 to 128.
         reflect: ``"element"``, ``"vector"`` or ``"none"``.
         permute: False reads the ring in order.
-        window: None, the whole ring.
+        window: slots of a window (law 2), a power of two (a multiple of 8) from 64 to 32768 and at
+            most the ring; None, the whole ring.
+        laps: times that a unit reads its window, 1 to 64; None for 4. More laps than the finished
+            model compresses leave windows that nothing reads, see ``rpg.summary``.
         seed: of the generating matrix, not of the initial values.
         init_std: standard deviation of the normal distribution that initialises the bank.
         device, dtype: of the weight; floating point.
@@ -61,6 +65,7 @@ class ParameterBank(nn.Module):
         reflect: str = "vector",
         permute: bool = True,
         window: int | None = None,
+        laps: int | None = None,
         seed: int = 0,
         init_std: float = PAPER_INIT_STD,
         device: torch.device | str | None = None,
@@ -68,13 +73,16 @@ class ParameterBank(nn.Module):
     ) -> None:
         _checks.integer("dof", dof, 1, 2**62)
         _checks.granularity(granularity)
-        granularity = min(granularity, 1 << (dof.bit_length() - 1))
+        slots, granularity = ring_of(dof, granularity)
+        if window is not None and laps is None:
+            laps = DEFAULT_LAPS
         generator = Generator(
-            slots=dof // granularity,
+            slots=slots,
             granularity=granularity,
             reflect=reflect,
             permute=permute,
             window=window,
+            laps=laps,
             seed=seed,
         )
         if _checks.finite("init_std", init_std) <= 0:
@@ -179,7 +187,9 @@ class ParameterBank(nn.Module):
         Segments follow each other and wrap around. Each begins at a multiple of its own block,
         so a layer with a larger block than the one before may skip less than one block. Over a
         model the use counts of bank elements, padding counted, therefore differ by at most one
-        plus the number of such skips (design: even sampling, paper section 3).
+        plus the number of such skips (design: even sampling, paper section 3). With windows
+        addresses are not wrapped and starts are aligned to up to 64 blocks; the bound on use
+        counts is in ``docs/window_law.md``, section 6.
 
         Args:
             shape: torch's shape of the weight.
@@ -197,13 +207,18 @@ class ParameterBank(nn.Module):
         start = self._cursor
         if isinstance(generator, Generator):
             trial = Placement(generator, self.layers, 0, tuple(shape), scale)
-            block = trial.matrix.block
-            start = -(-start // block) * block % generator.dof
+            if generator.window is not None:
+                start, _ = window_law.place(shape, generator.granularity, start)
+            else:
+                block = trial.matrix.block
+                start = -(-start // block) * block % generator.dof
         placement = Placement(generator, self.layers, start, tuple(shape), scale)
-        if isinstance(generator, Generator):
-            self._cursor = (start + placement.matrix.span) % generator.dof
-        else:
+        if not isinstance(generator, Generator):
             self._cursor = start + placement.matrix.numel
+        elif generator.window is not None:
+            self._cursor = start + placement.matrix.span
+        else:
+            self._cursor = (start + placement.matrix.span) % generator.dof
         weight = VirtualWeight(self, placement)
         self._placed.append(weight)
         return weight

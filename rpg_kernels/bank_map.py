@@ -55,8 +55,12 @@ class BankMap:
             ValueError: not such a record, or one that no bank can have.
         """
         try:
-            generator, given = _fields(record, "generator", "placements")
-            generator = parse_generator(json.dumps(generator))
+            generator = None
+            if isinstance(record, dict) and "generator" in record:
+                # Before the names: a law that is not known here may have others.
+                generator = parse_generator(json.dumps(record["generator"]))
+            _, given = _fields(record, "generator", "placements")
+            assert generator is not None
             placements = []
             for layer, item in enumerate(_list("placements", given)):
                 start, shape, scale = _fields(item, "start", "shape", "scale")

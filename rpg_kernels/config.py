@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rpg_kernels import _checks
+from rpg_kernels.window_law import check_window
 
 REFLECT = ("element", "vector", "none")
 SCALES = ("match", "fan_out", "fan_in")
@@ -25,7 +26,11 @@ class RPGConfig:
         reflect: ``"element"`` (the paper: a sign per element), ``"vector"`` (a sign per slot
             use) or ``"none"``.
         permute: False reads the ring in order (an ablation of the paper).
-        window: None, the whole ring. Windows belong to a later law and are refused.
+        window: slots of a window (law 2, ``docs/window_law.md``), a power of two (a multiple of
+            8) from 64 to 32768 and at most the ring; None draws from the whole ring (law 1).
+        laps: times that a unit reads its window, 1 to 64 and at most the compression (weights,
+            padding counted, / dof); None for the largest power of two up to 16 that is. Memory is
+            read that many times less often.
         seed: of the generating matrix and nothing else, 0 to 2^63 - 1.
         init_std: standard deviation of the bank at initialisation.
         scale: the rule for each layer's standard deviation at initialisation: ``"match"`` (the
@@ -49,6 +54,7 @@ class RPGConfig:
     reflect: str = "vector"
     permute: bool = True
     window: int | None = None
+    laps: int | None = None
     seed: int = 0
     init_std: float = PAPER_INIT_STD
     scale: str = "match"
@@ -58,16 +64,31 @@ class RPGConfig:
         _checks.granularity(self.granularity)
         _checks.choice("reflect", self.reflect, REFLECT)
         _checks.boolean("permute", self.permute)
-        check_window(self.window)
+        check_windows(self.window, self.laps, ring_of(self.dof, self.granularity)[0])
         _checks.integer("seed", self.seed, 0, 2**63 - 1)
         if _checks.finite("init_std", self.init_std) <= 0:
             raise _checks.fail("init_std", self.init_std, "a number above 0")
         _checks.choice("scale", self.scale, SCALES)
 
 
-def check_window(window: int | None) -> None:
-    """Refuse windows: law 1 draws from the whole ring."""
+def ring_of(dof: int, granularity: int) -> tuple[int, int]:
+    """(slots, granularity) of a bank: whole slots, of a smaller granularity where dof has none.
+
+    Example:
+        >>> ring_of(1000, 64), ring_of(63, 64)
+        ((15, 64), (1, 32))
+    """
+    granularity = min(granularity, 1 << (dof.bit_length() - 1))
+    return dof // granularity, granularity
+
+
+def check_windows(window: int | None, laps: int | None, slots: int) -> None:
+    """Refuse windows and laps that law 2 does not know; None is the whole ring, or laps by default.
+
+    Raises:
+        TypeError, ValueError: as ``window_law.check_window``; laps without a window.
+    """
     if window is not None:
-        raise _checks.fail(
-            "window", window, "None (law 1 draws from the whole ring; windows need a later law)"
-        )
+        check_window(window, 1 if laps is None else laps, slots)
+    elif laps is not None:
+        raise _checks.fail("laps", laps, "None without a window")

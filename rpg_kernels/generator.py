@@ -8,32 +8,39 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rpg_kernels import _checks
-from rpg_kernels.config import REFLECT, check_window
+from rpg_kernels.config import REFLECT, check_windows
 from rpg_kernels.law import LAW_VERSION
+from rpg_kernels.window_law import WINDOW_LAW
 
 TABLE_LAW = "table"
+LAWS = (LAW_VERSION, WINDOW_LAW)
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A generating matrix that the packing law computes; nothing is stored but these numbers.
+    """A generating matrix that a packing law computes; nothing is stored but these numbers.
 
     Args:
         slots: slots on the ring, 1 to 2^31 - 1.
         granularity: elements per slot, a power of two from 1 to 128.
         reflect: ``"element"``, ``"vector"`` or ``"none"``.
         permute: False reads the ring in order.
-        window: None, the whole ring.
+        window: None, the whole ring (law 1), or slots of a window (law 2): a power of two from 64
+            to 32768, at most the ring.
+        laps: times that a unit reads its window, 1 to 64; None without a window.
         seed: 0 to 2^63 - 1.
-        law: version of the packing law.
+        law: version of the packing law; None for the one that the window implies.
 
     Raises:
-        TypeError, ValueError: a field is out of range, or a law that this version does not know.
+        TypeError, ValueError: a field is out of range, a law that this version does not know, or
+            one that contradicts the window.
 
     Example:
         >>> g = Generator(slots=31250, granularity=64, reflect="vector")
-        >>> g.dof, Generator.from_json(g.to_json()) == g
-        (2000000, True)
+        >>> g.dof, g.law, Generator.from_json(g.to_json()) == g
+        (2000000, 1, True)
+        >>> Generator(slots=31250, granularity=64, reflect="vector", window=256, laps=16).law
+        2
     """
 
     slots: int
@@ -41,18 +48,27 @@ class Generator:
     reflect: str
     permute: bool = True
     window: int | None = None
+    laps: int | None = None
     seed: int = 0
-    law: int = LAW_VERSION
+    law: int | None = None
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if type(self.law) is not int or self.law != LAW_VERSION:
-            raise _checks.fail("law", repr(self.law), f"{LAW_VERSION}, the only law known here")
+        law = LAW_VERSION if self.window is None else WINDOW_LAW
+        if self.law is None:
+            object.__setattr__(self, "law", law)
+        _check_law(self.law)
+        if self.law != law and self.window is None:
+            raise _checks.fail("law", self.law, f"{law}, as there is no window")
+        if self.law != law:
+            raise _checks.fail("window", self.window, f"None with law {self.law}")
         _checks.integer("slots", self.slots, 1, _checks.INT32_MAX)
         _checks.granularity(self.granularity)
         _checks.choice("reflect", self.reflect, REFLECT)
         _checks.boolean("permute", self.permute)
-        check_window(self.window)
+        check_windows(self.window, self.laps, self.slots)
+        if self.window is not None and self.laps is None:
+            raise _checks.fail("laps", None, "an int from 1 to 64 with a window")
         _checks.integer("seed", self.seed, 0, 2**63 - 1)
         object.__setattr__(self, "text", _text(self))
 
@@ -62,7 +78,7 @@ class Generator:
         return self.slots * self.granularity
 
     def to_json(self) -> str:
-        """One line of JSON with every field, the law version among them."""
+        """One line of JSON with every field, the law version among them; laps with windows only."""
         return self.text
 
     @classmethod
@@ -142,7 +158,7 @@ def parse_generator(text: str) -> Generator | TableGenerator:
     Example:
         >>> parse_generator('{"slots":4,"granularity":8,"reflect":"none","law":7}')
         Traceback (most recent call last):
-        ValueError: law: got 7, wanted 1, the only law known here
+        ValueError: law: got 7, wanted 1 or 2, the laws known here
     """
     _checks.text("generator", text)
     try:
@@ -160,11 +176,18 @@ def _fields(cls: type, text: str) -> dict[str, Any]:
         record = json.loads(text)
     except ValueError as error:
         raise _checks.fail(cls.__name__, repr(text[:80]), "a JSON object") from error
+    law = record.get("law", LAW_VERSION) if isinstance(record, dict) else LAW_VERSION
+    if cls is Generator:
+        _check_law(law)  # first, since another law may have other fields
+    required = {"slots", "law"}
+    required |= {"granularity", "reflect"} if cls is Generator else {"entries", "sha256"}
+    if cls is Generator and law == WINDOW_LAW:
+        required |= {"window", "laps"}
+    else:
+        names -= {"laps"}
     if not isinstance(record, dict) or not set(record) <= names:
         got = sorted(record) if isinstance(record, dict) else repr(record)
         raise _checks.fail(cls.__name__, got, f"a JSON object with {sorted(names)}")
-    required = {"slots", "law"}
-    required |= {"granularity", "reflect"} if cls is Generator else {"entries", "sha256"}
     if not required <= set(record):
         raise _checks.fail(cls.__name__, sorted(record), f"at least {sorted(required)}")
     return record
@@ -173,4 +196,11 @@ def _fields(cls: type, text: str) -> dict[str, Any]:
 def _text(generator: Generator | TableGenerator) -> str:
     """The JSON form, made once: torch.compile cannot trace the json module."""
     record = {f.name: getattr(generator, f.name) for f in fields(generator) if f.init}
+    if record["law"] != WINDOW_LAW:
+        record.pop("laps", None)
     return json.dumps(record, separators=(",", ":"))
+
+
+def _check_law(law: object) -> None:
+    if type(law) is not int or law not in LAWS:
+        raise _checks.fail("law", repr(law), f"{' or '.join(map(str, LAWS))}, the laws known here")

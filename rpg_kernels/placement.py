@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
-from rpg_kernels import _checks
+from rpg_kernels import _checks, window_law
 from rpg_kernels.generator import Generator, TableGenerator, parse_generator
 from rpg_kernels.geometry import VirtualMatrix
 from rpg_kernels.law import MAX_BAND, LayerLaw
@@ -36,7 +36,8 @@ class Placement:
         generator: what G is.
         layer: number of the layer, part of its keys.
         start: where the layer's segment begins: a ring address in elements, a multiple of the
-            layer's block; with a table the first entry.
+            layer's block; with windows an address up to 2^62 that is not wrapped, a multiple of
+            ``window_law.alignment(rows)`` blocks; with a table the first entry.
         shape: torch's shape of the full weight, ``[N, K]`` or ``[out, in/groups, *kernel]``.
         scale: the layer's multiplier; finite and not zero.
         rows, columns: the selection along dimensions 0 and 1 of the shape as (offset, length);
@@ -82,20 +83,37 @@ class Placement:
         if isinstance(self.generator, TableGenerator):
             _checks.integer("start", self.start, 0, self.generator.entries - self.matrix.numel)
         else:
-            _checks.integer("start", self.start, 0, self.generator.dof - 1)
             if self.generator.dof // matrix.block > MAX_BAND:
                 got = f"a bank of {self.generator.dof} elements read in blocks of {matrix.block}"
                 raise _checks.fail("generator", got, f"at most {MAX_BAND} blocks")
-            if self.start % self.matrix.block:
-                raise _checks.fail("start", self.start, f"a multiple of {self.matrix.block}")
+            if self.generator.window is not None:
+                window_law.check_start(self.start, matrix)
+                return
+            _checks.integer("start", self.start, 0, self.generator.dof - 1)
+            if self.start % matrix.block:
+                raise _checks.fail("start", self.start, f"a multiple of {matrix.block}")
 
     @cached_property
     def law(self) -> LayerLaw:
-        """The packing law of this layer; a table has none."""
+        """The packing law of this layer, a ``WindowLaw`` with windows; a table has none."""
         g = self.generator
         if isinstance(g, TableGenerator):
             raise TypeError("generator: got a TableGenerator, wanted a Generator with a law")
         matrix = self.matrix
+        if g.window is not None:
+            assert g.laps is not None
+            return window_law.layer_law(
+                self.shape,
+                slots=g.slots,
+                granularity=g.granularity,
+                window=g.window,
+                laps=g.laps,
+                seed=g.seed,
+                layer=self.layer,
+                start=self.start,
+                reflect=g.reflect,
+                permute=g.permute,
+            )[1]
         return LayerLaw(
             seed=g.seed,
             layer=self.layer,

@@ -18,6 +18,7 @@ from torch import Tensor
 import rpg_kernels as rpg
 from rpg_kernels.law import LayerLaw
 from rpg_kernels.placement import Placement
+from rpg_kernels.window_law import WindowLaw
 
 LOW = (torch.bfloat16, torch.float16)
 ALL = (torch.float64, torch.float32, *LOW)
@@ -86,18 +87,21 @@ def layer_law(p: Placement) -> tuple[LayerLaw, dict[tuple[int, int], tuple[int, 
     g = p.generator
     block, blocks, layout = row_layout(p.shape, g.granularity)
     assert p.start % block == 0
-    law = LayerLaw(
-        seed=g.seed,
-        layer=p.layer,
-        rows=p.shape[0],
-        blocks=blocks,
-        granularity=block,
-        slots=g.slots * g.granularity // block,
-        start=p.start // block,
-        reflect=g.reflect,
-        permute=g.permute,
-    )
-    return law, layout
+    fields = {
+        "seed": g.seed,
+        "layer": p.layer,
+        "rows": p.shape[0],
+        "blocks": blocks,
+        "granularity": block,
+        "slots": g.slots * g.granularity // block,
+        "start": p.start // block,
+        "reflect": g.reflect,
+        "permute": g.permute,
+    }
+    if g.window is None:
+        return LayerLaw(**fields), layout
+    window = g.window * g.granularity // block
+    return WindowLaw(**fields, window=window, laps=g.laps), layout
 
 
 @lru_cache(maxsize=512)

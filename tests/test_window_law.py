@@ -14,7 +14,6 @@ import window_brute
 
 from rpg_kernels.geometry import VirtualMatrix
 from rpg_kernels.window_law import (
-    Scramble,
     WindowLaw,
     alignment,
     check_laps,
@@ -23,6 +22,7 @@ from rpg_kernels.window_law import (
     place,
     window_map,
 )
+from rpg_kernels.window_scramble import Scramble
 
 WINDOWS = [64, 128, 256, 512]
 

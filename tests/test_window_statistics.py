@@ -16,7 +16,8 @@ import torch
 from test_law_statistics import FAIL, PASS, chi_square, coincidences, scores, worst
 from torch import Tensor
 
-from rpg_kernels.window_law import Scramble, WindowLaw, alignment
+from rpg_kernels.window_law import WindowLaw, alignment
+from rpg_kernels.window_scramble import Scramble
 
 # rows, blocks, slots, window, laps, keys, layer's start in blocks
 SHAPES = [

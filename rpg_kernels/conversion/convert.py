@@ -7,9 +7,9 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from rpg_kernels import _checks
+from rpg_kernels import _checks, window_law
 from rpg_kernels.bank import ParameterBank
-from rpg_kernels.config import RPGConfig
+from rpg_kernels.config import RPGConfig, ring_of
 from rpg_kernels.conversion.least_squares import fit_bank
 from rpg_kernels.conversion.ownership import BANK_NAME
 from rpg_kernels.conversion.select import Filter, Selection, select
@@ -18,6 +18,7 @@ from rpg_kernels.scales import layer_std
 from rpg_kernels.virtual_weight import VirtualWeight
 
 INIT = ("random", "least_squares")
+MOST_LAPS = 16  # that convert chooses by itself
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -34,7 +35,7 @@ def convert(
 
     Args:
         model: any nn.Module that is not itself a layer.
-        config: size of the bank, granularity, reflect mode, seed, scale rule.
+        config: size of the bank, granularity, reflect mode, windows, seed, scale rule.
         filter_fn: ``filter_fn(module, name) -> bool`` for every nn.Linear, nn.Conv2d and
             nn.Embedding; None for the default rule.
         init: ``"random"``, or ``"least_squares"``: start from the bank that is nearest to the
@@ -47,7 +48,8 @@ def convert(
     Raises:
         TypeError: model is itself a layer or a list of layers, or config is not an RPGConfig.
         ValueError: nothing to share, layers on several devices or in several dtypes, a model
-            that has a bank already, least squares on meta. The model is then unchanged.
+            that has a bank already, least squares on meta, more laps than the model compresses.
+            The model is then unchanged.
 
     Example:
         >>> import torch.nn as nn
@@ -122,11 +124,31 @@ def _bank(chosen: Selection, config: RPGConfig, init: str) -> ParameterBank:
         reflect=config.reflect,
         permute=config.permute,
         window=config.window,
+        laps=_laps(chosen, config),
         seed=config.seed,
         init_std=config.init_std,
         device=first.device,
         dtype=first.dtype,
     )
+
+
+def _laps(chosen: Selection, config: RPGConfig) -> int | None:
+    """Laps of the bank's windows: those asked for, or as many as the model allows, up to 16.
+
+    Raises:
+        ValueError: those asked for are above the compression.
+    """
+    if config.window is None:
+        return None
+    slots, granularity = ring_of(config.dof, config.granularity)
+    end = 0
+    for weight in {id(m.weight): cast(Tensor, m.weight) for m in chosen.shared.values()}.values():
+        _, end = window_law.place(weight.shape, granularity, end)
+    dof = slots * granularity
+    if config.laps is not None:
+        window_law.check_laps(config.laps, dof, end)
+        return config.laps
+    return 1 << max(1, min(MOST_LAPS, end // dof)).bit_length() - 1
 
 
 def _place(chosen: Selection, bank: ParameterBank, config: RPGConfig) -> dict[str, VirtualWeight]:

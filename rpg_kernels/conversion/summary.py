@@ -10,16 +10,17 @@ from torch.nn.parameter import is_lazy
 from rpg_kernels.bank import ParameterBank
 from rpg_kernels.conversion.ownership import orphans
 from rpg_kernels.nn import VirtualLayer
+from rpg_kernels.window_law import check_laps
 
 
 @dataclass(frozen=True)
 class LayerSummary:
     """One rpg layer: where its virtual weight lies and how it is scaled.
 
-    ``start`` and ``span`` are a ring address and a length in elements, padding counted; ``laps``
-    is span / dof; ``std`` is the standard deviation of the unpacked weight at initialisation;
-    ``residual`` that of a least-squares start, or None; ``tied_to`` the layer whose virtual
-    weight this one uses, or "".
+    ``start`` and ``span`` are a ring address (with windows one that is not wrapped) and a length
+    in elements, padding counted; ``laps`` is span / dof; ``std`` is the standard deviation of the
+    unpacked weight at initialisation; ``residual`` that of a least-squares start, or None;
+    ``tied_to`` the layer whose virtual weight this one uses, or ""; ``window`` the bank's, or None.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LayerSummary:
     std: float
     residual: float | None
     tied_to: str
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Summary:
     """What ``rpg.summary`` returns. Printable.
 
     ``virtual_weights`` counts tied weights once; ``unshared`` is the number of other trainable
-    parameters; ``orphans`` names layers whose bank the model does not own.
+    parameters; ``orphans`` names layers whose bank the model does not own; ``idle`` says of which
+    banks a part is never read, because their windows have more laps than the model compresses.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -52,6 +55,7 @@ class Summary:
     virtual_weights: int
     unshared: int
     orphans: tuple[str, ...]
+    idle: tuple[str, ...] = ()
 
     @property
     def compression(self) -> float:
@@ -93,12 +97,15 @@ class Summary:
             f"{self.virtual_weights:,} virtual weights from {self.dof:,} degrees of freedom "
             f"({self.compression:.3g} uses each), {self.unshared:,} parameters not shared"
         )
-        if self.virtual_weights and self.compression <= 1:
+        lines += [f"WARNING: {each}" for each in self.idle]
+        if self.virtual_weights and self.compression <= 1 and not self.idle:
             end = 0
             for x in self.layers:
                 if not x.tied_to:
                     end = -(-end // x.granularity) * x.granularity + x.span
             uses = "at most once" if end <= self.dof else "at most twice, padding counted"
+            if any(x.window for x in self.layers):  # which may overlap where the ring closes
+                uses = "about once"
             lines.append(f"the bank is at least as large as the model: each slot is used {uses}")
         if self.skipped:
             lines.append("not shared:")
@@ -164,7 +171,21 @@ def summary(model: nn.Module) -> Summary:
             if p.requires_grad and id(p) not in parameters and not is_lazy(p)
         ),
         orphans=tuple(orphans(model)),
+        idle=tuple(filter(None, map(_idle, banks.values()))),
     )
+
+
+def _idle(bank: ParameterBank) -> str:
+    """Why a part of a bank is never read; "" where all of it may be."""
+    laps = getattr(bank.generator, "laps", None)
+    placements = bank.map.placements
+    if laps is None or not placements:
+        return ""
+    try:
+        check_laps(laps, bank.dof, placements[-1].start + placements[-1].matrix.span)
+    except ValueError as error:
+        return f"windows of a bank that nothing reads; {error}"
+    return ""
 
 
 def _layer(name: str, module: VirtualLayer, tied_to: str, residual: float | None) -> LayerSummary:
@@ -184,4 +205,5 @@ def _layer(name: str, module: VirtualLayer, tied_to: str, residual: float | None
         std=abs(vw.scale) * bank.init_std,
         residual=residual,
         tied_to=tied_to,
+        window=getattr(bank.generator, "window", None),
     )
