@@ -96,8 +96,8 @@ def locate(c: WindowLaw, n: int, b: int) -> tuple[int, int, int, int]:
     return band, p, first, rows * c.blocks
 
 
-def reads(c: WindowLaw, n: int, b: int) -> int:
-    """Slot of one position."""
+def address(c: WindowLaw, n: int, b: int) -> int:
+    """Address of one position."""
     band, p, first, size = locate(c, n, b)
     cell = c.laps * c.window
     head = min(-first % cell, size)
@@ -105,7 +105,12 @@ def reads(c: WindowLaw, n: int, b: int) -> int:
     if c.permute and head <= p < head + units * cell:
         place = permute((p - head) // cell, units, c.seed, c.layer, band)
         p = head + place * cell + (p - head) % cell
-    return ring_slot(c, first + p)
+    return first + p
+
+
+def reads(c: WindowLaw, n: int, b: int) -> int:
+    """Slot of one position."""
+    return ring_slot(c, address(c, n, b))
 
 
 def negative(c: WindowLaw, n: int, b: int, e: int) -> bool:

@@ -1,6 +1,6 @@
-"""Writes the golden vectors of the packing law: the values that must never change.
+"""Writes the golden vectors of a packing law: the values that must never change.
 
-    python tools/golden_vectors.py [--out FILE] [--new-law]
+    python tools/golden_vectors.py [--law 1|2] [--out FILE] [--new-law]
 
 New configurations are added to the file. One that is there already with other values is refused:
 a law that gives other values is a new law version, with a file of its own. ``--new-law`` overwrites
@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from rpg_kernels.law import LAW_VERSION, LayerLaw, keys
+from rpg_kernels.window_law import WINDOW_LAW, WindowLaw, alignment
 
-DEFAULT = Path(__file__).parents[1] / "tests" / "golden" / f"law{LAW_VERSION}.json"
+FOLDER = Path(__file__).parents[1] / "tests" / "golden"
+RING = 2**64 - 1  # the layer number whose keys scramble windows
 NAMES = (
     "seed",
     "layer",
@@ -32,6 +34,8 @@ NAMES = (
     "start",
     "reflect",
     "permute",
+    "window",
+    "laps",
 )
 
 # name -> seed, layer, rows, blocks, granularity, slots, start, reflect, permute
@@ -85,29 +89,94 @@ WHOLE: dict[str, tuple[Any, ...]] = {
     "whole, 128256 x 16": (0, 0, 128256, 16, 64, 31250, 0, "vector", True),
 }
 
+# name -> the same, window, laps; slots, start and window in blocks of the layer
+WINDOW_POINTS: dict[str, tuple[Any, ...]] = {
+    "single position": (0, 0, 1, 1, 64, 64, 0, "vector", True, 64, 1),
+    "one row": (9, 2, 1, 4096, 64, 704, 700, "vector", True, 256, 4),
+    "one block": (9, 3, 20011, 1, 64, 31250, 31232, "vector", True, 256, 16),
+    "worked example": (2, 1, 100, 20, 64, 704, 448, "vector", True, 256, 2),
+    "12 x 12, smallest ring": (2, 0, 12, 12, 64, 64, 8, "element", True, 64, 1),
+    "63 x 5": (2, 2, 63, 5, 16, 300, 32, "element", True, 64, 3),
+    "less than a cell": (2, 3, 64, 9, 64, 704, 1024, "vector", True, 256, 4),
+    "ends inside the cell before": (2, 3, 64, 9, 64, 704, 1088, "vector", True, 512, 4),
+    "997 x 13": (2, 4, 997, 13, 64, 4096, 64, "vector", True, 256, 4),
+    "4096 rows": (3, 4, 4096, 64, 64, 31250, 12352, "vector", True, 256, 4),
+    "4097 rows": (3, 5, 4097, 3, 64, 1000, 64, "vector", True, 128, 8),
+    "5000 rows": (3, 6, 5000, 9, 64, 704, 448, "vector", True, 128, 16),
+    "8191 rows": (3, 7, 8191, 2, 64, 704, 64, "element", True, 64, 2),
+    "14336 rows": (3, 8, 14336, 64, 64, 31250, 0, "vector", True, 256, 16),
+    "50257 x 12": (3, 9, 50257, 12, 64, 31250, 64, "vector", True, 512, 8),
+    "128256 x 16": (3, 10, 128256, 16, 64, 31250, 262144, "vector", True, 1024, 16),
+    "convolution 512 x 4608": (0, 7, 512, 72, 64, 704, 64, "vector", True, 128, 8),
+    "7 laps": (5, 0, 640, 36, 64, 1000, 640, "element", True, 128, 7),
+    "64 laps": (5, 1, 2048, 36, 64, 704, 128, "vector", True, 64, 64),
+    "cells of no power of two": (5, 2, 1000, 37, 64, 777, 192, "vector", True, 64, 5),
+    "window 32768": (5, 3, 4096, 40, 64, 40000, 4096, "vector", True, 32768, 3),
+    "blocks of 8, slots of 64": (11, 0, 40, 137, 8, 5632, 160, "element", True, 2048, 3),
+    "blocks of 1, slots of 128": (11, 1, 256, 147, 1, 90112, 192, "element", True, 8192, 2),
+    "largest window": (11, 2, 32768, 200, 1, 5120000, 64, "element", True, 2**22, 1),
+    "granularity 128": (11, 3, 640, 24, 128, 15625, 64, "element", True, 256, 4),
+    "no reflection": (11, 4, 640, 24, 64, 333, 64, "none", True, 128, 4),
+    "no permutation": (11, 5, 640, 24, 64, 333, 64, "vector", False, 128, 3),
+    "no generating matrix": (11, 6, 640, 24, 64, 333, 64, "none", False, 128, 4),
+    "largest seed": (2**63 - 1, 12345, 960, 40, 64, 704, 64, "element", True, 256, 4),
+    "largest ring": (6, 6, 5000, 40, 64, 2**31 - 1, 2**31 - 64, "vector", True, 256, 4),
+    "laps beyond 2^29": (6, 7, 5000, 9, 64, 704, 2**37 - 64, "vector", True, 256, 4),
+    "start below 2^61": (6, 8, 5000, 9, 2, 704, 2**61 - 64, "element", True, 256, 4),
+    "start at 2^62": (6, 9, 14336, 3, 1, 5000, 2**62, "element", True, 512, 3),
+    "2^31 positions": (6, 0, 2**25, 64, 64, 31250, 64, "vector", True, 256, 4),
+    "bands": (6, 1, 2**33, 3, 64, 31250, 64, "element", True, 256, 4),
+    "bands that cut units": (6, 1, 2**33, 3, 64, 31250, 64, "vector", True, 256, 7),
+    "bands, no permutation": (6, 2, 2**33, 3, 64, 31250, 64, "vector", False, 256, 4),
+    "bands of one row": (6, 3, 5, 2**31 - 1, 64, 2**31 - 1, 2**31 - 4, "vector", True, 256, 4),
+    "bands, last one short": (6, 4, 2**28 + 5007, 11, 64, 704, 64, "vector", True, 128, 16),
+}
+WINDOW_WHOLE: dict[str, tuple[Any, ...]] = {
+    "whole, 100 x 20": (2, 1, 100, 20, 64, 704, 448, "vector", True, 256, 2),
+    "whole, 1003 x 64": (2, 5, 1003, 64, 64, 704, 64, "element", True, 256, 16),
+    "whole, 4096 x 64": (3, 4, 4096, 64, 64, 31250, 12352, "vector", True, 256, 4),
+    "whole, 5000 x 9": (3, 6, 5000, 9, 64, 704, 448, "vector", True, 128, 16),
+    "whole, 8191 x 2": (3, 7, 8191, 2, 64, 704, 64, "element", True, 64, 2),
+    "whole, 14336 x 16": (3, 8, 14336, 16, 64, 31250, 0, "vector", True, 256, 16),
+    "whole, 20011 x 1": (9, 3, 20011, 1, 64, 31250, 31232, "vector", True, 256, 16),
+    "whole, 640 x 36, 7 laps": (5, 0, 640, 36, 64, 1000, 640, "element", True, 128, 7),
+    "whole, blocks of 8": (11, 0, 40, 137, 8, 5632, 160, "element", True, 2048, 3),
+    "whole, 50257 x 12": (3, 9, 50257, 12, 64, 31250, 64, "vector", True, 512, 8),
+}
+KINDS: dict[int, type[LayerLaw]] = {LAW_VERSION: LayerLaw, WINDOW_LAW: WindowLaw}
 
-def points(rows: int, blocks: int, count: int = 10) -> list[list[int]]:
-    """The corners, the edges of the bands, and some positions between, always the same."""
+
+def points(layer: LayerLaw, count: int = 10) -> list[list[int]]:
+    """The corners, the edges of bands and strips, and some positions between, always the same."""
+    rows, blocks = layer.rows, layer.blocks
     draw = random.Random(rows * 1000003 + blocks)
     band = 1 << (max(1, 2**31 // blocks).bit_length() - 1)
     edges = [(0, 0), (rows - 1, blocks - 1), (0, blocks - 1), (rows - 1, 0), (rows // 2, 0)]
-    edges += [(n, b) for n in (band - 1, band) if n < rows for b in (0, blocks - 1)]
+    cuts = [band - 1, band]
+    if isinstance(layer, WindowLaw):
+        strip = 1 << (min(rows, 4096).bit_length() - 1)
+        cuts += [strip - 1, strip, rows // strip * strip - 1, rows // strip * strip]
+    edges += [(n, b) for n in cuts if n < rows for b in (0, blocks - 1)]
     edges += [(draw.randrange(rows), draw.randrange(blocks)) for _ in range(count)]
     return [[n, b] for n, b in dict.fromkeys(edges)]
 
 
-def at_points(config: tuple[Any, ...]) -> dict[str, Any]:
+def at_points(kind: type[LayerLaw], config: tuple[Any, ...]) -> dict[str, Any]:
     """Slots, sign words and negative elements at some positions of a layer."""
-    layer = LayerLaw(*config)
-    where = points(layer.rows, layer.blocks)
+    layer = kind(*config)
+    where = points(layer)
     n, b = torch.tensor(where).unbind(1)
     record: dict[str, Any] = {
-        "config": dict(zip(NAMES, config, strict=True)),
+        "config": dict(zip(NAMES, config, strict=False)),
         "keys": list(keys(layer.seed, layer.layer, 0, 0, 2)),
         "sign keys": list(keys(layer.seed, layer.layer, 0, 128, 2)),
         "points": where,
         "slots": layer.slot(n, b).tolist(),
     }
+    if isinstance(layer, WindowLaw):
+        assert layer.start % alignment(layer.rows) == 0
+        record["ring keys"] = list(keys(layer.seed, RING, 0, 128, 6))
+        record["addresses"] = [address(layer, *position) for position in where]
     if layer.reflect != "none":
         record["sign words"] = layer.sign_words(n, b).tolist()
         negative = layer.negative(n, b)
@@ -118,46 +187,57 @@ def at_points(config: tuple[Any, ...]) -> dict[str, Any]:
     return record
 
 
-def whole(config: tuple[Any, ...]) -> dict[str, Any]:
+def address(layer: WindowLaw, n: int, b: int) -> int:
+    """Where a position lies on the address line."""
+    band, row = divmod(n, layer.rows_per_band)
+    p = layer.order(torch.tensor([row]), torch.tensor([b]), band)
+    return layer.first(band) + int(layer.address(p, band))
+
+
+def whole(kind: type[LayerLaw], config: tuple[Any, ...]) -> dict[str, Any]:
     """Checksums of a layer's slots (int32) and sign words (uint32), row by row, little endian."""
-    layer = LayerLaw(*config)
+    layer = kind(*config)
     n, b = torch.arange(layer.rows)[:, None], torch.arange(layer.blocks)
     slots = layer.slot(n, b).numpy().astype("<i4").tobytes()
     words = layer.sign_words(n, b).numpy().astype("<u4").tobytes()
     return {
-        "config": dict(zip(NAMES, config, strict=True)),
+        "config": dict(zip(NAMES, config, strict=False)),
         "slots sha256": hashlib.sha256(slots).hexdigest(),
         "sign words sha256": hashlib.sha256(words).hexdigest(),
     }
 
 
-def dump(entries: dict[str, Any]) -> str:
+def dump(law: int, entries: dict[str, Any]) -> str:
     """JSON with one line per value, so that a change shows as a small difference."""
     blocks = []
     for name, entry in entries.items():
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entry.items()]
         blocks.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
-    return f'{{"law": {LAW_VERSION}, "entries": {{\n' + ",\n".join(blocks) + "\n}}\n"
+    return f'{{"law": {law}, "entries": {{\n' + ",\n".join(blocks) + "\n}}\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 1 when an entry would change."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=DEFAULT)
+    parser.add_argument("--law", type=int, choices=list(KINDS), default=LAW_VERSION)
+    parser.add_argument("--out", type=Path, help="law1.json or law2.json in tests/golden")
     parser.add_argument("--new-law", action="store_true", help="overwrite entries that differ")
     args = parser.parse_args(arguments)
 
-    old = json.loads(args.out.read_text())["entries"] if args.out.exists() else {}
-    new = {name: at_points(config) for name, config in POINTS.items()}
-    new |= {name: whole(config) for name, config in WHOLE.items()}
+    out = args.out or FOLDER / f"law{args.law}.json"
+    kind = KINDS[args.law]
+    at, all_of = (WINDOW_POINTS, WINDOW_WHOLE) if kind is WindowLaw else (POINTS, WHOLE)
+    old = json.loads(out.read_text())["entries"] if out.exists() else {}
+    new = {name: at_points(kind, config) for name, config in at.items()}
+    new |= {name: whole(kind, config) for name, config in all_of.items()}
     changed = [name for name, entry in new.items() if name in old and old[name] != entry]
     if changed and not args.new_law:
-        print(f"{args.out}: the law gives other values for " + ", ".join(map(repr, changed)))
+        print(f"{out}: the law gives other values for " + ", ".join(map(repr, changed)))
         print("Golden vectors are permanent; a law with other values needs a new version.")
         return 1
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(dump(old | new))
-    print(f"{args.out}: {len(new)} entries, {len(new.keys() - old.keys())} new")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(dump(args.law, old | new))
+    print(f"{out}: {len(new)} entries, {len(new.keys() - old.keys())} new")
     return 0
 
 

@@ -23,6 +23,7 @@ from rpg_kernels.placement import Placement, split
 from rpg_kernels.window_law import WindowLaw
 
 _LAW_BYTES = 96  # per position: twelve int64 tensors alive at once in the law
+_WINDOW_BYTES = 200  # 25 of them in law 2
 _SIGN_BYTES = 20  # per element of a position under "element": its word, its bit, its mask
 _MAX_POSITIONS = 1 << 16
 _FIXED_BYTES = 4096  # small tensors that do not grow with the tile
@@ -129,7 +130,9 @@ def _row(p: Placement) -> tuple[int, int, int]:
 
 def _position_bytes(p: Placement) -> int:
     per_element = getattr(p.generator, "reflect", "") == "element"
-    return _LAW_BYTES + (_SIGN_BYTES * p.matrix.block if per_element else 0)
+    windows = getattr(p.generator, "window", None) is not None
+    law = _WINDOW_BYTES if windows else _LAW_BYTES
+    return law + (_SIGN_BYTES * p.matrix.block if per_element else 0)
 
 
 def _shares(device: torch.device) -> tuple[int, int]:
