@@ -186,6 +186,7 @@ def linear_constants(
         "PRECISION": "ieee",
         "ROUNDS": 6,
         "SWAP_ROUNDS": 0,
+        "SCRAMBLE": 0,
         "BY_TAP": True,
         "BLOCK": 1024,
         "BLOCK_S": max(1, 1024 // g),

@@ -88,6 +88,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -132,7 +133,7 @@ def _forward_kernel(
                 w = _weight_tile(
                     bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, 0, 0,
                     TAPS_H * TAPS_W * PARTS * BLOCK_K,
-                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS,
+                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
                     x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
             else:
@@ -142,7 +143,7 @@ def _forward_kernel(
                 w = _weight_tile(
                     bank_ptr, law_ptr, entry_at, entry_stride, n, part, row0, blocks,
                     low + tap * run_blocks, first, length,
-                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS,
+                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
                     x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
             if BITS:
@@ -159,7 +160,7 @@ def _forward_kernel(
         for step in range(0, PARTS):
             w = _weight_tile(
                 bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first,
-                length, G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS,
+                length, G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
                 x_ptr.dtype.element_ty, scale,
             )  # fmt: skip
             k = step * BLOCK_K + index
@@ -276,7 +277,7 @@ def _launch(
         WHOLE=even and cols.count == matrix.run_blocks, BY_TAP=matrix.by_tap, BITS=view.in_bits,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1], PARTS=parts,
         HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype, convolution=True),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=pointwise._stages(bank, x, entries, c),
     )  # fmt: skip

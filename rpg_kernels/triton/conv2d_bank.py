@@ -89,6 +89,7 @@ def _bank_grad_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -175,7 +176,7 @@ def _bank_grad_kernel(
             value = tl.where(mask_k[None, :], value, tl.zeros_like(value))
         _scatter(
             out_ptr, value, law_ptr, entry_at, entry_stride, n, mask_n, step, row0, blocks,
-            base, first, length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+            base, first, length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
         )  # fmt: skip
     else:
         row = offs_n.to(tl.int64) * (TAPS_H * TAPS_W * group_channels)
@@ -295,7 +296,7 @@ def _launch(
         BY_TAP=matrix.by_tap, SCATTER=scatter,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1],
         PRECISION=dot_precision(dy.dtype, convolution=True),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip

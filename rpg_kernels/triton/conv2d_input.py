@@ -41,6 +41,7 @@ def _element_tile(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     DTYPE: tl.constexpr,
     scale,
     live,
@@ -50,7 +51,7 @@ def _element_tile(
     rows, columns = n[:, None], block[None, :]
     slot, sign = _slot_and_sign(
         law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, 0,
-        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
     )  # fmt: skip
     mask = tl.broadcast_to(wanted[None, :], slot.shape)
     if live is not None:
@@ -59,7 +60,8 @@ def _element_tile(
     if bank_ptr.dtype.element_ty != DTYPE:
         w = (w * scale).to(DTYPE)  # as in weights.weight_tile
     if SIGN == "element":
-        words = _sign_word(_position(rows, columns, row0, blocks), law_ptr, (e // 32)[None, :])
+        q = _position(rows, columns, row0, blocks, law_ptr, SCRAMBLE)
+        words = _sign_word(q, law_ptr, (e // 32)[None, :])
         sign = words << (31 - _sign_bit(e)).to(tl.uint32)[None, :]
     if SIGN == "entry" or SIGN == "element":
         w = _flip(w, sign)
@@ -128,6 +130,7 @@ def _input_grad_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -175,7 +178,7 @@ def _input_grad_kernel(
             w = _weight_tile(
                 bank_ptr, law_ptr, entry_at, entry_stride, n, step, row0, blocks,
                 low + tap * run_blocks, first, length,
-                G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS,
+                G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
                 dy_ptr.dtype.element_ty, scale, live,
             )  # fmt: skip
         else:
@@ -183,7 +186,8 @@ def _input_grad_kernel(
             w = _element_tile(
                 bank_ptr, law_ptr, entry_ptr, entry_stride, n,
                 tap * channels + column0 + tl.where(wanted, k, 0), wanted, row0, blocks,
-                G, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, dy_ptr.dtype.element_ty, scale, live,
+                G, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE, dy_ptr.dtype.element_ty, scale,
+                live,
             )  # fmt: skip
         if BITS:
             valid = ((bits >> at) & 1 != 0)[:, None]
@@ -344,7 +348,7 @@ def _launch(
         TAPS_H=view.taps[0], TAPS_W=view.taps[1],
         PARTS=plan.cdiv(g.per_group, c.block_n), ADD=add,
         PRECISION=dot_precision(dy.dtype, convolution=True),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=pointwise._stages(bank, dy, entries, c),
     )  # fmt: skip

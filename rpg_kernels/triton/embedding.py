@@ -82,6 +82,7 @@ def _embedding_kernel(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -99,7 +100,7 @@ def _embedding_kernel(
     k, wanted, b, e = _columns_of(pid - tile * steps, low, first, columns, G, BLOCK_K)
     offsets, sign = _locate(
         law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
     )  # fmt: skip
     w = tl.load(bank_ptr + offsets).to(tl.float32)
     if SIGN != "none":
@@ -133,6 +134,7 @@ def _embedding_grad_kernel(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -151,7 +153,7 @@ def _embedding_grad_kernel(
     value = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale
     offsets, sign = _locate(
         law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
     )  # fmt: skip
     if SIGN != "none":
         value = _flip(value, sign)
@@ -234,6 +236,6 @@ def _launch(
                 *strides, band.row, band.rows, band.row0, matrix.blocks, cols.low, cols.first,
                 steps, p.scale,
                 G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p),
-                ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+                ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
                 BLOCK_M=c.block_m, BLOCK_K=width, num_warps=c.warps,
             )  # fmt: skip

@@ -3,7 +3,7 @@
 A position (n, b) is a row of the launch and a block of the row. Its *entry* is the slot that it
 reads, an int32, made in one of three ways (``SOURCE``):
 
-    "law"      computed here, 60 to 100 lane-instructions in every thread that holds part of a row
+    "law"      computed here, 60 to 110 lane-instructions in every thread that holds part of a row
     "scratch"  read from entry_ptr [blocks of the launch, rows of the launch], written by slots.py;
                entry_stride is the number of rows
     "table"    read from entry_ptr [rows, blocks], an explicit table (bit 31 is the sign)
@@ -24,10 +24,12 @@ import triton
 import triton.language as tl
 
 from rpg_kernels.triton import law as device_law
+from rpg_kernels.triton import window_law
 
 _SIGN = tl.constexpr(0x80000000)
 _LOW = tl.constexpr(0x7FFFFFFF)
-_slot_of = device_law.slot_of
+_slot_of, _slot_in_window = device_law.slot_of, window_law.slot_of
+_order, _vector_word = window_law.order, window_law.vector_word
 _sign_word = device_law.sign_word
 _sign_bit = device_law.sign_bit
 _law_word = device_law.law_word
@@ -35,20 +37,45 @@ _SLOTS = device_law._SLOTS
 
 
 @triton.jit
-def position(n, b, row0, blocks):
-    """q of row n and block b of the launch, uint32; row0 is the launch's first row in its band."""
-    return ((row0 + n) * blocks + b).to(tl.uint32)
+def position(n, b, row0, blocks, law_ptr, SCRAMBLE: tl.constexpr):
+    """q of row n and block b of the launch, uint32; row0 is the launch's first row in its band.
+
+    In the window law it is p, the place in the order in which units are cut.
+    """
+    if SCRAMBLE == 0:
+        return ((row0 + n) * blocks + b).to(tl.uint32)
+    else:
+        return _order(row0 + n, b, blocks, law_ptr)
 
 
 @triton.jit
-def law_entry(q, law_ptr, SIGN: tl.constexpr, ROUNDS: tl.constexpr, SWAP_ROUNDS: tl.constexpr):
+def vector_sign(q, law_ptr, SCRAMBLE: tl.constexpr):
+    """A word whose bit 31 is the sign of band positions q, where a block has one."""
+    if SCRAMBLE == 0:
+        return _sign_word(q, law_ptr, 0)
+    else:
+        return _vector_word(q, law_ptr)
+
+
+@triton.jit
+def law_entry(
+    q,
+    law_ptr,  # [128]
+    SIGN: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
+):
     """The entry of band positions q, uint32, from the law."""
-    slot = _slot_of(q, law_ptr, ROUNDS, SWAP_ROUNDS)
+    if SCRAMBLE == 0:
+        slot = _slot_of(q, law_ptr, ROUNDS, SWAP_ROUNDS)
+    else:
+        slot = _slot_in_window(q, law_ptr, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
     if SIGN == "folded":
-        negative = _sign_word(q, law_ptr, 0) >> 31
+        negative = vector_sign(q, law_ptr, SCRAMBLE) >> 31
         slot += negative * _law_word(law_ptr, _SLOTS)
     if SIGN == "entry":
-        slot |= _sign_word(q, law_ptr, 0) & tl.full([], _SIGN, tl.uint32)
+        slot |= vector_sign(q, law_ptr, SCRAMBLE) & tl.full([], _SIGN, tl.uint32)
     return slot
 
 
@@ -66,6 +93,7 @@ def entry(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
 ):
     """The entries of rows n and blocks b, uint32 of their common shape."""
     if SOURCE == "table":
@@ -74,7 +102,8 @@ def entry(
         at = entry_ptr + (b - low).to(tl.int64) * entry_stride + n
         return tl.load(at).to(tl.uint32, bitcast=True)
     else:
-        return law_entry(position(n, b, row0, blocks), law_ptr, SIGN, ROUNDS, SWAP_ROUNDS)
+        q = position(n, b, row0, blocks, law_ptr, SCRAMBLE)
+        return law_entry(q, law_ptr, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
 
 
 @triton.jit
@@ -91,11 +120,12 @@ def slot_and_sign(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
 ):
     """(slot int64, sign in bit 31 of a uint32) of rows n and blocks b, of their common shape."""
     word = entry(
         law_ptr, entry_ptr, entry_stride, n, b, row0, blocks, low,
-        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
     )  # fmt: skip
     slot = word
     if SIGN == "entry":
@@ -182,6 +212,7 @@ def signs(
     G: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SIGN: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
 ):
     """Signs of a tile's elements in bit 31 of a uint32, of a shape that broadcasts to the tile's.
 
@@ -191,7 +222,7 @@ def signs(
         e: see span.
     """
     if SIGN == "element":
-        q = position(rows, columns, row0, blocks)
+        q = position(rows, columns, row0, blocks, law_ptr, SCRAMBLE)
         element = e
         if G >= 8 or G >= BLOCK_K:
             words = sign_words(q, law_ptr, e, G, BLOCK_K, BLOCK_K)

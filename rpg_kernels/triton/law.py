@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.law import LayerLaw, keys, most_square_factors
+from rpg_kernels.law import LayerLaw, Permutation, keys, most_square_factors
 
 LAW_WORDS = 128
 # Where each number stands in the vector.
@@ -57,12 +57,24 @@ def divider(divisor: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=65536)
-def rounds(law: LayerLaw, band: int = 0) -> tuple[int, int]:
-    """(Feistel rounds, swap-or-not rounds), the compile-time part of a band's law."""
+def rounds(law: LayerLaw, band: int = 0) -> tuple[int, int, int]:
+    """(Feistel rounds, swap-or-not rounds, 0), the compile-time part of a band's law.
+
+    The last number is what tells the window law from this one, see window_law.py.
+    """
     if not law.permute:
-        return 0, 0
+        return 0, 0, 0
     p = law.permutation(band)
-    return (p.rounds, 0) if p.rounds else (0, p.swap_rounds)
+    return (p.rounds, 0, 0) if p.rounds else (0, p.swap_rounds, 0)
+
+
+def round_words(p: Permutation) -> list[int]:
+    """What the device functions read in a permutation's rounds."""
+    if p.rounds:
+        return list(keys(p.seed, p.layer, p.band, 0, p.rounds))
+    drawn = list(keys(p.seed, p.layer, p.band, 0, 2 * p.swap_rounds))
+    drawn[::2] = [key * p.size >> 32 for key in drawn[::2]]
+    return drawn
 
 
 @functools.cache
@@ -91,12 +103,8 @@ def law_words(law: LayerLaw, band: int, device: torch.device) -> Tensor:
         (law.start + first) % law.slots,
     ]
     words[16:24] = keys(law.seed, law.layer, band, 128, 8)
-    if p.rounds:
-        words[32 : 32 + p.rounds] = keys(law.seed, law.layer, band, 0, p.rounds)
-    else:
-        drawn = list(keys(law.seed, law.layer, band, 0, 2 * p.swap_rounds))
-        drawn[::2] = [key * p.size >> 32 for key in drawn[::2]]
-        words[32 : 32 + len(drawn)] = drawn
+    drawn = round_words(p)
+    words[32 : 32 + len(drawn)] = drawn
     return on_device(words, device)
 
 

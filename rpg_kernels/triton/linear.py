@@ -64,6 +64,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -99,8 +100,8 @@ def _forward_kernel(
     for step in range(0, steps):
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
-            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, x_ptr.dtype.element_ty,
-            scale,
+            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            x_ptr.dtype.element_ty, scale,
         )  # fmt: skip
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -151,6 +152,7 @@ def _input_grad_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -179,8 +181,8 @@ def _input_grad_kernel(
         live = None if EVEN_N else n0 + offs_n < N
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
-            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, dy_ptr.dtype.element_ty,
-            scale, live,
+            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            dy_ptr.dtype.element_ty, scale, live,
         )  # fmt: skip
         if EVEN_N:
             dy = tl.load(dy_ptrs)
@@ -289,7 +291,7 @@ def _launch_forward(
         G=g, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=cols.first == 0 and columns == steps * c.block_k, HAS_BIAS=bias is not None,
         UNIT_N=of_n, UNIT_K=of_k, PRECISION=dot_precision(a.dtype),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=_stages(bank, a, entries, c),
     )  # fmt: skip
@@ -381,7 +383,8 @@ def _launch_input_grad(
         G=p.matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=first == 0 and columns == steps * c.block_k, EVEN_N=band.rows % c.block_n == 0,
         UNIT_N=of_n, UNIT_K=of_k, ADD=add,
-        PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+        PRECISION=dot_precision(a.dtype),
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=_stages(bank, a, entries, c),
     )  # fmt: skip

@@ -49,6 +49,7 @@ def _bank_grad_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -96,7 +97,7 @@ def _bank_grad_kernel(
     if SCATTER:
         _scatter(
             out_ptr, acc * scale, law_ptr, entry_ptr, entry_stride, n, mask_n, step, row0, blocks,
-            low, first, K, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+            low, first, K, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
         )  # fmt: skip
     else:
         at = offs_n.to(tl.int64)[:, None] * K + k.to(tl.int64)[None, :]
@@ -211,7 +212,8 @@ def _launch(
         band.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps, span, p.scale,
         G=g, SOURCE=entries.source, SIGN=plan.sign_kind(p), SCATTER=scatter, ADD=add,
         UNIT_N=of_n, UNIT_K=of_k,
-        PRECISION=dot_precision(a.dtype), ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+        PRECISION=dot_precision(a.dtype),
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from rpg_kernels import _checks, settings
 from rpg_kernels.generator import TableGenerator
+from rpg_kernels.law import LayerLaw
 from rpg_kernels.placement import Placement
-from rpg_kernels.triton import slots
+from rpg_kernels.triton import law as law_1
+from rpg_kernels.triton import slots, window_law
 from rpg_kernels.triton.config import interpreted, products_read_shared
-from rpg_kernels.triton.law import LAW_WORDS, law_words, rounds
+from rpg_kernels.window_law import WindowLaw
 
 if interpreted():
     from rpg_kernels.triton import interpreter
@@ -160,7 +162,7 @@ class Band:
         rows: how many.
         row0: first row, counted from the band's.
         words: the law's vector, ``[128]``; of no meaning for a table.
-        rounds: Feistel and swap-or-not rounds of the band.
+        rounds: Feistel and swap-or-not rounds of the band, and SCRAMBLE (window_law.py).
         band: its number.
     """
 
@@ -168,7 +170,7 @@ class Band:
     rows: int
     row0: int
     words: Tensor
-    rounds: tuple[int, int]
+    rounds: tuple[int, int, int]
     band: int
 
 
@@ -182,17 +184,23 @@ def bands(p: Placement, device: torch.device, at_most: int = INT32_MAX) -> Itera
         band, row0 = divmod(first + row, height)
         count = min(rows - row, height - row0, at_most)
         if table:
-            yield Band(row, count, 0, _no_law(device), (0, 0), band)
+            yield Band(row, count, 0, _no_law(device), (0, 0, 0), band)
         else:
-            words = law_words(p.law, band, device)
-            yield Band(row, count, row0, words, rounds(p.law, band), band)
+            yield Band(row, count, row0, *_law(p.law, band, device), band)
         row += count
+
+
+def _law(law: LayerLaw, band: int, device: torch.device) -> tuple[Tensor, tuple[int, int, int]]:
+    """(words, rounds) of a band, in either law."""
+    if isinstance(law, WindowLaw):
+        return window_law.law_words(law, band, device), window_law.rounds(law, band)
+    return law_1.law_words(law, band, device), law_1.rounds(law, band)
 
 
 @lru_cache(maxsize=64)
 def _no_law(device: torch.device) -> Tensor:
     """What stands in for the law's vector where a table is read."""
-    return torch.zeros(LAW_WORDS, dtype=torch.int32, device=device)
+    return torch.zeros(law_1.LAW_WORDS, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)

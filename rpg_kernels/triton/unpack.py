@@ -47,6 +47,7 @@ def _unpack_kernel(
     ONE_TAP: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -99,7 +100,7 @@ def _unpack_kernel(
     wanted = wanted & (column >= 0) & (column < columns)
     offsets, sign = _locate(
         law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
     )  # fmt: skip
     mask = (offs_n < rows)[:, None] & wanted[None, :]
     w = tl.load(bank_ptr + offsets, mask=mask, other=0.0)
@@ -154,7 +155,7 @@ def tile(
                 band.row0, matrix.blocks, cols.low, cols.count, first, steps, p.scale,
                 G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p),
                 BY_TAP=matrix.by_tap, ONE_TAP=matrix.taps == 1,
-                ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1],
+                ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
                 BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps,
             )  # fmt: skip
     return dense.unflatten(2, kernel) if kernel else dense.squeeze(2)

@@ -54,7 +54,7 @@ def evaluate(law: LayerLaw, band: int, q: Tensor) -> Tensor:
     out = torch.full((7, q.numel()), -1, dtype=torch.int64, device=DEVICE)
     words = device_law.law_words(law, band, DEVICE)
     grid = (triton.cdiv(q.numel(), 1024),)
-    _evaluate[grid](q.to(DEVICE), words, out, q.numel(), *device_law.rounds(law, band), 1024)
+    _evaluate[grid](q.to(DEVICE), words, out, q.numel(), *device_law.rounds(law, band)[:2], 1024)
     return out.cpu()
 
 
