@@ -22,8 +22,9 @@ from rpg_kernels._tensors import DTYPES
 from rpg_kernels.doctor import law_check, report, selftest
 from rpg_kernels.law import LayerLaw
 from rpg_kernels.reference import tiles
+from rpg_kernels.window_law import WindowLaw
 
-GOLDEN = Path(__file__).parent / "golden" / "law1.json"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 ON_CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -142,10 +143,15 @@ def test_explicit_weights_are_those_of_the_brute_force_definition() -> None:
 
 
 def test_law_values_are_the_committed_ones() -> None:
-    entries = json.loads(GOLDEN.read_text("utf-8"))["entries"]
+    committed_of = {
+        kind: json.loads((GOLDEN / f"law{number}.json").read_text("utf-8"))["entries"]
+        for number, kind in ((1, LayerLaw), (2, WindowLaw))
+    }
+    assert {type(golden.law) for golden in law_check.GOLDEN} == set(committed_of)
     for golden in law_check.GOLDEN:
-        entry = entries[golden.name]
-        assert golden.law == LayerLaw(**entry["config"])
+        kind = type(golden.law)
+        entry = committed_of[kind][golden.name]
+        assert golden.law == kind(**entry["config"])
         committed = {
             tuple(point): (slot, tuple(words))
             for point, slot, words in zip(
@@ -286,6 +292,18 @@ def test_a_wrong_law_in_pytorch_fails(
     status, record = run_json(capsys)
     assert status == 1
     assert "law in PyTorch" in failing(record)
+
+
+def test_a_wrong_window_law_in_pytorch_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = WindowLaw.slot
+    monkeypatch.setattr(WindowLaw, "slot", lambda law, n, b: (true(law, n, b) + 8) % law.slots)
+    status, record = run_json(capsys)
+    assert status == 1
+    assert failing(record) == {"law in PyTorch"}
+    (test,) = (test for test in record["self_tests"] if not test["passed"])
+    assert "slots of layer 'worked example': got [" in test["message"]
 
 
 def test_wrong_signs_of_the_pytorch_path_fail(

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 import rpg_kernels as rpg
+from rpg_kernels.reference import tiles
 
 op = torch.ops.rpg_kernels
 REFLECT = ("element", "vector", "none")
 KINDS = [
+    *(((64, f"{reflect} windows"), torch.float32) for reflect in REFLECT[1:]),
+    ((8, "element windows"), torch.float64),
     *(((64, reflect), torch.float32) for reflect in REFLECT),
     ((8, "element"), torch.float32),
     ((1, "element"), torch.float32),
@@ -85,7 +88,11 @@ def place(
     if reflect == "table":
         bank = brute.table_bank(1000, torch.Size(shape).numel(), dtype)
     else:
-        bank = brute.bank_of(1024, dtype, granularity=granularity, reflect=reflect)
+        mode, _, windows = reflect.partition(" ")
+        options = {"granularity": granularity, "reflect": mode}
+        if windows:
+            options |= {"window": 64, "laps": 2}
+        bank = brute.bank_of(8192 if windows else 1024, dtype, **options)
     return bank.place(shape, scale=0.7), bank.weight.detach()
 
 
@@ -130,6 +137,26 @@ def operators(
         extra = summed if name.endswith("bank_grad") else 0
         calls.append(Call(name, run, copies + extra, dtype))
     return calls
+
+
+@pytest.mark.parametrize("mode", ["", " windows"])
+@pytest.mark.parametrize("reflect", REFLECT)
+def test_the_law_takes_a_quarter_of_the_limit(reflect: str, mode: str) -> None:
+    """In PyTorch, where slots and signs of some positions are worked out at a time."""
+    weight, _ = place((400, 500), (64, reflect + mode), torch.float32)
+    p = weight.placement
+    blocks = torch.zeros(1 << 12, 64)
+
+    def evaluate() -> Tensor:
+        for _, n, b in tiles._position_chunks(p, blocks.device, None):
+            _, negative = tiles._read(p, None, n, b)
+            tiles._reflect_(blocks[: n.numel()], negative, 1.0)
+        return torch.empty(0)
+
+    for limit in (1 << 17, 1 << 19):
+        with rpg.scratch_limit(limit):
+            _, most, _ = measure(evaluate)
+        assert limit // 16 < most <= limit // 4
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=str)

@@ -27,6 +27,7 @@ SHAPES = [
     (4096, 8, 8192, 512, 4, 8, 0),
     (1024, 16, 1024, 64, 8, 10, 0),
     (2053, 9, 2056, 128, 3, 8, 64),  # 64 does not divide the rows
+    (5000, 8, 8192, 256, 16, 6, 64 * 3),  # strips of 4096, 512, 256, 128 and 8 rows
     (997, 13, 4096, 256, 4, 10, 0),
     (64, 36, 704, 128, 4, 30, 128),
     (100, 64, 1024, 256, 4, 20, 192),
@@ -105,12 +106,13 @@ def statistics(layer: Layer, after: Layer) -> dict[str, float]:
     many = law.rows * law.blocks >= 64 * law.cell
     slot, size = (layer.slot, law.slots) if many else (layer.local, law.window)
     out: dict[str, float] = coincidences(slot, size)
-    for lag in sorted({1, 2, 3, 4, 7, 8, 9, 16, 24, 32, 63, 64, 128, 512, law.rows // 2}):
+    lags = {1, 2, 3, 4, 7, 8, 9, 16, 24, 32, 63, 64, 128, 512, law.rows // 2}
+    for lag in sorted(lags | {law.window, law.cell}):
         if 0 < lag < law.rows:
             pairs(out, f"rows {lag}", slot[:-lag], slot[lag:], size)
             same = layer.local[:-lag] ^ layer.local[lag:]
             out[f"rows {lag} exclusive or"] = chi_square(same.flatten(), law.window)
-    across = max(1, law.window // 64)  # columns of a lap
+    across = max(1, law.window // 64)  # columns of a lap, in strips of 64 rows
     for lag in sorted({1, 2, 3, across - 1, across, 2 * across, law.laps * across}):
         if 0 < lag < law.blocks:
             pairs(out, f"blocks {lag}", slot[:, :-lag], slot[:, lag:], size)
