@@ -8,6 +8,6 @@ import triton_process as process
 pytestmark = process.needs_triton
 
 
-@pytest.mark.parametrize("name", ["aot.py", "aot_conv2d.py", "aot_embedding.py"])
+@pytest.mark.parametrize("name", ["aot.py", "aot_conv2d.py", "aot_embedding.py", "aot_window.py"])
 def test_compiled_ahead_of_time(name: str) -> None:
     process.run(name, interpreted=False)
