@@ -38,7 +38,7 @@ RPG_LAW uint32_t umulhi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }
 
-RPG_LAW uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
+RPG_LAW constexpr uint32_t min_u32(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // (a + b) mod m and (a - b) mod m of a, b < m <= 2^31, without a branch.
 RPG_LAW uint32_t add_mod(uint32_t a, uint32_t b, uint32_t m) { return min_u32(a + b, a + b - m); }

@@ -3,12 +3,13 @@
 //   entry = place in the window | sign << 15        of positions p ... p + count - 1 of one cell
 //
 // A lap's place 8 A + c comes from octet o and residue c alone; the row r that reads it, from c and
-// the octet's word. So places are made class by class: a lane is (lap, c), and an iteration makes
-// octet o of kLaps laps, with the keys of 7 rounds of 4 instructions in registers. A stays in the
-// upper bits of 16, where a product drops what is above 2^bits by itself. Then each octet's 8
-// places are put into the order of rows: one byte shuffle with one of 256 patterns. Budget for 8
-// positions of a lap: (7 rounds * 4 + 3) / kLaps, 4 for the shuffle, 2 for the octet's word, 1 for
-// signs.
+// the octet's word. So places are made class by class: lanes are c, some laps, and some octets
+// where laps are few, and keep the keys of 7 rounds of 4 instructions in registers. A stays in the
+// upper bits of 16, where a product drops what is above 2^bits by itself. Several vectors go
+// through the rounds together, since one alone waits for each of its products. Then each octet's 8
+// places are put into the order of rows: one byte shuffle with one of 256 patterns. Budget for an
+// octet, where vectors hold V of them: (7 rounds * 4 + 3) / V, 4 for the shuffle, 2 for its word, 3
+// / 2 for signs.
 
 #pragma once
 
@@ -23,15 +24,17 @@ constexpr uint32_t kMaxTableWindow = 1 << 15;  // places of 15 bits
 
 namespace {  // compiled once per instruction set, see law.h
 
+namespace table {
+
 #if defined(__AVX512BW__)
-constexpr int kLaps = 4;
+constexpr uint32_t kOctets = 4;
 #elif defined(__AVX2__)
-constexpr int kLaps = 2;
+constexpr uint32_t kOctets = 2;
 #else
-constexpr int kLaps = 1;
+constexpr uint32_t kOctets = 1;
 #endif
-constexpr int kClasses = 8 * kLaps;  // lanes
-constexpr uint32_t kChunk = 64;      // octets of a lap whose words are kept
+constexpr uint32_t kClasses = 8 * kOctets;  // lanes of a vector
+constexpr uint32_t kChunk = 64;             // octets of a lap whose words are kept
 
 typedef uint16_t Classes __attribute__((vector_size(2 * kClasses)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
@@ -73,64 +76,85 @@ inline void place_octet(const uint16_t* by_class, uint32_t pattern, uint16_t* by
 #endif
 }
 
-// Of kLaps laps from `lap`: positions `low` to `high` - 1, counted from the first one's beginning.
-template <int ROUNDS, bool WHOLE>
+// Of LAPS laps from `lap`: positions `low` to `high` - 1, counted from the first one's beginning. A
+// vector holds octets o, o + 1 ... of each lap.
+template <uint32_t LAPS, uint32_t ROUNDS, bool WHOLE>
 void places(const Scramble& s, uint32_t lap, uint32_t low, uint32_t high, uint16_t* out) {
-  const int up = 16 - static_cast<int>(s.bits), shift = static_cast<int>(s.shift);
+  constexpr uint32_t kEach = kOctets / LAPS;          // octets of a lap in a vector
+  constexpr uint32_t kTogether = kEach == 4 ? 2 : 4;  // vectors; a lap has 8 octets or more
+  // Scalars that meet vectors have their type.
+  const uint16_t up = static_cast<uint16_t>(16 - s.bits), to_place = up - 3, one = 1;
+  const uint16_t shift = static_cast<uint16_t>(s.shift);
   const uint16_t upper = static_cast<uint16_t>(0xFFFFu << up);
-  uint16_t keys[4][kClasses], residues[kClasses];
-  for (int i = 0; i < kClasses; ++i) {
-    const uint32_t x = 8 * lap + static_cast<uint32_t>(i);
+  uint16_t lanes[6][kClasses];
+  for (uint32_t i = 0; i < kClasses; ++i) {
+    const uint32_t x = 8 * lap + i % (8 * LAPS);
     const uint32_t f = hash_word(x, s.key[2], s.key[3]), g = hash_word(x, s.key[4], s.key[5]);
-    keys[0][i] = static_cast<uint16_t>(f);
-    keys[1][i] = static_cast<uint16_t>(f >> 16);
-    keys[2][i] = static_cast<uint16_t>(g);
-    keys[3][i] = static_cast<uint16_t>(g >> 16);
-    residues[i] = i & 7;
+    lanes[0][i] = static_cast<uint16_t>(f);
+    lanes[1][i] = static_cast<uint16_t>(f >> 16);
+    lanes[2][i] = static_cast<uint16_t>(g);
+    lanes[3][i] = static_cast<uint16_t>(g >> 16);
+    lanes[4][i] = i & 7;
+    lanes[5][i] = static_cast<uint16_t>(i / (8 * LAPS) << up);
   }
-  Classes half[4], residue;
-  std::memcpy(half, keys, sizeof half);
-  std::memcpy(&residue, residues, sizeof residue);
-  Classes factor[ROUNDS], summand[ROUNDS];
-  for (int r = 0; r < ROUNDS; ++r) {
+  Classes half[4], residue, octet, factor[ROUNDS], summand[ROUNDS];
+  std::memcpy(half, lanes, sizeof half);
+  std::memcpy(&residue, lanes[4], sizeof residue);
+  std::memcpy(&octet, lanes[5], sizeof octet);
+  for (uint32_t r = 0; r < ROUNDS; ++r) {
+    const uint16_t low_shift = 4 * r % 16, high_shift = 16 - low_shift;
     if (r == 0) {
-      factor[r] = half[0] | 1;
-      summand[r] = half[2] << up;
+      factor[r] = half[0];
+      summand[r] = half[2];
     } else if (r < 4) {
-      factor[r] = half[0] >> 4 * r | half[1] << (16 - 4 * r) | 1;
-      summand[r] = (half[2] >> 4 * r | half[3] << (16 - 4 * r)) << up;
+      factor[r] = half[0] >> low_shift | half[1] << high_shift;
+      summand[r] = half[2] >> low_shift | half[3] << high_shift;
     } else {
-      factor[r] = half[1] >> (4 * r - 16) | 1;
-      summand[r] = (half[3] >> (4 * r - 16)) << up;
+      factor[r] = half[1] >> low_shift;
+      summand[r] = half[3] >> low_shift;
     }
+    factor[r] |= one;
+    summand[r] <<= up;
   }
   const uint32_t octets = s.window / 8, chunk = min_u32(octets, kChunk);
-  for (uint32_t first = 0; first < octets; first += chunk) {
-    uint16_t pattern[kLaps][kChunk];
-    for (uint32_t l = 0; l < kLaps; ++l) {
-      for (uint32_t o = 0; o < chunk; ++o) {
-        const uint32_t x = ((lap + l) << s.bits) + first + o;
-        pattern[l][o] = pattern_of(hash_word(x, s.key[0], s.key[1]));
+  const bool single = !WHOLE && high <= s.window;  // lap only: chunks outside are left out
+  for (uint32_t first = single ? low / 8 / chunk * chunk : 0;
+       first < octets && !(single && 8 * first >= high); first += chunk) {
+    uint16_t pattern[LAPS * kChunk];  // by lap, then by octet: one run where chunks are laps
+    const uint32_t run = chunk == octets ? LAPS * chunk : chunk;
+    for (uint32_t i = 0; i < LAPS * chunk; i += run) {
+      const uint32_t x = ((lap + i / chunk) << s.bits) + first;
+      for (uint32_t k = 0; k < run; ++k) {
+        pattern[i + k] = pattern_of(hash_word(x + k, s.key[0], s.key[1]));
       }
     }
-    for (uint32_t o = 0; o < chunk; ++o) {
-      Classes a = Classes{} + static_cast<uint16_t>((first + o) << up);
-      for (int r = 0; r < ROUNDS; ++r) {
-        a = a * factor[r] + summand[r];
-        a ^= (a >> shift) & upper;
+    for (uint32_t o = 0; o < chunk; o += kEach * kTogether) {
+      Classes a[kTogether];
+      for (uint32_t k = 0; k < kTogether; ++k) {
+        const uint16_t begin = static_cast<uint16_t>((first + o + k * kEach) << up);
+        a[k] = octet + begin;
       }
-      a = a >> (up - 3) | residue;
-      uint16_t by_class[kClasses];
-      std::memcpy(by_class, &a, sizeof a);
-      for (uint32_t l = 0; l < kLaps; ++l) {
-        const uint32_t at = l * s.window + 8 * (first + o);
-        if (WHOLE || (at >= low && at + 8 <= high)) {
-          place_octet(by_class + 8 * l, pattern[l][o], out + (at - low));
-        } else if (at + 8 > low && at < high) {
-          uint16_t rows[8];
-          place_octet(by_class + 8 * l, pattern[l][o], rows);
-          for (uint32_t r = 0; r < 8; ++r) {
-            if (at + r >= low && at + r < high) out[at + r - low] = rows[r];
+      for (uint32_t r = 0; r < ROUNDS; ++r) {
+        for (uint32_t k = 0; k < kTogether; ++k) {
+          a[k] = a[k] * factor[r] + summand[r];
+          a[k] ^= (a[k] >> shift) & upper;
+        }
+      }
+      uint16_t by_class[kTogether][kOctets][8];
+      for (uint32_t k = 0; k < kTogether; ++k) {
+        const Classes place = a[k] >> to_place | residue;
+        std::memcpy(by_class[k], &place, sizeof place);
+        for (uint32_t i = 0; i < kOctets; ++i) {
+          const uint32_t l = i % LAPS, mine = o + k * kEach + i / LAPS;
+          const uint32_t at = l * s.window + 8 * (first + mine);
+          if (WHOLE || (at >= low && at + 8 <= high)) {
+            place_octet(by_class[k][i], pattern[l * chunk + mine], out + (at - low));
+          } else if (at + 8 > low && at < high) {
+            uint16_t rows[8];
+            place_octet(by_class[k][i], pattern[l * chunk + mine], rows);
+            for (uint32_t r = 0; r < 8; ++r) {
+              if (at + r >= low && at + r < high) out[at + r - low] = rows[r];
+            }
           }
         }
       }
@@ -138,24 +162,50 @@ void places(const Scramble& s, uint32_t lap, uint32_t low, uint32_t high, uint16
   }
 }
 
-template <int ROUNDS>
+template <uint32_t LAPS, uint32_t ROUNDS>
+void places_of_laps(const Scramble& s, uint32_t lap, uint32_t j, uint32_t count, uint16_t* out) {
+  if (j == 0 && count == LAPS * s.window) {
+    places<LAPS, ROUNDS, true>(s, lap, 0, count, out);
+  } else {
+    places<LAPS, ROUNDS, false>(s, lap, j, j + count, out);
+  }
+}
+
+// Positions j, j + 1 ... from the beginning of a lap.
+template <uint32_t ROUNDS>
 void places_of(const Scramble& s, uint32_t lap, uint32_t j, uint32_t count, uint16_t* out) {
-  const uint32_t group = kLaps * s.window;
   while (count) {
-    const uint32_t take = min_u32(group - j, count);
-    if (take == group) {
-      places<ROUNDS, true>(s, lap, 0, group, out);
+    const uint32_t left = (j + count + s.window - 1) / s.window;
+    const uint32_t laps = kOctets == 4 && left > 2 ? 4 : kOctets > 1 && left > 1 ? 2 : 1;
+    const uint32_t take = min_u32(laps * s.window - j, count);
+    if (laps == 1) {
+      places_of_laps<1, ROUNDS>(s, lap, j, take, out);
+    } else if (laps == 2) {
+      places_of_laps<min_u32(kOctets, 2), ROUNDS>(s, lap, j, take, out);
     } else {
-      places<ROUNDS, false>(s, lap, j, j + take, out);
+      places_of_laps<kOctets, ROUNDS>(s, lap, j, take, out);
     }
-    lap += kLaps;
+    lap += laps;
     j = 0;
     out += take;
     count -= take;
   }
 }
 
-// Signs of positions p, p + 1 ... into bit 15. A product moves a bit there.
+// What multiplies bit k mod 16 to bit 15: a table, since there are no 16-bit shifts by lane.
+struct Powers {
+  alignas(64) uint16_t of[32];
+};
+
+constexpr Powers make_powers() {
+  Powers out{};
+  for (int k = 0; k < 32; ++k) out.of[k] = static_cast<uint16_t>(1 << (15 - k % 16));
+  return out;
+}
+
+constexpr Powers kToBit15 = make_powers();
+
+// Signs of positions p, p + 1 ... into bit 15.
 inline void add_signs(const WindowBand& law, uint32_t p, uint32_t count, uint16_t* out) {
   constexpr uint32_t kWords = 16;
   for (uint32_t done = 0; done < count;) {
@@ -166,12 +216,15 @@ inline void add_signs(const WindowBand& law, uint32_t p, uint32_t count, uint16_
     for (uint32_t i = 0; i < kWords && done < count; ++i, done += 32) {
       const uint64_t two = uint64_t{word[i + 1]} << 32 | word[i];
       const uint32_t signs = static_cast<uint32_t>(two >> (p & 31));
+      const uint16_t low = static_cast<uint16_t>(signs), high = static_cast<uint16_t>(signs >> 16);
       const uint32_t size = min_u32(count - done, 32);
       uint16_t* const to = out + done;
       if (size == 32) {
-        for (int k = 0; k < 32; ++k) {
-          const uint32_t half = k < 16 ? signs : signs >> 16;
-          to[k] |= static_cast<uint16_t>(half << (15 - k % 16)) & 0x8000u;
+#pragma omp simd
+        for (int k = 0; k < 16; ++k) to[k] |= static_cast<uint16_t>(low * kToBit15.of[k]) & 0x8000u;
+#pragma omp simd
+        for (int k = 16; k < 32; ++k) {
+          to[k] |= static_cast<uint16_t>(high * kToBit15.of[k]) & 0x8000u;
         }
       } else {
         for (uint32_t k = 0; k < size; ++k) {
@@ -181,6 +234,8 @@ inline void add_signs(const WindowBand& law, uint32_t p, uint32_t count, uint16_
     }
   }
 }
+
+}  // namespace table
 
 // Entries of positions p ... p + count - 1, whose addresses z ... are of one cell; out [count].
 // Signs only with one for a block; elements' signs are not in the table.
@@ -192,11 +247,11 @@ inline void unit_table(const WindowBand& law, uint32_t p, uint32_t z, uint32_t c
   if (!law.permute) {
     for (uint32_t k = 0; k < count; ++k) out[k] = static_cast<uint16_t>((j + k) & (s.window - 1));
   } else if (s.rounds == 7) {
-    places_of<7>(s, lap, j, count, out);
+    table::places_of<7>(s, lap, j, count, out);
   } else {
-    places_of<8>(s, lap, j, count, out);
+    table::places_of<8>(s, lap, j, count, out);
   }
-  if (law.vector) add_signs(law, p, count, out);
+  if (law.vector) table::add_signs(law, p, count, out);
 }
 
 }  // namespace
