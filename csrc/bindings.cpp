@@ -1,6 +1,8 @@
 // The Python module rpg_kernels._native. It knows nothing of torch: arguments are integers
 // (addresses, sizes, a stream), which rpg_kernels/native.py checks and takes from tensors.
 
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -8,6 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "cuda/law.h"
+#include "window_law.h"
 
 namespace py = pybind11;
 
@@ -24,7 +27,8 @@ void require(bool holds, const char* what) {
 }
 
 LayerLaw checked_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks, int granularity,
-                     int64_t slots, int64_t start, int reflect, bool permute) {
+                     int64_t slots, int64_t start, int reflect, bool permute, int64_t window,
+                     int64_t laps, int64_t address) {
   require(blocks >= 1 && blocks <= kMaxBand, "blocks: wanted 1 to 2^31");
   require(rows >= 1 && rows <= INT64_MAX / blocks, "rows: wanted at least 1, rows * blocks < 2^63");
   require(granularity >= 1 && granularity <= 128 && !(granularity & (granularity - 1)),
@@ -32,9 +36,24 @@ LayerLaw checked_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks
   require(slots >= 1 && slots <= kMaxBand, "slots: wanted 1 to 2^31");
   require(start >= 0 && start < slots, "start: wanted 0 to slots - 1");
   require(reflect >= 0 && reflect <= 2, "reflect: wanted 0 (none), 1 (vector) or 2 (element)");
-  return make_layer_law(seed, layer, rows, blocks, granularity, static_cast<uint32_t>(slots),
-                        static_cast<uint32_t>(start), static_cast<Reflect>(reflect), permute);
+  LayerLaw law =
+      make_layer_law(seed, layer, rows, blocks, granularity, static_cast<uint32_t>(slots),
+                     static_cast<uint32_t>(start), static_cast<Reflect>(reflect), permute);
+  if (window) {
+    require(
+        window >= kMinWindow && window <= kMaxWindow && !(window & (window - 1)) && window <= slots,
+        "window: wanted a power of two of at least 64 blocks, at most the ring");
+    require(laps >= 1 && laps <= kMaxLaps, "laps: wanted 1 to 64");
+    require(address >= 0 && address <= INT64_MAX - rows * blocks, "address: wanted 0 to 2^63 - 1");
+    law.window = static_cast<uint32_t>(window);
+    law.laps = static_cast<uint32_t>(laps);
+    law.address = static_cast<uint64_t>(address);
+  }
+  return law;
 }
+
+// What works on lists and regions of positions evaluates law 1 only.
+void require_law_1(const LayerLaw& law) { require(!law.window, "law: wanted law 1"); }
 
 // Positions outside the layer would be evaluated to slots outside the ring.
 Region checked_region(const LayerLaw& law, int64_t first_row, int64_t rows, uintptr_t lookup,
@@ -70,6 +89,7 @@ void check_positions(const LayerLaw& law, const int64_t* n, const int64_t* b, in
 
 void slots(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, uintptr_t out,
            int threads) {
+  require_law_1(law);
   check_positions(law, address<const int64_t>(n), address<const int64_t>(b), count);
   kernels().slots(law, address<const int64_t>(n), address<const int64_t>(b), count,
                   address<int64_t>(out), threads);
@@ -77,6 +97,7 @@ void slots(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, uintptr
 
 void sign_words(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, uintptr_t out,
                 int threads) {
+  require_law_1(law);
   check_positions(law, address<const int64_t>(n), address<const int64_t>(b), count);
   kernels().sign_words(law, address<const int64_t>(n), address<const int64_t>(b), count,
                        address<int64_t>(out), threads);
@@ -84,6 +105,7 @@ void sign_words(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, ui
 
 void permutation(const LayerLaw& law, int64_t band, bool inverse, uintptr_t q, int64_t count,
                  uintptr_t out, int threads) {
+  require_law_1(law);
   require(band >= 0 && band < bands_of(law), "band: outside the layer");
   const int64_t rows = law.rows - band * law.rows_per_band;
   const int64_t size = (rows < law.rows_per_band ? rows : law.rows_per_band) * law.blocks;
@@ -97,6 +119,7 @@ void permutation(const LayerLaw& law, int64_t band, bool inverse, uintptr_t q, i
 void unpack(const LayerLaw& law, uintptr_t ring, uintptr_t out, int dtype, double scale,
             int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
             int64_t low, int64_t count, int threads) {
+  require_law_1(law);
   const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
   if (!rows) return;
   kernels().unpack(law, {region, checked_dtype(dtype), address<const void>(ring),
@@ -106,6 +129,7 @@ void unpack(const LayerLaw& law, uintptr_t ring, uintptr_t out, int dtype, doubl
 void pack(const LayerLaw& law, uintptr_t dense, uintptr_t grad, int dtype, double scale,
           int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
           int64_t low, int64_t count, int threads, uintptr_t workspace, int64_t workspace_entries) {
+  require_law_1(law);
   const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
   if (!rows) return;
   kernels().pack(
@@ -116,7 +140,7 @@ void pack(const LayerLaw& law, uintptr_t dense, uintptr_t grad, int dtype, doubl
 py::dict build_info() {
   py::dict info;
   info["version"] = RPG_VERSION;
-  info["law"] = kLawVersion;
+  info["law"] = kWindowLawVersion;
   info["compiler"] = RPG_COMPILER;
 #if defined(_OPENMP)
   info["openmp"] = true;
@@ -139,10 +163,11 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "The packing law, unpack and pack in C++ and CUDA; use them through rpg_kernels.";
   m.def("build_info", &build_info, "What was compiled, and which instruction set is in use.");
 
-  py::class_<LayerLaw>(m, "LayerLaw", "The packing law of one layer.")
-      .def(py::init(&checked_law), py::arg("seed"), py::arg("layer"), py::arg("rows"),
-           py::arg("blocks"), py::arg("granularity"), py::arg("slots"), py::arg("start"),
-           py::arg("reflect"), py::arg("permute"))
+  py::class_<LayerLaw> law(m, "LayerLaw", "The packing law of one layer.");
+  law.def(py::init(&checked_law), py::arg("seed"), py::arg("layer"), py::arg("rows"),
+          py::arg("blocks"), py::arg("granularity"), py::arg("slots"), py::arg("start"),
+          py::arg("reflect"), py::arg("permute"), py::arg("window") = 0, py::arg("laps") = 0,
+          py::arg("address") = 0)
       .def("slots", &slots, py::call_guard<py::gil_scoped_release>(), py::arg("n"), py::arg("b"),
            py::arg("count"), py::arg("out"), py::arg("threads"))
       .def("sign_words", &sign_words, py::call_guard<py::gil_scoped_release>(), py::arg("n"),
@@ -158,11 +183,13 @@ PYBIND11_MODULE(_native, m) {
            py::arg("rows"), py::arg("lookup"), py::arg("runs"), py::arg("run_blocks"),
            py::arg("low"), py::arg("count"), py::arg("threads"), py::arg("workspace"),
            py::arg("workspace_entries"));
+  bind_linear(law);
 
   m.def(
       "cuda_law",
       [](const LayerLaw& law, int64_t band, uintptr_t n, uintptr_t b, int64_t count,
          uintptr_t slots_out, uintptr_t words_out, uintptr_t stream) {
+        require_law_1(law);
         require(band >= 0 && band < bands_of(law), "band: outside the layer");
         cuda::law(law, band, address<const int64_t>(n), address<const int64_t>(b), count,
                   address<int64_t>(slots_out), address<int64_t>(words_out), address<void>(stream));

@@ -20,6 +20,7 @@
 
 namespace rpg {
 
+constexpr int kWindowLawVersion = 2;
 constexpr uint32_t kStrip = 4096;         // most rows of a strip
 constexpr uint32_t kMinWindow = 64;       // in blocks, as everything here
 constexpr uint32_t kMaxWindow = 1 << 22;  // 2^15 slots of 128 blocks

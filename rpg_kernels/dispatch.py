@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
+from rpg_kernels.cpu import config as cpu
 from rpg_kernels.placement import parse
 from rpg_kernels.triton.config import interpreted, unsupported
 from rpg_kernels.vendor import config as vendor
@@ -68,6 +69,12 @@ RULES = (
         lambda op, batch, reflect: not interpreted(),  # which is for tests, not for speed
     ),
     Rule(
+        "cpu",
+        lambda op, device, dtype: not why_not("cpu", op, device, dtype),
+        "compiled CPU kernels, products of slots shared by the rows that read them",
+        lambda op, batch, reflect: batch > 0,
+    ),
+    Rule(
         "reference",
         lambda op, device, dtype: True,
         "plain PyTorch, unpacked tile by tile within the scratch limit",
@@ -86,6 +93,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
         return unsupported(op, device, dtype)
     if backend == "vendor":
         return vendor.unsupported(op, device, dtype)
+    if backend == "cpu":
+        return cpu.unsupported(op, device, dtype)
     return "" if backend == "reference" else "this version has no such back end"
 
 
@@ -152,7 +161,8 @@ def size_of(op: str, x: Tensor, placement: str) -> tuple[int, str]:
 
     Rows are those of x, or pixels of all images, rounded down to a power of two, since only
     whether there are many matters; 0 where there is no product, and where the scratch limit does
-    not allow for a sixteenth of the weight, since many small parts cost more than they gain.
+    not allow for a sixteenth of the weight, since many small parts cost more than they gain. On
+    the CPU 0 too where the compiled kernels would lose, which depends on the weight.
 
     Args:
         op: operator name.
@@ -163,7 +173,7 @@ def size_of(op: str, x: Tensor, placement: str) -> tuple[int, str]:
         >>> from rpg_kernels.generator import Generator
         >>> from rpg_kernels.placement import Placement
         >>> spec = Placement(Generator(100, 8, "vector"), 0, 0, (6, 7), 1.0).to_json()
-        >>> size_of("linear", torch.empty(3, 5, 7), spec)
+        >>> size_of("linear", torch.empty(3, 5, 7, device="meta"), spec)
         (8, 'vector')
     """
     p = parse(placement)
@@ -171,6 +181,10 @@ def size_of(op: str, x: Tensor, placement: str) -> tuple[int, str]:
     if not op.startswith(("linear", "conv2d")) or not x.numel():
         return 0, reflect
     rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
+    if x.device.type == "cpu":
+        able = not cpu.unsupported(op, x.device, x.dtype)
+        wins = able and cpu.preferred(op, x.dtype, rows, placement)
+        return (1 << rows.bit_length() - 1 if wins else 0), reflect
     line = p.numel // min(16, *p.selected_shape[:2]) * x.element_size()
     if line > settings.scratch_bytes(x.device.type):
         return 0, reflect

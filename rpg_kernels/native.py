@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
-from rpg_kernels.law import LAW_VERSION, LayerLaw
+from rpg_kernels.law import LayerLaw
+from rpg_kernels.window_law import WINDOW_LAW, WindowLaw
 
 ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
 ENVIRONMENT_ISA = "RPG_KERNELS_ISA"
@@ -41,9 +42,9 @@ def _load() -> tuple[Any, str]:
         if os.environ.get(ENVIRONMENT_ISA) and isinstance(error, RuntimeError):
             raise
         return None, f"the compiled module cannot be loaded: {error}"
-    if built.get("version") != __version__ or built["law"] != LAW_VERSION:
+    if built.get("version") != __version__ or built["law"] != WINDOW_LAW:
         of = f"version {built.get('version')}, law {built['law']}"
-        wanted = f"version {__version__}, law {LAW_VERSION}; install again"
+        wanted = f"version {__version__}, law {WINDOW_LAW}; install again"
         return None, f"the compiled module cannot be loaded: got {of}, wanted {wanted}"
     return module, ""
 
@@ -77,7 +78,7 @@ def build_info() -> dict[str, Any]:
     """What was compiled: compiler, instruction sets, CUDA version and architectures.
 
     Example:
-        >>> "reason" in build_info() or build_info()["law"] == 1
+        >>> "reason" in build_info() or build_info()["law"] == 2
         True
     """
     module, reason = _load()
@@ -100,6 +101,9 @@ def handles(*tensors: Tensor) -> bool:
 @lru_cache(maxsize=4096)
 def layer_law(law: LayerLaw) -> Any:
     """The compiled counterpart of a layer's law; its methods take addresses."""
+    windows = {}
+    if isinstance(law, WindowLaw):
+        windows = {"window": law.window, "laps": law.laps, "address": law.start}
     return _load()[0].LayerLaw(
         seed=law.seed,
         layer=law.layer,
@@ -107,9 +111,10 @@ def layer_law(law: LayerLaw) -> Any:
         blocks=law.blocks,
         granularity=law.granularity,
         slots=law.slots,
-        start=law.start,
+        start=0 if windows else law.start,
         reflect=_REFLECT[law.reflect],
         permute=law.permute,
+        **windows,
     )
 
 
@@ -148,7 +153,8 @@ def _lists(n: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @cache
-def _code(dtype: torch.dtype) -> int:
+def dtype_code(dtype: torch.dtype) -> int:
+    """The number of a dtype in C++."""
     return DTYPES.index(dtype)
 
 
@@ -174,7 +180,7 @@ def unpack(
     layer_law(law).unpack(
         ring.data_ptr(),
         out.data_ptr(),
-        _code(ring.dtype),
+        dtype_code(ring.dtype),
         scale,
         *region[:2],
         0 if lookup is None else lookup.data_ptr(),
@@ -210,7 +216,7 @@ def pack(
     layer_law(law).pack(
         dense.data_ptr(),
         grad.data_ptr(),
-        _code(dense.dtype),
+        dtype_code(dense.dtype),
         scale,
         *region[:2],
         0 if lookup is None else lookup.data_ptr(),

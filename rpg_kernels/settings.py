@@ -12,7 +12,7 @@ from types import TracebackType
 from rpg_kernels import _checks
 
 ENVIRONMENT_BACKEND = "RPG_KERNELS_BACKEND"
-BACKENDS = ("reference", "triton", "vendor", "cuda", "simt")
+BACKENDS = ("reference", "cpu", "triton", "vendor", "cuda", "simt")
 
 _MIB = 1 << 20
 _scratch_bytes = {"cpu": 4 * _MIB, "cuda": 16 * _MIB}
@@ -90,7 +90,8 @@ def backend(name: str) -> _Restore:
     function wins over it. The setting is process-wide.
 
     Args:
-        name: ``"auto"``; ``"reference"``, plain PyTorch; ``"triton"``, fused kernels only, so that
+        name: ``"auto"``; ``"reference"``, plain PyTorch; ``"cpu"``, compiled kernels for CPU
+            tensors; ``"triton"``, fused kernels only, so that
             no weight is ever in memory; ``"vendor"``, unpacked within the scratch limit and
             multiplied by the vendor's library; ``"cuda"`` or ``"simt"``.
 

@@ -18,8 +18,19 @@ struct Choice {
   bool usable;
 };
 
-#define RPG_KERNELS(ISA) \
-  {#ISA, ISA::slots, ISA::sign_words, ISA::permutation, ISA::unpack, ISA::pack}
+#define RPG_KERNELS(ISA)             \
+  {#ISA,                             \
+   ISA::slots,                       \
+   ISA::sign_words,                  \
+   ISA::permutation,                 \
+   ISA::unpack,                      \
+   ISA::pack,                        \
+   ISA::linear,                      \
+   ISA::linear_input_grad,           \
+   ISA::linear_bank_grad,            \
+   ISA::linear_workspace,            \
+   ISA::linear_input_grad_workspace, \
+   ISA::linear_bank_grad_workspace}
 
 const Choice kChoices[] = {
 #if defined(RPG_HAVE_AVX512)

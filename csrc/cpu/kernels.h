@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../law.h"
+#include "linear.h"
 #include "number.h"
 #include "region.h"
 
@@ -43,6 +44,12 @@ struct Kernels {
                       int64_t* out, int threads);
   void (*unpack)(const LayerLaw&, const UnpackArgs&);
   void (*pack)(const LayerLaw&, const PackArgs&);
+  void (*linear)(const LayerLaw&, const LinearArgs&);
+  void (*linear_input_grad)(const LayerLaw&, const LinearInputGradArgs&);
+  void (*linear_bank_grad)(const LayerLaw&, const LinearBankGradArgs&);
+  Workspace (*linear_workspace)(const LayerLaw&, const LinearArgs&);
+  Workspace (*linear_input_grad_workspace)(const LayerLaw&, const LinearInputGradArgs&);
+  Workspace (*linear_bank_grad_workspace)(const LayerLaw&, const LinearBankGradArgs&);
 };
 
 #define RPG_DECLARE_KERNELS(ISA)                                                            \
@@ -52,6 +59,12 @@ struct Kernels {
   void permutation(const LayerLaw&, int64_t, bool, const int64_t*, int64_t, int64_t*, int); \
   void unpack(const LayerLaw&, const UnpackArgs&);                                          \
   void pack(const LayerLaw&, const PackArgs&);                                              \
+  void linear(const LayerLaw&, const LinearArgs&);                                          \
+  void linear_input_grad(const LayerLaw&, const LinearInputGradArgs&);                      \
+  void linear_bank_grad(const LayerLaw&, const LinearBankGradArgs&);                        \
+  Workspace linear_workspace(const LayerLaw&, const LinearArgs&);                           \
+  Workspace linear_input_grad_workspace(const LayerLaw&, const LinearInputGradArgs&);       \
+  Workspace linear_bank_grad_workspace(const LayerLaw&, const LinearBankGradArgs&);         \
   }
 
 RPG_DECLARE_KERNELS(baseline)

@@ -18,7 +18,7 @@ from rpg_kernels.scales import layer_std
 from rpg_kernels.virtual_weight import VirtualWeight
 
 INIT = ("random", "least_squares")
-MOST_LAPS = 16  # that convert chooses by itself
+MOST_LAPS = 4  # that convert chooses by itself
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -133,7 +133,7 @@ def _bank(chosen: Selection, config: RPGConfig, init: str) -> ParameterBank:
 
 
 def _laps(chosen: Selection, config: RPGConfig) -> int | None:
-    """Laps of the bank's windows: those asked for, or as many as the model allows, up to 16.
+    """Laps of the bank's windows: those asked for, or as many as the model allows, up to 4.
 
     Raises:
         ValueError: those asked for are above the compression.

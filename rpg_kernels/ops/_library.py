@@ -42,7 +42,7 @@ def define(
             values(*operands)
         first: Tensor = operands[0]
         how: tuple[Any, ...] = (name, first.device, first.dtype, backend)
-        if first.device.type == "cuda" and not backend:  # elsewhere sizes decide nothing
+        if not backend:
             placement = next(argument for argument in operands if isinstance(argument, str))
             how += dispatch.size_of(name, first, placement)
         return dispatch.implementation(*how)(*operands)

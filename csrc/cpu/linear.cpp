@@ -1,0 +1,220 @@
+// linear: y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias, Ŵ = G ring never in memory.
+//
+// Strips of rows, column of blocks by column of blocks (walk.h). A piece of a column that has more
+// rows than its window has slots is factored (factor.h): S = window · x_b once, then a sum for each
+// row; otherwise each row has its own product. Sums of a strip are kept in fp32 beside the batch,
+// [rows, BATCH], and written once.
+//
+// Per position (a row of a block, BLOCK weights): a table entry of 2 or 4 bytes, a vector of BATCH
+// sums read and written, and of the window's bytes and products what `laps` rows of the column
+// share. For 4096 rows, 256 slots of 64, batch 1: 64 KB of window and 4096 entries against 1 MB of
+// dense fp32 weights.
+//
+// Columns are dealt to `threads` parts in order. Strips that several parts worked on are summed in
+// the order of parts, so results depend on their number, in rounding, and on nothing else.
+
+#include "linear.h"
+
+#include <algorithm>
+
+#include "batch.h"
+#include "walk.h"
+
+namespace rpg::RPG_ISA {
+
+namespace {
+
+constexpr int64_t kSums = 1 << 16;  // floats of a strip, of a tile of the batch
+
+inline int64_t strip_rows(int batch_tile, int tiles) { return kSums / (batch_tile * tiles); }
+
+struct Layout {
+  int64_t height;   // rows of the highest strip
+  int64_t entries;  // bytes, of one part
+  int64_t s, sums;  // floats of one part: S, and the sums of one strip
+  int64_t x;        // floats of all parts: the tile of the batch
+  int64_t bytes_per_part() const { return entries + 4 * (s + 2 * sums); }
+};
+
+template <class Walk>
+Layout layout_of(const LayerLaw& law, const std::vector<Strip>& strips, int batch_tile, int tiles) {
+  Layout out{};
+  for (const Strip& strip : strips) out.height = std::max(out.height, strip.height);
+  out.entries =
+      (Walk::kEntries * static_cast<int64_t>(sizeof(typename Walk::Entry)) + 63) / 64 * 64;
+  const int64_t slots = law.window ? law.window : law.slots;
+  out.s = slots < out.height ? (slots + 16) * (batch_tile == 1 ? 2 : batch_tile) : 0;
+  out.s = (out.s + 15) / 16 * 16;
+  out.sums = (out.height * batch_tile * tiles + 15) / 16 * 16;
+  out.x = law.blocks * law.granularity * batch_tile * tiles;
+  return out;
+}
+
+template <int BLOCK, int BATCH, class Walk>
+class Linear {
+  using Entry = typename Walk::Entry;
+
+ public:
+  Linear(const LayerLaw& law, const LinearArgs& args)
+      : law_(law),
+        args_(args),
+        strips_(strips_of<Walk>(law, strip_rows(BATCH, args.tiles))),
+        layout_(layout_of<Walk>(law, strips_, BATCH, args.tiles)),
+        x_(static_cast<float*>(args.workspace)) {
+    for (int part = 0; part <= args.threads; ++part) {
+      split_.push_back(column_split(strips_, law.blocks, part, args.threads));
+    }
+  }
+
+  void run() {
+    const int64_t step = int64_t{BATCH} * args_.tiles;
+    for (int64_t m0 = 0; m0 < args_.batch; m0 += step) {
+      const int64_t rows = std::min(step, args_.batch - m0);
+#pragma omp parallel num_threads(args_.threads)
+      {
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < law_.blocks; ++block) {
+          x_of(rows).load(args_.x_dtype, args_.x, args_.columns, m0, block);
+        }
+#pragma omp for schedule(static)
+        for (int part = 0; part < args_.threads; ++part) work(part, m0, rows);
+#pragma omp for schedule(static)
+        for (int part = 0; part < args_.threads; ++part) {
+          for (const Strip& strip : strips_) join(strip, part, m0, rows);
+        }
+      }
+    }
+  }
+
+ private:
+  using X = Tiles<BLOCK, BATCH, by_row(BATCH)>;
+  X x_of(int64_t rows) const { return {x_, law_.blocks, rows}; }
+  char* part_memory(int part) const {
+    return reinterpret_cast<char*>(x_ + layout_.x) + part * layout_.bytes_per_part();
+  }
+  // Sums of the strip that a part begins in the middle of (0), or of any other (1).
+  float* sums(int part, bool other) const {
+    return reinterpret_cast<float*>(part_memory(part) + layout_.entries) + layout_.s +
+           other * layout_.sums;
+  }
+  int64_t end_of(const Strip& strip) const { return strip.first + strip.height * law_.blocks; }
+
+  void work(int part, int64_t m0, int64_t rows) const {
+    Entry* entry = reinterpret_cast<Entry*>(part_memory(part));
+    float* s = reinterpret_cast<float*>(part_memory(part) + layout_.entries);
+    const int64_t begin = split_[part], end = split_[part + 1];
+    const X x_tiles = x_of(rows);
+    Walk walk(law_);
+    for (const Strip& strip : strips_) {
+      const int64_t low = std::max(begin, strip.first), high = std::min(end, end_of(strip));
+      if (low >= high) continue;
+      float* to = sums(part, begin <= strip.first);
+      std::memset(to, 0, sizeof(float) * layout_.sums);
+      const int64_t first = (low - strip.first) / strip.height;
+      const int64_t last = (high - strip.first) / strip.height;
+      walk.walk(strip, first, last, entry, [&](const Segment<Entry>& segment) {
+        const int64_t left = args_.columns - segment.block * BLOCK;
+        const Window<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, segment.base,
+                                   static_cast<int>(left < BLOCK ? left : BLOCK));
+        for (int tile = 0; tile < x_tiles.count(); ++tile) {
+          float* y = to + (tile * layout_.height + segment.row) * BATCH;
+          add(segment, window, x_tiles.at(tile, segment.block), s, y);
+        }
+      });
+      if (low == strip.first && high == end_of(strip)) {
+        write(strip, &to, 1, 0, strip.height, m0, rows);
+      }
+    }
+  }
+
+  void add(const Segment<Entry>& segment, const Window<BLOCK>& window, const float* x, float* s,
+           float* y) const {
+    if (segment.slots >= segment.count) {
+      direct_products<BLOCK, BATCH>(segment.entry, segment.count, window, x, y);
+      return;
+    }
+    window_products<BLOCK, BATCH>(window, segment.slots, x, s);
+    if (BATCH == 1) {
+      for (int w = 0; w < segment.slots; ++w) s[segment.slots + w] = -s[w];
+    }
+    add_products<BATCH>(segment.entry, segment.count, s, segment.slots, y);
+  }
+
+  // Rows [from, to) of a strip, from the sums of several parts.
+  void write(const Strip& strip, float* const* sum, int count, int64_t from, int64_t to, int64_t m0,
+             int64_t rows) const {
+    const float scale = static_cast<float>(args_.scale);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t offset = m / BATCH * layout_.height * BATCH + m % BATCH;
+      for (int64_t n = from; n < to; ++n) {
+        float total = 0;
+        for (int i = 0; i < count; ++i) total += sum[i][offset + n * BATCH];
+        total *= scale;
+        if (args_.bias) total += args_.bias[strip.row + n];
+        set_element(args_.x_dtype, args_.y, (m0 + m) * law_.rows + strip.row + n, total);
+      }
+    }
+  }
+
+  // This part's share of a strip that several parts worked on.
+  void join(const Strip& strip, int part, int64_t m0, int64_t rows) const {
+    std::vector<float*> of;
+    for (int other = 0; other < args_.threads; ++other) {
+      const int64_t begin = split_[other], end = split_[other + 1];
+      if (begin < end && begin < end_of(strip) && strip.first < end) {
+        if (begin <= strip.first && end_of(strip) <= end) return;
+        of.push_back(sums(other, begin <= strip.first));
+      }
+    }
+    write(strip, of.data(), static_cast<int>(of.size()), strip.height * part / args_.threads,
+          strip.height * (part + 1) / args_.threads, m0, rows);
+  }
+
+  const LayerLaw& law_;
+  const LinearArgs& args_;
+  std::vector<Strip> strips_;
+  Layout layout_;
+  std::vector<int64_t> split_;  // positions at which parts begin
+  float* x_;                    // [tiles, blocks, BLOCK · BATCH]
+};
+
+template <int BLOCK, class Walk>
+void by_batch(const LayerLaw& law, const LinearArgs& args) {
+  switch (args.batch_tile) {
+    case 1: return Linear<BLOCK, 1, Walk>(law, args).run();
+    case 4: return Linear<BLOCK, 4, Walk>(law, args).run();
+    case 8: return Linear<BLOCK, 8, Walk>(law, args).run();
+    default: return Linear<BLOCK, 16, Walk>(law, args).run();
+  }
+}
+
+template <class Walk>
+void by_block(const LayerLaw& law, const LinearArgs& args) {
+  switch (law.granularity) {
+    case 16: return by_batch<16, Walk>(law, args);
+    case 32: return by_batch<32, Walk>(law, args);
+    case 64: return by_batch<64, Walk>(law, args);
+    default: return by_batch<128, Walk>(law, args);
+  }
+}
+
+template <class Walk>
+Workspace workspace(const LayerLaw& law, const LinearArgs& args) {
+  const auto strips = strips_of<Walk>(law, strip_rows(args.batch_tile, args.tiles));
+  const Layout layout = layout_of<Walk>(law, strips, args.batch_tile, args.tiles);
+  const int64_t activations = 4 * layout.x;
+  return {activations + args.threads * layout.bytes_per_part(), activations};
+}
+
+}  // namespace
+
+Workspace linear_workspace(const LayerLaw& law, const LinearArgs& args) {
+  return law.window ? workspace<WindowWalk>(law, args) : workspace<RingWalk>(law, args);
+}
+
+void linear(const LayerLaw& law, const LinearArgs& args) {
+  if (law.window) return by_block<WindowWalk>(law, args);
+  by_block<RingWalk>(law, args);
+}
+
+}  // namespace rpg::RPG_ISA

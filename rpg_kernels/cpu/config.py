@@ -1,0 +1,189 @@
+"""What the compiled CPU kernels can run, when they are taken, and in which steps of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from rpg_kernels import native, settings
+from rpg_kernels._tensors import LOW_PRECISION
+from rpg_kernels.generator import Generator
+from rpg_kernels.placement import parse
+from rpg_kernels.window_law import STRIP, WindowLaw
+
+OPERATORS = ("linear", "linear_input_grad", "linear_bank_grad")
+BLOCKS = (16, 32, 64, 128)
+MAX_WINDOW = 2**15  # blocks: a table's entries have 15 bits for the place
+
+# A product of its own for every row pays while the batch is smaller than this; beyond it the
+# reference unpacks once for all of the batch.
+DIRECT_BATCH = 4
+# With 16-bit activations dense products are several times faster than these fp32 ones.
+LOW_BATCH, LOW_GAIN = 64, 8
+
+_ALIGNMENT = 64
+
+
+def unsupported(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why an operator call cannot run here, or "".
+
+    Args:
+        op: operator name.
+        device, dtype: of the call's first tensor.
+
+    Example:
+        >>> unsupported("embedding", torch.device("cpu"), torch.float32)
+        'the CPU kernels have no embedding'
+    """
+    if device.type != "cpu":
+        return f"the CPU kernels work on CPU tensors, not on {device}"
+    if op not in OPERATORS:
+        return f"the CPU kernels have no {op}"
+    if dtype != torch.float32 and dtype not in LOW_PRECISION:
+        return f"the CPU kernels compute in float32, bfloat16 and float16, not in {dtype}"
+    return "" if native.available() else native.why_not()
+
+
+@lru_cache(maxsize=4096)
+def unsupported_weight(placement: str) -> str:
+    """Why a weight cannot be read here, or "".
+
+    Example:
+        >>> from rpg_kernels.placement import Placement
+        >>> p = Placement(Generator(100, 8, "vector"), 0, 0, (6, 16), 1.0)
+        >>> unsupported_weight(p.to_json())
+        'the CPU kernels read blocks of 16 to 128 elements, not of 8'
+    """
+    p = parse(placement)
+    if not isinstance(p.generator, Generator):
+        return "the CPU kernels read weights of a packing law, not of a table"
+    if p.generator.reflect == "element":
+        return "the CPU kernels have one sign for a slot use, not one for each element"
+    if p.selected_shape != p.shape:
+        return "the CPU kernels read whole weights, not a part"
+    if p.matrix.block not in BLOCKS:
+        return f"the CPU kernels read blocks of 16 to 128 elements, not of {p.matrix.block}"
+    if isinstance(p.law, WindowLaw) and p.law.window > MAX_WINDOW:
+        return f"the CPU kernels read windows of at most {MAX_WINDOW} blocks"
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def gain(placement: str) -> float:
+    """Rows of a column over slots that they read: how many share a product.
+
+    Example:
+        >>> from rpg_kernels.placement import Placement
+        >>> windows = Generator(1024, 64, "vector", window=256, laps=4)
+        >>> gain(Placement(windows, 0, 0, (4096, 64), 1.0).to_json())
+        4.0
+        >>> gain(Placement(Generator(1024, 64, "vector"), 0, 0, (4096, 64), 1.0).to_json())
+        4.0
+    """
+    law = parse(placement).law
+    if not isinstance(law, WindowLaw):
+        return law.rows / law.slots
+    height = min(STRIP, 1 << (law.rows.bit_length() - 1))
+    return min(height / law.window, law.laps)
+
+
+def preferred(op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
+    """Whether a call is faster here than in the reference (measured: docs/cpu.md).
+
+    Args:
+        op: operator name.
+        dtype: of the activations.
+        batch: rows of x.
+        placement: of the weight.
+    """
+    if unsupported_weight(placement) or batch == 0:
+        return False
+    shared = gain(placement)
+    if shared <= 1 and (batch > DIRECT_BATCH or op == "linear_bank_grad"):
+        return False
+    if dtype in LOW_PRECISION and batch > LOW_BATCH and shared < LOW_GAIN:
+        return False
+    return steps(op, batch, placement) is not None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a call goes through its batch, and the memory that it takes.
+
+    Args:
+        batch_tile: rows of the batch at a time: 1, 4, 8 or 16.
+        tiles: that are multiplied with what is tabulated once.
+        threads: parts that columns are dealt to.
+        workspace: bytes in all.
+        scratch: of them, what the scratch limit counts: all but copies of activations.
+    """
+
+    batch_tile: int
+    tiles: int
+    threads: int
+    workspace: int
+    scratch: int
+
+
+def steps(op: str, batch: int, placement: str) -> Steps | None:
+    """The largest steps whose scratch the limit allows, or None."""
+    limit = settings.scratch_bytes("cpu")
+    return _steps(op, min(batch, 64), placement, limit, torch.get_num_threads())
+
+
+@lru_cache(maxsize=4096)
+def _steps(op: str, batch: int, placement: str, limit: int, threads: int) -> Steps | None:
+    for step in _choices(op, batch, placement, threads):
+        if step.scratch <= limit:
+            return step
+    return None
+
+
+def smallest(op: str, placement: str) -> int:
+    """Scratch in bytes of the smallest steps."""
+    return min(step.scratch for step in _choices(op, 1, placement, torch.get_num_threads()))
+
+
+def _choices(op: str, batch: int, placement: str, threads: int) -> list[Steps]:
+    p = parse(placement)
+    law: Any = native.layer_law(p.law)
+    workspace = getattr(law, f"{op}_workspace")
+    if batch > 16:
+        sizes = [(16, min(4, -(-batch // 16))), (16, 2), (16, 1), (8, 1), (4, 1), (1, 1)]
+    else:
+        sizes = [(tile, 1) for tile in (16, 8, 4, 1) if tile == 1 or 2 * tile > batch]
+        sizes = [size for size in sizes if size[0] >= batch][-1:] + sizes
+    out = []
+    for parts in sorted({threads, max(1, threads // 2), 1}, reverse=True):
+        for tile, tiles in sizes:
+            total, activations = workspace(p.shape[1], parts, tile, tiles)
+            out.append(Steps(tile, tiles, parts, total, total - activations))
+    return out
+
+
+def check(op: str, placement: str, batch: int) -> Steps:
+    """The steps of a call.
+
+    Raises:
+        RuntimeError: the weight cannot be read here, or the scratch limit is too small.
+    """
+    reason = unsupported_weight(placement)
+    if reason:
+        raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
+    step = steps(op, batch, placement)
+    if step is None:
+        raise RuntimeError(
+            f"scratch_limit: got {settings.scratch_bytes('cpu')} bytes, wanted at least "
+            f"{smallest(op, placement)} for the cpu back end of a virtual weight "
+            f"{list(parse(placement).shape)}"
+        )
+    return step
+
+
+def workspace(step: Steps) -> torch.Tensor:
+    """uint8, aligned as the kernels want it."""
+    memory = torch.empty(step.workspace + _ALIGNMENT, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % _ALIGNMENT :]
