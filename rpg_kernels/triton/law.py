@@ -41,13 +41,13 @@ _S3 = tl.constexpr(0x31848BAB)
 
 
 def divider(divisor: int) -> tuple[int, int]:
-    """(magic, shift) with n // divisor == umulhi(n, magic) >> shift for n < 2^31.
+    """(magic, shift) with n // divisor == umulhi(n, magic) >> shift for n <= 2^31.
 
     Granlund and Montgomery (1994). For divisor 1 the pair (0, 0) stands for n itself.
 
     Example:
         >>> magic, shift = divider(7)
-        >>> all((n * magic >> 32) >> shift == n // 7 for n in (0, 6, 7, 8, 2**31 - 1))
+        >>> all((n * magic >> 32) >> shift == n // 7 for n in (0, 6, 7, 8, 2**31))
         True
     """
     if divisor == 1:

@@ -9,7 +9,8 @@ in a vector like law 1's, so that kernels of both laws differ by the constant ``
 
 Addresses have 64 bits, but a band spans less than 2^31 + 2^28 of them: cells and laps are counted
 from the cell of the band's first position, and what lies before is reduced on the host. So
-everything here is uint32. About 100 lane-instructions per position, one sign included.
+everything here is uint32. Lane-instructions per position, as compiled for sm_90: order and slot
+131, a vector sign 16 to 19, and 10 for each Feistel round of the units.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.law import MAX_BAND, keys, most_square_factors
+from rpg_kernels.law import keys, most_square_factors
 from rpg_kernels.triton import law as device_law
 from rpg_kernels.triton.law import LAW_WORDS
 from rpg_kernels.window_law import WindowLaw
@@ -41,8 +42,7 @@ _FIRST_LAP = tl.constexpr(15)  # of that cell, modulo 2^32
 _OCTET_WORD = tl.constexpr(4)  # the ring's words follow the layer's four sign words
 _FACTOR_WORD = tl.constexpr(5)
 _SUMMAND_WORD = tl.constexpr(6)
-_SPAN = tl.constexpr(30)  # the largest multiple of slots up to 2^31
-_POSITIONS = tl.constexpr(31)  # of the band
+_POSITIONS = tl.constexpr(30)  # of the band
 
 _SIZE, _BASE = device_law._SIZE, device_law._BASE
 _SLOTS, _SLOTS_MAGIC = device_law._SLOTS, device_law._SLOTS_MAGIC
@@ -95,7 +95,7 @@ def law_words(law: WindowLaw, band: int, device: torch.device) -> Tensor:
     ]
     words[16:24] = keys(law.seed, law.layer, band, 128, 8)
     words[24:30] = keys(law.seed, _RING, 0, 128, 6)
-    words[30:32] = [MAX_BAND // law.slots * law.slots, rows * law.blocks]
+    words[30] = rows * law.blocks
     drawn = device_law.round_words(p)
     words[32 : 32 + len(drawn)] = drawn
     return device_law.on_device(words, device)
@@ -212,8 +212,7 @@ def slot_of(p, law_ptr, ROUNDS: tl.constexpr, SWAP_ROUNDS: tl.constexpr, SCRAMBL
     place = address & _window_mask(law_ptr)
     if SCRAMBLE != _IN_ORDER:
         place = _scramble(lap + _law_word(law_ptr, _FIRST_LAP), place, law_ptr, SCRAMBLE)
-    first, slots = cell << log, _law_word(law_ptr, _SLOTS)
-    first = tl.minimum(first, first - _law_word(law_ptr, _SPAN))  # below 2^31, to be divided
+    first, slots = cell << log, _law_word(law_ptr, _SLOTS)  # first <= 2^31
     turns = _divide(first, _law_word(law_ptr, _SLOTS_MAGIC), _law_word(law_ptr, _SLOTS_SHIFT))
     first = _add_mod(_law_word(law_ptr, _BASE), first - turns * slots, slots)
     return _add_mod(first, place, slots)
