@@ -383,10 +383,18 @@ def test_starts_are_aligned_to_columns() -> None:
 
 
 def test_the_worked_example() -> None:
-    """Of docs/window_law.md, section 7."""
+    """Two layers of docs/window_law.md, section 7."""
     c = WindowLaw(2, 1, 100, 20, 64, 704, 448, "vector", True, window=256, laps=2)
     assert (c.cell, c.head(0), c.units(0)) == (512, 64, 3)
     n, b = torch.tensor([37, 98]), torch.tensor([9, 3])
     assert c.order(n, b, 0).tolist() == [613, 1934]
     assert c.slot(n, b).tolist() == [614, 454]
     assert c.negative(n, b)[:, 0].tolist() == [False, True]
+    c = WindowLaw(3, 6, 5000, 9, 64, 704, 448, "vector", True, window=128, laps=16)
+    assert (c.cell, c.head(0), c.units(0), c.scramble.rounds) == (2048, 1600, 21, 8)
+    n, b = torch.tensor([3000, 4611]), torch.tensor([7, 3])
+    p = c.order(n, b, 0)
+    assert p.tolist() == [31672, 42243]
+    assert (c.address(p, 0) + c.start).tolist() == [40312, 11971]
+    assert c.slot(n, b).tolist() == [362, 663]
+    assert c.negative(n, b)[:, 0].tolist() == [True, False]
