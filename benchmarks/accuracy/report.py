@@ -24,6 +24,13 @@ from rpg_kernels.bench.plot import THEMES
 from rpg_kernels.bench.table import NOT_MEASURED, markdown
 
 Found = Mapping[str, Summary]
+README = ROOT / "README.md"
+MARKS = ("<!-- accuracy -->", "<!-- /accuracy -->")
+# What a reader of the README chooses between; the page beside the results has every row.
+SHOWN = ("dense", "rpg 17x g1 element", "rpg 17x g64 vector", "rpg 17x g64 vector, windows 256 x 4",
+         "rpg 17x g64 vector, windows 64 x 4", "rpg 17x g64 vector, windows 256 x 16",
+         "hashed 17x", "unsigned 17x", "narrow 17x", "rpg 4x g1 element", "rpg 4x g64 vector",
+         "rpg 4x g64 vector, windows 256 x 4", "narrow 4x", "hashed 4x", "unsigned 4x")  # fmt: skip
 CURVES = ("dense", "rpg 4x g64 vector", "rpg 17x g1 element", "rpg 17x g64 vector",
           "hashed 17x", "unsigned 17x", "narrow 17x")  # fmt: skip
 
@@ -50,6 +57,8 @@ def main(args: argparse.Namespace) -> int:
     page = "\n".join(tables(runs))
     files = {args.results.with_suffix(".md"): page + "\n"}
     files |= {args.images / name: text for name, text in plots(runs, args.results.stem).items()}
+    if args.results.resolve() == RESULTS / default_name("small", "cifar10"):
+        files[README] = readme(README.read_text(encoding="utf-8"), summary.summaries(runs))
     stale = [
         path
         for path, text in files.items()
@@ -74,6 +83,20 @@ def tables(runs: Sequence[Record]) -> list[str]:
         lines += ["", f"Granularity and signs at {compression:g}x:", ""]
         lines += design(found, compression)
     return [*lines, "", *fit(found)]
+
+
+def readme(text: str, found: Found) -> str:
+    """The README with the rows of ``SHOWN`` that have runs between its marks.
+
+    Raises:
+        ValueError: the README has no marks.
+    """
+    before, mark, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise ValueError(f"README: got a page without {' and '.join(MARKS)}, wanted one with both")
+    rows = all_rows({name: found[name] for name in SHOWN if name in found}, found)
+    return "\n".join([before + MARKS[0], "", *rows, "", MARKS[1] + after])
 
 
 def heading(runs: Sequence[Record]) -> list[str]:
@@ -109,14 +132,15 @@ def heading(runs: Sequence[Record]) -> list[str]:
     return lines
 
 
-def all_rows(found: Found) -> list[str]:
-    """One line for each row that has a run."""
+def all_rows(shown: Found, found: Found | None = None) -> list[str]:
+    """One line for each row that is shown, compared with those that were found."""
+    found = shown if found is None else found
     head = (
         "network", "degrees of freedom", "test accuracy", "seeds",
         "minus element-wise of this size", "training loss",
     )  # fmt: skip
     rows = []
-    for one in found.values():
+    for one in shown.values():
         difference = summary.against(one, summary.element_wise(one, found))
         losses = [run["training_loss"] for run in one.runs.values()]
         loss = None if None in losses else summary.estimate(losses).mean

@@ -22,7 +22,7 @@ MAX_WINDOW = 2**15  # blocks: a table's entries have 15 bits for the place
 # reference unpacks once for all of the batch.
 DIRECT_BATCH = 4
 # With 16-bit activations dense products are several times faster than these fp32 ones.
-LOW_BATCH, LOW_GAIN = 64, 8
+LOW_BATCH, LOW_GAIN = 64, 2
 
 _ALIGNMENT = 64
 
