@@ -52,9 +52,6 @@ LayerLaw checked_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks
   return law;
 }
 
-// What works on lists and regions of positions evaluates law 1 only.
-void require_law_1(const LayerLaw& law) { require(!law.window, "law: wanted law 1"); }
-
 // Positions outside the layer would be evaluated to slots outside the ring.
 Region checked_region(const LayerLaw& law, int64_t first_row, int64_t rows, uintptr_t lookup,
                       int64_t runs, int64_t run_blocks, int64_t low, int64_t count) {
@@ -89,7 +86,6 @@ void check_positions(const LayerLaw& law, const int64_t* n, const int64_t* b, in
 
 void slots(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, uintptr_t out,
            int threads) {
-  require_law_1(law);
   check_positions(law, address<const int64_t>(n), address<const int64_t>(b), count);
   kernels().slots(law, address<const int64_t>(n), address<const int64_t>(b), count,
                   address<int64_t>(out), threads);
@@ -97,7 +93,6 @@ void slots(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, uintptr
 
 void sign_words(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, uintptr_t out,
                 int threads) {
-  require_law_1(law);
   check_positions(law, address<const int64_t>(n), address<const int64_t>(b), count);
   kernels().sign_words(law, address<const int64_t>(n), address<const int64_t>(b), count,
                        address<int64_t>(out), threads);
@@ -105,10 +100,13 @@ void sign_words(const LayerLaw& law, uintptr_t n, uintptr_t b, int64_t count, ui
 
 void permutation(const LayerLaw& law, int64_t band, bool inverse, uintptr_t q, int64_t count,
                  uintptr_t out, int threads) {
-  require_law_1(law);
   require(band >= 0 && band < bands_of(law), "band: outside the layer");
   const int64_t rows = law.rows - band * law.rows_per_band;
-  const int64_t size = (rows < law.rows_per_band ? rows : law.rows_per_band) * law.blocks;
+  int64_t size = (rows < law.rows_per_band ? rows : law.rows_per_band) * law.blocks;
+  if (law.window) {
+    const int64_t units = make_window_band(law, band).units;
+    size = units ? units : 1;
+  }
   const int64_t* positions = address<const int64_t>(q);
   for (int64_t i = 0; i < count; ++i) {
     require(positions[i] >= 0 && positions[i] < size, "q: outside the band");
@@ -119,7 +117,6 @@ void permutation(const LayerLaw& law, int64_t band, bool inverse, uintptr_t q, i
 void unpack(const LayerLaw& law, uintptr_t ring, uintptr_t out, int dtype, double scale,
             int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
             int64_t low, int64_t count, int threads) {
-  require_law_1(law);
   const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
   if (!rows) return;
   kernels().unpack(law, {region, checked_dtype(dtype), address<const void>(ring),
@@ -129,7 +126,6 @@ void unpack(const LayerLaw& law, uintptr_t ring, uintptr_t out, int dtype, doubl
 void pack(const LayerLaw& law, uintptr_t dense, uintptr_t grad, int dtype, double scale,
           int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
           int64_t low, int64_t count, int threads, uintptr_t workspace, int64_t workspace_entries) {
-  require_law_1(law);
   const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
   if (!rows) return;
   kernels().pack(
@@ -189,7 +185,6 @@ PYBIND11_MODULE(_native, m) {
       "cuda_law",
       [](const LayerLaw& law, int64_t band, uintptr_t n, uintptr_t b, int64_t count,
          uintptr_t slots_out, uintptr_t words_out, uintptr_t stream) {
-        require_law_1(law);
         require(band >= 0 && band < bands_of(law), "band: outside the layer");
         cuda::law(law, band, address<const int64_t>(n), address<const int64_t>(b), count,
                   address<int64_t>(slots_out), address<int64_t>(words_out), address<void>(stream));

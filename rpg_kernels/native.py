@@ -138,7 +138,7 @@ def sign_words(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:
 
 
 def permutation(law: LayerLaw, band: int, q: Tensor, *, inverse: bool) -> Tensor:
-    """Permutation.forward or .inverse of one row band in C++."""
+    """Permutation.forward or .inverse of one row band in C++; with windows, of its units."""
     q = q.contiguous()
     out = torch.empty_like(q)
     layer_law(law).permutation(

@@ -1,4 +1,5 @@
-// The law on lists of positions: slots, sign words, and the bare permutation and its inverse.
+// The laws on lists of positions: slots, sign words, and the bare permutation (of the window law:
+// of units) and its inverse.
 //
 // A list is split evenly over threads and evaluated kLanes positions at a time, all of one band.
 
@@ -18,16 +19,19 @@ void by_runs(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t co
   for (int part = 0; part < threads; ++part) {
     int64_t first = count * part / threads;
     const int64_t end = count * (part + 1) / threads;
-    BandLaw band_law{};
+    WindowBand band_law{};
     for (int64_t band = -1; first < end;) {
       const int64_t next = n[first] / law.rows_per_band;
-      if (next != band) band_law = make_band_law(law, band = next);
+      if (next != band) band_law = make_any_band(law, band = next);
       uint32_t q[kLanes] = {};
       int size = 0;
       for (; size < kLanes && first + size < end; ++size) {
         const int64_t row = n[first + size] - band * law.rows_per_band;
         if (row < 0 || row >= law.rows_per_band) break;
-        q[size] = static_cast<uint32_t>(row * law.blocks + b[first + size]);
+        const int64_t block = b[first + size];
+        q[size] = law.window
+                      ? order(band_law, static_cast<uint32_t>(row), static_cast<uint32_t>(block))
+                      : static_cast<uint32_t>(row * law.blocks + block);
       }
       evaluate(band_law, q, first, size);
       first += size;
@@ -40,8 +44,8 @@ void by_runs(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t co
 void slots(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t count, int64_t* out,
            int threads) {
   by_runs(law, n, b, count, threads,
-          [&](const BandLaw& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
-            slots_of(band_law, q);
+          [&](const WindowBand& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
+            any_slots_of(band_law, q);
             for (int l = 0; l < size; ++l) out[first + l] = q[l];
           });
 }
@@ -50,10 +54,10 @@ void sign_words(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t
                 int64_t* out, int threads) {
   const int words = words_of(law);
   by_runs(law, n, b, count, threads,
-          [&](const BandLaw& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
+          [&](const WindowBand& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
             for (int w = 0; w < words; ++w) {
               uint32_t word[kLanes];
-              sign_words_of(band_law, w, q, word);
+              any_sign_words_of(band_law, w, q, word);
               for (int l = 0; l < size; ++l) out[(first + l) * words + w] = word[l];
             }
           });
@@ -61,7 +65,7 @@ void sign_words(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t
 
 void permutation(const LayerLaw& law, int64_t band, bool inverse, const int64_t* q, int64_t count,
                  int64_t* out, int threads) {
-  const Permutation p = make_band_law(law, band).permutation;
+  const Permutation p = make_any_band(law, band).permutation;
   const int64_t groups = (count + kLanes - 1) / kLanes;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {

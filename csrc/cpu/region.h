@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../law.h"
+#include "../window_law.h"
 
 namespace rpg {
 
@@ -26,12 +26,40 @@ inline int64_t positions_of(const Region& region) {
   return region.rows * region.runs * region.count;
 }
 
-// Whole rows of one band are consecutive positions: walk them as one run.
+// The law of one band, whichever it is: without a window it has what BandLaw has.
+inline WindowBand make_any_band(const LayerLaw& law, int64_t band) {
+  if (law.window) return make_window_band(law, band);
+  WindowBand out{};
+  static_cast<BandLaw&>(out) = make_band_law(law, band);
+  return out;
+}
+
+template <int LANES>
+inline void any_slots_of(const WindowBand& law, uint32_t (&q)[LANES]) {
+  if (law.scramble.window) {
+    slots_of(law, q);
+  } else {
+    slots_of(static_cast<const BandLaw&>(law), q);
+  }
+}
+
+template <int LANES>
+inline void any_sign_words_of(const WindowBand& law, int w, const uint32_t (&q)[LANES],
+                              uint32_t (&word)[LANES]) {
+  if (law.scramble.window) {
+    sign_words_of(law, w, q, word);
+  } else {
+    sign_words_of(static_cast<const BandLaw&>(law), w, q, word);
+  }
+}
+
+// In the law without windows whole rows of one band are consecutive positions: walk them as one
+// run.
 inline Region merged(const LayerLaw& law, Region region) {
   if (region.count == region.run_blocks) {
     region.count = region.run_blocks = law.blocks;
     region.runs = 1;
-    if (!region.lookup && bands_of(law) == 1) {
+    if (!region.lookup && bands_of(law) == 1 && !law.window) {
       region.low = region.first_row * law.blocks;
       region.count = region.rows * law.blocks;
       region.first_row = 0;
@@ -51,10 +79,10 @@ class Cursor {
   }
 
   // The law of the band that the last `next` was about.
-  const BandLaw& band_law() const { return band_law_; }
+  const WindowBand& band_law() const { return band_law_; }
 
-  // Writes the q of up to LANES following positions, at most `left`, all of one band, and says
-  // how many. What is left of q is 0, so that it can be evaluated and ignored.
+  // Writes the q (of the window law: p) of up to LANES following positions, at most `left`, all of
+  // one band, and says how many. What is left of q is 0, so that it can be evaluated and ignored.
   template <int LANES>
   int next(int64_t left, uint32_t (&q)[LANES]) {
     int filled = 0;
@@ -64,15 +92,20 @@ class Cursor {
       if (band != band_) {
         if (filled) break;
         band_ = band;
-        band_law_ = make_band_law(law_, band);
+        band_law_ = make_any_band(law_, band);
       }
-      const int64_t first = (n - band * law_.rows_per_band) * law_.blocks +
-                            run_ * region_.run_blocks + region_.low + column_;
+      const int64_t row = n - band * law_.rows_per_band;
+      const int64_t block = run_ * region_.run_blocks + region_.low + column_;
+      uint32_t first = static_cast<uint32_t>(row * law_.blocks + block), step = 1;
+      if (law_.window) {  // a row of a strip: its columns lie the strip's height apart
+        first = order(band_law_, static_cast<uint32_t>(row), static_cast<uint32_t>(block));
+        step = strip_height(static_cast<uint32_t>(row), band_law_.rows);
+      }
       int64_t take = LANES - filled;
       if (take > left - filled) take = left - filled;
       if (take > region_.count - column_) take = region_.count - column_;
       for (int k = 0; k < static_cast<int>(take); ++k) {
-        q[filled + k] = static_cast<uint32_t>(first) + static_cast<uint32_t>(k);
+        q[filled + k] = first + static_cast<uint32_t>(k) * step;
       }
       filled += static_cast<int>(take);
       column_ += take;
@@ -94,7 +127,7 @@ class Cursor {
   int64_t bands_;
   int64_t row_, run_, column_;
   int64_t band_ = -1;
-  BandLaw band_law_;
+  WindowBand band_law_;
 };
 
 }  // namespace

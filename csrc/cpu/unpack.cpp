@@ -97,15 +97,15 @@ struct Group {
 
   void evaluate(Cursor& cursor, int64_t left, Reflect reflect, int words) {
     size = cursor.next(left, slot);
-    const BandLaw& band_law = cursor.band_law();
+    const WindowBand& band_law = cursor.band_law();
     if (SIGNS) {
-      for (int w = 0; w < words; ++w) sign_words_of(band_law, w, slot, word[w]);
+      for (int w = 0; w < words; ++w) any_sign_words_of(band_law, w, slot, word[w]);
     } else if (reflect == Reflect::kVector) {
-      sign_words_of(band_law, 0, slot, word[0]);
+      any_sign_words_of(band_law, 0, slot, word[0]);
     } else {
       for (int l = 0; l < kLanes; ++l) word[0][l] = 0;
     }
-    slots_of(band_law, slot);
+    any_slots_of(band_law, slot);
   }
 };
 

@@ -2,8 +2,9 @@
 // everybody else does.
 //
 // One position per thread, blocks of 256 threads, no shared memory. Per position: 16 bytes read,
-// 8 + 8 words written; 8 instructions per Feistel round and about 30 more. The band's law travels
-// as a kernel argument, 468 bytes of constant memory.
+// 8 + 8 words written; 8 instructions per Feistel round and about 30 more, with windows three words
+// and 7 or 8 rounds of 5 besides. The band's law travels as a kernel argument, 468 bytes of
+// constant memory, with windows 580.
 
 #include <cuda_runtime.h>
 
@@ -18,7 +19,16 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void law_kernel(const BandLaw law,    // of the band that all positions lie in
+__device__ __forceinline__ uint32_t position(const BandLaw&, int64_t n, int64_t b, int64_t blocks) {
+  return static_cast<uint32_t>(n * blocks + b);
+}
+
+__device__ __forceinline__ uint32_t position(const WindowBand& law, int64_t n, int64_t b, int64_t) {
+  return order(law, static_cast<uint32_t>(n), static_cast<uint32_t>(b));
+}
+
+template <class Band>
+__global__ void law_kernel(const Band law,       // of the band that all positions lie in
                            int64_t first_row,    // of the band
                            int64_t blocks,       // per row
                            const int64_t* n,     // [count]
@@ -30,7 +40,7 @@ __global__ void law_kernel(const BandLaw law,    // of the band that all positio
 {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= count) return;
-  uint32_t q[1] = {static_cast<uint32_t>((n[i] - first_row) * blocks + b[i])};
+  uint32_t q[1] = {position(law, n[i] - first_row, b[i], blocks)};
   for (int w = 0; w < words_per_block; ++w) {
     uint32_t word[1];
     sign_words_of(law, w, q, word);
@@ -55,9 +65,16 @@ void law(const LayerLaw& law, int64_t band, const int64_t* n, const int64_t* b, 
   if (count < 1) return;
   const int64_t grid = (count + kThreads - 1) / kThreads;
   if (grid > INT32_MAX) throw std::runtime_error("count: wanted at most 2^31 blocks of 256");
-  law_kernel<<<static_cast<unsigned>(grid), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      make_band_law(law, band), band * law.rows_per_band, law.blocks, n, b, count, slots, words,
-      words_of(law));
+  const int64_t first_row = band * law.rows_per_band;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  if (law.window) {
+    law_kernel<<<static_cast<unsigned>(grid), kThreads, 0, on>>>(make_window_band(law, band),
+                                                                 first_row, law.blocks, n, b, count,
+                                                                 slots, words, words_of(law));
+  } else {
+    law_kernel<<<static_cast<unsigned>(grid), kThreads, 0, on>>>(
+        make_band_law(law, band), first_row, law.blocks, n, b, count, slots, words, words_of(law));
+  }
   check(cudaGetLastError(), "launch the law's kernel");
 }
 

@@ -1,10 +1,10 @@
-// The packing law evaluated by a device.
+// The packing laws evaluated by a device.
 
 #pragma once
 
 #include <cstdint>
 
-#include "../law.h"
+#include "../window_law.h"
 
 namespace rpg::cuda {
 

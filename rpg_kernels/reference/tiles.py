@@ -20,7 +20,6 @@ from torch import Tensor
 from rpg_kernels import _checks, native, settings
 from rpg_kernels.law import WORD_BITS, sign_bits
 from rpg_kernels.placement import Placement, split
-from rpg_kernels.window_law import WindowLaw
 
 _LAW_BYTES = 96  # per position: twelve int64 tensors alive at once in the law
 _WINDOW_BYTES = 200  # 25 of them in law 2
@@ -160,7 +159,7 @@ def unpack_tile(
     ring = bank.view(-1, block)
     rows = p.selected_shape[0] if lookup is None else lookup.numel()
     out = bank.new_empty((rows * p.matrix.runs * p.block_columns.count, block))
-    if table is None and _compiled(p, ring, out):
+    if table is None and native.handles(ring, out):
         native.unpack(p.law, ring, out, p.scale, _region(p, rows), lookup)
     else:
         for offset, n, b in _position_chunks(p, bank.device, lookup):
@@ -198,7 +197,7 @@ def pack_tile(
         runs = padded
     del dense  # the last reference, when the caller keeps none
     source = runs.view(-1, block)
-    if table is None and _compiled(p, source, grad):
+    if table is None and native.handles(source, grad):
         law_bytes, _ = _shares(grad.device)
         region = _region(p, runs.shape[0])
         native.pack(p.law, source, ring, p.scale, region, lookup, law_bytes)
@@ -214,11 +213,6 @@ def pack_tile(
             ring.view(-1).index_add_(0, slot, part.view(-1))
         else:
             ring.index_add_(0, slot, part)
-
-
-def _compiled(p: Placement, *tensors: Tensor) -> bool:
-    """True when the compiled half knows the law and can work on these tensors."""
-    return not isinstance(p.law, WindowLaw) and native.handles(*tensors)
 
 
 def _selected(runs: Tensor, p: Placement) -> Tensor:
