@@ -156,7 +156,9 @@ def decide(
     )
 
 
-def size_of(op: str, x: Tensor, placement: str) -> tuple[int, str]:
+def size_of(
+    op: str, x: Tensor, placement: str, dtype: torch.dtype | None = None
+) -> tuple[int, str]:
     """(rows of the product, reflect mode): what beside its kind decides where a call runs.
 
     Rows are those of x, or pixels of all images, rounded down to a power of two, since only
@@ -168,6 +170,7 @@ def size_of(op: str, x: Tensor, placement: str) -> tuple[int, str]:
         op: operator name.
         x: the operator's first tensor.
         placement: of the weight. A table counts as reflecting each element.
+        dtype: that x will be cast to; None for its own.
 
     Example:
         >>> from rpg_kernels.generator import Generator
@@ -182,8 +185,9 @@ def size_of(op: str, x: Tensor, placement: str) -> tuple[int, str]:
         return 0, reflect
     rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
     if x.device.type == "cpu":
-        able = not cpu.unsupported(op, x.device, x.dtype)
-        wins = able and cpu.preferred(op, x.dtype, rows, placement)
+        dtype = dtype or x.dtype
+        able = not cpu.unsupported(op, x.device, dtype)
+        wins = able and cpu.preferred(op, dtype, rows, placement)
         return (1 << rows.bit_length() - 1 if wins else 0), reflect
     line = p.numel // min(16, *p.selected_shape[:2]) * x.element_size()
     if line > settings.scratch_bytes(x.device.type):
@@ -240,7 +244,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         and dtype != torch.float64
     ):
         dtype = torch.get_autocast_dtype(x.device.type)
-    batch, reflect = size_of(op, x, weight.spec)
+    batch, reflect = size_of(op, x, weight.spec, dtype)
     rule = decide(op, x.device, dtype, settings.forced_backend(), batch, reflect)
     limit = settings.scratch_bytes(x.device.type)
     reason = _reason(rule, op, x.device, dtype)

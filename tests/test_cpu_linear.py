@@ -185,3 +185,40 @@ def test_refusals() -> None:
         with rpg.scratch_limit(1000), pytest.raises(RuntimeError, match="wanted at least"):
             rpg.functional.linear(x, good)
         assert rpg.functional.linear(x, good).shape == (2, 1000)
+
+
+def test_steps_of_many_threads_and_little_scratch() -> None:
+    """More threads share the scratch limit, and still never make a call slower by the count."""
+    windows = rpg.ParameterBank(200_000, window=256, laps=4).place((14336, 4096))
+    ring = rpg.ParameterBank(200_000).place((14336, 4096))
+    before = torch.get_num_threads()
+    cost: dict[object, float] = {}
+    try:
+        for threads in (1, 2, 8, 64):
+            torch.set_num_threads(threads)
+            for weight in (windows, ring):
+                for op in config.OPERATORS:
+                    for batch in (1, 3, 16, 64):
+                        step = config.steps(op, batch, weight.spec)
+                        assert step is not None
+                        assert step.scratch <= 4 << 20
+                        new = config._cost(op, batch, weight.spec, step)
+                        key = op, batch, weight.spec
+                        assert new <= cost.get(key, new)
+                        cost[key] = new
+    finally:
+        torch.set_num_threads(before)
+    least = config.smallest("linear", windows.spec)
+    with rpg.scratch_limit(least):
+        assert config.steps("linear", 16, windows.spec) is not None
+    with rpg.scratch_limit(least - 1):
+        assert config.steps("linear", 16, windows.spec) is None
+
+
+def test_explain_knows_autocast() -> None:
+    layer = rpg.nn.Linear(64, 8000, bank=rpg.ParameterBank(64 * 5000))
+    x = torch.empty(200, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        explained = rpg.explain(layer, x)
+    assert explained.dtype == "torch.bfloat16"
+    assert explained.backend == rpg.explain(layer.bfloat16(), x.bfloat16()).backend

@@ -24,7 +24,11 @@ DIRECT_BATCH = 4
 # With 16-bit activations dense products are several times faster than these fp32 ones.
 LOW_BATCH, LOW_GAIN = 64, 2
 
+# Rows of a column of a whole ring that are tabulated together, and floats of its sums (csrc/cpu).
+RING_ROWS, RING_SUMS = 1 << 14, 1 << 16
+
 _ALIGNMENT = 64
+_TILES = ((16, 4), (16, 2), (16, 1), (8, 1), (4, 1), (1, 1))
 
 
 def unsupported(op: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -71,23 +75,31 @@ def unsupported_weight(placement: str) -> str:
     return ""
 
 
-@lru_cache(maxsize=4096)
-def gain(placement: str) -> float:
-    """Rows of a column over slots that they read: how many share a product.
+def gain(op: str, placement: str, lanes: int) -> float:
+    """Rows of a column over slots that they read: how many share a product; 1 where none do.
+
+    Args:
+        op: operator name.
+        placement: of the weight.
+        lanes: rows of x at a time; the forward keeps sums of so many, which bounds its columns.
 
     Example:
         >>> from rpg_kernels.placement import Placement
         >>> windows = Generator(1024, 64, "vector", window=256, laps=4)
-        >>> gain(Placement(windows, 0, 0, (4096, 64), 1.0).to_json())
+        >>> gain("linear", Placement(windows, 0, 0, (4096, 64), 1.0).to_json(), lanes=16)
         4.0
-        >>> gain(Placement(Generator(1024, 64, "vector"), 0, 0, (4096, 64), 1.0).to_json())
+        >>> ring = Generator(1024, 64, "vector")
+        >>> gain("linear", Placement(ring, 0, 0, (4096, 64), 1.0).to_json(), lanes=1)
         4.0
     """
     law = parse(placement).law
-    if not isinstance(law, WindowLaw):
-        return law.rows / law.slots
-    height = min(STRIP, 1 << (law.rows.bit_length() - 1))
-    return min(height / law.window, law.laps)
+    if isinstance(law, WindowLaw):
+        height = min(STRIP, 1 << (law.rows.bit_length() - 1))
+        return max(1.0, min(height / law.window, float(law.laps)))
+    height = min(law.rows, RING_ROWS)
+    if op == "linear":
+        height = min(height, RING_SUMS // lanes)
+    return max(1.0, height / law.slots)
 
 
 def preferred(op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
@@ -101,12 +113,13 @@ def preferred(op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
     """
     if unsupported_weight(placement) or batch == 0:
         return False
-    shared = gain(placement)
-    if shared <= 1 and (batch > DIRECT_BATCH or op == "linear_bank_grad"):
+    step = steps(op, batch, placement)
+    if step is None:
         return False
-    if dtype in LOW_PRECISION and batch > LOW_BATCH and shared < LOW_GAIN:
+    shared = gain(op, placement, step.batch_tile * step.tiles)
+    if shared == 1 and (batch > DIRECT_BATCH or op == "linear_bank_grad"):
         return False
-    return steps(op, batch, placement) is not None
+    return not (dtype in LOW_PRECISION and batch > LOW_BATCH and shared < LOW_GAIN)
 
 
 @dataclass(frozen=True)
@@ -129,39 +142,41 @@ class Steps:
 
 
 def steps(op: str, batch: int, placement: str) -> Steps | None:
-    """The largest steps whose scratch the limit allows, or None."""
+    """The fastest steps, by a rough count, whose scratch the limit allows; or None."""
     limit = settings.scratch_bytes("cpu")
     return _steps(op, min(batch, 64), placement, limit, torch.get_num_threads())
 
 
 @lru_cache(maxsize=4096)
 def _steps(op: str, batch: int, placement: str, limit: int, threads: int) -> Steps | None:
-    for step in _choices(op, batch, placement, threads):
-        if step.scratch <= limit:
-            return step
-    return None
+    able = [step for step in _choices(op, placement, threads) if step.scratch <= limit]
+    return min(able, key=lambda step: _cost(op, batch, placement, step), default=None)
+
+
+def _cost(op: str, batch: int, placement: str, step: Steps) -> float:
+    """Time of a call, in tables: each pass makes them once, and each lane adds and multiplies."""
+    lanes = step.batch_tile * step.tiles
+    lane = 0.05 + 0.6 / gain(op, placement, lanes)
+    return -(-batch // lanes) * (1 + lanes * lane) / step.threads
 
 
 def smallest(op: str, placement: str) -> int:
     """Scratch in bytes of the smallest steps."""
-    return min(step.scratch for step in _choices(op, 1, placement, torch.get_num_threads()))
+    return min(step.scratch for step in _choices(op, placement, 1))
 
 
-def _choices(op: str, batch: int, placement: str, threads: int) -> list[Steps]:
+def _choices(op: str, placement: str, threads: int) -> list[Steps]:
     p = parse(placement)
     law: Any = native.layer_law(p.law)
     workspace = getattr(law, f"{op}_workspace")
-    if batch > 16:
-        sizes = [(16, min(4, -(-batch // 16))), (16, 2), (16, 1), (8, 1), (4, 1), (1, 1)]
-    else:
-        sizes = [(tile, 1) for tile in (16, 8, 4, 1) if tile == 1 or 2 * tile > batch]
-        sizes = [size for size in sizes if size[0] >= batch][-1:] + sizes
     out = []
-    for parts in sorted({threads, max(1, threads // 2), 1}, reverse=True):
-        for tile, tiles in sizes:
-            total, activations = workspace(p.shape[1], parts, tile, tiles)
-            out.append(Steps(tile, tiles, parts, total, total - activations))
-    return out
+    while True:
+        for tile, tiles in _TILES:
+            total, activations = workspace(p.shape[1], threads, tile, tiles)
+            out.append(Steps(tile, tiles, threads, total, total - activations))
+        if threads == 1:
+            return out
+        threads = -(-threads // 2)
 
 
 def check(op: str, placement: str, batch: int) -> Steps:
@@ -185,5 +200,5 @@ def check(op: str, placement: str, batch: int) -> Steps:
 
 def workspace(step: Steps) -> torch.Tensor:
     """uint8, aligned as the kernels want it."""
-    memory = torch.empty(step.workspace + _ALIGNMENT, dtype=torch.uint8)
+    memory = torch.empty(step.workspace + _ALIGNMENT, dtype=torch.uint8, device="cpu")
     return memory[-memory.data_ptr() % _ALIGNMENT :]
