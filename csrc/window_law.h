@@ -65,49 +65,54 @@ RPG_LAW uint32_t odd_inverse(uint32_t x) {
   return y;
 }
 
-// Position j of a lap -> slot of its window, in place; `lap` modulo 2^32.
+// Position j of a lap -> slot of its window, in place; `lap` modulo 2^32. Here and below, loops
+// write to local arrays, which cannot overlap a law: otherwise they do not become vector
+// instructions.
 template <int LANES>
 RPG_LAW void scramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t (&j)[LANES]) {
-  const uint32_t mask = (1u << s.bits) - 1;
-  uint32_t a[LANES], factors[LANES], summands[LANES];
+  const uint32_t bits = s.bits, shift = s.shift, mask = (1u << bits) - 1;
+  uint32_t a[LANES], c[LANES], factors[LANES], summands[LANES];
   for (int l = 0; l < LANES; ++l) {
     a[l] = j[l] >> 3;
-    const uint32_t c = residue(j[l] & 7, hash_word((lap[l] << s.bits) + a[l], s.key[0], s.key[1]));
-    factors[l] = hash_word(8 * lap[l] + c, s.key[2], s.key[3]);
-    summands[l] = hash_word(8 * lap[l] + c, s.key[4], s.key[5]);
-    j[l] = c;
+    c[l] = residue(j[l] & 7, hash_word((lap[l] << bits) + a[l], s.key[0], s.key[1]));
+    factors[l] = hash_word(8 * lap[l] + c[l], s.key[2], s.key[3]);
+    summands[l] = hash_word(8 * lap[l] + c[l], s.key[4], s.key[5]);
   }
   for (uint32_t r = 0; r < s.rounds; ++r) {
     for (int l = 0; l < LANES; ++l) {
-      a[l] = (a[l] * (factors[l] >> 4 * r | 1) + (summands[l] >> 4 * r)) & mask;
-      a[l] ^= a[l] >> s.shift;
+      const uint32_t x = (a[l] * (factors[l] >> 4 * r | 1) + (summands[l] >> 4 * r)) & mask;
+      a[l] = x ^ (x >> shift);
     }
   }
-  for (int l = 0; l < LANES; ++l) j[l] += 8 * a[l];
+  for (int l = 0; l < LANES; ++l) j[l] = 8 * a[l] + c[l];
 }
 
 // Slot of its window -> position of the lap, in place.
 template <int LANES>
 RPG_LAW void unscramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t (&j)[LANES]) {
-  const uint32_t mask = (1u << s.bits) - 1;
-  uint32_t a[LANES], factors[LANES], summands[LANES];
+  const uint32_t bits = s.bits, shift = s.shift, mask = (1u << bits) - 1;
+  uint32_t a[LANES], row[LANES], factors[LANES], summands[LANES];
   for (int l = 0; l < LANES; ++l) {
     a[l] = j[l] >> 3;
-    const uint32_t c = j[l] & 7;
-    factors[l] = hash_word(8 * lap[l] + c, s.key[2], s.key[3]);
-    summands[l] = hash_word(8 * lap[l] + c, s.key[4], s.key[5]);
+    factors[l] = hash_word(8 * lap[l] + (j[l] & 7), s.key[2], s.key[3]);
+    summands[l] = hash_word(8 * lap[l] + (j[l] & 7), s.key[4], s.key[5]);
   }
   for (uint32_t r = s.rounds; r-- > 0;) {
+    uint32_t high[LANES];  // undoes a ^= a >> shift from the top down
+    for (int l = 0; l < LANES; ++l) high[l] = a[l];
+    for (uint32_t t = shift; t < bits; t += shift) {
+      for (int l = 0; l < LANES; ++l) high[l] = a[l] ^ (high[l] >> shift);
+    }
     for (int l = 0; l < LANES; ++l) {
-      uint32_t high = a[l];  // undoes a ^= a >> shift from the top down
-      for (uint32_t t = s.shift; t < s.bits; t += s.shift) high = a[l] ^ (high >> s.shift);
-      a[l] = (high - (summands[l] >> 4 * r)) * odd_inverse(factors[l] >> 4 * r | 1) & mask;
+      const uint32_t inverse = odd_inverse(factors[l] >> 4 * r | 1);
+      a[l] = (high[l] - (summands[l] >> 4 * r)) * inverse & mask;
     }
   }
   for (int l = 0; l < LANES; ++l) {
-    const uint32_t h = hash_word((lap[l] << s.bits) + a[l], s.key[0], s.key[1]);
-    j[l] = 8 * a[l] + row_of_residue(j[l] & 7, h);
+    const uint32_t h = hash_word((lap[l] << bits) + a[l], s.key[0], s.key[1]);
+    row[l] = row_of_residue(j[l] & 7, h);
   }
+  for (int l = 0; l < LANES; ++l) j[l] = 8 * a[l] + row[l];
 }
 
 // What evaluating positions of one band takes. Of BandLaw: `permutation` is that of whole units,
@@ -199,10 +204,13 @@ RPG_LAW Column column_at(const WindowBand& law, uint32_t p) {
 template <bool INVERSE, int LANES>
 RPG_LAW void change_units(const WindowBand& law, uint32_t (&p)[LANES]) {
   if (!law.permute || !law.units) return;
+  const Divider by_cell = law.by_cell;
+  const uint32_t head = law.head, units = law.units, cell = law.cell;
   uint32_t unit[LANES], place[LANES];
   for (int l = 0; l < LANES; ++l) {
-    unit[l] = p[l] < law.head ? law.units : divide(p[l] - law.head, law.by_cell);
-    place[l] = unit[l] < law.units ? unit[l] : 0;
+    const uint32_t u = divide(p[l] - head, by_cell);  // of what is not before the first
+    unit[l] = p[l] < head ? units : u;
+    place[l] = unit[l] < units ? unit[l] : 0;
   }
   if (INVERSE) {
     unpermute(law.permutation, place);
@@ -210,7 +218,8 @@ RPG_LAW void change_units(const WindowBand& law, uint32_t (&p)[LANES]) {
     permute(law.permutation, place);
   }
   for (int l = 0; l < LANES; ++l) {
-    p[l] += unit[l] < law.units ? (place[l] - unit[l]) * law.cell : 0;
+    const uint32_t change = (place[l] - unit[l]) * cell;
+    p[l] += unit[l] < units ? change : 0;
   }
 }
 
@@ -224,27 +233,38 @@ RPG_LAW void from_address(const WindowBand& law, uint32_t (&z)[LANES]) {
   change_units<true>(law, z);
 }
 
-// The slot at which the window of address z (from F) begins. The product is below 2^31 + 2^28.
+// The slot at which the window of a lap, counted from the first cell's, begins. Windows before it
+// are below 2^31 + 2^28 slots.
+RPG_LAW uint32_t base_of_lap(uint32_t lap, const Divider& by_laps, uint32_t window,
+                             const Divider& by_slots, uint32_t base) {
+  const uint32_t before = divide(lap, by_laps) * window, slots = by_slots.divisor;
+  const uint32_t rest = 2 * modulo(before / 2, by_slots) + (before & 1);
+  return add_mod(base, min_u32(rest, rest - slots), slots);
+}
+
+// The same of address z (from F).
 RPG_LAW uint32_t window_base(const WindowBand& law, uint32_t z) {
   const uint32_t lap = (z + law.offset) >> (law.scramble.bits + 3);
-  const uint32_t x = divide(lap, law.by_laps) * law.scramble.window, m = law.by_slots.divisor;
-  const uint32_t rest = 2 * modulo(x / 2, law.by_slots) + (x & 1);
-  return add_mod(law.base, min_u32(rest, rest - m), m);
+  return base_of_lap(lap, law.by_laps, law.scramble.window, law.by_slots, law.base);
 }
 
 // p -> slot, in place.
 template <int LANES>
 RPG_LAW void slots_of(const WindowBand& law, uint32_t (&p)[LANES]) {
-  address_of(law, p);
-  uint32_t lap[LANES], base[LANES];
+  const Divider by_laps = law.by_laps, by_slots = law.by_slots;
+  const uint32_t window = law.scramble.window, log = law.scramble.bits + 3;
+  const uint32_t offset = law.offset, first_lap = law.lap, first_base = law.base;
+  uint32_t z[LANES], lap[LANES], base[LANES];
+  for (int l = 0; l < LANES; ++l) z[l] = p[l];
+  address_of(law, z);
   for (int l = 0; l < LANES; ++l) {
-    const uint32_t z = p[l] + law.offset;
-    base[l] = window_base(law, p[l]);
-    lap[l] = law.lap + (z >> (law.scramble.bits + 3));
-    p[l] = z & (law.scramble.window - 1);
+    const uint32_t whole = (z[l] + offset) >> log;
+    base[l] = base_of_lap(whole, by_laps, window, by_slots, first_base);
+    lap[l] = first_lap + whole;
+    z[l] = (z[l] + offset) & (window - 1);
   }
-  if (law.permute) scramble(law.scramble, lap, p);
-  for (int l = 0; l < LANES; ++l) p[l] = add_mod(base[l], p[l], law.by_slots.divisor);
+  if (law.permute) scramble(law.scramble, lap, z);
+  for (int l = 0; l < LANES; ++l) p[l] = add_mod(base[l], z[l], by_slots.divisor);
 }
 
 // 32 sign bits of position p; with one sign for a block, bit 31 is that of p.
