@@ -29,7 +29,7 @@ Dtype checked_dtype(int dtype) {
 void check(const LayerLaw& law, int64_t batch, int64_t columns, int threads, int batch_tile,
            int tiles) {
   const int block = law.granularity;
-  require(block >= 16, "granularity: wanted blocks of 16 to 128 elements");
+  require(block == 32 || block == 64, "granularity: wanted blocks of 32 or 64 elements");
   require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
   require(law.window <= 1u << 15, "window: wanted at most 2^15 blocks");
   require(columns >= 1 && (columns - 1) / block + 1 == law.blocks, "columns: another K");

@@ -20,10 +20,6 @@
 namespace rpg {
 namespace {  // compiled once per instruction set, see law.h
 
-constexpr int kMaxBlock = 128;
-constexpr int kMaxBatch = 16;
-constexpr uint32_t kNegative = 0x80000000u;
-
 constexpr bool by_row(int batch) { return batch <= 4; }
 
 // What a position reads: the slot, and the sign in the highest bit.

@@ -188,12 +188,8 @@ void by_batch(const LayerLaw& law, const LinearBankGradArgs& args) {
 
 template <class Walk>
 void by_block(const LayerLaw& law, const LinearBankGradArgs& args) {
-  switch (law.granularity) {
-    case 16: return by_batch<16, Walk>(law, args);
-    case 32: return by_batch<32, Walk>(law, args);
-    case 64: return by_batch<64, Walk>(law, args);
-    default: return by_batch<128, Walk>(law, args);
-  }
+  if (law.granularity == 32) return by_batch<32, Walk>(law, args);
+  by_batch<64, Walk>(law, args);
 }
 
 template <class Walk>

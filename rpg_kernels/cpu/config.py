@@ -15,7 +15,7 @@ from rpg_kernels.placement import parse
 from rpg_kernels.window_law import STRIP, WindowLaw
 
 OPERATORS = ("linear", "linear_input_grad", "linear_bank_grad")
-BLOCKS = (16, 32, 64, 128)
+BLOCKS = (32, 64)  # each takes ten seconds to compile, for every instruction set
 MAX_WINDOW = 2**15  # blocks: a table's entries have 15 bits for the place
 
 # A product of its own for every row pays while the batch is smaller than this; beyond it the
@@ -59,7 +59,7 @@ def unsupported_weight(placement: str) -> str:
         >>> from rpg_kernels.placement import Placement
         >>> p = Placement(Generator(100, 8, "vector"), 0, 0, (6, 16), 1.0)
         >>> unsupported_weight(p.to_json())
-        'the CPU kernels read blocks of 16 to 128 elements, not of 8'
+        'the CPU kernels read blocks of 32 or 64 elements, not of 8'
     """
     p = parse(placement)
     if not isinstance(p.generator, Generator):
@@ -69,7 +69,7 @@ def unsupported_weight(placement: str) -> str:
     if p.selected_shape != p.shape:
         return "the CPU kernels read whole weights, not a part"
     if p.matrix.block not in BLOCKS:
-        return f"the CPU kernels read blocks of 16 to 128 elements, not of {p.matrix.block}"
+        return f"the CPU kernels read blocks of 32 or 64 elements, not of {p.matrix.block}"
     if isinstance(p.law, WindowLaw) and p.law.window > MAX_WINDOW:
         return f"the CPU kernels read windows of at most {MAX_WINDOW} blocks"
     return ""
