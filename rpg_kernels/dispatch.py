@@ -248,6 +248,8 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     rule = decide(op, x.device, dtype, settings.forced_backend(), batch, reflect)
     limit = settings.scratch_bytes(x.device.type)
     reason = _reason(rule, op, x.device, dtype)
+    if rule.backend == "reference" and x.device.type == "cpu" and op in cpu.OPERATORS:
+        reason += f"; {cpu.why_reference(op, dtype, weight.spec)}"
     if rule.backend == "vendor" and not settings.forced_backend():
         reason += "; with a sign per element predicted to be faster than fused kernels from batch "
         reason += str(vendor.ELEMENT_SIGNS_FROM)

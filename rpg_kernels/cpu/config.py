@@ -122,6 +122,19 @@ def preferred(op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
     return not (dtype in LOW_PRECISION and batch > LOW_BATCH and shared < LOW_GAIN)
 
 
+def why_reference(op: str, dtype: torch.dtype, placement: str) -> str:
+    """Why a call was left to the reference.
+
+    Example:
+        >>> from rpg_kernels.placement import Placement
+        >>> p = Placement(Generator(100, 64, "element"), 0, 0, (6, 64), 1.0)
+        >>> why_reference("linear", torch.float32, p.to_json())
+        'the CPU kernels have one sign for a slot use, not one for each element'
+    """
+    reason = unsupported(op, torch.device("cpu"), dtype) or unsupported_weight(placement)
+    return reason or "the CPU kernels would be slower, or have too little scratch"
+
+
 @dataclass(frozen=True)
 class Steps:
     """How a call goes through its batch, and the memory that it takes.
