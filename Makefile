@@ -37,7 +37,7 @@ lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy rpg_kernels
-	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*.* csrc/*/*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*.* csrc/*/* tests/*.cpp)
 
 bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)
 	$(BIN)/rpg-kernels bench --out build/bench.json $(ARGS)

@@ -17,15 +17,6 @@ namespace py = pybind11;
 namespace rpg {
 namespace {
 
-template <class T>
-T* address(uintptr_t value) {
-  return reinterpret_cast<T*>(value);
-}
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
-
 LayerLaw checked_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks, int granularity,
                      int64_t slots, int64_t start, int reflect, bool permute, int64_t window,
                      int64_t laps, int64_t address) {

@@ -1,13 +1,25 @@
-// Parts of the Python module that have files of their own.
+// What the files of the Python module share.
 
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+
 #include "law.h"
 
 namespace rpg {
 
+template <class T>
+T* address(uintptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+inline void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+// Adds the methods that run a linear layer.
 void bind_linear(pybind11::class_<LayerLaw>& law);
 
 }  // namespace rpg

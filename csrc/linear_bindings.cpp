@@ -2,8 +2,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-
 #include "bindings.h"
 #include "cpu/kernels.h"
 
@@ -11,15 +9,6 @@ namespace py = pybind11;
 
 namespace rpg {
 namespace {
-
-template <class T>
-T* address(uintptr_t value) {
-  return reinterpret_cast<T*>(value);
-}
-
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
-}
 
 Dtype checked_dtype(int dtype) {
   require(dtype >= 1 && dtype <= 3, "dtype: wanted 1 (float32), 2 (bfloat16) or 3 (float16)");
@@ -43,30 +32,12 @@ void check(const LayerLaw& law, int64_t batch, int64_t columns, int threads, int
 // (bytes in all, of them copies of activations).
 using Bytes = std::pair<int64_t, int64_t>;
 
-Bytes linear_workspace(const LayerLaw& law, int64_t columns, int threads, int batch_tile,
-                       int tiles) {
+template <class Args, Workspace (*Kernels::*OF)(const LayerLaw&, const Args&)>
+Bytes workspace(const LayerLaw& law, int64_t columns, int threads, int batch_tile, int tiles) {
   check(law, 1, columns, threads, batch_tile, tiles);
-  LinearArgs args{};
+  Args args{};
   args.threads = threads, args.batch_tile = batch_tile, args.tiles = tiles;
-  const Workspace of = kernels().linear_workspace(law, args);
-  return {of.bytes, of.activations};
-}
-
-Bytes linear_input_grad_workspace(const LayerLaw& law, int64_t columns, int threads, int batch_tile,
-                                  int tiles) {
-  check(law, 1, columns, threads, batch_tile, tiles);
-  LinearInputGradArgs args{};
-  args.threads = threads, args.batch_tile = batch_tile, args.tiles = tiles;
-  const Workspace of = kernels().linear_input_grad_workspace(law, args);
-  return {of.bytes, of.activations};
-}
-
-Bytes linear_bank_grad_workspace(const LayerLaw& law, int64_t columns, int threads, int batch_tile,
-                                 int tiles) {
-  check(law, 1, columns, threads, batch_tile, tiles);
-  LinearBankGradArgs args{};
-  args.threads = threads, args.batch_tile = batch_tile, args.tiles = tiles;
-  const Workspace of = kernels().linear_bank_grad_workspace(law, args);
+  const Workspace of = (kernels().*OF)(law, args);
   return {of.bytes, of.activations};
 }
 
@@ -107,9 +78,11 @@ void bind_linear(py::class_<LayerLaw>& law) {
     law.def(name, function, release(), py::arg("columns"), py::arg("threads"),
             py::arg("batch_tile"), py::arg("tiles"));
   };
-  sizes("linear_workspace", &linear_workspace);
-  sizes("linear_input_grad_workspace", &linear_input_grad_workspace);
-  sizes("linear_bank_grad_workspace", &linear_bank_grad_workspace);
+  sizes("linear_workspace", &workspace<LinearArgs, &Kernels::linear_workspace>);
+  sizes("linear_input_grad_workspace",
+        &workspace<LinearInputGradArgs, &Kernels::linear_input_grad_workspace>);
+  sizes("linear_bank_grad_workspace",
+        &workspace<LinearBankGradArgs, &Kernels::linear_bank_grad_workspace>);
   law.def("linear", &linear, release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
           py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"),
           py::arg("scale"), py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"),

@@ -18,7 +18,7 @@
 #include <algorithm>
 
 #include "batch.h"
-#include "walk.h"
+#include "instance.h"
 
 namespace rpg::RPG_ISA {
 
@@ -178,22 +178,6 @@ class Linear {
   float* x_;                    // [tiles, blocks, BLOCK · BATCH]
 };
 
-template <int BLOCK, class Walk>
-void by_batch(const LayerLaw& law, const LinearArgs& args) {
-  switch (args.batch_tile) {
-    case 1: return Linear<BLOCK, 1, Walk>(law, args).run();
-    case 4: return Linear<BLOCK, 4, Walk>(law, args).run();
-    case 8: return Linear<BLOCK, 8, Walk>(law, args).run();
-    default: return Linear<BLOCK, 16, Walk>(law, args).run();
-  }
-}
-
-template <class Walk>
-void by_block(const LayerLaw& law, const LinearArgs& args) {
-  if (law.granularity == 32) return by_batch<32, Walk>(law, args);
-  by_batch<64, Walk>(law, args);
-}
-
 template <class Walk>
 Workspace workspace(const LayerLaw& law, const LinearArgs& args) {
   const auto strips = strips_of<Walk>(law, strip_rows(args.batch_tile, args.tiles));
@@ -208,9 +192,6 @@ Workspace linear_workspace(const LayerLaw& law, const LinearArgs& args) {
   return law.window ? workspace<WindowWalk>(law, args) : workspace<RingWalk>(law, args);
 }
 
-void linear(const LayerLaw& law, const LinearArgs& args) {
-  if (law.window) return by_block<WindowWalk>(law, args);
-  by_block<RingWalk>(law, args);
-}
+void linear(const LayerLaw& law, const LinearArgs& args) { run_instance<Linear>(law, args); }
 
 }  // namespace rpg::RPG_ISA

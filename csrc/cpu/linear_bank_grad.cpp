@@ -19,7 +19,7 @@
 #endif
 
 #include "batch.h"
-#include "walk.h"
+#include "instance.h"
 
 namespace rpg::RPG_ISA {
 
@@ -176,22 +176,6 @@ class BankGrad {
   Layout<Walk> layout_;
 };
 
-template <int BLOCK, class Walk>
-void by_batch(const LayerLaw& law, const LinearBankGradArgs& args) {
-  switch (args.batch_tile) {
-    case 1: return BankGrad<BLOCK, 1, Walk>(law, args).run();
-    case 4: return BankGrad<BLOCK, 4, Walk>(law, args).run();
-    case 8: return BankGrad<BLOCK, 8, Walk>(law, args).run();
-    default: return BankGrad<BLOCK, 16, Walk>(law, args).run();
-  }
-}
-
-template <class Walk>
-void by_block(const LayerLaw& law, const LinearBankGradArgs& args) {
-  if (law.granularity == 32) return by_batch<32, Walk>(law, args);
-  by_batch<64, Walk>(law, args);
-}
-
 template <class Walk>
 Workspace workspace(const LayerLaw& law, const LinearBankGradArgs& args) {
   const Layout<Walk> layout(law, args.batch_tile, args.tiles, args.threads);
@@ -206,8 +190,7 @@ Workspace linear_bank_grad_workspace(const LayerLaw& law, const LinearBankGradAr
 }
 
 void linear_bank_grad(const LayerLaw& law, const LinearBankGradArgs& args) {
-  if (law.window) return by_block<WindowWalk>(law, args);
-  by_block<RingWalk>(law, args);
+  run_instance<BankGrad>(law, args);
 }
 
 }  // namespace rpg::RPG_ISA

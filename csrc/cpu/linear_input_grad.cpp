@@ -9,8 +9,8 @@
 #include <algorithm>
 
 #include "batch.h"
+#include "instance.h"
 #include "linear.h"
-#include "walk.h"
 
 namespace rpg::RPG_ISA {
 
@@ -120,22 +120,6 @@ class InputGrad {
   Layout<Walk> layout_;
 };
 
-template <int BLOCK, class Walk>
-void by_batch(const LayerLaw& law, const LinearInputGradArgs& args) {
-  switch (args.batch_tile) {
-    case 1: return InputGrad<BLOCK, 1, Walk>(law, args).run();
-    case 4: return InputGrad<BLOCK, 4, Walk>(law, args).run();
-    case 8: return InputGrad<BLOCK, 8, Walk>(law, args).run();
-    default: return InputGrad<BLOCK, 16, Walk>(law, args).run();
-  }
-}
-
-template <class Walk>
-void by_block(const LayerLaw& law, const LinearInputGradArgs& args) {
-  if (law.granularity == 32) return by_batch<32, Walk>(law, args);
-  by_batch<64, Walk>(law, args);
-}
-
 template <class Walk>
 Workspace workspace(const LayerLaw& law, const LinearInputGradArgs& args) {
   const Layout<Walk> layout(law, args.batch_tile, args.tiles);
@@ -150,8 +134,7 @@ Workspace linear_input_grad_workspace(const LayerLaw& law, const LinearInputGrad
 }
 
 void linear_input_grad(const LayerLaw& law, const LinearInputGradArgs& args) {
-  if (law.window) return by_block<WindowWalk>(law, args);
-  by_block<RingWalk>(law, args);
+  run_instance<InputGrad>(law, args);
 }
 
 }  // namespace rpg::RPG_ISA
