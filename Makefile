@@ -7,6 +7,9 @@ CANDIDATES := python3.11 python3.12 python3.13 python3
 ARGS ?=
 # What `make test` collects: doctests of the package, and the tests.
 TESTS ?= rpg_kernels tests
+# Whole files at a time, since some build things that all their tests share. `make test WORKERS=` is
+# one process, which a debugger or `-x` may want.
+WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # How `make bench` measures what a call costs in Python.
 MICRO := --benchmark-timer=time.process_time --benchmark-max-time=0.2 --benchmark-warmup=on \
 	--benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
@@ -31,7 +34,7 @@ demo: $(VENV)/.demo ## install, train on real images, compare and draw (ARGS="--
 	$(BIN)/rpg-kernels demo $(ARGS)
 
 test: $(VENV)/.dev ## run the tests and doctests (ARGS="-x -k law"; TESTS=tests/test_law.py)
-	$(BIN)/python -m pytest --doctest-modules $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) --doctest-modules $(TESTS) $(ARGS)
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .

@@ -189,7 +189,8 @@ def _fields(cls: type, text: str) -> dict[str, Any]:
         got = sorted(record) if isinstance(record, dict) else repr(record)
         raise _checks.fail(cls.__name__, got, f"a JSON object with {sorted(names)}")
     if not required <= set(record):
-        raise _checks.fail(cls.__name__, sorted(record), f"at least {sorted(required)}")
+        name = f"{cls.__name__} of law {law}"
+        raise _checks.fail(name, sorted(record), f"at least {sorted(required)}")
     return record
 
 

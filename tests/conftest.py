@@ -9,7 +9,6 @@ import torch
 from hypothesis import settings
 
 NO_GPU = "no CUDA device"
-GPU_TESTS = pytest.StashKey[set[str]]()
 
 # The tests' tensors are small: more threads only add their own start-up to each operator.
 torch.set_num_threads(1)
@@ -25,20 +24,17 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[GPU_TESTS] = {item.nodeid for item in gpu_tests}
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
-        for item in gpu_tests:
-            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if torch.cuda.is_available():
         ran = sum(
-            report.nodeid in config.stash[GPU_TESTS]
+            "gpu" in report.keywords
             for outcome in ("passed", "failed")
             for report in terminalreporter.getreports(outcome)
         )

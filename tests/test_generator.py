@@ -180,7 +180,9 @@ def test_law_and_window_must_agree() -> None:
             rpg.Generator(**{**WINDOWS, **change})
     for name in ("window", "laps"):
         record = {key: value for key, value in {**WINDOWS, "law": 2}.items() if key != name}
-        with pytest.raises(ValueError, match=f"Generator: got .*, wanted at least .*{name}"):
+        with pytest.raises(
+            ValueError, match=f"Generator of law 2: got .*, wanted at least .*{name}"
+        ):
             rpg.Generator.from_json(json.dumps(record))
 
 

@@ -147,6 +147,11 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     (
         "generator",
         {"slots": 40, "granularity": 16, "reflect": "vector", "law": 2},
+        "law 2",
+    ),
+    (
+        "generator",
+        {"slots": 40, "granularity": 16, "reflect": "vector", "law": 3},
         "law",
     ),
     ("layer", -1, "layer"),
