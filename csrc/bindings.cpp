@@ -173,6 +173,17 @@ PYBIND11_MODULE(_native, m) {
   bind_linear(law);
 
   m.def(
+      "bandwidth",
+      [](uintptr_t words, int64_t count, bool write, int64_t passes, int threads) {
+        require(count >= 32 && passes >= 0 && threads >= 1, "bandwidth: wanted 32 words or more");
+        return kernels().bandwidth(address<uint64_t>(words), count, write, passes, threads);
+      },
+      py::call_guard<py::gil_scoped_release>(), py::arg("words"), py::arg("count"),
+      py::arg("write"), py::arg("passes"), py::arg("threads"),
+      "Reads `passes` times, or reads and writes, a buffer of [threads, count] 64-bit words, each "
+      "row by a thread of its own.");
+
+  m.def(
       "cuda_law",
       [](const LayerLaw& law, int64_t band, uintptr_t n, uintptr_t b, int64_t count,
          uintptr_t slots_out, uintptr_t words_out, uintptr_t stream) {

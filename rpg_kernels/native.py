@@ -98,6 +98,19 @@ def handles(*tensors: Tensor) -> bool:
     )
 
 
+def stream(words: Tensor, *, write: bool, passes: int) -> None:
+    """Read memory ``passes`` times, or read and write it: what bandwidth is measured with.
+
+    Args:
+        words: int64 ``[threads, count]``, contiguous, count a multiple of 32; each row is the
+            part of a thread of its own.
+        write: also change every word.
+        passes: over every part.
+    """
+    threads, count = words.shape
+    _load()[0].bandwidth(words.data_ptr(), count, write, passes, threads)
+
+
 @lru_cache(maxsize=4096)
 def layer_law(law: LayerLaw) -> Any:
     """The compiled counterpart of a layer's law; its methods take addresses."""

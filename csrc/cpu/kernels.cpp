@@ -25,6 +25,7 @@ struct Choice {
    ISA::permutation,                 \
    ISA::unpack,                      \
    ISA::pack,                        \
+   ISA::bandwidth,                   \
    ISA::linear,                      \
    ISA::linear_input_grad,           \
    ISA::linear_bank_grad,            \

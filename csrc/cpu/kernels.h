@@ -44,6 +44,7 @@ struct Kernels {
                       int64_t* out, int threads);
   void (*unpack)(const LayerLaw&, const UnpackArgs&);
   void (*pack)(const LayerLaw&, const PackArgs&);
+  uint64_t (*bandwidth)(uint64_t* words, int64_t count, bool write, int64_t passes, int threads);
   void (*linear)(const LayerLaw&, const LinearArgs&);
   void (*linear_input_grad)(const LayerLaw&, const LinearInputGradArgs&);
   void (*linear_bank_grad)(const LayerLaw&, const LinearBankGradArgs&);
@@ -59,6 +60,7 @@ struct Kernels {
   void permutation(const LayerLaw&, int64_t, bool, const int64_t*, int64_t, int64_t*, int); \
   void unpack(const LayerLaw&, const UnpackArgs&);                                          \
   void pack(const LayerLaw&, const PackArgs&);                                              \
+  uint64_t bandwidth(uint64_t*, int64_t, bool, int64_t, int);                               \
   void linear(const LayerLaw&, const LinearArgs&);                                          \
   void linear_input_grad(const LayerLaw&, const LinearInputGradArgs&);                      \
   void linear_bank_grad(const LayerLaw&, const LinearBankGradArgs&);                        \

@@ -208,13 +208,14 @@ def _resnet() -> Iterable[Layer]:
 
 LAYERS = (
     *_resnet(),
+    Layer("linear", ("resnet18.fc", "resnet34.fc"), (1000, 512)),
     Layer("linear", ("vit-b.qkv",), (2304, 768)),
     Layer("linear", ("vit-b.proj", "bert-base.query", "bert-base.key", "bert-base.value",
                      "bert-base.attention_output"), (768, 768)),
     Layer("linear", ("vit-b.fc1", "bert-base.intermediate"), (3072, 768)),
     Layer("linear", ("vit-b.fc2", "bert-base.output"), (768, 3072)),
     Layer("linear", ("llama-3-8b.q_proj", "llama-3-8b.o_proj"), (4096, 4096)),
-    Layer("linear", ("llama-3-8b.k_proj", "llama-3-8b.v_proj"), (1024, 4096)),
+    Layer("linear", ("llama-3-8b.k_proj", "llama-3-8b.v_proj", "vit-l.fc2"), (1024, 4096)),
     Layer("linear", ("llama-3-8b.gate_proj", "llama-3-8b.up_proj"), (14336, 4096)),
     Layer("linear", ("llama-3-8b.down_proj",), (4096, 14336)),
     Layer("embedding", ("llama-3-8b.embed_tokens",), (128256, 4096)),

@@ -87,10 +87,10 @@ def exact(problem: Problem, own_map: tuple[Tensor, Tensor, float] | None = None)
     (y, dx_, packed, dw), (torch_y, torch_dx, torch_packed, torch_dw) = results
     bank_dtype = case.bank_dtype
     return Exact(
-        _quantity(y, torch_y),
-        None if dx_ is None or torch_dx is None else _quantity(dx_, torch_dx),
-        _quantity(packed, torch_packed.to(bank_dtype)),
-        _quantity(dw, torch_dw.to(bank_dtype)),
+        quantity(y, torch_y),
+        None if dx_ is None or torch_dx is None else quantity(dx_, torch_dx),
+        quantity(packed, torch_packed.to(bank_dtype)),
+        quantity(dw, torch_dw.to(bank_dtype)),
     )
 
 
@@ -131,7 +131,8 @@ def allowed_passes(accuracy: Mapping[str, Accuracy]) -> tuple[str, ...]:
     return ("forward",) if failures(accuracy) else ("forward", "backward", "full")
 
 
-def _quantity(exact: Tensor, torchs: Tensor) -> Quantity:
+def quantity(exact: Tensor, torchs: Tensor) -> Quantity:
+    """What a result should be: exact, and within twice of what torch makes of it."""
     allowed = 2 * _largest(torchs.double() - exact)
     allowed += 2 * torch.finfo(torch.float32).eps * max(1.0, _largest(exact))
     return Quantity(exact, allowed)

@@ -76,10 +76,10 @@ def run(
         raise _checks.fail("seconds", repr(seconds), "a number from 0")
     if memory_limit is not None and memory_limit < 0:
         raise _checks.fail("memory_limit", repr(memory_limit), "a number of bytes from 0")
-    _check_writable(out)
+    check_writable(out)
     free = int(0.8 * machine.available_bytes(where))
     load = machine.load()
-    with _torch_settings(threads):
+    with torch_settings(threads):
         plan = Plan(
             device=where,
             clock=_clock(where, threads, graphs),
@@ -101,7 +101,7 @@ def run(
     return record
 
 
-def _check_writable(out: Path | None) -> None:
+def check_writable(out: Path | None) -> None:
     """Fail before minutes of measuring, not after."""
     if out is None:
         return
@@ -130,7 +130,7 @@ def _clock(device: torch.device, threads: int, graphs: bool) -> Clock:
 
 
 @contextlib.contextmanager
-def _torch_settings(threads: int) -> Iterator[None]:
+def torch_settings(threads: int) -> Iterator[None]:
     """Threads as asked for, fp32 that is fp32, and the vendor's own choice of convolutions."""
     before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads)
@@ -204,11 +204,12 @@ def _progress(cases: Sequence[Case], show: Callable[[str], None] | None) -> Iter
             bar.set_description(f"{case.name} {case.setting}")
             yield case
         return
-    show = show or _to_stderr
+    show = show or to_stderr
     for number, case in enumerate(cases, 1):
         show(f"[{number}/{len(cases)}] {case.name} {case.setting}")
         yield case
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
+    """Show a line to people."""
     print(line, file=sys.stderr, flush=True)

@@ -59,20 +59,28 @@ def environment(device: torch.device, commit_given: str | None = None) -> dict[s
     }
 
 
+def cpu_caches() -> dict[int, int]:
+    """Bytes of the caches that a core sees, by level; instruction caches left out. Empty where
+    nothing tells: another system, or a virtual machine that hides its caches."""
+    sizes: dict[int, int] = {}
+    try:
+        for index in _CPU_CACHE.glob("index*"):
+            if (index / "type").read_text().strip() != "Instruction":
+                text = (index / "size").read_text().strip()
+                bytes_ = int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]]
+                sizes[int((index / "level").read_text())] = bytes_
+    except (OSError, KeyError, ValueError):
+        return {}
+    return sizes
+
+
 def cache_bytes(device: torch.device) -> int:
     """The last-level cache: L2 of a GPU, L3 (or L2) of a CPU; 32 MiB where nothing tells."""
     if device.type == "cuda":
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or (
             _UNKNOWN_CACHE
         )
-    sizes = [0]
-    try:
-        for index in _CPU_CACHE.glob("index*"):
-            text = (index / "size").read_text().strip()
-            sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
-    except (OSError, KeyError, ValueError):
-        pass  # Another system, or a virtual machine that hides its caches.
-    return max(sizes) or _UNKNOWN_CACHE
+    return max(cpu_caches().values(), default=_UNKNOWN_CACHE)
 
 
 def memory_bytes(key: str = "MemTotal") -> int:

@@ -45,84 +45,87 @@ class Field:
     nullable: bool = False
 
 
-def _text(about: str, *choices: str, nullable: bool = False) -> Field:
+def text(about: str, *choices: str, nullable: bool = False) -> Field:
+    """Text, one of the choices where there are some."""
     return Field("text", about, None, choices, nullable)
 
 
-def _int(about: str, nullable: bool = False) -> Field:
+def integer(about: str, nullable: bool = False) -> Field:
+    """A whole number from 0."""
     return Field("int", about, nullable=nullable)
 
 
-def _number(about: str, nullable: bool = False) -> Field:
+def number(about: str, nullable: bool = False) -> Field:
+    """A finite number from 0."""
     return Field("number", about, nullable=nullable)
 
 
 ENVIRONMENT = {
-    "device": _text("what was measured on", "cpu", "cuda"),
-    "device_name": _text("processor or GPU, as the system names it"),
-    "cores": _int("of the processor; 0: unknown"),
-    "threads": _int("that torch used on the CPU"),
-    "cache_bytes": _int("last-level cache of the device"),
-    "memory_bytes": _int("of the device; 0: unknown"),
-    "multiprocessors": _int("of a GPU", nullable=True),
-    "capability": _text("compute capability of a GPU", nullable=True),
-    "platform": _text("operating system"),
-    "python": _text("version"),
-    "torch": _text("version"),
-    "cuda": _text("version that torch was built for", nullable=True),
-    "triton": _text("version, where installed", nullable=True),
-    "rpg_kernels": _text("version"),
-    "commit": _text("of the checkout, `-dirty` with changes; null outside one", nullable=True),
-    "sources": _text("first 16 hex digits of a SHA-256 over the package's Python, C++ and CUDA"),
-    "native": _text("instruction set and compiler of the compiled half, or why it is not in use"),
-    "settings": Field("map", "environment variables RPG_KERNELS_*", {"*": _text("")}),
+    "device": text("what was measured on", "cpu", "cuda"),
+    "device_name": text("processor or GPU, as the system names it"),
+    "cores": integer("of the processor; 0: unknown"),
+    "threads": integer("that torch used on the CPU"),
+    "cache_bytes": integer("last-level cache of the device"),
+    "memory_bytes": integer("of the device; 0: unknown"),
+    "multiprocessors": integer("of a GPU", nullable=True),
+    "capability": text("compute capability of a GPU", nullable=True),
+    "platform": text("operating system"),
+    "python": text("version"),
+    "torch": text("version"),
+    "cuda": text("version that torch was built for", nullable=True),
+    "triton": text("version, where installed", nullable=True),
+    "rpg_kernels": text("version"),
+    "commit": text("of the checkout, `-dirty` with changes; null outside one", nullable=True),
+    "sources": text("first 16 hex digits of a SHA-256 over the package's Python, C++ and CUDA"),
+    "native": text("instruction set and compiler of the compiled half, or why it is not in use"),
+    "settings": Field("map", "environment variables RPG_KERNELS_*", {"*": text("")}),
 }
 OPTIONS = {
-    "suite": _text("`quick`, `full`, or null when cases were chosen", nullable=True),
-    "seconds": _number("time budget for the samples of one case"),
-    "seed": _int("of bank, inputs and the order of samples"),
-    "memory_limit": _int("bytes that one implementation was allowed to expect"),
+    "suite": text("`quick`, `full`, or null when cases were chosen", nullable=True),
+    "seconds": number("time budget for the samples of one case"),
+    "seed": integer("of bank, inputs and the order of samples"),
+    "memory_limit": integer("bytes that one implementation was allowed to expect"),
 }
 _FIGURE = {
-    "median_s": _number("seconds of a call, median of the samples"),
-    "q10_s": _number("10 % quantile"),
-    "q90_s": _number("90 % quantile"),
-    "samples": _int("how many; each is the mean of some calls"),
+    "median_s": number("seconds of a call, median of the samples"),
+    "q10_s": number("10 % quantile"),
+    "q90_s": number("90 % quantile"),
+    "samples": integer("how many; each is the mean of some calls"),
 }
 _RATE = {
-    "bank_bytes": _int("of the bank that was gathered from"),
-    "slot_bytes": _int("gathered at a time"),
-    "bytes_per_s": _number("gathered"),
+    "bank_bytes": integer("of the bank that was gathered from"),
+    "slot_bytes": integer("gathered at a time"),
+    "bytes_per_s": number("gathered"),
 }
 CEILINGS = {
-    "copy_bytes_per_s": _number("copying large buffers: bytes read plus bytes written"),
+    "copy_bytes_per_s": number("copying large buffers: bytes read plus bytes written"),
     "matrix_per_s": Field(
-        "map", "operations per second of a large product, by dtype", {"*": _number("")}
+        "map", "operations per second of a large product, by dtype", {"*": number("")}
     ),
     "gather": Field("list", "random gathers", {"*": Field("object", "", _RATE)}),
 }
 LOAD = {
-    "before": _number("load average of one minute before the run"),
-    "busy": Field("list", "why the times are to be doubted; empty: no reason", {"*": _text("")}),
+    "before": number("load average of one minute before the run"),
+    "busy": Field("list", "why the times are to be doubted; empty: no reason", {"*": text("")}),
 }
 _ACCURACY = {
-    "error": _number("largest absolute error against float64; null: not finite", nullable=True),
-    "allowed": _number("the most that passes"),
+    "error": number("largest absolute error against float64; null: not finite", nullable=True),
+    "allowed": number("the most that passes"),
 }
 _RELATIVE = {
-    name: _number("")
+    name: number("")
     for name in ("forward_peak", "full_peak", "full_largest", "saved", "persistent")
 }
 _MEMORY = {
-    "forward_peak": _int("bytes that a forward has allocated at most, result counted"),
-    "full_peak": _int("the same of forward and backward, gradients counted"),
-    "full_largest": _int("largest single allocation of forward and backward"),
-    "saved": _int("bytes saved for the backward, x and trained tensors left out"),
-    "parameters": _int("bytes of the trained tensors"),
-    "gradients": _int("bytes of their gradients"),
-    "optimizer": _int("bytes of Adam's state"),
-    "tables": _int("bytes of index and sign tables"),
-    "persistent": _int("the four together: what stays between two steps"),
+    "forward_peak": integer("bytes that a forward has allocated at most, result counted"),
+    "full_peak": integer("the same of forward and backward, gradients counted"),
+    "full_largest": integer("largest single allocation of forward and backward"),
+    "saved": integer("bytes saved for the backward, x and trained tensors left out"),
+    "parameters": integer("bytes of the trained tensors"),
+    "gradients": integer("bytes of their gradients"),
+    "optimizer": integer("bytes of Adam's state"),
+    "tables": integer("bytes of index and sign tables"),
+    "persistent": integer("the four together: what stays between two steps"),
     "per_virtual_weight": Field(
         "object", "peaks, `saved` and `persistent` over virtual weights", _RELATIVE
     ),
@@ -131,30 +134,30 @@ _MEMORY = {
     ),
 }
 _FLOOR = {
-    "bytes": _int("read and written at least once"),
-    "gathered_bytes": _int("gathered from the bank"),
-    "operations": _int("floating-point"),
-    "floor_s": _number("the longest of the three at the ceilings"),
-    "bound": _text("which that is", "copy", "gather", "matrix"),
-    "percent": _number("floor over cold median; null: not timed", nullable=True),
+    "bytes": integer("read and written at least once"),
+    "gathered_bytes": integer("gathered from the bank"),
+    "operations": integer("floating-point"),
+    "floor_s": number("the longest of the three at the ceilings"),
+    "bound": text("which that is", "copy", "gather", "matrix"),
+    "percent": number("floor over cold median; null: not timed", nullable=True),
 }
 RESULT = {
-    "case": _text("`model.layer/batch`"),
-    "op": _text("operator", "linear", "conv2d", "embedding"),
-    "weight_shape": Field("list", "torch's shape of the weight", {"*": _int("")}),
-    "input_shape": Field("list", "of x", {"*": _int("")}),
-    "virtual_weights": _int("P of this layer"),
-    "batch": _int("images or tokens"),
-    "dtype": _text("of x and weight; `amp`: bf16 x, fp32 bank", *DTYPES),
-    "dof": _int("degrees of freedom asked for; the bank rounds down to whole slots"),
-    "granularity": _int("elements of a slot"),
-    "reflect": _text("signs", *REFLECT),
-    "impl": _text("implementation"),
+    "case": text("`model.layer/batch`"),
+    "op": text("operator", "linear", "conv2d", "embedding"),
+    "weight_shape": Field("list", "torch's shape of the weight", {"*": integer("")}),
+    "input_shape": Field("list", "of x", {"*": integer("")}),
+    "virtual_weights": integer("P of this layer"),
+    "batch": integer("images or tokens"),
+    "dtype": text("of x and weight; `amp`: bf16 x, fp32 bank", *DTYPES),
+    "dof": integer("degrees of freedom asked for; the bank rounds down to whole slots"),
+    "granularity": integer("elements of a slot"),
+    "reflect": text("signs", *REFLECT),
+    "impl": text("implementation"),
     "chosen": Field("bool", "ours, and what the dispatch table chooses"),
-    "status": _text("how it went", *STATUSES),
-    "reason": _text("why, unless ok; for ok, a note", nullable=True),
-    "copies": _int("layers that ran in turn when cold"),
-    "cold_bytes": _int(
+    "status": text("how it went", *STATUSES),
+    "reason": text("why, unless ok; for ok, a note", nullable=True),
+    "copies": integer("layers that ran in turn when cold"),
+    "cold_bytes": integer(
         "that pass between two uses of one layer: x, y and the weights of all layers (of an "
         "embedding the rows looked up), as if they were stored"
     ),
@@ -181,12 +184,12 @@ RESULT = {
     "floors": Field("map", "roofline by pass", {"*": Field("object", "", _FLOOR)}, PASSES),
 }
 FILE = {
-    "schema": _text("the name of this format", SCHEMA),
-    "version": _int("of this format"),
+    "schema": text("the name of this format", SCHEMA),
+    "version": integer("of this format"),
     "complete": Field("bool", "false: interrupted, what was finished is here"),
-    "created": _text("ISO 8601, UTC, when the run began"),
-    "command": _text("command line"),
-    "headline": _text("the clock to quote", "process", "wall", "graph", "eager"),
+    "created": text("ISO 8601, UTC, when the run began"),
+    "command": text("command line"),
+    "headline": text("the clock to quote", "process", "wall", "graph", "eager"),
     "environment": Field("object", "machine and versions", ENVIRONMENT),
     "options": Field("object", "of the run", OPTIONS),
     "ceilings": Field("object", "rates measured in this run", CEILINGS, nullable=True),
@@ -197,24 +200,29 @@ FILE = {
 }
 
 
-def validate(record: object) -> dict[str, Any]:
+def validate(record: object, fields: Mapping[str, Field] = FILE) -> dict[str, Any]:
     """The record itself, when it keeps to the format.
+
+    Args:
+        record: to check.
+        fields: of the format; one has to be ``schema``, its name.
 
     Raises:
         ValueError: it does not; the message names the first field that is wrong.
     """
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise ValueError(f"schema: got no {SCHEMA!r}, wanted a result file of rpg-kernels bench")
+    (name,) = fields["schema"].choices
+    if not isinstance(record, dict) or record.get("schema") != name:
+        raise ValueError(f"schema: got no {name!r}, wanted a result file of rpg-kernels bench")
     if record.get("version") != VERSION:
         raise ValueError(
             f"version: got {record.get('version')!r}, wanted {VERSION}: the file was written by "
             "another version of rpg-kernels; read it with that one, or measure again"
         )
-    _check("file", record, Field("object", "", FILE))
+    _check("file", record, Field("object", "", fields))
     return record
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, fields: Mapping[str, Field] = FILE) -> dict[str, Any]:
     """Read and validate a file.
 
     Raises:
@@ -222,7 +230,7 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: it is no JSON, of another version, or has a wrong field; the file is named.
     """
     try:
-        return validate(json.loads(path.read_text(encoding="utf-8")))
+        return validate(json.loads(path.read_text(encoding="utf-8")), fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -272,9 +280,9 @@ def _wanted(where: str, value: object, right: bool, wanted: str) -> None:
         raise _checks.fail(where, repr(value)[:80], wanted)
 
 
-def describe() -> Iterator[tuple[str, str, str]]:
+def describe(fields: Mapping[str, Field] = FILE) -> Iterator[tuple[str, str, str]]:
     """(field, kind, meaning) of every field, depth first: what the documentation shows."""
-    yield from _describe("", FILE)
+    yield from _describe("", fields)
 
 
 def _describe(prefix: str, fields: Mapping[str, Field]) -> Iterator[tuple[str, str, str]]:

@@ -96,6 +96,11 @@ def quoted(clocks: Mapping[str, _T], headline: str) -> _T | None:
     return clocks.get(headline, next(iter(clocks.values()), None))
 
 
+def cpu_headline(threads: int) -> str:
+    """The clock to quote: process time counts nothing of other work, but adds up all threads."""
+    return "process" if threads == 1 else "wall"
+
+
 class CpuClock:
     """Times calls on a CPU.
 
@@ -105,7 +110,7 @@ class CpuClock:
     """
 
     def __init__(self, threads: int, shortest: float = 2e-3) -> None:
-        self.headline = "process" if threads == 1 else "wall"
+        self.headline = cpu_headline(threads)
         self.shortest = shortest
         self._calls: dict[tuple[int, str, str], int] = {}
 

@@ -1,0 +1,135 @@
+"""The bytes that a linear layer's forward must move between the levels of memory, by path.
+
+Each path reads and writes a few streams: the dense weight, or of ours windows, table entries,
+products of slots and sums (csrc/cpu/linear.cpp says which). A stream comes from the smallest level
+that holds what is used again of it, so the time of a call is at least the longest of the levels'
+times at their measured rates. What needs longer is bound by instructions, or by waiting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rpg_kernels import settings
+from rpg_kernels.bench.cpu import bandwidth
+from rpg_kernels.bench.cpu.bandwidth import Level
+from rpg_kernels.bench.cpu.subject import Job
+from rpg_kernels.cpu import config
+from rpg_kernels.placement import parse
+from rpg_kernels.window_law import STRIP, WindowLaw
+
+_ENTRY_BYTES = {True: 2, False: 4}  # of a table entry, with windows and on a whole ring
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Bytes of a call, all threads together.
+
+    Args:
+        name: for people.
+        bytes: read; or read and written, both counted.
+        held: bytes that must stay somewhere between two uses, of one thread.
+        update: written too.
+    """
+
+    name: str
+    bytes: float
+    held: int
+    update: bool = False
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time that the measured rates allow.
+
+    Args:
+        bytes: by level.
+        seconds: by level.
+    """
+
+    bytes: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def bound(self) -> str:
+        """The level that takes longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+
+def floor(job: Job, x_bytes: int, y_bytes: int, threads: int, levels: list[Level]) -> Floor:
+    """The floor of a job on a linear layer.
+
+    Args:
+        job: dense, ours or the reference.
+        x_bytes, y_bytes: of input and result.
+        threads: that share the work.
+        levels: measured rates; not empty.
+    """
+    streams = [*_streams(job, threads), Stream("x and y", x_bytes + y_bytes, x_bytes + y_bytes)]
+    moved: dict[str, tuple[float, float]] = {}
+    for stream in streams:
+        name = bandwidth.holding(levels, stream.held).name
+        read, update = moved.get(name, (0.0, 0.0))
+        if stream.update:
+            update += stream.bytes
+        else:
+            read += stream.bytes
+        moved[name] = read, update
+    return Floor(
+        {name: int(sum(both)) for name, both in moved.items()}, bandwidth.seconds(levels, moved)
+    )
+
+
+def _streams(job: Job, threads: int) -> list[Stream]:
+    if job.weight is None:
+        return [Stream("weight", job.weight_bytes, job.weight_bytes * job.copies // threads)]
+    placement = job.weight.placement
+    item = job.weight.dtype.itemsize
+    weights, bank = placement.numel, job.weight.bank.weight.nbytes
+    if job.backend == "reference":
+        tile = settings.scratch_bytes("cpu")
+        return [
+            Stream("bank", weights * item, bank),
+            Stream("unpacked tiles", 2 * weights * item, tile // threads, update=True),
+            Stream("unpacked tiles, read", weights * item, tile // threads),
+        ]
+    return _kernel(job.weight.spec, job.point.batch, bank, item)
+
+
+def _kernel(spec: str, batch: int, bank: int, item: int) -> list[Stream]:
+    """Streams of the compiled kernel, as its steps of the batch make them."""
+    step = config.steps("linear", batch, spec)
+    assert step is not None  # the dispatch table chose the kernel
+    p = parse(spec)
+    law, block = p.law, p.matrix.block
+    windows = isinstance(law, WindowLaw)
+    tabulated, entry = (STRIP if windows else config.RING_ROWS), _ENTRY_BYTES[windows]
+    lanes = step.batch_tile * step.tiles
+    passes = -(-batch // lanes)
+    tiles = -(-min(batch, lanes) // step.batch_tile)
+    positions = law.rows * law.blocks
+    shared = config.gain("linear", spec, lanes)
+    slots = law.window if isinstance(law, WindowLaw) else law.slots
+    height = min(law.rows, tabulated, config.RING_SUMS // lanes)
+    line = block * item
+    read = passes * positions * line / shared
+    # A segment's window comes from where the bank is, for the second tile from where a window fits.
+    streams = [
+        Stream("slots", read, bank),
+        Stream("slots again", read * (tiles - 1), min(bank, slots * line)),
+        Stream("entries", passes * positions * entry * (1 + tiles), tabulated * entry),
+        Stream(
+            "sums",
+            2 * passes * tiles * positions * step.batch_tile * _FLOAT,
+            height * lanes * _FLOAT,
+            update=True,
+        ),
+    ]
+    if shared > 1:
+        vector = step.batch_tile * _FLOAT
+        products = slots * vector * (2 if step.batch_tile == 1 else 1)
+        streams.append(
+            Stream("products", passes * tiles * positions * vector * (1 + 1 / shared), products)
+        )
+    return streams
