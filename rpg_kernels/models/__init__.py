@@ -1,5 +1,14 @@
-"""The networks of the paper, dense or shared."""
+"""The networks of the paper, and a small decoder, dense or shared."""
 
+from rpg_kernels.models.decoder import Cache, Decoder, DecoderConfig
 from rpg_kernels.models.resnet import ResNet, kaiming_fan_out, resnet18, resnet34
 
-__all__ = ["ResNet", "kaiming_fan_out", "resnet18", "resnet34"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "ResNet",
+    "kaiming_fan_out",
+    "resnet18",
+    "resnet34",
+]
