@@ -44,6 +44,9 @@ lint: $(VENV)/.dev ## check style, format and types
 
 bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)
 	$(BIN)/rpg-kernels bench --out build/bench.json $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/rpg-kernels bench --suite cpu --out build/bench_cpu.json
+endif
 	$(BIN)/python -m pytest -q benchmarks $(MICRO)
 
 report: $(VENV)/.dev ## write tables and plots from benchmarks/results (ARGS=--check fails when stale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rpg_kernels.bench.cases import Case
@@ -17,13 +17,17 @@ __all__ = ["add_arguments", "run"]
 
 QUICK_MEMORY = 8 << 30
 SECONDS = {"quick": 4.0, "full": 8.0}
+CPU_SUITES = ("cpu", "cpu-full", "decoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the options of ``rpg-kernels bench`` on ``parser``."""
     what = parser.add_argument_group("what to measure")
     what.add_argument(
-        "--suite", choices=("quick", "full"), help="default: quick, unless cases are chosen"
+        "--suite",
+        choices=("quick", "full", *CPU_SUITES),
+        help="default: quick, unless cases are chosen; cpu, cpu-full: banks and batches of CPU "
+        "kernels, continued where OUT holds an interrupted run; decoder: a whole model on a CPU",
     )
     what.add_argument(
         "--case",
@@ -55,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    how.add_argument("--threads", type=int, default=1, help="of the processor (default: 1)")
+    how.add_argument("--threads", type=int, help="default: 1; all of CPU suites")
     how.add_argument("--seconds", type=float, help="for the samples of one case (default: 4 or 8)")
     how.add_argument("--memory", type=float, metavar="GB", help="one implementation may need")
     how.add_argument("--seed", type=int, default=0, help="of values and of the order of samples")
@@ -81,20 +85,26 @@ def run(args: argparse.Namespace) -> None:
     """
     import sys
 
+    from rpg_kernels import _checks
     from rpg_kernels.bench import baselines, cases, compare, harness, schema, table
 
     if args.list:
         print("cases:", cases.listing(), "implementations:", baselines.listing(), sep="\n")
         return
+    if args.compare and args.suite in CPU_SUITES:
+        raise _checks.fail("suite", repr(args.suite), "quick or full with --compare")
     if args.compare:
         print(compare.compare(args.compare[0], args.compare[1], _options(args), Path.cwd()))
+        return
+    if args.suite in CPU_SUITES:
+        _cpu(args)
         return
     chosen, suite = _cases(args)
     record = harness.run(
         chosen,
         impls=args.impl,
         device=args.device,
-        threads=args.threads,
+        threads=1 if args.threads is None else args.threads,
         seconds=SECONDS[suite or "quick"] if args.seconds is None else args.seconds,
         seed=args.seed,
         memory_limit=_memory(args, suite),
@@ -110,8 +120,44 @@ def run(args: argparse.Namespace) -> None:
         for row in record["results"]
         if row["impl"].startswith("rpg-") and row["status"] in (schema.WRONG, schema.FAILED)
     ]
-    if bad:
-        raise ValueError("results of ours that are wrong:\n" + "\n".join(bad))
+    _refuse(bad)
+
+
+def _refuse(wrong: list[str]) -> None:
+    if wrong:
+        raise ValueError("results of ours that are wrong:\n" + "\n".join(wrong))
+
+
+def _cpu(args: argparse.Namespace) -> None:
+    """Run a suite of CPU kernels."""
+    from rpg_kernels import _checks
+    from rpg_kernels.bench import cases
+    from rpg_kernels.bench.cpu import decoder, grid, report, run
+
+    choice = {
+        "case": args.case, "batch": args.batch, "dof": [cases.count(text) for text in args.dof],
+    }  # fmt: skip
+    others = ["op", "granularity", "reflect", "impl", "memory", "eager"]
+    if args.suite == "decoder":
+        others += [*choice, "seconds"]
+    for name in others:
+        if getattr(args, name) not in (None, [], False):
+            raise _checks.fail(name, getattr(args, name), f"none with suite {args.suite}")
+    if args.device == "cuda":
+        raise _checks.fail("device", "'cuda'", f"'cpu' with suite {args.suite}")
+    common: dict[str, Any] = {
+        "threads": args.threads, "seed": args.seed, "commit": args.commit, "out": args.out,
+    }  # fmt: skip
+    if args.suite == "decoder":
+        record = decoder.run(dtypes=args.dtype, **common)
+        lines, wrong = report.tokens_of(args.out, record), decoder.wrong(record)
+    else:
+        suite = grid.choose(args.suite, args.case, args.batch, choice["dof"], args.dtype)
+        part = any((*choice.values(), args.dtype))
+        record = run.run(args.suite, suite, part=part, seconds=args.seconds, **common)
+        lines, wrong = report.layers_of(args.out, record), run.wrong(record)
+    print("\n".join(lines).replace("{up}", ""), f"\n{args.out}", sep="\n")
+    _refuse(wrong)
 
 
 def _cases(args: argparse.Namespace) -> tuple[list[Case], str | None]:

@@ -99,6 +99,14 @@ def law(results: Path) -> list[str]:
     return markdown(head, rows)
 
 
+TABLES = {
+    "cifar10-resnet18": cifar10_resnet18,
+    "resnet18-step": resnet18_step,
+    "bank-training": bank_training,
+    "law": law,
+}
+
+
 def _load(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None

@@ -22,6 +22,7 @@ from typing import Any
 
 from rpg_kernels import _checks
 from rpg_kernels.bench import cases, older, plot, schema, table
+from rpg_kernels.bench.cpu import report as cpu_tables
 from rpg_kernels.bench.machine import BUSY_SPREAD
 from rpg_kernels.bench.table import NOT_MEASURED
 from rpg_kernels.bench.timing import COLD
@@ -265,12 +266,7 @@ BLOCKS: dict[str, Callable[[Path], list[str]]] = {
     "cases": _cases,
     **{
         name: lambda root, make=make: make(root / RESULTS)  # type: ignore[misc]
-        for name, make in (
-            ("cifar10-resnet18", older.cifar10_resnet18),
-            ("resnet18-step", older.resnet18_step),
-            ("bank-training", older.bank_training),
-            ("law", older.law),
-        )
+        for name, make in (cpu_tables.TABLES | older.TABLES).items()
     },
 }
 

@@ -78,7 +78,9 @@ class Cache:
         end = self.length + keys.shape[2]
         kept = self._kept[layer]
         if end > kept.shape[3]:
-            raise _checks.fail("tokens", f"position {end}", f"at most {kept.shape[3]} in this cache")
+            raise _checks.fail(
+                "tokens", f"position {end}", f"at most {kept.shape[3]} in this cache"
+            )
         kept[0, :, :, self.length : end] = keys
         kept[1, :, :, self.length : end] = values
         return kept[0, :, :, :end], kept[1, :, :, :end]

@@ -42,7 +42,7 @@ def measure(threads: int) -> list[Level]:
     """
     if not native.available():
         return []
-    sizes = {level: size for level, size in _TYPICAL.items()} | machine.cpu_caches()
+    sizes = _TYPICAL | machine.cpu_caches()
     shared = {1: sizes[1], 2: sizes[2], 3: sizes[3] // threads}
     levels = []
     for name, level in zip(LEVELS, (1, 2, 3, 4), strict=True):

@@ -23,6 +23,8 @@ from rpg_kernels.models import Cache, Decoder, DecoderConfig
 
 BANK = RPGConfig(dof=2_000_000, window=256, laps=4)
 PROMPT, TOKENS, SERIES = 8, 32, 5
+# Of the logits, relative to the largest: what rounding may make of a dozen layers.
+_ALLOWED = {"fp32": 1e-4, "bf16": 5e-2}
 _SIZES = ("vocabulary", "width", "layers", "heads", "kv_heads", "hidden")
 Record = dict[str, Any]
 
@@ -86,10 +88,12 @@ def run(
             show(f"decoder of width {config.width}, {config.layers} layers, {name}")
             ours = shared(config, bank, DTYPES[name][0])
             virtual = summary(ours).virtual_weights
-            networks = {"dense": materialize(ours).eval(), "rpg-kernels": ours}
+            dense = materialize(ours).eval()
+            assert isinstance(dense, Decoder)
+            networks = {"dense": dense, "rpg-kernels": ours}
             results += _measure(networks, prompt, name, tokens, series)
-            del ours, networks
-        record = {
+            del ours, dense, networks
+        record: Record = {
             "schema": schema.DECODER,
             "version": schema.VERSION,
             "complete": True,
@@ -118,7 +122,7 @@ def run(
 
 
 def _measure(
-    networks: dict[str, Any], prompt: Tensor, dtype: str, tokens: int, series: int
+    networks: dict[str, Decoder], prompt: Tensor, dtype: str, tokens: int, series: int
 ) -> list[dict[str, Any]]:
     """Rows of both networks in one dtype: compared first, then timed in turn."""
     threads = torch.get_num_threads()
@@ -170,6 +174,16 @@ def _linear_bytes(network: nn.Module) -> int:
 
 def _difference(values: Tensor, of: Tensor) -> float:
     return float((values - of).abs().max() / of.abs().max())
+
+
+def wrong(record: Record) -> list[str]:
+    """A sentence for each network whose logits are not the dense network's."""
+    return [
+        f"decoder {row['dtype']}: logits differ by {row['error']:.3g} of the largest, "
+        f"allowed {_ALLOWED[row['dtype']]:g}"
+        for row in record["results"]
+        if not row["error"] <= _ALLOWED[row["dtype"]]
+    ]
 
 
 def spread(row: dict[str, Any]) -> float:

@@ -82,7 +82,9 @@ LAYERS_FILE = {
             "seed": integer("of values and of the order of samples"),
         },
     ),
-    "rates": _list("measured in this run; empty without the compiled half", Field("object", "", _RATE)),
+    "rates": _list(
+        "measured in this run; empty without the compiled half", Field("object", "", _RATE)
+    ),
     "done": _list("groups and series that are finished: `NAME DTYPE SERIES`", text("")),
     "results": _list("one for each implementation, bank and batch", Field("object", "", ROW)),
 }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ class Subject:
             torch.manual_seed(seed)
             most = self.case(max((*group.batches, *group.referred_batches)))
             self._x = images_last(torch.randn(most.input_shape).to(self.dtype))
-            self._banks = {bank: self._bank(bank) for bank in (*group.banks, *group.referred)}
-        self._dense: list[Tensor] = []
+            banks = (*group.banks, *group.referred)
+            self._banks = {bank: self._bank(bank, self.dtype) for bank in banks}
 
     def case(self, batch: int) -> Case:
         """Shapes of the layer at a batch."""
@@ -73,10 +73,8 @@ class Subject:
         """The first rows or images of the input."""
         return images_last(self._x[:batch])
 
-    def _bank(self, bank: Bank) -> ParameterBank:
-        return ParameterBank(
-            bank.dof, GRANULARITY, window=bank.window, laps=bank.laps, dtype=self.dtype
-        )
+    def _bank(self, bank: Bank, dtype: torch.dtype) -> ParameterBank:
+        return ParameterBank(bank.dof, GRANULARITY, window=bank.window, laps=bank.laps, dtype=dtype)
 
     def _weights(self, bank: Bank) -> list[VirtualWeight]:
         parameters, shape = self._banks[bank], self.group.layer.weight
@@ -133,29 +131,29 @@ class Subject:
             return torch.nn.functional.linear(x, weight)
         return torch.nn.functional.conv2d(x, weight, None, layer.stride, layer.padding)
 
-    def wanted(self, weight: VirtualWeight) -> dict[int, Quantity]:
-        """By batch, what a virtual weight's layer should give in float64, and the error allowed:
-        twice what torch makes of the same weight rounded to the dtype (see ``gate``)."""
-        bank = weight.bank
-        exact_bank = ParameterBank(
-            bank.dof, GRANULARITY, window=bank.generator.window, laps=bank.generator.laps,
-            dtype=torch.float64,
-        )  # fmt: skip
+    def wanted(self, bank: Bank, weight: VirtualWeight) -> dict[int, Quantity]:
+        """By batch, what a bank's first layer should give in float64, and the error allowed: twice
+        what torch makes of the same weight rounded to the dtype (see ``gate``), at that batch,
+        since torch has other routines for one row than for many."""
+        exact_bank = self._bank(bank, torch.float64)
         with torch.no_grad():
-            exact_bank.weight.copy_(bank.weight)
-        whole = VirtualWeight(exact_bank, replace(weight.placement))
+            exact_bank.weight.copy_(weight.bank.weight)
+        whole = VirtualWeight(exact_bank, weight.placement)
         shape = self.group.layer.weight
         step = max(1, _CHUNK // math.prod(shape[1:]))
         x = self._x.double()
-        exact, same = [], []
+        batches = dict.fromkeys((*self.group.batches, *self.group.referred_batches))
+        exact: list[Tensor] = []
+        same: dict[int, list[Tensor]] = {batch: [] for batch in batches}
         for first in range(0, shape[0], step):
             with torch.no_grad(), settings.backend("reference"):
                 part = whole.narrow(0, first, min(step, shape[0] - first)).unpack()
             exact.append(self.apply(x, part))
-            same.append(self.apply(self._x, images_last(part.to(self.dtype))))
-        y, torch_y = torch.cat(exact, 1), torch.cat(same, 1)
-        batches = dict.fromkeys((*self.group.batches, *self.group.referred_batches))
-        return {batch: quantity(y[:batch], torch_y[:batch]) for batch in batches}
+            rounded = images_last(part.to(self.dtype))
+            for batch in batches:
+                same[batch].append(self.apply(self.x(batch), rounded))
+        y = torch.cat(exact, 1)
+        return {batch: quantity(y[:batch], torch.cat(same[batch], 1)) for batch in batches}
 
     def judge(self, jobs: list[Job]) -> list[Accuracy | None]:
         """For each job its error and what is allowed; None of a dense one, which nothing beside it
@@ -168,10 +166,9 @@ class Subject:
                 results.append(None)
                 continue
             if point.bank not in wanted:
-                wanted[point.bank] = self.wanted(job.weight)
+                wanted[point.bank] = self.wanted(point.bank, job.weight)
             with torch.no_grad():
                 torch.full(self.case(point.batch).output_shape, float("nan"), dtype=self.dtype)
                 y = job.call(0)
             results.append(wanted[point.bank][point.batch].judge(y))
         return results
-
