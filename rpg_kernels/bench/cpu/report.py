@@ -17,6 +17,7 @@ from rpg_kernels.bench.table import NOT_MEASURED
 _SPEED_LAYERS = ("llama-3-8b.gate_proj", "llama-3-8b.q_proj")
 _SPEED_BANKS = (Bank(200_000), Bank(200_000, 256, 4), Bank(20_000_000, 256, 4))
 _SPEED_BATCHES = (1, 4, 8, 16)
+_ROOF_BANKS = (None, *_SPEED_BANKS, Bank(20_000_000, 256, 16))
 _ROOF_BATCHES = (1, 16)
 Row = Mapping[str, Any]
 Line = tuple[str, Bank | None]  # implementation and bank of a line of a table
@@ -148,7 +149,7 @@ def roofline(results: Path) -> list[str]:
     tables = _tables(record)
     for key in ((layer, dtype) for layer in _known(tables, _SPEED_LAYERS) for dtype in DTYPES):
         for line, held in tables.get(key, {}).items():
-            for batch in _ROOF_BATCHES:
+            for batch in _ROOF_BATCHES if line[1] in _ROOF_BANKS else ():
                 row = held.get(batch)
                 if row and row["floor"] and row["median_s"]:
                     name = f"{_shape(row)} {key[1]}, {_label(line)}, batch {batch}"
