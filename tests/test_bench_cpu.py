@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rpg_kernels import cli, native
 from rpg_kernels.bench import report
 from rpg_kernels.bench import schema as format_
 from rpg_kernels.bench.cases import Layer
-from rpg_kernels.bench.cpu import bandwidth, decoder, grid, run, schema, subject
+from rpg_kernels.bench.cpu import bandwidth, decoder, grid, run, schema, subject, traffic
 from rpg_kernels.bench.cpu import report as tables
 from rpg_kernels.bench.cpu.grid import Bank, Group, Suite
 from rpg_kernels.config import RPGConfig
@@ -46,6 +46,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_SETTLE", 0.0)
     monkeypatch.setattr(run, "_SAMPLE", 0.0)
     monkeypatch.setattr(bandwidth, "measure", lambda threads: RATES)
+    monkeypatch.setattr(run.roofline, "matrix_rate", lambda device, dtype: 1e11)
     monkeypatch.setattr(run.machine, "cache_bytes", lambda device: 1 << 18)
 
 
@@ -70,7 +71,7 @@ def test_a_run_has_every_point_judged_and_timed_in_every_series(tmp_path: Path) 
         assert row["samples"] == 2 * run.MIN_ROUNDS
         assert min(row["series_s"]) <= row["median_s"] <= max(row["series_s"])
         assert (row["error"] is None) == (row["impl"] == "dense")
-        assert (row["floor"] is None) == (row["op"] == "conv2d")
+        assert (row["traffic"] is None) == (row["op"] == "conv2d")
     assert {row["backend"] for row in rows(record, impl="dense")} == {"torch"}
     assert {row["backend"] for row in rows(record, impl="rpg-reference")} == {"reference"}
     wanted = "cpu" if native.available() else "reference"
@@ -131,29 +132,31 @@ def test_the_roofline_counts_what_the_kernel_moves() -> None:
         Layer("linear", ("a.b",), (4096, 128)), "fp32", (Bank(2_000_000, 256, 4),), (1, 16)
     )
     made = subject.Subject(group, 1 << 20, 0)
-    floors = {
-        (job.point.impl, job.point.batch): subject_floor(job)
+    counts = {
+        (job.point.impl, job.point.batch): traffic.count(
+            job, 4 * 128 * job.point.batch, 4 * 4096 * job.point.batch, 1, RATES
+        )
         for job in made.jobs()
-    }  # fmt: skip
-    weights = 4096 * 128
-    assert floors["dense", 1].bytes["memory"] == 4 * weights
-    assert floors["dense", 1].seconds["memory"] == pytest.approx(4 * weights / 10e9)
-    ours = floors["rpg-kernels", 1]
+    }
+    weights, positions = 4096 * 128, 4096 * 2
+    dense = counts["dense", 1]
+    assert (dense.read["memory"], dense.operations) == (4 * weights, 2 * weights)
     # Every fourth row's slot from an 8 MB bank; 8192 entries written and read, products of 2 KB
     # written and read, sums of 16 KB read and written: all of these in the first cache.
-    assert ours.bytes["memory"] == weights
-    positions = 4096 * 2
-    assert ours.bytes["L1"] - 4 * (128 + 4096) == positions * (2 * 2 + 4 * 1.25 + 2 * 4)
-    assert ours.bound == "memory"
-    assert floors["rpg-kernels", 16].bytes["memory"] == weights
-    assert floors["rpg-kernels", 16].bytes["L2"] > 2 * positions * 16 * 4
-
-
-def subject_floor(job: subject.Job) -> Any:
-    from rpg_kernels.bench.cpu import traffic
-
-    rows_ = job.point.batch
-    return traffic.floor(job, 4 * 128 * rows_, 4 * 4096 * rows_, 1, RATES)
+    ours = counts["rpg-kernels", 1]
+    assert ours.read["memory"] == weights
+    assert ours.read["L1"] - 4 * (128 + 4096) == positions * (2 * 2 + 4 * 1.25)
+    assert ours.update == {"L1": positions * 2 * 4}
+    assert ours.operations == 2 * weights // 4 + positions
+    # Sixteen rows of x: a 256 KB strip of sums in the second cache, the window still read once.
+    many = counts["rpg-kernels", 16]
+    assert many.read["memory"] == weights
+    assert many.update == {"L2": positions * 2 * 4 * 16}
+    assert many.operations == 16 * ours.operations
+    times = traffic.floors(asdict(ours), RATES, {"float32": 50e9})
+    assert times["memory"] == pytest.approx(weights / 10e9)
+    assert times["L1"] == pytest.approx((ours.read["L1"] + ours.update["L1"]) / 200e9)
+    assert times["arithmetic"] == pytest.approx(ours.operations / 50e9)
 
 
 @pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
@@ -202,7 +205,10 @@ def test_tables_show_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monke
         row.update(series_s=[seconds, seconds], median_s=seconds)
     rows(record, impl="dense", batch=1, dtype="bf16")[0]["series_s"] = [1e-3, 3e-3]
     if native.available():
-        record["results"][2]["floor"] = {"bytes": {"L2": 2500000}, "seconds": {"L2": 2.5e-4}}
+        record["results"][2]["traffic"] = {
+            "read": {"L2": 2_500_000}, "update": {}, "operations": 10**7, "dtype": "float32"
+        }  # fmt: skip
+        record["matrix_per_s"] = {"float32": 1e11, "bfloat16": 2e11}
     rows(record, batch=5, dtype="fp32", window=64)[0].update(status="wrong", median_s=None)
     (tmp_path / "cpu.json").write_text(json.dumps(record))
     (tmp_path / "cut.json").write_text(json.dumps(record | {"complete": False, "created": "9"}))
@@ -220,7 +226,10 @@ def test_tables_show_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monke
     if native.available():
         roof = "\n".join(tables.roofline(tmp_path))
         assert "L1 200 and 200, L2 100 and 100, memory 10 and 20." in roof
-        line = "| 300x130 fp32, ring, 10K, batch 1 |  | 2.5 |  |  | 250 us | L2 | 1 ms | 25% |"
+        assert "operations per second: float32 100, bfloat16 200." in roof
+        line = (
+            "| 300x130 fp32, ring, 10K, batch 1 |  | 2.5 |  |  | 25 us (L2) | 100 us | 1 ms | 10% |"
+        )
         assert line in roof
 
 

@@ -68,7 +68,7 @@ def measure(cases: Sequence[Case], device: torch.device, cache_bytes: int) -> Ce
     dtypes = dict.fromkeys(case.x_dtype for case in cases)
     return Ceilings(
         _copy_rate(device, cache_bytes),
-        {str(dtype).removeprefix("torch."): _matrix_rate(device, dtype) for dtype in dtypes},
+        {str(dtype).removeprefix("torch."): matrix_rate(device, dtype) for dtype in dtypes},
         gather,
     )
 
@@ -131,7 +131,7 @@ def _copy_rate(device: torch.device, cache_bytes: int) -> float:
     return 2 * size / _seconds(lambda: target.copy_(source), device)
 
 
-def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """The better of a matmul and, on a CPU, a 1x1 convolution: two libraries stand behind them."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -170,15 +170,17 @@ def _gather_rate(case: Case, device: torch.device) -> float:
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """The shortest time of a call, after two to warm up: a ceiling is the best there is."""
+    on_gpu = device.type == "cuda"
+    # Process time adds up threads, see ``timing``.
+    alone = not on_gpu and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     samples = []
     for _ in range(_REPEATS + 2):
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-        begin = time.perf_counter() if device.type == "cuda" else time.process_time()
+        begin = clock()
         call()
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-            samples.append(time.perf_counter() - begin)
-        else:
-            samples.append(time.process_time() - begin)
+        samples.append(clock() - begin)
     return min(samples[2:])

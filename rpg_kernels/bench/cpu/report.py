@@ -8,7 +8,7 @@ from typing import Any
 
 from rpg_kernels.bench import schema as format_
 from rpg_kernels.bench import table
-from rpg_kernels.bench.cpu import decoder, run, schema
+from rpg_kernels.bench.cpu import decoder, run, schema, traffic
 from rpg_kernels.bench.cpu.bandwidth import LEVELS
 from rpg_kernels.bench.cpu.grid import DENSE, DTYPES, OURS, REFERENCE, Bank
 from rpg_kernels.bench.machine import BUSY_SPREAD
@@ -140,9 +140,11 @@ def roofline(results: Path) -> list[str]:
         f"{rate['update_bytes_per_s'] / 1e9:.0f}"
         for rate in record["rates"]
     )
+    products = ", ".join(f"{name} {r / 1e9:.0f}" for name, r in record["matrix_per_s"].items())
     text = [
         *_heading(path, record),
-        f"GB/s of {threads} thread{'s' * (threads > 1)} reading, and reading and writing: {rates}.",
+        f"GB/s of {threads} thread{'s' * (threads > 1)} reading, and reading and writing: {rates}. "
+        f"Large products, 10^9 operations per second: {products}.",
         "",
     ]
     rows = []
@@ -151,23 +153,25 @@ def roofline(results: Path) -> list[str]:
         for line, held in tables.get(key, {}).items():
             for batch in _ROOF_BATCHES if line[1] in _ROOF_BANKS else ():
                 row = held.get(batch)
-                if row and row["floor"] and row["median_s"]:
+                if row and row["traffic"] and row["median_s"]:
                     name = f"{_shape(row)} {key[1]}, {_label(line)}, batch {batch}"
-                    rows.append((name, *_roof(row)))
-    head = ("layer", *(f"{level}, MB" for level in LEVELS), "least time", "set by", "measured",
-            "share")  # fmt: skip
+                    rows.append((name, *_roof(row, record)))
+    head = ("layer", *(f"{level}, MB" for level in LEVELS), "slowest level", "arithmetic",
+            "measured", "least of measured")  # fmt: skip
     return [*text, *table.markdown(head, rows)]
 
 
-def _roof(row: Row) -> Iterator[str]:
-    bytes_, seconds = row["floor"]["bytes"], row["floor"]["seconds"]
+def _roof(row: Row, record: Any) -> Iterator[str]:
+    moved = row["traffic"]
+    seconds = traffic.floors(moved, run.levels_of(record), record["matrix_per_s"])
     for level in LEVELS:
-        yield f"{bytes_[level] / 1e6:.3g}" if level in bytes_ else ""
-    bound = max(seconds, key=lambda level: seconds[level])
-    yield table.seconds(seconds[bound])
-    yield bound
+        bytes_ = moved["read"].get(level, 0) + moved["update"].get(level, 0)
+        yield f"{bytes_ / 1e6:.3g}" if bytes_ else ""
+    bound = max(LEVELS, key=lambda level: seconds.get(level, 0.0))
+    yield f"{table.seconds(seconds[bound])} ({bound})"
+    yield table.seconds(seconds["arithmetic"])
     yield table.seconds(row["median_s"])
-    yield f"{seconds[bound] / row['median_s']:.0%}"
+    yield f"{max(seconds.values()) / row['median_s']:.0%}"
 
 
 def tokens(results: Path) -> list[str]:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from rpg_kernels import _checks
-from rpg_kernels.bench import harness, machine
+from rpg_kernels.bench import harness, machine, roofline
 from rpg_kernels.bench import schema as format_
+from rpg_kernels.bench.cases import DTYPES
 from rpg_kernels.bench.cpu import bandwidth, grid, schema, traffic
 from rpg_kernels.bench.cpu.bandwidth import Level
 from rpg_kernels.bench.cpu.grid import Group, Point, Suite
@@ -77,7 +78,6 @@ def run(
         if earlier is not None:
             record = earlier
             show(f"continues {out}, where {len(record['done'])} parts are done")
-        levels = [Level(**level) for level in _levels(record)]
         work = [(series, group) for series in range(suite.series) for group in suite.groups]
         try:
             for number, (series, group) in enumerate(work, 1):
@@ -85,7 +85,9 @@ def run(
                 if key in record["done"]:
                     continue
                 show(f"[{number}/{len(work)}] {group}, series {series + 1}")
-                _measure(record, group, series, levels)
+                if group is suite.groups[0] or not record["matrix_per_s"]:
+                    _rates(record, suite)
+                _measure(record, group, series)
                 record["done"].append(key)
                 _save(record, out)
             record["complete"] = True
@@ -97,7 +99,6 @@ def run(
 def _record(
     name: str, suite: Suite, part: bool, seconds: float, seed: int, commit: str | None
 ) -> Record:
-    levels = bandwidth.measure(torch.get_num_threads())
     return {
         "schema": schema.LAYERS,
         "version": schema.VERSION,
@@ -113,31 +114,36 @@ def _record(
             "seconds": seconds,
             "seed": seed,
         },
-        "rates": [
-            {
-                "level": level.name,
-                "capacity": level.capacity,
-                "read_bytes_per_s": level.read,
-                "update_bytes_per_s": level.update,
-            }
-            for level in levels
-        ],
+        "rates": [],
+        "matrix_per_s": {},
         "load": {"before": machine.load(), "busy": []},
         "done": [],
         "results": [],
     }
 
 
-def _levels(record: Record) -> list[dict[str, Any]]:
-    return [
+def levels_of(record: Record) -> list[Level]:
+    """The measured rates of a file."""
+    names = ("level", "capacity", "read_bytes_per_s", "update_bytes_per_s")
+    return [Level(*(rate[name] for name in names)) for rate in record["rates"]]
+
+
+def _rates(record: Record, suite: Suite) -> None:
+    """Measure bandwidths and products, and keep the best of this and earlier series."""
+    measured = bandwidth.measure(record["environment"]["threads"])
+    record["rates"] = [
         {
-            "name": rate["level"],
-            "capacity": rate["capacity"],
-            "read": rate["read_bytes_per_s"],
-            "update": rate["update_bytes_per_s"],
+            "level": level.name,
+            "capacity": level.capacity,
+            "read_bytes_per_s": level.read,
+            "update_bytes_per_s": level.update,
         }
-        for rate in record["rates"]
+        for level in bandwidth.best(levels_of(record), measured)
     ]
+    for dtype in dict.fromkeys((torch.float32, *(DTYPES[g.dtype][0] for g in suite.groups))):
+        name = str(dtype).removeprefix("torch.")
+        rate = roofline.matrix_rate(torch.device("cpu"), dtype)
+        record["matrix_per_s"][name] = max(rate, record["matrix_per_s"].get(name, 0.0))
 
 
 def _earlier(out: Path | None, record: Record) -> Record | None:
@@ -152,12 +158,13 @@ def _earlier(out: Path | None, record: Record) -> Record | None:
     return held if same and not held["complete"] else None
 
 
-def _measure(record: Record, group: Group, series: int, levels: list[Level]) -> None:
+def _measure(record: Record, group: Group, series: int) -> None:
     """One series of a group: judged first if it is the first, then timed."""
     seed = record["options"]["seed"]
     cache = machine.cache_bytes(torch.device("cpu"))
     subject = Subject(group, cache, seed)
     jobs = subject.jobs()
+    levels = levels_of(record)
     rows = {_key(row): row for row in record["results"]}
     first = [job for job in jobs if _key_of(group, job.point) not in rows]
     for job, accuracy in zip(first, subject.judge(first), strict=True):
@@ -171,8 +178,8 @@ def _measure(record: Record, group: Group, series: int, levels: list[Level]) -> 
         if levels and group.layer.op == "linear":
             case = subject.case(job.point.batch)
             threads = record["environment"]["threads"]
-            least = traffic.floor(job, case.input_bytes, case.output_bytes, threads, levels)
-            row["floor"] = asdict(least)
+            moved = traffic.count(job, case.input_bytes, case.output_bytes, threads, levels)
+            row["traffic"] = asdict(moved)
         record["results"].append(row)
         rows[_key(row)] = row
     timed = [job for job in jobs if rows[_key_of(group, job.point)]["status"] == format_.OK]
@@ -244,7 +251,7 @@ def _row(group: Group, job: Job) -> Row:
         "median_s": None,
         "samples": 0,
         "wait": None,
-        "floor": None,
+        "traffic": None,
     }
 
 

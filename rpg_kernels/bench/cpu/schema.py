@@ -43,9 +43,13 @@ _RATE = {
     "read_bytes_per_s": number("read by all threads"),
     "update_bytes_per_s": number("read and written by all threads, both counted"),
 }
-_FLOOR = {
-    "bytes": Field("map", "moved, by level", {"*": integer("")}, LEVELS),
-    "seconds": Field("map", "at that level's rate", {"*": number("")}, LEVELS),
+_TRAFFIC = {
+    "read": Field("map", "bytes, by level", {"*": integer("")}, LEVELS),
+    "update": Field(
+        "map", "bytes read and written, both counted, by level", {"*": integer("")}, LEVELS
+    ),
+    "operations": integer("multiplications and additions"),
+    "dtype": text("of the products"),
 }
 ROW = {
     "layer": text("`model.layer`"),
@@ -67,7 +71,9 @@ ROW = {
     "median_s": number("median of the series; null: not measured", nullable=True),
     "samples": integer("in all series; each is the mean of some calls"),
     "wait": number("wall time over process time, the median", nullable=True),
-    "floor": Field("object", "what memory allows; null: not counted", _FLOOR, nullable=True),
+    "traffic": Field(
+        "object", "what a call must do at least; null: not counted", _TRAFFIC, nullable=True
+    ),
 }
 LAYERS_FILE = {
     **_head(LAYERS),
@@ -83,7 +89,10 @@ LAYERS_FILE = {
         },
     ),
     "rates": _list(
-        "measured in this run; empty without the compiled half", Field("object", "", _RATE)
+        "the best of all series; empty without the compiled half", Field("object", "", _RATE)
+    ),
+    "matrix_per_s": Field(
+        "map", "operations per second of a large product, by dtype, the best", {"*": number("")}
     ),
     "done": _list("groups and series that are finished: `NAME DTYPE SERIES`", text("")),
     "results": _list("one for each implementation, bank and batch", Field("object", "", ROW)),

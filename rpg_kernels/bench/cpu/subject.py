@@ -30,7 +30,9 @@ class Job:
         copies: layers to run in turn.
         backend: that runs it: ``"torch"``, ``"cpu"``, ``"reference"``.
         weight: the first of its virtual weights; None of a dense layer.
+        weights: elements of the weight.
         weight_bytes: of the weight, as if it were stored.
+        dtype: of x, as torch names it.
     """
 
     point: Point
@@ -38,7 +40,9 @@ class Job:
     copies: int
     backend: str
     weight: VirtualWeight | None
+    weights: int
     weight_bytes: int
+    dtype: str
 
 
 class Subject:
@@ -103,7 +107,7 @@ class Subject:
         def call(i: int) -> Tensor:
             return self.apply(x, dense[i])
 
-        return Job(point, call, len(dense), "torch", None, dense[0].nbytes)
+        return Job(point, call, len(dense), "torch", None, *self._sizes)
 
     def _job(self, point: Point, weights: list[VirtualWeight]) -> Job:
         x, layer = self.x(point.batch), self.group.layer
@@ -122,7 +126,13 @@ class Subject:
 
         size = dispatch.size_of(layer.op, x, weights[0].spec)
         rule = dispatch.decide(layer.op, x.device, x.dtype, forced or "", *size)
-        return Job(point, call, len(weights), rule.backend, weights[0], self.case(1).weight_bytes)
+        return Job(point, call, len(weights), rule.backend, weights[0], *self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, int, str]:
+        case = self.case(1)
+        name = str(self.dtype).removeprefix("torch.")
+        return case.layer.virtual_weights, case.weight_bytes, name
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """torch's product of x with a weight in torch's layout."""

@@ -3,12 +3,14 @@
 Each path reads and writes a few streams: the dense weight, or of ours windows, table entries,
 products of slots and sums (csrc/cpu/linear.cpp says which). A stream comes from the smallest level
 that holds what is used again of it, so the time of a call is at least the longest of the levels'
-times at their measured rates. What needs longer is bound by instructions, or by waiting.
+times at their measured rates, and that of its products at the rate of a large one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rpg_kernels import settings
 from rpg_kernels.bench.cpu import bandwidth
@@ -40,45 +42,73 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Floor:
-    """The least time that the measured rates allow.
+class Traffic:
+    """What a call must do at least.
 
     Args:
-        bytes: by level.
-        seconds: by level.
+        read: bytes by level.
+        update: bytes that are read and written, by level; both counted.
+        operations: multiplications and additions.
+        dtype: of the products.
     """
 
-    bytes: dict[str, int]
-    seconds: dict[str, float]
-
-    @property
-    def bound(self) -> str:
-        """The level that takes longest."""
-        return max(self.seconds, key=lambda name: self.seconds[name])
+    read: dict[str, int]
+    update: dict[str, int]
+    operations: int
+    dtype: str
 
 
-def floor(job: Job, x_bytes: int, y_bytes: int, threads: int, levels: list[Level]) -> Floor:
-    """The floor of a job on a linear layer.
+def count(job: Job, x_bytes: int, y_bytes: int, threads: int, levels: list[Level]) -> Traffic:
+    """What a job on a linear layer must do.
 
     Args:
         job: dense, ours or the reference.
         x_bytes, y_bytes: of input and result.
         threads: that share the work.
-        levels: measured rates; not empty.
+        levels: of caches and memory; not empty.
     """
     streams = [*_streams(job, threads), Stream("x and y", x_bytes + y_bytes, x_bytes + y_bytes)]
-    moved: dict[str, tuple[float, float]] = {}
+    read: dict[str, int] = {}
+    update: dict[str, int] = {}
     for stream in streams:
+        moved = update if stream.update else read
         name = bandwidth.holding(levels, stream.held).name
-        read, update = moved.get(name, (0.0, 0.0))
-        if stream.update:
-            update += stream.bytes
-        else:
-            read += stream.bytes
-        moved[name] = read, update
-    return Floor(
-        {name: int(sum(both)) for name, both in moved.items()}, bandwidth.seconds(levels, moved)
-    )
+        moved[name] = moved.get(name, 0) + int(stream.bytes)
+    return Traffic(read, update, *_operations(job))
+
+
+def floors(
+    traffic: Mapping[str, Any], levels: list[Level], matrix: Mapping[str, float]
+) -> dict[str, float]:
+    """Seconds of a call at the rates of each level and of products; the longest is its floor.
+
+    Args:
+        traffic: fields of ``Traffic``.
+        levels: with their rates.
+        matrix: operations per second by dtype.
+    """
+    times = {
+        level.name: traffic["read"].get(level.name, 0) / level.read
+        + traffic["update"].get(level.name, 0) / level.update
+        for level in levels
+    }
+    times["arithmetic"] = traffic["operations"] / matrix[traffic["dtype"]]
+    return times
+
+
+def _operations(job: Job) -> tuple[int, str]:
+    """Two for each weight and row of x, less what rows share; ours are fp32."""
+    dtype, batch = job.dtype, job.point.batch
+    if job.weight is None or job.backend == "reference":
+        return 2 * job.weights * batch, dtype
+    spec = job.weight.spec
+    step = config.steps("linear", batch, spec)
+    assert step is not None  # the dispatch table chose the kernel
+    shared = config.gain("linear", spec, step.batch_tile * step.tiles)
+    p = parse(spec)
+    positions = p.law.rows * p.law.blocks
+    products = 2 * int(positions * p.matrix.block / shared) * batch
+    return products + (positions * batch if shared > 1 else 0), "float32"
 
 
 def _streams(job: Job, threads: int) -> list[Stream]:
