@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rpg_kernels import cli
+from rpg_kernels import cli, native
 from rpg_kernels.bench import harness, measure, schema, table
+from rpg_kernels.bench.cases import Case, Layer
 from rpg_kernels.bench.problem import Problem, Stack
 
 NAMES = ("dense", "published", "unpack", "rpg-reference")
@@ -66,6 +67,20 @@ def test_a_whole_run_is_valid_and_complete(op: str, tmp_path: Path) -> None:
     text = table.text(record)
     assert f"tiny.{op}/3  200 g8 element fp32" in text
     assert "SKIPPED: rz_linear is not installed" in text
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
+def test_a_back_end_that_cannot_read_a_weight_is_skipped_and_the_chosen_one_marked() -> None:
+    layer = Layer("linear", ("tiny.wide",), (24, 64))
+    vector, element = (Case(layer, 1, 6400, 32, reflect) for reflect in ("vector", "element"))
+    record = tools.run("rpg-reference", "rpg-cpu", cases=[vector, element])
+    found = {(r["reflect"], r["impl"]): (r["status"], r["chosen"]) for r in record["results"]}
+    assert found == {
+        ("vector", "rpg-cpu"): ("ok", True),
+        ("vector", "rpg-reference"): ("ok", False),
+        ("element", "rpg-cpu"): ("skipped", False),
+        ("element", "rpg-reference"): ("ok", True),
+    }
 
 
 def test_what_is_wrong_is_red_and_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rpg_kernels import _checks, dispatch, functional, settings
 from rpg_kernels.bench.cases import Case
-from rpg_kernels.bench.problem import Problem, Stack, images_last
+from rpg_kernels.bench.problem import Problem, Stack, images_last, spec
+from rpg_kernels.cpu import config as cpu
 from rpg_kernels.virtual_weight import VirtualWeight
 
 _BACKWARD = {
@@ -134,7 +135,7 @@ def _ours(backend: str) -> Implementation:
                 dispatch.decide(op, device, dtype, backend)
         except RuntimeError as error:
             return str(error)
-        return ""
+        return cpu.unsupported_weight(spec(case)) if backend == "cpu" else ""
 
     def build(problem: Problem, copies: int) -> Stack:
         weights = problem.placed(copies)

@@ -16,7 +16,7 @@ from rpg_kernels import dispatch
 from rpg_kernels.bench import baselines, gate, machine, memory, roofline
 from rpg_kernels.bench.baselines import Implementation
 from rpg_kernels.bench.cases import PASSES, Case
-from rpg_kernels.bench.problem import Problem, copies, turns
+from rpg_kernels.bench.problem import Problem, copies, spec, turns
 from rpg_kernels.bench.schema import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
 from rpg_kernels.bench.timing import COLD, WARM, Sample, Work, figure, quoted
 
@@ -115,7 +115,9 @@ def _blank(case: Case, implementation: Implementation, plan: Plan) -> Row:
     count = copies(case, implementation.layer_bytes(case), plan.cache_bytes)
     layers = count * implementation.layer_bytes(case)
     dtype = case.bank_dtype if case.rows_only else case.x_dtype
-    chosen = dispatch.decide(case.op, plan.device, dtype, "").backend
+    x = torch.empty(case.input_shape, dtype=dtype, device=plan.device)
+    size = dispatch.size_of(case.op, x, spec(case))
+    chosen = dispatch.decide(case.op, plan.device, dtype, "", *size).backend
     return {
         "case": case.name,
         "op": case.op,

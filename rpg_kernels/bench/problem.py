@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,15 @@ class Problem:
         if case.op == "linear":
             return F.linear(x, weight)
         return F.conv2d(x, weight, None, case.layer.stride, case.layer.padding)
+
+
+@lru_cache(maxsize=256)
+def spec(case: Case) -> str:
+    """The placement of a case's weight as text: what dispatching asks about, without a bank."""
+    bank = ParameterBank(
+        case.dof, case.granularity, case.reflect, device="meta", dtype=case.bank_dtype
+    )
+    return bank.place(case.layer.weight).spec
 
 
 def images_last(values: Tensor) -> Tensor:

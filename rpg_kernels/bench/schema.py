@@ -153,7 +153,7 @@ RESULT = {
     "granularity": integer("elements of a slot"),
     "reflect": text("signs", *REFLECT),
     "impl": text("implementation"),
-    "chosen": Field("bool", "ours, and what the dispatch table chooses"),
+    "chosen": Field("bool", "ours, and what the dispatch table chooses for the forward"),
     "status": text("how it went", *STATUSES),
     "reason": text("why, unless ok; for ok, a note", nullable=True),
     "copies": integer("layers that ran in turn when cold"),
