@@ -131,7 +131,7 @@ def layers_of(path: Path, record: Any) -> list[str]:
 def roofline(results: Path) -> list[str]:
     """Bytes that each path moves, the time that measured rates give for them, and the time."""
     found = _newest(results, run.load)
-    if found is None:
+    if found is None or not found[1]["rates"]:
         return [NOT_MEASURED]
     path, record = found
     threads = record["environment"]["threads"]
