@@ -62,6 +62,14 @@ Region checked_region(const LayerLaw& law, int64_t first_row, int64_t rows, uint
   return {first_row, rows, numbers, runs, run_blocks, low, count};
 }
 
+Cut checked_cut(const LayerLaw& law, int64_t count, int64_t first, int64_t length) {
+  const int64_t block = law.granularity;
+  require(first >= 0 && first < block, "first: wanted an element of the first block");
+  require(length > (count - 1) * block - first && length <= count * block - first && length > 0,
+          "length: wanted the last element in the last block");
+  return {first, length};
+}
+
 Dtype checked_dtype(int dtype) {
   require(dtype >= 0 && dtype <= 3, "dtype: wanted 0 to 3");
   return static_cast<Dtype>(dtype);
@@ -107,21 +115,22 @@ void permutation(const LayerLaw& law, int64_t band, bool inverse, uintptr_t q, i
 
 void unpack(const LayerLaw& law, uintptr_t ring, uintptr_t out, int dtype, double scale,
             int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
-            int64_t low, int64_t count, int threads) {
+            int64_t low, int64_t count, int64_t first, int64_t length, int threads) {
   const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
   if (!rows) return;
-  kernels().unpack(law, {region, checked_dtype(dtype), address<const void>(ring),
-                         address<void>(out), scale, threads});
+  kernels().unpack(law, {region, checked_cut(law, count, first, length), checked_dtype(dtype),
+                         address<const void>(ring), address<void>(out), scale, threads});
 }
 
 void pack(const LayerLaw& law, uintptr_t dense, uintptr_t grad, int dtype, double scale,
           int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
-          int64_t low, int64_t count, int threads, uintptr_t workspace, int64_t workspace_entries) {
+          int64_t low, int64_t count, int64_t first, int64_t length, int threads,
+          uintptr_t workspace, int64_t workspace_entries) {
   const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
   if (!rows) return;
-  kernels().pack(
-      law, {region, checked_dtype(dtype), address<const void>(dense), address<void>(grad), scale,
-            threads, address<uint32_t>(workspace), workspace_entries});
+  kernels().pack(law, {region, checked_cut(law, count, first, length), checked_dtype(dtype),
+                       address<const void>(dense), address<void>(grad), scale, threads,
+                       address<uint32_t>(workspace), workspace_entries});
 }
 
 py::dict build_info() {
@@ -164,12 +173,13 @@ PYBIND11_MODULE(_native, m) {
       .def("unpack", &unpack, py::call_guard<py::gil_scoped_release>(), py::arg("ring"),
            py::arg("out"), py::arg("dtype"), py::arg("scale"), py::arg("first_row"),
            py::arg("rows"), py::arg("lookup"), py::arg("runs"), py::arg("run_blocks"),
-           py::arg("low"), py::arg("count"), py::arg("threads"))
+           py::arg("low"), py::arg("count"), py::arg("first"), py::arg("length"),
+           py::arg("threads"))
       .def("pack", &pack, py::call_guard<py::gil_scoped_release>(), py::arg("dense"),
            py::arg("grad"), py::arg("dtype"), py::arg("scale"), py::arg("first_row"),
            py::arg("rows"), py::arg("lookup"), py::arg("runs"), py::arg("run_blocks"),
-           py::arg("low"), py::arg("count"), py::arg("threads"), py::arg("workspace"),
-           py::arg("workspace_entries"));
+           py::arg("low"), py::arg("count"), py::arg("first"), py::arg("length"),
+           py::arg("threads"), py::arg("workspace"), py::arg("workspace_entries"));
   bind_linear(law);
 
   m.def(

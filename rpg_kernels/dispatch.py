@@ -100,6 +100,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
 
 def _reason(rule: Rule, op: str, device: torch.device, dtype: torch.dtype) -> str:
     """A rule's reason; where a GPU tensor falls to the reference, why Triton did not take it."""
+    if rule.backend == "cpu" and op in cpu.LOOKUPS:
+        return "compiled CPU kernels, rows written where they are wanted, without scratch"
     missing = why_not("triton", op, device, dtype)
     if rule.backend == "reference" and device.type == "cuda" and missing:
         return f"{rule.reason}; {missing}"
@@ -164,7 +166,8 @@ def size_of(
     Rows are those of x, or pixels of all images, rounded down to a power of two, since only
     whether there are many matters; 0 where there is no product, and where the scratch limit does
     not allow for a sixteenth of the weight, since many small parts cost more than they gain. On
-    the CPU 0 too where the compiled kernels would lose, which depends on the weight.
+    the CPU 0 too where the compiled kernels would lose, which depends on the weight, and 1 for
+    rows that they look up.
 
     Args:
         op: operator name.
@@ -181,6 +184,10 @@ def size_of(
     """
     p = parse(placement)
     reflect = getattr(p.generator, "reflect", "element")
+    if op in cpu.LOOKUPS and x.device.type == "cpu":
+        dtype = dtype or x.dtype
+        able = not cpu.unsupported(op, x.device, dtype)
+        return int(able and cpu.preferred(op, dtype, 1, placement)), reflect
     if not op.startswith(("linear", "conv2d")) or not x.numel():
         return 0, reflect
     rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
@@ -248,7 +255,11 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     rule = decide(op, x.device, dtype, settings.forced_backend(), batch, reflect)
     limit = settings.scratch_bytes(x.device.type)
     reason = _reason(rule, op, x.device, dtype)
-    if rule.backend == "reference" and x.device.type == "cpu" and op in cpu.OPERATORS:
+    if (
+        rule.backend == "reference"
+        and x.device.type == "cpu"
+        and op in (*cpu.OPERATORS, *cpu.LOOKUPS)
+    ):
         reason += f"; {cpu.why_reference(op, dtype, weight.spec)}"
     if rule.backend == "vendor" and not settings.forced_backend():
         reason += "; with a sign per element predicted to be faster than fused kernels from batch "

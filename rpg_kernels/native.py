@@ -28,6 +28,29 @@ BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
 _REFLECT = {"none": 0, "vector": 1, "element": 2}
 _WORKSPACE_POSITIONS = 1 << 13
 _enabled = os.environ.get(ENVIRONMENT_NATIVE, "1") != "0"
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """Threads for a call: torch's number; in a forked child one.
+
+    The threads that OpenMP keeps for the next call stay with the parent, and GNU's would be waited
+    for without end. A child that is spawned has its own.
+
+    Example:
+        >>> threads() == torch.get_num_threads()
+        True
+    """
+    return 1 if _forked else torch.get_num_threads()
 
 
 @lru_cache(maxsize=1)
@@ -134,9 +157,7 @@ def layer_law(law: LayerLaw) -> Any:
 def slots(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:
     """LayerLaw.slot in C++: int64 slots of rows n and blocks b, broadcast against each other."""
     n, b, out = _lists(n, b)
-    layer_law(law).slots(
-        n.data_ptr(), b.data_ptr(), n.numel(), out.data_ptr(), torch.get_num_threads()
-    )
+    layer_law(law).slots(n.data_ptr(), b.data_ptr(), n.numel(), out.data_ptr(), threads())
     return out
 
 
@@ -144,9 +165,7 @@ def sign_words(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:
     """LayerLaw.sign_words in C++: broadcast shape + [words], int64."""
     n, b, _ = _lists(n, b)
     out = n.new_empty((*n.shape, 1 if law.reflect == "vector" else law.words))
-    layer_law(law).sign_words(
-        n.data_ptr(), b.data_ptr(), n.numel(), out.data_ptr(), torch.get_num_threads()
-    )
+    layer_law(law).sign_words(n.data_ptr(), b.data_ptr(), n.numel(), out.data_ptr(), threads())
     return out
 
 
@@ -154,9 +173,7 @@ def permutation(law: LayerLaw, band: int, q: Tensor, *, inverse: bool) -> Tensor
     """Permutation.forward or .inverse of one row band in C++; with windows, of its units."""
     q = q.contiguous()
     out = torch.empty_like(q)
-    layer_law(law).permutation(
-        band, inverse, q.data_ptr(), q.numel(), out.data_ptr(), torch.get_num_threads()
-    )
+    layer_law(law).permutation(band, inverse, q.data_ptr(), q.numel(), out.data_ptr(), threads())
     return out
 
 
@@ -178,16 +195,20 @@ def unpack(
     scale: float,
     region: tuple[int, ...],
     lookup: Tensor | None,
+    cut: tuple[int, int] | None = None,
 ) -> None:
     """out = scale · G · ring for some positions of a layer.
 
     Args:
         law: of the layer.
         ring: ``[slots, block]``, contiguous.
-        out: ``[positions, block]``, contiguous, of the same dtype.
+        out: ``[positions, block]``, contiguous, of the same dtype; with a cut
+            ``[rows * runs, length]``.
         scale: the layer's multiplier.
         region: (first row, rows, runs, blocks of a run, first block, blocks) of the positions.
         lookup: int64 ``[rows]``: row numbers from the first row; None for all in order.
+        cut: (first, length): elements ``first`` to ``first + length`` of a run's blocks are in
+            memory, the rest of its first and last block is not; None for whole blocks.
     """
     lookup = None if lookup is None else lookup.contiguous()
     layer_law(law).unpack(
@@ -198,7 +219,8 @@ def unpack(
         *region[:2],
         0 if lookup is None else lookup.data_ptr(),
         *region[2:],
-        torch.get_num_threads(),
+        *(cut or (0, region[5] * law.granularity)),
+        threads(),
     )
 
 
@@ -210,21 +232,22 @@ def pack(
     region: tuple[int, ...],
     lookup: Tensor | None,
     scratch: int,
+    cut: tuple[int, int] | None = None,
 ) -> None:
     """grad += scale · Gᵀ · dense for some positions of a layer, in their order.
 
     Args:
-        law, scale, region, lookup: as for unpack.
-        dense: ``[positions, block]``, contiguous.
+        law, scale, region, lookup, cut: as for unpack.
+        dense: ``[positions, block]``, contiguous; with a cut ``[rows * runs, length]``.
         grad: ``[slots, block]``, contiguous; float64 when dense is, otherwise float32.
         scratch: bytes that several threads may use to share out the slots.
     """
-    threads = torch.get_num_threads()
+    count = threads()
     per_position = 2 if law.reflect != "element" else 1 + law.words
     positions = min(
         _WORKSPACE_POSITIONS, region[1] * region[2] * region[5], scratch // 4 // per_position
     )
-    workspace = torch.empty(per_position * positions if threads > 1 else 0, dtype=torch.int32)
+    workspace = torch.empty(per_position * positions if count > 1 else 0, dtype=torch.int32)
     lookup = None if lookup is None else lookup.contiguous()
     layer_law(law).pack(
         dense.data_ptr(),
@@ -234,7 +257,8 @@ def pack(
         *region[:2],
         0 if lookup is None else lookup.data_ptr(),
         *region[2:],
-        threads,
+        *(cut or (0, region[5] * law.granularity)),
+        count,
         workspace.data_ptr(),
         workspace.numel(),
     )

@@ -276,6 +276,8 @@ def region(**changes: int) -> dict[str, int]:
         "run_blocks": 5,
         "low": 1,
         "count": 4,
+        "first": 0,
+        "length": 32,
     }
     return {**good, **changes}
 
@@ -286,6 +288,8 @@ def region(**changes: int) -> dict[str, int]:
         {"first_row": -1}, {"first_row": 7}, {"rows": 7}, {"rows": -1}, {"first_row": 3},
         {"runs": 3}, {"runs": 0}, {"run_blocks": 0}, {"run_blocks": 2**62, "runs": 2**62},
         {"low": -1}, {"count": 0}, {"count": 5}, {"low": 2**62, "count": 2**62}, {"dtype": 4},
+        {"first": -1}, {"first": 1}, {"first": 8, "length": 24}, {"length": 33}, {"length": 24},
+        {"length": 0}, {"length": 2**63 - 1}, {"first": 2**63 - 1}, {"count": 3},
     ],
     ids=str,
 )  # fmt: skip

@@ -154,13 +154,15 @@ def test_every_scratch_limit_gives_the_same(reflect: str) -> None:
     wanted = brute.unpack(weight, brute.ring(weight.bank).detach())[indices]
     dy = torch.randn_like(wanted)
     needed = [
-        brute.scratch_limits(lambda: embedding(indices, weight)),
         brute.scratch_limits(
-            lambda: op.embedding_bank_grad(dy, indices, None, weight.spec, F64, "")
+            lambda: op.embedding(weight.bank.weight, None, indices, weight.spec, "reference")
+        ),
+        brute.scratch_limits(
+            lambda: op.embedding_bank_grad(dy, indices, None, weight.spec, F64, "reference")
         ),
     ]
     for limit in map(max, zip(*needed, strict=True)):
-        with rpg.scratch_limit(limit):
+        with rpg.scratch_limit(limit), rpg.backend("reference"):
             assert torch.equal(embedding(indices, weight), wanted)
             compare(weight, indices, dy=dy)
 

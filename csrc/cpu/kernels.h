@@ -12,9 +12,10 @@
 
 namespace rpg {
 
-// Ŵ's blocks [positions, block] = scale · G · ring [slots, block].
+// Ŵ's blocks [positions, block], or what a cut leaves of them, = scale · G · ring [slots, block].
 struct UnpackArgs {
   Region region;
+  Cut cut;
   Dtype dtype;  // of ring and out
   const void* ring;
   void* out;
@@ -22,9 +23,11 @@ struct UnpackArgs {
   int threads;
 };
 
-// grad [slots, block] += scale · Gᵀ · dense [positions, block], position by position.
+// grad [slots, block] += scale · Gᵀ · dense [positions, block], position by position; zeros where
+// the cut leaves nothing.
 struct PackArgs {
   Region region;
+  Cut cut;
   Dtype dtype;  // of dense
   const void* dense;
   void* grad;  // float64 for float64, otherwise float32

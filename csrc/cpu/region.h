@@ -20,7 +20,29 @@ struct Region {
   int64_t count;
 };
 
+// Of the elements of a run of blocks, those that are in memory: rows [rows · runs, length] of
+// elements `first` to `first + length`, so that of a run's first and last block a part may be cut
+// off.
+struct Cut {
+  int64_t first;
+  int64_t length;
+};
+
 namespace {  // compiled once per instruction set, see law.h
+
+// Elements `low` to `high` of a block lie in memory from element `at`.
+struct CutBlock {
+  int64_t at;
+  int low, high;
+};
+
+inline CutBlock cut_block(const Region& region, const Cut& cut, int64_t position, int block) {
+  const int64_t row = position / region.count;
+  const int64_t begin = (position - row * region.count) * block - cut.first;
+  const int64_t low = begin < 0 ? -begin : 0;
+  const int64_t high = cut.length - begin < block ? cut.length - begin : block;
+  return {row * cut.length + begin + low, static_cast<int>(low), static_cast<int>(high)};
+}
 
 inline int64_t positions_of(const Region& region) {
   return region.rows * region.runs * region.count;

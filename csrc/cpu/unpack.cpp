@@ -5,8 +5,9 @@
 // block after the other is copied or added with its signs. A block is BLOCK elements, or a
 // multiple of 32 for BLOCK = 0. Bytes moved per position and element: one read of the ring, which
 // is meant to lie in cache, and one write of out (pack: a read of dense, a read and a write of
-// grad). Rounding: unpack rounds scale · w once to the element type; pack rounds scale · x to the
-// type of grad and adds in the order of positions, whatever the number of threads.
+// grad). Where rows are cut within blocks (region.h), those go through a buffer. Rounding: unpack
+// rounds scale · w once to the element type; pack rounds scale · x to the type of grad and adds in
+// the order of positions, whatever the number of threads.
 
 #include <type_traits>
 
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int kLanes = 64;
 constexpr int kPicked = 256;
+constexpr int kMaxBlock = 128;
 constexpr int64_t kSerial = 1 << 14;  // elements below which threads cost more than they bring
 
 template <class T>
@@ -110,6 +112,34 @@ struct Group {
 };
 
 template <class T, int BLOCK, bool SIGNS>
+inline void copy_block(const typename T::Bits* from, typename T::Bits* to,
+                       typename T::Compute scale, bool exact, int block, const uint32_t* words) {
+  if (BLOCK) {
+    copy<T, BLOCK ? BLOCK : 1, SIGNS>(from, to, scale, exact, words[0]);
+  } else {
+    for (int e = 0; e < block; e += 32) {
+      copy<T, 32, SIGNS>(from + e, to + e, scale, exact, SIGNS ? words[e / 32 * kLanes] : 0);
+    }
+  }
+}
+
+// Whether blocks follow each other in memory.
+inline bool whole(const Region& region, const Cut& cut, int block) {
+  return cut.first == 0 && cut.length == region.count * block;
+}
+
+// The block at a position of dense [rows · runs, length], by a buffer where it is cut.
+template <class Bits>
+inline const Bits* block_at(const Bits* dense, const Region& region, const Cut& cut,
+                            int64_t position, int block, Bits* buffer) {
+  const CutBlock part = cut_block(region, cut, position, block);
+  if (part.high - part.low == block) return dense + part.at;
+  std::memset(buffer, 0, sizeof(Bits) * block);
+  std::memcpy(buffer + part.low, dense + part.at, sizeof(Bits) * (part.high - part.low));
+  return buffer;
+}
+
+template <class T, int BLOCK, bool SIGNS>
 void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
   using Bits = typename T::Bits;
   const Region region = merged(law, args.region);
@@ -118,7 +148,7 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
   const int words = words_of(law);
   const Bits* ring = static_cast<const Bits*>(args.ring);
   Bits* out = static_cast<Bits*>(args.out);
-  const bool exact = args.scale == 1.0;
+  const bool exact = args.scale == 1.0, uncut = whole(args.region, args.cut, block);
   const typename T::Compute scales[2] = {signed_scale<T>(args.scale, false),
                                          signed_scale<T>(args.scale, true)};
   const int threads = positions * block < kSerial ? 1 : args.threads;
@@ -132,15 +162,16 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
       group.evaluate(cursor, end - position, law.reflect, words);
       for (int l = 0; l < group.size; ++l) {
         const Bits* from = ring + static_cast<int64_t>(group.slot[l]) * block;
-        Bits* to = out + (position + l) * block;
         const auto scale = scales[SIGNS ? 0 : group.word[0][l] >> 31];
-        if (BLOCK) {
-          copy<T, BLOCK ? BLOCK : 1, SIGNS>(from, to, scale, exact, group.word[0][l]);
+        const uint32_t* words_of_block = &group.word[0][l];
+        const CutBlock part = uncut ? CutBlock{(position + l) * block, 0, block}
+                                    : cut_block(args.region, args.cut, position + l, block);
+        if (part.high - part.low == block) {
+          copy_block<T, BLOCK, SIGNS>(from, out + part.at, scale, exact, block, words_of_block);
         } else {
-          for (int e = 0; e < block; e += 32) {
-            const uint32_t word = SIGNS ? group.word[e / 32][l] : 0;
-            copy<T, 32, SIGNS>(from + e, to + e, scale, exact, word);
-          }
+          Bits buffer[kMaxBlock];
+          copy_block<T, BLOCK, SIGNS>(from, buffer, scale, exact, block, words_of_block);
+          std::memcpy(out + part.at, buffer + part.low, sizeof(Bits) * (part.high - part.low));
         }
       }
     }
@@ -170,6 +201,11 @@ void pack_blocks(const LayerLaw& law, const PackArgs& args) {
   const int words = SIGNS ? words_of(law) : 1;
   const auto* dense = static_cast<const typename T::Bits*>(args.dense);
   Compute* grad = static_cast<Compute*>(args.grad);
+  const bool uncut = whole(args.region, args.cut, block);
+  const auto block_of = [&](int64_t position, typename T::Bits* buffer) {
+    return uncut ? dense + position * block
+                 : block_at(dense, args.region, args.cut, position, block, buffer);
+  };
   const Compute scales[2] = {signed_scale<T>(args.scale, false), signed_scale<T>(args.scale, true)};
   const int64_t step = args.workspace_entries / (1 + words) / kLanes * kLanes;
   if (args.threads == 1 || positions * block < kSerial || step == 0) {
@@ -178,8 +214,9 @@ void pack_blocks(const LayerLaw& law, const PackArgs& args) {
     for (int64_t position = 0; position < positions; position += group.size) {
       group.evaluate(cursor, positions - position, law.reflect, words);
       for (int l = 0; l < group.size; ++l) {
+        typename T::Bits buffer[kMaxBlock];
         add_block<T, BLOCK, SIGNS>(
-            dense + (position + l) * block, grad + static_cast<int64_t>(group.slot[l]) * block,
+            block_of(position + l, buffer), grad + static_cast<int64_t>(group.slot[l]) * block,
             scales[SIGNS ? 0 : group.word[0][l] >> 31], block, &group.word[0][l], kLanes);
       }
     }
@@ -219,8 +256,9 @@ void pack_blocks(const LayerLaw& law, const PackArgs& args) {
         }
         for (int i = 0; i < mine; ++i) {
           const int64_t k = from + picked[i];
+          typename T::Bits buffer[kMaxBlock];
           add_block<T, BLOCK, SIGNS>(
-              dense + (begin + k) * block, grad + static_cast<int64_t>(slot[k]) * block,
+              block_of(begin + k, buffer), grad + static_cast<int64_t>(slot[k]) * block,
               scales[SIGNS ? 0 : word[k * words] >> 31], block, word + k * words, 1);
         }
       }

@@ -15,6 +15,7 @@ from rpg_kernels.placement import parse
 from rpg_kernels.window_law import STRIP, WindowLaw
 
 OPERATORS = ("linear", "linear_input_grad", "linear_bank_grad")
+LOOKUPS = ("embedding", "embedding_bank_grad")  # read rows of any weight of a law, block by block
 BLOCKS = (32, 64)  # each takes ten seconds to compile, for every instruction set
 MAX_WINDOW = 2**15  # blocks: a table's entries have 15 bits for the place
 
@@ -39,16 +40,25 @@ def unsupported(op: str, device: torch.device, dtype: torch.dtype) -> str:
         device, dtype: of the call's first tensor.
 
     Example:
-        >>> unsupported("embedding", torch.device("cpu"), torch.float32)
-        'the CPU kernels have no embedding'
+        >>> unsupported("unpack", torch.device("cpu"), torch.float32)
+        'the CPU kernels have no unpack'
     """
     if device.type != "cpu":
         return f"the CPU kernels work on CPU tensors, not on {device}"
+    if op in LOOKUPS:
+        return "" if native.available() else native.why_not()
     if op not in OPERATORS:
         return f"the CPU kernels have no {op}"
     if dtype != torch.float32 and dtype not in LOW_PRECISION:
         return f"the CPU kernels compute in float32, bfloat16 and float16, not in {dtype}"
     return "" if native.available() else native.why_not()
+
+
+def unsupported_lookup(placement: str) -> str:
+    """Why rows of a weight cannot be looked up here, or ""."""
+    if isinstance(parse(placement).generator, Generator):
+        return ""
+    return "the CPU kernels read weights of a packing law, not of a table"
 
 
 @lru_cache(maxsize=4096)
@@ -111,6 +121,8 @@ def preferred(op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
         batch: rows of x.
         placement: of the weight.
     """
+    if op in LOOKUPS:
+        return not unsupported_lookup(placement)
     if unsupported_weight(placement) or batch == 0:
         return False
     step = steps(op, batch, placement)
@@ -131,7 +143,10 @@ def why_reference(op: str, dtype: torch.dtype, placement: str) -> str:
         >>> why_reference("linear", torch.float32, p.to_json())
         'the CPU kernels have one sign for a slot use, not one for each element'
     """
-    reason = unsupported(op, torch.device("cpu"), dtype) or unsupported_weight(placement)
+    reason = unsupported(op, torch.device("cpu"), dtype)
+    if op in LOOKUPS:
+        return reason or unsupported_lookup(placement)
+    reason = reason or unsupported_weight(placement)
     return reason or "the CPU kernels would be slower, or have too little scratch"
 
 
@@ -157,7 +172,7 @@ class Steps:
 def steps(op: str, batch: int, placement: str) -> Steps | None:
     """The fastest steps, by a rough count, whose scratch the limit allows; or None."""
     limit = settings.scratch_bytes("cpu")
-    return _steps(op, min(batch, 64), placement, limit, torch.get_num_threads())
+    return _steps(op, min(batch, 64), placement, limit, native.threads())
 
 
 @lru_cache(maxsize=4096)
