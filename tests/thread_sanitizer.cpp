@@ -1,0 +1,225 @@
+// The CPU kernels under GCC's thread sanitizer, which cannot see through libgomp: its threads,
+// loops and barriers are replaced here by ones that it can, under the names that GCC calls. Parts
+// of dynamic loops are dealt out in turn, without a counter, so that no two of them are in order.
+//
+// Results of several threads are compared with those of one. With the argument "without-barriers"
+// barriers do nothing, and the sanitizer must complain. Prints the number of calls that it made.
+
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+using namespace rpg;
+
+namespace {
+
+bool barriers = true;
+
+struct Team {
+  int size;
+  std::mutex mutex;
+  std::condition_variable changed;
+  int waiting = 0;
+  long round = 0;
+};
+
+struct Member {
+  Team* team = nullptr;
+  int number = 0;
+  long next = 0, end = 0, increment = 0, chunk = 0;  // of a dynamic loop
+};
+
+thread_local Member member;
+
+bool next_chunk(long* begin, long* end) {
+  if (member.next >= member.end) return false;
+  *begin = member.next;
+  *end = member.next + member.chunk < member.end ? member.next + member.chunk : member.end;
+  member.next += member.chunk * member.team->size;
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+int omp_get_thread_num() { return member.number; }
+int omp_get_num_threads() { return member.team ? member.team->size : 1; }
+
+void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
+  Team team;
+  team.size = static_cast<int>(threads);
+  std::vector<std::thread> others;
+  for (int number = 1; number < team.size; ++number) {
+    others.emplace_back([&team, number, work, data] {
+      member = {&team, number};
+      work(data);
+    });
+  }
+  member = {&team, 0};
+  work(data);
+  member = {};
+  for (std::thread& other : others) other.join();
+}
+
+void GOMP_barrier() {
+  if (!barriers || !member.team) return;
+  Team& team = *member.team;
+  std::unique_lock<std::mutex> lock(team.mutex);
+  const long round = team.round;
+  if (++team.waiting == team.size) {
+    team.waiting = 0;
+    ++team.round;
+    team.changed.notify_all();
+  }
+  team.changed.wait(lock, [&] { return team.round != round; });
+}
+
+bool GOMP_loop_nonmonotonic_dynamic_start(long begin, long end, long increment, long chunk,
+                                          long* from, long* to) {
+  if (increment != 1) std::abort();
+  member.next = begin + chunk * member.number;
+  member.end = end;
+  member.chunk = chunk;
+  return next_chunk(from, to);
+}
+
+bool GOMP_loop_nonmonotonic_dynamic_next(long* from, long* to) { return next_chunk(from, to); }
+void GOMP_loop_end() { GOMP_barrier(); }
+void GOMP_loop_end_nowait() {}
+
+}  // extern "C"
+
+namespace {
+
+using Floats = std::vector<float>;
+
+Floats numbers(int64_t count, uint32_t seed) {
+  Floats out(static_cast<size_t>(count));
+  for (float& value : out) {
+    seed = seed * 1664525 + 1013904223;
+    value = static_cast<float>(seed >> 8) / (1 << 23) - 1;
+  }
+  return out;
+}
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("%s\n", what);
+  std::exit(1);
+}
+
+void compare(const Floats& got, const Floats& wanted, bool same, const char* what) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    const float far = got[i] - wanted[i];
+    require(same ? far == 0 : far < 1e-3f && far > -1e-3f, what);
+  }
+}
+
+class Workspaces {
+ public:
+  void* get(const Workspace& workspace) {
+    memory_ = Floats(static_cast<size_t>(workspace.bytes / 4 + 32), 0.f);
+    const uintptr_t at = (reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64;
+    return reinterpret_cast<void*>(at);
+  }
+
+ private:
+  Floats memory_;
+};
+
+struct Results {
+  Floats y, dx, dw;
+};
+
+constexpr double kScale = 0.5;
+
+// Forward, input gradient and bank gradient of a layer with K = 100.
+Results linear_layer(const LayerLaw& law, int threads, int64_t batch, int batch_tile, int tiles) {
+  const int64_t columns = (law.blocks - 1) * law.granularity + 4;
+  const Floats ring = numbers(int64_t{law.slots} * law.granularity, 1);
+  const Floats x = numbers(batch * columns, 2), dy = numbers(batch * law.rows, 3);
+  const Floats bias = numbers(law.rows, 4);
+  Results out{Floats(dy.size()), Floats(x.size()), Floats(ring.size())};
+  Workspaces workspaces;
+  const Dtype fp32 = Dtype::kFloat32;
+  LinearArgs forward{fp32,    ring.data(), fp32,    x.data(),   bias.data(), out.y.data(), batch,
+                     columns, kScale,      threads, batch_tile, tiles,       nullptr};
+  forward.workspace = workspaces.get(baseline::linear_workspace(law, forward));
+  baseline::linear(law, forward);
+  LinearInputGradArgs input{fp32,    ring.data(), fp32,    dy.data(),  out.dx.data(), batch,
+                            columns, kScale,      threads, batch_tile, tiles,         nullptr};
+  input.workspace = workspaces.get(baseline::linear_input_grad_workspace(law, input));
+  baseline::linear_input_grad(law, input);
+  LinearBankGradArgs bank{fp32,   dy.data(), x.data(),   out.dw.data(), batch,  columns,
+                          kScale, threads,   batch_tile, tiles,         nullptr};
+  bank.workspace = workspaces.get(baseline::linear_bank_grad_workspace(law, bank));
+  baseline::linear_bank_grad(law, bank);
+  return out;
+}
+
+// Rows looked up, of whose first and last block a part is cut off, and the adjoint.
+Results lookup(const LayerLaw& law, int threads) {
+  const int64_t rows = 600, first = 3, length = law.blocks * law.granularity - 5;
+  std::vector<int64_t> numbers_of_rows;
+  for (int64_t i = 0; i < rows; ++i) numbers_of_rows.push_back(i * 7919 % law.rows);
+  const Region region{0, rows, numbers_of_rows.data(), 1, law.blocks, 0, law.blocks};
+  const Floats ring = numbers(int64_t{law.slots} * law.granularity, 1);
+  const Floats dy = numbers(rows * length, 3);
+  Results out{Floats(dy.size()), {}, Floats(ring.size())};
+  const Cut cut{first, length};
+  baseline::unpack(law, {region, cut, Dtype::kFloat32, ring.data(), out.y.data(), kScale, threads});
+  std::vector<uint32_t> workspace(3 * 64 * 5);
+  baseline::pack(law, {region, cut, Dtype::kFloat32, dy.data(), out.dw.data(), kScale, threads,
+                       workspace.data(), static_cast<int64_t>(workspace.size())});
+  return out;
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+  barriers = argc == 1;
+  int calls = 0;
+  for (int64_t rows : {70, 1100}) {
+    for (int windows : {0, 1, 4}) {  // laps; 0: law 1
+      for (Reflect reflect : {Reflect::kVector, Reflect::kElement}) {
+        const int block = rows == 70 ? 64 : 32;
+        const uint32_t slots = 64 * 4 + 11;
+        const LayerLaw law =
+            windows
+                ? make_window_law(5, 1, rows, 4, block, slots, 64 * 9, reflect, true, 64, windows)
+                : make_layer_law(5, 1, rows, 4, block, slots, 17, reflect, true);
+        const Results alone = lookup(law, 1);
+        for (int threads : {2, 4}) {
+          const Results several = lookup(law, threads);
+          if (barriers) {
+            compare(several.y, alone.y, true, "unpack");
+            compare(several.dw, alone.dw, true, "pack");
+          }
+          calls += 2;
+        }
+        if (reflect == Reflect::kElement) continue;
+        for (int batch_tile : {1, 4, 16}) {
+          const int64_t batch = batch_tile + 2;
+          const Results one = linear_layer(law, 1, batch, batch_tile, 1);
+          for (int threads : {2, 3, 4}) {
+            const Results many = linear_layer(law, threads, batch, batch_tile, 1);
+            if (barriers) {
+              compare(many.y, one.y, false, "linear");
+              compare(many.dx, one.dx, true, "linear_input_grad");
+              compare(many.dw, one.dw, windows > 0, "linear_bank_grad");
+            }
+            calls += 3;
+          }
+        }
+      }
+    }
+  }
+  std::printf("%d calls\n", calls);
+}
