@@ -97,29 +97,35 @@ def place(
 
 
 def operators(
-    weight: rpg.VirtualWeight, values: Tensor, dtype: torch.dtype, groups: int = 1
+    weight: rpg.VirtualWeight,
+    values: Tensor,
+    dtype: torch.dtype,
+    groups: int = 1,
+    backend: str = "",
 ) -> list[Call]:
     """Every operator that a weight of this shape has, with operands much smaller than it."""
     table, spec, shape = weight.bank.table, weight.spec, weight.shape
     bank_dtype = values.dtype
     dense = torch.randn(shape).to(dtype)
-    calls = [Call("pack", lambda: op.pack(dense, table, spec, bank_dtype, ""))]
+    calls = [Call("pack", lambda: op.pack(dense, table, spec, bank_dtype, backend))]
     if dtype == bank_dtype:
-        calls.append(Call("unpack", lambda: op.unpack(values, table, spec, "")))
+        calls.append(Call("unpack", lambda: op.unpack(values, table, spec, backend)))
     if len(shape) == 2:
         x, dy = torch.randn(1, shape[1]).to(dtype), torch.randn(1, shape[0]).to(dtype)
         runs = {
-            "linear": lambda: op.linear(x, values, table, dy[0], spec, ""),
-            "linear_input_grad": lambda: op.linear_input_grad(dy, values, table, spec, ""),
-            "linear_bank_grad": lambda: op.linear_bank_grad(dy, x, table, spec, bank_dtype, ""),
+            "linear": lambda: op.linear(x, values, table, dy[0], spec, backend),
+            "linear_input_grad": lambda: op.linear_input_grad(dy, values, table, spec, backend),
+            "linear_bank_grad": lambda: op.linear_bank_grad(
+                dy, x, table, spec, bank_dtype, backend
+            ),
         }
         index = torch.arange(0, shape[0], 4)
         rows = torch.randn(index.numel(), shape[1]).to(dtype)
         if dtype == bank_dtype:
-            lookup = Call("embedding", lambda: op.embedding(values, table, index, spec, ""))
+            lookup = Call("embedding", lambda: op.embedding(values, table, index, spec, backend))
             grad = Call(
                 "embedding_bank_grad",
-                lambda: op.embedding_bank_grad(rows, index, table, spec, dtype, ""),
+                lambda: op.embedding_bank_grad(rows, index, table, spec, dtype, backend),
             )
             calls += [lookup, grad]
     else:
@@ -127,9 +133,13 @@ def operators(
         x = torch.randn(1, shape[1] * groups, *shape[2:]).to(dtype)
         dy = torch.randn(1, shape[0], 1, 1).to(dtype)
         runs = {
-            "conv2d": lambda: op.conv2d(x, values, table, dy.view(-1), *how, ""),
-            "conv2d_input_grad": lambda: op.conv2d_input_grad(dy, values, table, x.shape, *how, ""),
-            "conv2d_bank_grad": lambda: op.conv2d_bank_grad(dy, x, table, *how, bank_dtype, ""),
+            "conv2d": lambda: op.conv2d(x, values, table, dy.view(-1), *how, backend),
+            "conv2d_input_grad": lambda: op.conv2d_input_grad(
+                dy, values, table, x.shape, *how, backend
+            ),
+            "conv2d_bank_grad": lambda: op.conv2d_bank_grad(
+                dy, x, table, *how, bank_dtype, backend
+            ),
         }
     copies = 2 * max(4, dtype.itemsize) * (x.numel() + dy.numel())
     summed = 4 * values.numel() if bank_dtype in brute.LOW else 0
@@ -210,7 +220,7 @@ def test_too_small_a_limit_says_what_is_needed_and_that_works(
 ) -> None:
     weight, values = place(shape, kind, dtype)
     part = weight.narrow(1, 5, shape[1] - 7) if shape[1] > 5 else weight
-    for call in operators(part, values, dtype):
+    for call in operators(part, values, dtype, backend="reference"):
         wanted = call.run()
         needed = refused(call, 0)
         assert refused(call, needed // 2) == needed
