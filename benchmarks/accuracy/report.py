@@ -24,13 +24,19 @@ from rpg_kernels.bench.plot import THEMES
 from rpg_kernels.bench.table import NOT_MEASURED, markdown
 
 Found = Mapping[str, Summary]
-README = ROOT / "README.md"
-MARKS = ("<!-- accuracy -->", "<!-- /accuracy -->")
 # What a reader of the README chooses between; the page beside the results has every row.
-SHOWN = ("dense", "rpg 17x g1 element", "rpg 17x g64 vector", "rpg 17x g64 vector, windows 256 x 4",
-         "rpg 17x g64 vector, windows 64 x 4", "rpg 17x g64 vector, windows 256 x 16",
+CHOICES = ("dense", "rpg 17x g1 element", "rpg 17x g64 vector",
+           "rpg 17x g64 vector, windows 256 x 4", "rpg 17x g64 vector, windows 64 x 4", "rpg 17x g64 vector, windows 256 x 16",
          "hashed 17x", "unsigned 17x", "narrow 17x", "rpg 4x g1 element", "rpg 4x g64 vector",
          "rpg 4x g64 vector, windows 256 x 4", "narrow 4x", "hashed 4x", "unsigned 4x")  # fmt: skip
+# How a bank is trained.
+TRAINED = ("rpg 17x g64 vector", *(f"rpg 17x g64 vector, {setting}" for setting in (
+           "init_std 1", "bank lr x 0.3", "bank lr x 3", "bank decay 0", "bank decay x 10",
+           "scale fan_in", "lr x 0.5", "lr x 2")), "dense", "dense, lr x 0.5",
+           "dense, lr x 2")  # fmt: skip
+# Page of the repository -> the rows that stand between its marks.
+PAGES = {ROOT / "README.md": CHOICES, ROOT / "docs" / "training.md": TRAINED}
+MARKS = ("<!-- accuracy -->", "<!-- /accuracy -->")
 CURVES = ("dense", "rpg 4x g64 vector", "rpg 17x g1 element", "rpg 17x g64 vector",
           "hashed 17x", "unsigned 17x", "narrow 17x")  # fmt: skip
 
@@ -58,7 +64,9 @@ def main(args: argparse.Namespace) -> int:
     files = {args.results.with_suffix(".md"): page + "\n"}
     files |= {args.images / name: text for name, text in plots(runs, args.results.stem).items()}
     if args.results.resolve() == RESULTS / default_name("small", "cifar10"):
-        files[README] = readme(README.read_text(encoding="utf-8"), summary.summaries(runs))
+        found = summary.summaries(runs)
+        for path, names in PAGES.items():
+            files[path] = between_marks(path.read_text(encoding="utf-8"), names, found)
     stale = [
         path
         for path, text in files.items()
@@ -85,17 +93,17 @@ def tables(runs: Sequence[Record]) -> list[str]:
     return [*lines, "", *fit(found)]
 
 
-def readme(text: str, found: Found) -> str:
-    """The README with the rows of ``SHOWN`` that have runs between its marks.
+def between_marks(text: str, names: Sequence[str], found: Found) -> str:
+    """A page with those of the named rows that have runs between its marks.
 
     Raises:
-        ValueError: the README has no marks.
+        ValueError: the page has no marks.
     """
     before, mark, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not mark or not end:
-        raise ValueError(f"README: got a page without {' and '.join(MARKS)}, wanted one with both")
-    rows = all_rows({name: found[name] for name in SHOWN if name in found}, found)
+        raise ValueError(f"page: got one without {' and '.join(MARKS)}, wanted one with both")
+    rows = all_rows({name: found[name] for name in names if name in found}, found)
     return "\n".join([before + MARKS[0], "", *rows, "", MARKS[1] + after])
 
 
