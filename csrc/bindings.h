@@ -19,7 +19,7 @@ inline void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
 
-// Adds the methods that run a linear layer.
+// Adds the methods that run linear layers and convolutions.
 void bind_linear(pybind11::class_<LayerLaw>& law);
 
 }  // namespace rpg

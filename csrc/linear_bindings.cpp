@@ -1,6 +1,10 @@
-// The methods of LayerLaw that run a linear layer on CPUs.
+// The methods of LayerLaw that run linear layers and convolutions on CPUs; one file, since the
+// headers take most of the time to compile it.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "bindings.h"
 #include "cpu/kernels.h"
@@ -15,18 +19,22 @@ Dtype checked_dtype(int dtype) {
   return static_cast<Dtype>(dtype);
 }
 
-void check(const LayerLaw& law, int64_t batch, int64_t columns, int threads, int batch_tile,
-           int tiles) {
+void check_product(const LayerLaw& law, int64_t batch, int threads, int batch_tile, int tiles) {
   const int block = law.granularity;
   require(block == 32 || block == 64, "granularity: wanted blocks of 32 or 64 elements");
   require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
   require(law.window <= 1u << 15, "window: wanted at most 2^15 blocks");
-  require(columns >= 1 && (columns - 1) / block + 1 == law.blocks, "columns: another K");
   require(batch >= 1 && batch <= INT64_MAX / 8 / law.rows / block, "batch: out of range");
   require(threads >= 1, "threads: wanted at least 1");
   require(batch_tile == 1 || batch_tile == 4 || batch_tile == 8 || batch_tile == 16,
           "batch_tile: wanted 1, 4, 8 or 16");
   require(tiles >= 1 && tiles <= 64, "tiles: wanted 1 to 64");
+}
+
+void check(const LayerLaw& law, int64_t batch, int64_t columns, int threads, int batch_tile,
+           int tiles) {
+  check_product(law, batch, threads, batch_tile, tiles);
+  require(columns >= 1 && (columns - 1) / law.granularity + 1 == law.blocks, "columns: another K");
 }
 
 // (bytes in all, of them copies of activations).
@@ -48,7 +56,7 @@ void linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
   kernels().linear(
       law, {checked_dtype(bank_dtype), address<const void>(ring), checked_dtype(x_dtype),
             address<const void>(x), address<const float>(bias), address<void>(y), batch, columns,
-            scale, threads, batch_tile, tiles, address<void>(workspace)});
+            scale, threads, batch_tile, tiles, address<void>(workspace), nullptr});
 }
 
 void linear_input_grad(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
@@ -68,6 +76,82 @@ void linear_bank_grad(const LayerLaw& law, uintptr_t dy, uintptr_t x, int dtype,
   kernels().linear_bank_grad(law, {checked_dtype(dtype), address<const void>(dy),
                                    address<const void>(x), address<float>(dw), batch, columns,
                                    scale, threads, batch_tile, tiles, address<void>(workspace)});
+}
+
+using Pair = std::array<int64_t, 2>;
+using Four = std::array<int64_t, 4>;
+
+constexpr int64_t kMost = int64_t{1} << 60;  // of numbers that are added to others
+
+// Sizes are those of tensors, which exist, so that their products fit int64.
+Image checked_image(const LayerLaw& law, const Four& size, const Four& stride, const Pair& kernel,
+                    bool by_tap, const Pair& step, const Pair& padding, const Pair& dilation,
+                    bool channels_last) {
+  Image image{};
+  require(size[0] >= 1 && size[1] >= 1 && size[2] >= 0 && size[3] >= 0,
+          "size: wanted images and channels");
+  image.extent = size[2] && size[3] ? 1 : 0;
+  for (int d = 0; d < 4; ++d) {
+    require(stride[d] >= 0, "stride: wanted at least 0");
+    image.stride[d] = stride[d];
+    if (image.extent) image.extent += (size[d] - 1) * stride[d];
+  }
+  image.channels = size[1], image.height = size[2], image.width = size[3];
+  int64_t out[2];
+  for (int d = 0; d < 2; ++d) {
+    require(kernel[d] >= 1 && kernel[d] <= INT32_MAX, "kernel: wanted 1 to 2^31 - 1");
+    require(step[d] >= 1, "step: wanted at least 1");
+    require(padding[d] >= 0 && padding[d] < kMost, "padding: wanted 0 to 2^60 - 1");
+    const int64_t padded = size[2 + d] + 2 * padding[d];
+    require(padded >= 1 && dilation[d] >= 1 &&
+                (kernel[d] == 1 || dilation[d] <= (padded - 1) / (kernel[d] - 1)),
+            "dilation: the kernel is larger than the padded image");
+    out[d] = (padded - 1 - (kernel[d] == 1 ? 0 : dilation[d] * (kernel[d] - 1))) / step[d] + 1;
+    image.step[d] = step[d], image.padding[d] = padding[d], image.dilation[d] = dilation[d];
+  }
+  image.out_height = out[0], image.out_width = out[1];
+  image.channels_last = channels_last;
+  image.kernel_width = kernel[1];
+  image.by_tap = by_tap;
+  const int64_t taps = kernel[0] * kernel[1], runs = by_tap ? taps : 1;
+  image.run = by_tap ? image.channels : image.channels * taps;
+  image.run_blocks = law.blocks / runs;
+  require(image.run_blocks * runs == law.blocks &&
+              (image.run - 1) / law.granularity + 1 == image.run_blocks,
+          "kernel: another weight");
+  return image;
+}
+
+// (bytes of one part, of them copies of activations).
+Bytes conv2d_workspace(const LayerLaw& law, int threads, int batch_tile, int tiles) {
+  check_product(law, 1, threads, batch_tile, tiles);
+  Conv2dArgs args{};
+  args.linear.threads = threads, args.linear.batch_tile = batch_tile, args.linear.tiles = tiles;
+  const Workspace of = kernels().conv2d_workspace(law, args);
+  return {of.bytes, of.activations};
+}
+
+void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
+            const Four& size, const Four& stride, uintptr_t bias, uintptr_t y, bool channels_last,
+            const Pair& kernel, bool by_tap, const Pair& step, const Pair& padding,
+            const Pair& dilation, double scale, int parts, int threads, int batch_tile, int tiles,
+            uintptr_t workspace_address) {
+  require(parts >= 1, "parts: wanted at least 1");
+  Conv2dArgs args{};
+  args.image =
+      checked_image(law, size, stride, kernel, by_tap, step, padding, dilation, channels_last);
+  args.parts = parts;
+  args.part_bytes = (conv2d_workspace(law, threads, batch_tile, tiles).first + 63) / 64 * 64;
+  LinearArgs& linear = args.linear;
+  linear.batch = size[0] * args.image.out_height * args.image.out_width;
+  check_product(law, linear.batch, threads, batch_tile, tiles);
+  linear.bank_dtype = checked_dtype(bank_dtype), linear.ring = address<const void>(ring);
+  linear.x_dtype = checked_dtype(x_dtype), linear.x = address<const void>(x);
+  linear.bias = address<const float>(bias), linear.y = address<void>(y);
+  linear.scale = scale, linear.threads = threads;
+  linear.batch_tile = batch_tile, linear.tiles = tiles;
+  linear.workspace = address<void>(workspace_address);
+  kernels().conv2d(law, args);
 }
 
 }  // namespace
@@ -93,6 +177,13 @@ void bind_linear(py::class_<LayerLaw>& law) {
           py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));
   law.def("linear_bank_grad", &linear_bank_grad, release(), py::arg("dy"), py::arg("x"),
           py::arg("dtype"), py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
+          py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));
+  law.def("conv2d_workspace", &conv2d_workspace, release(), py::arg("threads"),
+          py::arg("batch_tile"), py::arg("tiles"));
+  law.def("conv2d", &conv2d, release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
+          py::arg("x_dtype"), py::arg("size"), py::arg("stride"), py::arg("bias"), py::arg("y"),
+          py::arg("channels_last"), py::arg("kernel"), py::arg("by_tap"), py::arg("step"),
+          py::arg("padding"), py::arg("dilation"), py::arg("scale"), py::arg("parts"),
           py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));
 }
 

@@ -190,16 +190,21 @@ def size_of(
         return int(able and cpu.preferred(op, dtype, 1, placement)), reflect
     if not op.startswith(("linear", "conv2d")) or not x.numel():
         return 0, reflect
-    rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
+    rows = x.numel() // x.shape[-3 if op.startswith("conv2d") else -1]
     if x.device.type == "cpu":
         dtype = dtype or x.dtype
         able = not cpu.unsupported(op, x.device, dtype)
-        wins = able and cpu.preferred(op, dtype, rows, placement)
+        wins = able and cpu.preferred(op, dtype, rows, placement, _groups(op, x, placement))
         return (1 << rows.bit_length() - 1 if wins else 0), reflect
     line = p.numel // min(16, *p.selected_shape[:2]) * x.element_size()
     if line > settings.scratch_bytes(x.device.type):
         return 0, reflect
     return 1 << rows.bit_length() - 1, reflect
+
+
+def _groups(op: str, x: Tensor, placement: str) -> int:
+    """Groups of a convolution of x; 1 of anything else."""
+    return x.shape[-3] // parse(placement).selected_shape[1] if op == "conv2d" else 1
 
 
 @lru_cache(maxsize=4096)
@@ -260,7 +265,8 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         and x.device.type == "cpu"
         and op in (*cpu.OPERATORS, *cpu.LOOKUPS)
     ):
-        reason += f"; {cpu.why_reference(op, dtype, weight.spec)}"
+        groups = _groups(op, x, weight.spec)
+        reason += f"; {cpu.why_reference(op, dtype, weight.spec, groups)}"
     if rule.backend == "vendor" and not settings.forced_backend():
         reason += "; with a sign per element predicted to be faster than fused kernels from batch "
         reason += str(vendor.ELEMENT_SIGNS_FROM)

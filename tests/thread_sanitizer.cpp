@@ -53,6 +53,7 @@ int omp_get_thread_num() { return member.number; }
 int omp_get_num_threads() { return member.team ? member.team->size : 1; }
 
 void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
+  const Member outer = member;
   Team team;
   team.size = static_cast<int>(threads);
   std::vector<std::thread> others;
@@ -64,7 +65,7 @@ void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) 
   }
   member = {&team, 0};
   work(data);
-  member = {};
+  member = outer;
   for (std::thread& other : others) other.join();
 }
 
@@ -164,6 +165,39 @@ Results linear_layer(const LayerLaw& law, int threads, int64_t batch, int batch_
   return out;
 }
 
+// A kernel of two taps over three images, of whose channels the last block has four.
+Floats convolution(const LayerLaw& law, int parts, int threads, int batch_tile) {
+  const int64_t images = 3, height = 5, width = 4, channels = law.granularity + 4;
+  const int64_t pixels = images * (height - 1) * width;
+  const Floats ring = numbers(int64_t{law.slots} * law.granularity, 1);
+  const Floats x = numbers(images * channels * height * width, 2), bias = numbers(law.rows, 4);
+  Floats y(static_cast<size_t>(pixels * law.rows));
+  Conv2dArgs args{};
+  Image& image = args.image;
+  image.channels = channels, image.height = height, image.width = width;
+  image.stride[0] = channels * height * width, image.stride[1] = height * width;
+  image.stride[2] = width, image.stride[3] = 1;
+  image.extent = static_cast<int64_t>(x.size());
+  image.out_height = height - 1, image.out_width = width;
+  image.kernel_width = 1;
+  for (int d = 0; d < 2; ++d) image.step[d] = image.dilation[d] = 1;
+  image.by_tap = true;
+  image.run = channels, image.run_blocks = 2;
+  LinearArgs& linear = args.linear;
+  linear.bank_dtype = linear.x_dtype = Dtype::kFloat32;
+  linear.ring = ring.data(), linear.x = x.data(), linear.bias = bias.data(), linear.y = y.data();
+  linear.batch = pixels, linear.scale = kScale, linear.threads = threads;
+  linear.batch_tile = batch_tile, linear.tiles = 1;
+  args.parts = parts;
+  Workspace all = baseline::conv2d_workspace(law, args);
+  args.part_bytes = (all.bytes + 63) / 64 * 64;
+  all.bytes = args.part_bytes * parts;
+  Workspaces workspaces;
+  linear.workspace = workspaces.get(all);
+  baseline::conv2d(law, args);
+  return y;
+}
+
 // Rows looked up, of whose first and last block a part is cut off, and the adjoint.
 Results lookup(const LayerLaw& law, int threads) {
   const int64_t rows = 600, first = 3, length = law.blocks * law.granularity - 5;
@@ -216,6 +250,14 @@ int main(int argc, char**) {
               compare(many.dw, one.dw, windows > 0, "linear_bank_grad");
             }
             calls += 3;
+            const Floats pixels = convolution(law, 1, 1, batch_tile);
+            const Floats dealt = convolution(law, threads, 1, batch_tile);
+            const Floats shared = convolution(law, 2, threads, batch_tile);
+            if (barriers) {
+              compare(dealt, pixels, true, "conv2d");
+              compare(shared, pixels, false, "conv2d, columns dealt");
+            }
+            calls += 2;
           }
         }
       }

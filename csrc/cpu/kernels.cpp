@@ -31,7 +31,9 @@ struct Choice {
    ISA::linear_bank_grad,            \
    ISA::linear_workspace,            \
    ISA::linear_input_grad_workspace, \
-   ISA::linear_bank_grad_workspace}
+   ISA::linear_bank_grad_workspace,  \
+   ISA::conv2d,                      \
+   ISA::conv2d_workspace}
 
 const Choice kChoices[] = {
 #if defined(RPG_HAVE_AVX512)

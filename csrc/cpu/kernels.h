@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../law.h"
+#include "conv2d.h"
 #include "linear.h"
 #include "number.h"
 #include "region.h"
@@ -54,6 +55,8 @@ struct Kernels {
   Workspace (*linear_workspace)(const LayerLaw&, const LinearArgs&);
   Workspace (*linear_input_grad_workspace)(const LayerLaw&, const LinearInputGradArgs&);
   Workspace (*linear_bank_grad_workspace)(const LayerLaw&, const LinearBankGradArgs&);
+  void (*conv2d)(const LayerLaw&, const Conv2dArgs&);
+  Workspace (*conv2d_workspace)(const LayerLaw&, const Conv2dArgs&);  // of one part
 };
 
 #define RPG_DECLARE_KERNELS(ISA)                                                            \
@@ -70,6 +73,8 @@ struct Kernels {
   Workspace linear_workspace(const LayerLaw&, const LinearArgs&);                           \
   Workspace linear_input_grad_workspace(const LayerLaw&, const LinearInputGradArgs&);       \
   Workspace linear_bank_grad_workspace(const LayerLaw&, const LinearBankGradArgs&);         \
+  void conv2d(const LayerLaw&, const Conv2dArgs&);                                          \
+  Workspace conv2d_workspace(const LayerLaw&, const Conv2dArgs&);                           \
   }
 
 RPG_DECLARE_KERNELS(baseline)

@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "batch.h"
+#include "conv2d.h"
 #include "instance.h"
 
 namespace rpg::RPG_ISA {
@@ -32,12 +33,13 @@ struct Layout {
   int64_t height;   // rows of the highest strip
   int64_t entries;  // bytes, of one part
   int64_t s, sums;  // floats of one part: S, and the sums of one strip
-  int64_t x;        // floats of all parts: the tile of the batch
+  int64_t x;        // floats of all parts: the tiles of the batch
   int64_t bytes_per_part() const { return entries + 4 * (s + 2 * sums); }
 };
 
 template <class Walk>
-Layout layout_of(const LayerLaw& law, const std::vector<Strip>& strips, int batch_tile, int tiles) {
+Layout layout_of(const LayerLaw& law, const std::vector<Strip>& strips, const LinearArgs& args) {
+  const int batch_tile = args.batch_tile, tiles = args.tiles;
   Layout out{};
   for (const Strip& strip : strips) out.height = std::max(out.height, strip.height);
   out.entries =
@@ -46,7 +48,8 @@ Layout layout_of(const LayerLaw& law, const std::vector<Strip>& strips, int batc
   out.s = slots < out.height ? (slots + 16) * (batch_tile == 1 ? 2 : batch_tile) : 0;
   out.s = (out.s + 15) / 16 * 16;
   out.sums = (out.height * batch_tile * tiles + 15) / 16 * 16;
-  out.x = law.blocks * law.granularity * batch_tile * tiles;
+  // Of an image each part gathers one block after the other.
+  out.x = (args.image ? args.threads : law.blocks) * law.granularity * batch_tile * tiles;
   return out;
 }
 
@@ -59,7 +62,7 @@ class Linear {
       : law_(law),
         args_(args),
         strips_(strips_of<Walk>(law, strip_rows(BATCH, args.tiles))),
-        layout_(layout_of<Walk>(law, strips_, BATCH, args.tiles)),
+        layout_(layout_of<Walk>(law, strips_, args)),
         x_(static_cast<float*>(args.workspace)) {
     for (int part = 0; part <= args.threads; ++part) {
       split_.push_back(column_split(strips_, law.blocks, part, args.threads));
@@ -73,7 +76,7 @@ class Linear {
 #pragma omp parallel num_threads(args_.threads)
       {
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < law_.blocks; ++block) {
+        for (int64_t block = 0; block < (args_.image ? 0 : law_.blocks); ++block) {
           x_of(rows).load(args_.x_dtype, args_.x, args_.columns, m0, block);
         }
 #pragma omp for schedule(static)
@@ -103,7 +106,9 @@ class Linear {
     Entry* entry = reinterpret_cast<Entry*>(part_memory(part));
     float* s = reinterpret_cast<float*>(part_memory(part) + layout_.entries);
     const int64_t begin = split_[part], end = split_[part + 1];
-    const X x_tiles = x_of(rows);
+    const Image* const image = args_.image;
+    const X x_tiles = image ? X{x_ + part * BLOCK * BATCH * args_.tiles, 1, rows} : x_of(rows);
+    int64_t gathered = -1;  // the block of the image that x_tiles hold
     Walk walk(law_);
     for (const Strip& strip : strips_) {
       const int64_t low = std::max(begin, strip.first), high = std::min(end, end_of(strip));
@@ -113,12 +118,20 @@ class Linear {
       const int64_t first = (low - strip.first) / strip.height;
       const int64_t last = (high - strip.first) / strip.height;
       walk.walk(strip, first, last, entry, [&](const Segment<Entry>& segment) {
-        const int64_t left = args_.columns - segment.block * BLOCK;
+        const int64_t left = image ? image->run - segment.block % image->run_blocks * BLOCK
+                                   : args_.columns - segment.block * BLOCK;
         const Window<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, segment.base,
                                    static_cast<int>(left < BLOCK ? left : BLOCK));
+        if (image && segment.block != gathered) {
+          gathered = segment.block;
+          for (int tile = 0; tile < x_tiles.count(); ++tile) {
+            load_patches(*image, args_.x_dtype, args_.x, m0 + tile * BATCH, x_tiles.rows_of(tile),
+                         BATCH, gathered, BLOCK, x_tiles.at(tile, 0));
+          }
+        }
         for (int tile = 0; tile < x_tiles.count(); ++tile) {
           float* y = to + (tile * layout_.height + segment.row) * BATCH;
-          add(segment, window, x_tiles.at(tile, segment.block), s, y);
+          add(segment, window, x_tiles.at(tile, image ? 0 : segment.block), s, y);
         }
       });
       if (low == strip.first && high == end_of(strip)) {
@@ -143,6 +156,11 @@ class Linear {
   // Rows [from, to) of a strip, from the sums of several parts.
   void write(const Strip& strip, float* const* sum, int count, int64_t from, int64_t to, int64_t m0,
              int64_t rows) const {
+    if (args_.image) {
+      return store_pixels(
+          *args_.image, args_,
+          {sum, count, layout_.height, BATCH, m0, rows, strip.row, from, to, law_.rows});
+    }
     const float scale = static_cast<float>(args_.scale);
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t offset = m / BATCH * layout_.height * BATCH + m % BATCH;
@@ -181,7 +199,7 @@ class Linear {
 template <class Walk>
 Workspace workspace(const LayerLaw& law, const LinearArgs& args) {
   const auto strips = strips_of<Walk>(law, strip_rows(args.batch_tile, args.tiles));
-  const Layout layout = layout_of<Walk>(law, strips, args.batch_tile, args.tiles);
+  const Layout layout = layout_of<Walk>(law, strips, args);
   const int64_t activations = 4 * layout.x;
   return {activations + args.threads * layout.bytes_per_part(), activations};
 }

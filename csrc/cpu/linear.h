@@ -15,6 +15,8 @@ struct Workspace {
   int64_t activations;
 };
 
+struct Image;  // conv2d.h
+
 // y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; all contiguous.
 struct LinearArgs {
   Dtype bank_dtype;
@@ -27,9 +29,10 @@ struct LinearArgs {
   int64_t columns;  // K
   double scale;
   int threads;
-  int batch_tile;   // 1, 4, 8 or 16 rows of x at a time
-  int tiles;        // that are multiplied with what is tabulated once
-  void* workspace;  // [linear_workspace] bytes, aligned to 64
+  int batch_tile;      // 1, 4, 8 or 16 rows of x at a time
+  int tiles;           // that are multiplied with what is tabulated once
+  void* workspace;     // [linear_workspace] bytes, aligned to 64
+  const Image* image;  // of a convolution: x and y are images, the batch is pixels; or null
 };
 
 // dx [batch, K] = scale · dy [batch, N] · (G ring); all contiguous.

@@ -14,7 +14,7 @@ from rpg_kernels.generator import Generator
 from rpg_kernels.placement import parse
 from rpg_kernels.window_law import STRIP, WindowLaw
 
-OPERATORS = ("linear", "linear_input_grad", "linear_bank_grad")
+OPERATORS = ("linear", "linear_input_grad", "linear_bank_grad", "conv2d")
 LOOKUPS = ("embedding", "embedding_bank_grad")  # read rows of any weight of a law, block by block
 BLOCKS = (32, 64)  # each takes ten seconds to compile, for every instruction set
 MAX_WINDOW = 2**15  # blocks: a table's entries have 15 bits for the place
@@ -24,6 +24,9 @@ MAX_WINDOW = 2**15  # blocks: a table's entries have 15 bits for the place
 DIRECT_BATCH = 4
 # With 16-bit activations dense products are several times faster than these fp32 ones.
 LOW_BATCH, LOW_GAIN = 64, 2
+# The reference also prepares a convolution's weight, which few pixels do not pay for.
+CONV_GAIN, CONV_PIXELS = 1.5, 64
+LOW_CONV_GAIN, LOW_CONV_PIXELS = 4, 1024
 
 # Rows of a column of a whole ring that are tabulated together, and floats of its sums (csrc/cpu).
 RING_ROWS, RING_SUMS = 1 << 14, 1 << 16
@@ -47,6 +50,8 @@ def unsupported(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"the CPU kernels work on CPU tensors, not on {device}"
     if op in LOOKUPS:
         return "" if native.available() else native.why_not()
+    if op.startswith("conv2d_"):
+        return "the CPU kernels leave the gradients of a convolution to the reference"
     if op not in OPERATORS:
         return f"the CPU kernels have no {op}"
     if dtype != torch.float32 and dtype not in LOW_PRECISION:
@@ -107,34 +112,57 @@ def gain(op: str, placement: str, lanes: int) -> float:
         height = min(STRIP, 1 << (law.rows.bit_length() - 1))
         return max(1.0, min(height / law.window, float(law.laps)))
     height = min(law.rows, RING_ROWS)
-    if op == "linear":
+    if op in ("linear", "conv2d"):
         height = min(height, RING_SUMS // lanes)
     return max(1.0, height / law.slots)
 
 
-def preferred(op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
+def unsupported_groups(groups: int) -> str:
+    """Why a convolution of so many groups cannot run here, or "".
+
+    Example:
+        >>> unsupported_groups(2)
+        'the CPU kernels convolve all channels together, not in 2 groups'
+    """
+    if groups == 1:
+        return ""
+    return f"the CPU kernels convolve all channels together, not in {groups} groups"
+
+
+def preferred(op: str, dtype: torch.dtype, batch: int, placement: str, groups: int = 1) -> bool:
     """Whether a call is faster here than in the reference (measured: docs/cpu.md).
 
     Args:
         op: operator name.
         dtype: of the activations.
-        batch: rows of x.
+        batch: rows of x; of an image its pixels.
         placement: of the weight.
+        groups: of a convolution.
     """
     if op in LOOKUPS:
         return not unsupported_lookup(placement)
-    if unsupported_weight(placement) or batch == 0:
+    if unsupported_weight(placement) or unsupported_groups(groups) or batch == 0:
         return False
     step = steps(op, batch, placement)
     if step is None:
         return False
     shared = gain(op, placement, step.batch_tile * step.tiles)
+    if op == "conv2d":
+        return _convolves(dtype, batch, shared)
     if shared == 1 and (batch > DIRECT_BATCH or op == "linear_bank_grad"):
         return False
     return not (dtype in LOW_PRECISION and batch > LOW_BATCH and shared < LOW_GAIN)
 
 
-def why_reference(op: str, dtype: torch.dtype, placement: str) -> str:
+def _convolves(dtype: torch.dtype, pixels: int, shared: float) -> bool:
+    few = pixels <= CONV_PIXELS
+    if dtype not in LOW_PRECISION:
+        return few or shared >= CONV_GAIN
+    many_laps = shared >= LOW_CONV_GAIN and pixels <= LOW_CONV_PIXELS
+    return many_laps or (few and shared >= CONV_GAIN)
+
+
+def why_reference(op: str, dtype: torch.dtype, placement: str, groups: int = 1) -> str:
     """Why a call was left to the reference.
 
     Example:
@@ -146,7 +174,7 @@ def why_reference(op: str, dtype: torch.dtype, placement: str) -> str:
     reason = unsupported(op, torch.device("cpu"), dtype)
     if op in LOOKUPS:
         return reason or unsupported_lookup(placement)
-    reason = reason or unsupported_weight(placement)
+    reason = reason or unsupported_weight(placement) or unsupported_groups(groups)
     return reason or "the CPU kernels would be slower, or have too little scratch"
 
 
@@ -160,6 +188,7 @@ class Steps:
         threads: parts that columns are dealt to.
         workspace: bytes in all.
         scratch: of them, what the scratch limit counts: all but copies of activations.
+        parts: that the pixels of a convolution are dealt to; each has ``threads`` threads.
     """
 
     batch_tile: int
@@ -167,12 +196,14 @@ class Steps:
     threads: int
     workspace: int
     scratch: int
+    parts: int = 1
 
 
 def steps(op: str, batch: int, placement: str) -> Steps | None:
     """The fastest steps, by a rough count, whose scratch the limit allows; or None."""
     limit = settings.scratch_bytes("cpu")
-    return _steps(op, min(batch, 64), placement, limit, native.threads())
+    batch = batch if op == "conv2d" else min(batch, 64)
+    return _steps(op, batch, placement, limit, native.threads())
 
 
 @lru_cache(maxsize=4096)
@@ -185,6 +216,10 @@ def _cost(op: str, batch: int, placement: str, step: Steps) -> float:
     """Time of a call, in tables: each pass makes them once, and each lane adds and multiplies."""
     lanes = step.batch_tile * step.tiles
     lane = 0.05 + 0.6 / gain(op, placement, lanes)
+    if op == "conv2d":  # a part is whole tiles, and only those that are there are multiplied
+        tiles = -(-batch // (step.batch_tile * step.parts))
+        waits = 1 if step.threads == 1 else 3  # threads of one part meet three times a pass
+        return (-(-tiles // step.tiles) * waits + tiles * step.batch_tile * lane) / step.threads
     return -(-batch // lanes) * (1 + lanes * lane) / step.threads
 
 
@@ -200,6 +235,9 @@ def _choices(op: str, placement: str, threads: int) -> list[Steps]:
     out = []
     while True:
         for tile, tiles in _TILES:
+            if op == "conv2d":
+                out += _conv2d_choices(workspace, threads, tile, tiles)
+                continue
             total, activations = workspace(p.shape[1], threads, tile, tiles)
             out.append(Steps(tile, tiles, threads, total, total - activations))
         if threads == 1:
@@ -207,13 +245,26 @@ def _choices(op: str, placement: str, threads: int) -> list[Steps]:
         threads = -(-threads // 2)
 
 
-def check(op: str, placement: str, batch: int) -> Steps:
+def _conv2d_choices(workspace: Any, threads: int, tile: int, tiles: int) -> list[Steps]:
+    """Threads dealt to pixels first, since those need not wait for each other."""
+    out, parts = [], threads
+    while True:
+        of_part, activations = workspace(threads // parts, tile, tiles)
+        of_part = -(-of_part // _ALIGNMENT) * _ALIGNMENT
+        total, scratch = parts * of_part, parts * (of_part - activations)
+        out.append(Steps(tile, tiles, threads // parts, total, scratch, parts))
+        if parts == 1:
+            return out
+        parts = -(-parts // 2)
+
+
+def check(op: str, placement: str, batch: int, groups: int = 1) -> Steps:
     """The steps of a call.
 
     Raises:
         RuntimeError: the weight cannot be read here, or the scratch limit is too small.
     """
-    reason = unsupported_weight(placement)
+    reason = unsupported_weight(placement) or unsupported_groups(groups)
     if reason:
         raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
     step = steps(op, batch, placement)
