@@ -171,6 +171,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("low"), py::arg("count"), py::arg("threads"), py::arg("workspace"),
            py::arg("workspace_entries"));
   bind_linear(law);
+  bind_cuda(m);
 
   m.def(
       "cuda_law",

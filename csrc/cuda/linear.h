@@ -1,0 +1,59 @@
+// What the CUDA kernels of a linear layer are given, and how a launch is laid out.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../cpu/number.h"
+#include "../window_law.h"
+
+namespace rpg {
+
+// What decides a layout beside the layer.
+struct Device {
+  int sms;           // streaming multiprocessors
+  int shared_bytes;  // that a block may have
+};
+
+// How a call is divided; all integers, chosen on the host by `plan_*`, the same on GPU and CPU.
+struct Plan {
+  int fill;          // csrc/cuda/tile.h: 0 windows, 1 ring, 2 gathered
+  int rows;          // of a tile
+  int first, tiles;  // tiles with `fill`, and all
+  int rest;          // rows of a gathered tile
+  int places;        // of a stage
+  int stages;        // in flight
+  int splits;        // blocks that share a tile's columns
+  int batch_tile;    // rows of x at a time
+  int batch_tiles;
+  int shared_bytes;
+  int64_t workspace;  // floats
+  int counters;       // unsigned, zero before and after
+};
+
+// y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; dtype of ring, x and y.
+struct CudaLinearArgs {
+  Dtype dtype;
+  const void* ring;    // [slots, block], aligned to 16 bytes
+  const void* x;       // [batch, K]
+  const float* bias;   // [N] or null
+  void* y;             // [batch, N]
+  int64_t batch;
+  int64_t columns;  // K
+  double scale;
+  float* workspace;    // [plan.workspace]
+  unsigned* counters;  // [plan.counters]
+  void* stream;        // of the CPU's: the order in which threads run
+};
+
+namespace cuda {
+Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, const Device& device);
+void linear(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args);
+}  // namespace cuda
+
+namespace simt {
+Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, const Device& device);
+void linear(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args);
+}  // namespace simt
+
+}  // namespace rpg
