@@ -30,14 +30,21 @@ void check_columns(const LayerLaw& law, int64_t columns) {
   require(columns >= 1 && (columns - 1) / law.granularity + 1 == law.blocks, "columns: another K");
 }
 
-using PlanOf = Plan (*)(const LayerLaw&, Dtype, int64_t, const Device&);
+void check_plan(const Plan& plan, int64_t batch) {
+  require(batch >= 1 && plan.batch_tiles == (batch + plan.batch_tile - 1) / plan.batch_tile,
+          "batch: another than the plan's");
+}
+
+using PlanOf = Plan (*)(const LayerLaw&, Dtype, int64_t, int64_t, const Device&);
 
 template <PlanOf PLAN>
-Plan plan(const LayerLaw& law, int dtype, int64_t batch, int sms, int shared_bytes) {
+Plan plan(const LayerLaw& law, int dtype, int64_t batch, int64_t columns, int sms,
+          int shared_bytes) {
   check_law(law);
+  check_columns(law, columns);
   require(batch >= 1 && batch <= kInt32 / 64, "batch: wanted 1 to 2^25");
   require(sms >= 1 && shared_bytes >= 1, "sms, shared_bytes: wanted at least 1");
-  return PLAN(law, checked_dtype(dtype), batch, {sms, shared_bytes});
+  return PLAN(law, checked_dtype(dtype), batch, columns, {sms, shared_bytes});
 }
 
 using LinearOf = void (*)(const LayerLaw&, const Plan&, const CudaLinearArgs&);
@@ -49,22 +56,46 @@ void linear(const LayerLaw& law, const Plan& plan, int dtype, uintptr_t ring, ui
   check_law(law);
   check_columns(law, columns);
   require(ring % 16 == 0, "ring: wanted an address that is a multiple of 16");
-  require(batch >= 1 && int64_t{plan.batch_tile} * plan.batch_tiles >= batch,
-          "batch: another than the plan's");
+  check_plan(plan, batch);
   LINEAR(law, plan,
          {checked_dtype(dtype), address<const void>(ring), address<const void>(x),
           address<const float>(bias), address<void>(y), batch, columns, scale,
           address<float>(workspace), address<unsigned>(counters), address<void>(stream)});
 }
 
-template <PlanOf PLAN_LINEAR, LinearOf LINEAR>
-void bind(py::module_ m) {
-  m.def("plan_linear", &plan<PLAN_LINEAR>, py::arg("law"), py::arg("dtype"), py::arg("batch"),
+using InputGradOf = void (*)(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&);
+
+template <InputGradOf INPUT_GRAD>
+void linear_input_grad(const LayerLaw& law, const Plan& plan, int dtype, uintptr_t ring,
+                       uintptr_t dy, uintptr_t dx, int64_t batch, int64_t columns, double scale,
+                       uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
+  check_law(law);
+  check_columns(law, columns);
+  check_plan(plan, batch);
+  require(ring % 16 == 0, "ring: wanted an address that is a multiple of 16");
+  INPUT_GRAD(law, plan,
+             {checked_dtype(dtype), address<const void>(ring), address<const void>(dy),
+              address<void>(dx), batch, columns, scale, address<float>(workspace),
+              address<unsigned>(counters), address<void>(stream)});
+}
+
+template <PlanOf PLAN>
+void bind_plan(py::module_& m, const char* name) {
+  m.def(name, &plan<PLAN>, py::arg("law"), py::arg("dtype"), py::arg("batch"), py::arg("columns"),
         py::arg("sms"), py::arg("shared_bytes"));
+}
+
+template <LinearOf LINEAR, InputGradOf INPUT_GRAD>
+void bind(py::module_ m) {
   m.def("linear", &linear<LINEAR>, py::call_guard<py::gil_scoped_release>(), py::arg("law"),
         py::arg("plan"), py::arg("dtype"), py::arg("ring"), py::arg("x"), py::arg("bias"),
         py::arg("y"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
         py::arg("workspace"), py::arg("counters"), py::arg("stream"));
+  m.def("linear_input_grad", &linear_input_grad<INPUT_GRAD>,
+        py::call_guard<py::gil_scoped_release>(), py::arg("law"), py::arg("plan"),
+        py::arg("dtype"), py::arg("ring"), py::arg("dy"), py::arg("dx"), py::arg("batch"),
+        py::arg("columns"), py::arg("scale"), py::arg("workspace"), py::arg("counters"),
+        py::arg("stream"));
 }
 
 }  // namespace
@@ -84,10 +115,14 @@ void bind_cuda(py::module_& m) {
       .def_readonly("shared_bytes", &Plan::shared_bytes)
       .def_readonly("workspace", &Plan::workspace)
       .def_readonly("counters", &Plan::counters);
-  bind<cuda::plan_linear, cuda::linear>(
-      m.def_submodule("cuda", "The CUDA kernels; addresses are of the current device."));
-  bind<simt::plan_linear, simt::linear>(
-      m.def_submodule("simt", "The CUDA kernels' sources, run on the CPU."));
+  py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels, on the current device.");
+  bind_plan<cuda::plan_linear>(cuda, "plan_linear");
+  bind_plan<cuda::plan_linear_input_grad>(cuda, "plan_linear_input_grad");
+  bind<cuda::linear, cuda::linear_input_grad>(cuda);
+  py::module_ simt = m.def_submodule("simt", "The CUDA kernels' sources, run on the CPU.");
+  bind_plan<simt::plan_linear>(simt, "plan_linear");
+  bind_plan<simt::plan_linear_input_grad>(simt, "plan_linear_input_grad");
+  bind<simt::linear, simt::linear_input_grad>(simt);
 }
 
 }  // namespace rpg

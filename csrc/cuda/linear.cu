@@ -80,19 +80,17 @@ struct Shape {
   RPG_LAW int x_pitch(int block) { return block * kBytes + kPad; }
 };
 
-// Where things are in shared memory.
+// Where things are in shared memory, behind the stages.
 struct SharedPlan {
-  int s, entry, x, segments, entries, last, bytes;
+  int s, entry, x, last, bytes;
 };
 
 RPG_LAW SharedPlan shared_plan(const Tiling& tiling, int row_bytes, int x_bytes, int s_floats) {
   SharedPlan out{};
-  out.s = tiling.stages * tiling.places * row_bytes;
+  out.s = stage_bytes(tiling, row_bytes).end;
   out.entry = out.s + 4 * s_floats * tiling.places;
   out.x = out.entry + 4 * kMaxRows;
-  out.segments = out.x + kStages * x_bytes;
-  out.entries = out.segments + kStages * (kMaxSegments * 8);
-  out.last = out.entries + kStages * 4 * ((tiling.rest + 3) / 4 * 4);
+  out.last = out.x + kStages * x_bytes;
   out.bytes = out.last + 16;
   return out;
 }
@@ -222,11 +220,8 @@ RPG_KERNEL(kThreads, 1) linear_kernel(const LinearKernelArgs args) {
       shared_plan(tiling, args.bank.row_bytes, x_bytes, Sh::kPlanes * Sh::kLanes);
   const Shared<float> s(at.s, Sh::kPlanes * Sh::kLanes * tiling.places);
   const Shared<uint32_t> entry(at.entry, kMaxRows);
-  const auto stage_of = [&](int b) -> Stage {
-    const int i = (b - first) % kStages, bytes = tiling.places * args.bank.row_bytes;
-    return {Shared<uint4>(ring ? 0 : i * bytes, bytes / 16),
-            Shared<Segment>(at.segments + i * (kMaxSegments * 8), kMaxSegments),
-            Shared<uint32_t>(at.entries + i * 4 * ((tiling.rest + 3) / 4 * 4), tiling.rest)};
+  const auto stage_of_column = [&](int b) {
+    return stage_of(tiling, args.bank.row_bytes, b - first);
   };
   const auto x_of = [&](int b) {
     return Shared<char>(at.x + (b - first) % kStages * x_bytes, x_bytes);
@@ -234,38 +229,23 @@ RPG_KERNEL(kThreads, 1) linear_kernel(const LinearKernelArgs args) {
   // Copies of column b, in a group of their own even where there are none.
   const auto begin = [&](int b) {
     if (b < end) {
-      if (!ring || b == first) fill(layer, args.bank, tile, b, stage_of(b));
+      if (!ring || b == first) fill(layer, args.bank, tile, b, stage_of_column(b));
       fill_x<Math, BATCH>(args, m0, b, x_of(b));
     }
     commit_copies();
   };
 
   float y[Sh::kRows][BATCH] = {};
-  for (int b = first; b < end && b < first + kStages; ++b) prepare(layer, tile, b, stage_of(b));
+  for (int b = first; b < end && b < first + kStages; ++b) prepare(layer, tile, b, stage_of_column(b));
   sync();
   for (int b = first; b < first + kStages - 1; ++b) begin(b);
   for (int b = first; b < end; ++b) {
     wait_copies<kStages - 2>();
     sync();
     begin(b + kStages - 1);
-    const Stage stage = stage_of(b);
-    int used = tiling.places;
-    if (tile.fill == Fill::kGather) used = tile.rows;
-    if (ring) used = static_cast<int>(args.bank.slots);
-    if (tile.fill == Fill::kWindows) {
-      used = segments_of(layer.law, position(layer, tile.row, b), tile.rows) *
-             static_cast<int>(layer.law.scramble.window);
-    }
-    const int valid = layer.columns - b * layer.block;
-    const bool signs = layer.reflect == Reflect::kElement;
-    if (signs || valid < layer.block) {
-      if (signs) {
-        reflect_elements<Number>(layer, tile, b, stage);
-        sync();
-      }
-      if (valid < layer.block) clear_padding<Number>(used, valid, layer.block, stage);
-      sync();
-    }
+    const Stage stage = stage_of_column(b);
+    const int used = places_of(layer, args.bank, tile, b);
+    finish<Number>(layer, args.bank, tile, b, stage);
     // Each thread reads its own again.
     for (int i = thread(); i < tile.rows; i += kThreads) {
       entry[i] = entry_of(layer, tile, b, stage, i);
@@ -276,13 +256,13 @@ RPG_KERNEL(kThreads, 1) linear_kernel(const LinearKernelArgs args) {
       products_fma<BATCH>(args, used, stage, x_of(b), s);
     }
     sync();
-    if (b + kStages < end) prepare(layer, tile, b + kStages, stage_of(b + kStages));
+    if (b + kStages < end) prepare(layer, tile, b + kStages, stage_of_column(b + kStages));
 RPG_UNROLL
     for (int k = 0; k < Sh::kRows; ++k) {
       const int i = thread() + k * kThreads;
       if (i >= tile.rows) continue;
-      const float sign = as_float(0x3F800000u | (entry[i] & 0x80000000u));
-      const int place = static_cast<int>(entry[i] & 0x7FFFFFFFu);
+      const float sign = sign_of(entry[i]);
+      const int place = place_of(entry[i]);
 RPG_UNROLL
       for (int plane = 0; plane < Sh::kPlanes; ++plane) {
         float v[Sh::kLanes];
@@ -335,8 +315,7 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args) {
   using Sh = Shape<Math, BATCH>;
   LinearKernelArgs to{};
   to.layer = layer_of(law, args.columns);
-  to.tiling = {static_cast<Fill>(plan.fill), plan.rows,   plan.first, plan.rest,
-               plan.tiles,                   plan.places, plan.stages};
+  to.tiling = tiling_of(plan);
   to.bank = {args.ring, law.slots, law.granularity * Sh::kBytes};
   to.x = args.x, to.bias = args.bias, to.y = args.y;
   to.partial = args.workspace, to.counters = args.counters;
@@ -359,48 +338,21 @@ void run_batch(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args
   }
 }
 
-template <class Math>
-SharedPlan shared_of(const Tiling& tiling, int batch_tile, int block) {
-  const int bytes = sizeof(typename Math::Number::Bits);
-  const int x_rows = Math::kTensorCores && batch_tile < 8 ? 8 : batch_tile;
-  return shared_plan(tiling, block * bytes, x_rows * (block * bytes + kPad), batch_tile);
-}
-
 }  // namespace
 
-Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, const Device& device) {
-  const int row_bytes = law.granularity * element_bytes(dtype);
+Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, int64_t, const Device& device) {
+  const int block = law.granularity, size = element_bytes(dtype);
   const bool tensor_cores = dtype != Dtype::kFloat32;
-  Plan out{};
-  out.batch_tile = batch == 1 ? 1 : batch <= 8 ? 8 : batch <= 16 || !tensor_cores ? 16 : 32;
-  for (;;) {
-    out.batch_tiles = static_cast<int>((batch + out.batch_tile - 1) / out.batch_tile);
-    const int largest = out.batch_tile <= 16 ? kMaxRows : kMaxRows / 2;
-    for (int most = device.shared_bytes / (kStages + 1); most >= 64 * row_bytes; most /= 2) {
-      const Tiling tiling = tiling_of(law, row_bytes, most, largest);
-      const SharedPlan shared =
-          tensor_cores ? shared_of<Mma<Bfloat16>>(tiling, out.batch_tile, law.granularity)
-                       : shared_of<Fma>(tiling, out.batch_tile, law.granularity);
-      if (shared.bytes > device.shared_bytes) continue;
-      out.fill = static_cast<int>(tiling.fill);
-      out.rows = tiling.rows, out.first = tiling.first, out.tiles = tiling.tiles;
-      out.rest = tiling.rest, out.places = tiling.places, out.stages = tiling.stages;
-      out.shared_bytes = shared.bytes;
-      const int64_t blocks = int64_t{out.tiles} * out.batch_tiles;
-      int64_t splits = device.sms / blocks;
-      if (splits > law.blocks) splits = law.blocks;
-      out.splits = splits < 1 ? 1 : static_cast<int>(splits);
-      if (out.splits > 1) {
-        out.workspace = int64_t{out.splits} * batch * law.rows;
-        out.counters = out.tiles * out.batch_tiles;
-      }
-      return out;
-    }
-    if (out.batch_tile == 1) break;
-    out.batch_tile = out.batch_tile == 8 ? 1 : out.batch_tile / 2;
+  const auto bytes = [&](const Tiling& tiling, int batch_tile) {
+    const int x_rows = tensor_cores && batch_tile < 8 ? 8 : batch_tile;
+    return shared_plan(tiling, block * size, x_rows * (block * size + kPad), batch_tile).bytes;
+  };
+  Plan out = plan_tiles(law, block * size, batch, tensor_cores ? 32 : 16, device, bytes);
+  if (out.splits > 1) {
+    out.workspace = int64_t{out.splits} * batch * law.rows;
+    out.counters = out.tiles * out.batch_tiles;
   }
-  throw std::runtime_error("shared memory: got " + std::to_string(device.shared_bytes) +
-                           " bytes for a block, which hold no stage of 64 blocks");
+  return out;
 }
 
 void linear(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args) {

@@ -46,14 +46,30 @@ struct CudaLinearArgs {
   void* stream;        // of the CPU's: the order in which threads run
 };
 
-namespace cuda {
-Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, const Device& device);
-void linear(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args);
-}  // namespace cuda
+// dx [batch, K] = scale · dy [batch, N] · (G ring); dtype of ring, dy and dx.
+struct CudaLinearInputGradArgs {
+  Dtype dtype;
+  const void* ring;  // [slots, block], aligned to 16 bytes
+  const void* dy;    // [batch, N]
+  void* dx;          // [batch, K]
+  int64_t batch;
+  int64_t columns;  // K
+  double scale;
+  float* workspace;    // [plan.workspace]
+  unsigned* counters;  // [plan.counters]
+  void* stream;
+};
 
-namespace simt {
-Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, const Device& device);
-void linear(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args);
-}  // namespace simt
+#define RPG_DECLARE_DEVICE(DEVICE)                                                               \
+  namespace DEVICE {                                                                             \
+  Plan plan_linear(const LayerLaw&, Dtype, int64_t batch, int64_t columns, const Device&);       \
+  Plan plan_linear_input_grad(const LayerLaw&, Dtype, int64_t batch, int64_t columns,            \
+                              const Device&);                                                    \
+  void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&);                              \
+  void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&);          \
+  }
+
+RPG_DECLARE_DEVICE(cuda)
+RPG_DECLARE_DEVICE(simt)
 
 }  // namespace rpg

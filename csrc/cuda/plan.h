@@ -2,13 +2,15 @@
 
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "linear.h"
 #include "tile.h"
 
 namespace rpg::RPG_DEVICE {
 
 constexpr int kMaxRows = 1024;  // of a tile
-constexpr int kStages = 3;
 
 static inline Layer layer_of(const LayerLaw& law, int64_t columns) {
   Layer out{};
@@ -73,6 +75,39 @@ static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int most, int
   const int64_t left = law.rows - int64_t{out.first} * out.rows;
   out.tiles = out.first + (left > 0 ? static_cast<int>((left + out.rest - 1) / out.rest) : 0);
   return out;
+}
+
+static inline Tiling tiling_of(const Plan& plan) {
+  return {static_cast<Fill>(plan.fill), plan.rows,   plan.first, plan.rest,
+          plan.tiles,                   plan.places, plan.stages};
+}
+
+// The plan of a product: the largest steps, up to `largest` rows of the batch, whose shared memory,
+// bytes(tiling, batch_tile), a block may have. Workspace and counters are the kernel's own.
+template <class Bytes>
+Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
+                const Device& device, const Bytes& bytes) {
+  Plan out{};
+  out.batch_tile = batch == 1 ? 1 : batch <= 8 ? 8 : batch <= 16 ? 16 : largest;
+  for (;; out.batch_tile = out.batch_tile == 8 ? 1 : out.batch_tile / 2) {
+    out.batch_tiles = static_cast<int>((batch + out.batch_tile - 1) / out.batch_tile);
+    const int rows = out.batch_tile <= 16 ? kMaxRows : kMaxRows / 2;
+    for (int most = device.shared_bytes / (kStages + 1); most >= 64 * row_bytes; most /= 2) {
+      const Tiling tiling = tiling_of(law, row_bytes, most, rows);
+      out.shared_bytes = bytes(tiling, out.batch_tile);
+      if (out.shared_bytes > device.shared_bytes) continue;
+      out.fill = static_cast<int>(tiling.fill);
+      out.rows = tiling.rows, out.first = tiling.first, out.tiles = tiling.tiles;
+      out.rest = tiling.rest, out.places = tiling.places, out.stages = tiling.stages;
+      int64_t splits = device.sms / (int64_t{out.tiles} * out.batch_tiles);
+      if (splits > law.blocks) splits = law.blocks;
+      out.splits = splits < 1 ? 1 : static_cast<int>(splits);
+      return out;
+    }
+    if (out.batch_tile == 1) break;
+  }
+  throw std::runtime_error("shared memory: got " + std::to_string(device.shared_bytes) +
+                           " bytes for a block, which hold no stage of 64 blocks");
 }
 
 }  // namespace rpg::RPG_DEVICE

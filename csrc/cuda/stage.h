@@ -30,6 +30,29 @@ struct Stage {
   Shared<uint32_t> entries;  // [places], for kGather: slot and sign
 };
 
+// Where a block's stages are in shared memory; `end` is the first byte behind them.
+struct StageBytes {
+  int segments, entries, end;
+};
+
+RPG_LAW StageBytes stage_bytes(const Tiling& tiling, int row_bytes) {
+  StageBytes out{};
+  out.segments = tiling.stages * tiling.places * row_bytes;
+  out.entries = out.segments + kStages * kMaxSegments * static_cast<int>(sizeof(Segment));
+  out.end = out.entries + kStages * 4 * ((tiling.rest + 3) / 4 * 4);
+  return out;
+}
+
+// Stage of the i-th column of a block.
+RPG_FUNCTION Stage stage_of(const Tiling& tiling, int row_bytes, int i) {
+  const StageBytes at = stage_bytes(tiling, row_bytes);
+  const int bytes = tiling.places * row_bytes;
+  return {Shared<uint4>(i % tiling.stages * bytes, bytes / 16),
+          Shared<Segment>(at.segments + i % kStages * kMaxSegments * 8, kMaxSegments),
+          Shared<uint32_t>(at.entries + i % kStages * 4 * ((tiling.rest + 3) / 4 * 4),
+                           tiling.rest)};
+}
+
 // Says what column b's stage is to hold. Threads share the work; visible after a barrier.
 RPG_FUNCTION void prepare(const Layer& layer, const Tile& tile, int b, const Stage& stage) {
   if (tile.fill == Fill::kRing) return;
@@ -46,19 +69,18 @@ RPG_FUNCTION void prepare(const Layer& layer, const Tile& tile, int b, const Sta
   }
 }
 
+// Places that column b's stage holds.
+RPG_FUNCTION int places_of(const Layer& layer, const Bank& bank, const Tile& tile, int b) {
+  if (tile.fill == Fill::kRing) return static_cast<int>(bank.slots);
+  if (tile.fill == Fill::kGather) return tile.rows;
+  const int segments = segments_of(layer.law, position(layer, tile.row, b), tile.rows);
+  return segments * static_cast<int>(layer.law.scramble.window);
+}
+
 // Begins the copies of what was prepared for column b.
 RPG_FUNCTION void fill(const Layer& layer, const Bank& bank, const Tile& tile, int b,
                        const Stage& stage) {
-  const int chunks = bank.row_bytes / 16;
-  int places;
-  if (tile.fill == Fill::kRing) {
-    places = static_cast<int>(bank.slots);
-  } else if (tile.fill == Fill::kGather) {
-    places = tile.rows;
-  } else {
-    const uint32_t p = position(layer, tile.row, b);
-    places = segments_of(layer.law, p, tile.rows) * static_cast<int>(layer.law.scramble.window);
-  }
+  const int chunks = bank.row_bytes / 16, places = places_of(layer, bank, tile, b);
   const int log = layer.windows ? static_cast<int>(layer.law.scramble.bits) + 3 : 0;
   for (int i = thread(); i < places * chunks; i += kThreads) {
     const int place = i / chunks, c = i - place * chunks;
@@ -80,7 +102,7 @@ RPG_FUNCTION uint32_t entry_of(const Layer& layer, const Tile& tile, int b, cons
   const uint32_t p = position(layer, tile.row + i, b);
   const uint32_t sign = block_sign(layer, p);
   if (tile.fill == Fill::kRing) return ring_slot(layer, p) | sign;
-  return window_place(layer.law, stage.segments, position(layer, tile.row, b), p) | sign;
+  return window_entry(layer.law, stage.segments, position(layer, tile.row, b), p) | sign;
 }
 
 // Signs of elements, for a gathered stage: each block belongs to one row.
@@ -117,6 +139,21 @@ RPG_FUNCTION void clear_padding(int places, int valid, int block, const Stage& s
       uint4* const at = stage.blocks.at(chunk_at(place, e / per_chunk, chunks), 1);
       reinterpret_cast<typename T::Bits*>(at)[e % per_chunk] = 0;
     }
+  }
+}
+
+// Makes a stage that has arrived what products may read. All threads; with a barrier where needed.
+template <class T>
+RPG_FUNCTION void finish(const Layer& layer, const Bank& bank, const Tile& tile, int b,
+                         const Stage& stage) {
+  const int valid = layer.columns - b * layer.block;
+  if (layer.reflect == Reflect::kElement) {
+    reflect_elements<T>(layer, tile, b, stage);
+    sync();
+  }
+  if (valid < layer.block) {
+    clear_padding<T>(places_of(layer, bank, tile, b), valid, layer.block, stage);
+    sync();
   }
 }
 

@@ -8,10 +8,12 @@
 //   kRing     the whole bank
 //   kGather   the block of row i at place i
 //
-// Entry of a row: place, with the sign of the block's use in bit 31.
+// Entry of a row: place, with the sign of the block's use in bit 31. Rows of a column that read one
+// window in one lap read different places; bits 24 to 29 number these laps.
 
 #pragma once
 
+#include "../cpu/number.h"
 #include "../window_law.h"
 #include "device.h"
 
@@ -21,6 +23,7 @@ enum class Fill : int { kWindows = 0, kRing = 1, kGather = 2 };
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kStages = 3;        // in flight; a ring needs one
 constexpr int kMaxSegments = 18;  // of a column of a tile: 1024 rows, cells of 64, and one more
 
 // Of a launch; `law` is that of the only band, of either law.
@@ -44,6 +47,15 @@ struct Tiling {
   int places;   // of a stage, a multiple of 16
   int stages;
 };
+
+constexpr uint32_t kPlaceMask = 0xFFFFFFu;
+
+RPG_FUNCTION int place_of(uint32_t entry) { return static_cast<int>(entry & kPlaceMask); }
+RPG_FUNCTION int lap_of(uint32_t entry) { return static_cast<int>(entry >> 24 & 63); }
+// 1 or -1.
+RPG_FUNCTION float sign_of(uint32_t entry) {
+  return as_float(0x3F800000u | (entry & 0x80000000u));
+}
 
 struct Tile {
   Fill fill;
@@ -102,16 +114,25 @@ RPG_FUNCTION uint32_t block_sign(const Layer& layer, uint32_t p) {
   return word[0] & 0x80000000u;
 }
 
-// Place of position p, in a column whose first row has the number `first`.
-RPG_FUNCTION uint32_t window_place(const WindowBand& law, const Shared<Segment>& segments,
+// Place and lap of position p, in a column whose first row has the number `first`.
+RPG_FUNCTION uint32_t window_entry(const WindowBand& law, const Shared<Segment>& segments,
                                    uint32_t first, uint32_t p) {
-  const uint32_t segment = part_of(law, p) - part_of(law, first);
-  const uint32_t address = p + segments[segment].shift;
-  const uint32_t window = law.scramble.window;
-  uint32_t j[1] = {address & (window - 1)};
-  const uint32_t lap[1] = {law.lap + (address >> (law.scramble.bits + 3))};
-  if (law.permute) scramble(law.scramble, lap, j);
-  return segment * window + j[0];
+  const uint32_t before = part_of(law, first), segment = part_of(law, p) - before;
+  const uint32_t shift = segments[segment].shift, log = law.scramble.bits + 3;
+  const uint32_t begin = segment ? law.head + (before + segment - 1) * law.cell : first;
+  const uint32_t lap = (p + shift) >> log;
+  uint32_t j[1] = {(p + shift) & (law.scramble.window - 1)};
+  const uint32_t laps[1] = {law.lap + lap};
+  if (law.permute) scramble(law.scramble, laps, j);
+  return (segment << log) + j[0] + ((lap - ((begin + shift) >> log)) << 24);
+}
+
+// Laps that are numbered in entries of a tile.
+RPG_FUNCTION int laps_of(const WindowBand& law, const Tile& tile) {
+  if (tile.fill != Fill::kWindows) return 1;
+  const int window = static_cast<int>(law.scramble.window), laps = law.by_laps.divisor;
+  const int most = (tile.rows + window - 1) / window + 1;
+  return most < laps ? most : laps;
 }
 
 // Slot of position p on the ring.
