@@ -79,13 +79,28 @@ void linear_input_grad(const LayerLaw& law, const Plan& plan, int dtype, uintptr
               address<unsigned>(counters), address<void>(stream)});
 }
 
+using BankGradOf = void (*)(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&);
+
+template <BankGradOf BANK_GRAD>
+void linear_bank_grad(const LayerLaw& law, const Plan& plan, int dtype, uintptr_t dy, uintptr_t x,
+                      uintptr_t dw, int64_t batch, int64_t columns, double scale,
+                      uintptr_t workspace, uintptr_t counters, uintptr_t stream) {
+  check_law(law);
+  check_columns(law, columns);
+  check_plan(plan, batch);
+  BANK_GRAD(law, plan,
+            {checked_dtype(dtype), address<const void>(dy), address<const void>(x),
+             address<float>(dw), batch, columns, scale, address<float>(workspace),
+             address<unsigned>(counters), address<void>(stream)});
+}
+
 template <PlanOf PLAN>
 void bind_plan(py::module_& m, const char* name) {
   m.def(name, &plan<PLAN>, py::arg("law"), py::arg("dtype"), py::arg("batch"), py::arg("columns"),
         py::arg("sms"), py::arg("shared_bytes"));
 }
 
-template <LinearOf LINEAR, InputGradOf INPUT_GRAD>
+template <LinearOf LINEAR, InputGradOf INPUT_GRAD, BankGradOf BANK_GRAD>
 void bind(py::module_ m) {
   m.def("linear", &linear<LINEAR>, py::call_guard<py::gil_scoped_release>(), py::arg("law"),
         py::arg("plan"), py::arg("dtype"), py::arg("ring"), py::arg("x"), py::arg("bias"),
@@ -96,6 +111,10 @@ void bind(py::module_ m) {
         py::arg("dtype"), py::arg("ring"), py::arg("dy"), py::arg("dx"), py::arg("batch"),
         py::arg("columns"), py::arg("scale"), py::arg("workspace"), py::arg("counters"),
         py::arg("stream"));
+  m.def("linear_bank_grad", &linear_bank_grad<BANK_GRAD>, py::call_guard<py::gil_scoped_release>(),
+        py::arg("law"), py::arg("plan"), py::arg("dtype"), py::arg("dy"), py::arg("x"),
+        py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
+        py::arg("workspace"), py::arg("counters"), py::arg("stream"));
 }
 
 }  // namespace
@@ -118,11 +137,13 @@ void bind_cuda(py::module_& m) {
   py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels, on the current device.");
   bind_plan<cuda::plan_linear>(cuda, "plan_linear");
   bind_plan<cuda::plan_linear_input_grad>(cuda, "plan_linear_input_grad");
-  bind<cuda::linear, cuda::linear_input_grad>(cuda);
+  bind_plan<cuda::plan_linear_bank_grad>(cuda, "plan_linear_bank_grad");
+  bind<cuda::linear, cuda::linear_input_grad, cuda::linear_bank_grad>(cuda);
   py::module_ simt = m.def_submodule("simt", "The CUDA kernels' sources, run on the CPU.");
   bind_plan<simt::plan_linear>(simt, "plan_linear");
   bind_plan<simt::plan_linear_input_grad>(simt, "plan_linear_input_grad");
-  bind<simt::linear, simt::linear_input_grad>(simt);
+  bind_plan<simt::plan_linear_bank_grad>(simt, "plan_linear_bank_grad");
+  bind<simt::linear, simt::linear_input_grad, simt::linear_bank_grad>(simt);
 }
 
 }  // namespace rpg

@@ -60,13 +60,30 @@ struct CudaLinearInputGradArgs {
   void* stream;
 };
 
+// dw [slots, block] = scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]); dtype of dy and x.
+struct CudaLinearBankGradArgs {
+  Dtype dtype;
+  const void* dy;  // [batch, N]
+  const void* x;   // [batch, K]
+  float* dw;       // [slots, block], all of it written
+  int64_t batch;
+  int64_t columns;  // K
+  double scale;
+  float* workspace;    // [plan.workspace]
+  unsigned* counters;  // [plan.counters]
+  void* stream;
+};
+
 #define RPG_DECLARE_DEVICE(DEVICE)                                                               \
   namespace DEVICE {                                                                             \
   Plan plan_linear(const LayerLaw&, Dtype, int64_t batch, int64_t columns, const Device&);       \
   Plan plan_linear_input_grad(const LayerLaw&, Dtype, int64_t batch, int64_t columns,            \
                               const Device&);                                                    \
+  Plan plan_linear_bank_grad(const LayerLaw&, Dtype, int64_t batch, int64_t columns,             \
+                             const Device&);                                                     \
   void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&);                              \
   void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&);          \
+  void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&);            \
   }
 
 RPG_DECLARE_DEVICE(cuda)

@@ -23,7 +23,9 @@ void law(const LayerLaw&, int64_t, const int64_t*, const int64_t*, int64_t, int6
 
 Plan plan_linear(const LayerLaw&, Dtype, int64_t, int64_t, const Device&) { missing(); }
 Plan plan_linear_input_grad(const LayerLaw&, Dtype, int64_t, int64_t, const Device&) { missing(); }
+Plan plan_linear_bank_grad(const LayerLaw&, Dtype, int64_t, int64_t, const Device&) { missing(); }
 void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&) { missing(); }
 void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&) { missing(); }
+void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&) { missing(); }
 
 }  // namespace rpg::cuda
