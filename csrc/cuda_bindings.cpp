@@ -94,6 +94,39 @@ void linear_bank_grad(const LayerLaw& law, const Plan& plan, int dtype, uintptr_
              address<unsigned>(counters), address<void>(stream)});
 }
 
+void check_blocks(const LayerLaw& law, int64_t columns) {
+  const int block = law.granularity;
+  require(block == 32 || block == 64, "granularity: wanted blocks of 32 or 64 elements");
+  check_columns(law, columns);
+}
+
+template <void (*UNPACK)(const LayerLaw&, const CudaUnpackArgs&)>
+void unpack(const LayerLaw& law, int dtype, uintptr_t ring, uintptr_t out, int64_t columns,
+            double scale, uintptr_t stream) {
+  check_blocks(law, columns);
+  UNPACK(law, {checked_dtype(dtype), address<const void>(ring), address<void>(out), columns, scale,
+               address<void>(stream)});
+}
+
+template <void (*PACK)(const LayerLaw&, const CudaPackArgs&)>
+void pack(const LayerLaw& law, int dtype, uintptr_t dense, uintptr_t grad, int64_t columns,
+          double scale, uintptr_t stream) {
+  check_blocks(law, columns);
+  PACK(law, {checked_dtype(dtype), address<const void>(dense), address<float>(grad), columns, scale,
+             address<void>(stream)});
+}
+
+template <void (*UNPACK)(const LayerLaw&, const CudaUnpackArgs&),
+          void (*PACK)(const LayerLaw&, const CudaPackArgs&)>
+void bind_unpack(py::module_& m) {
+  m.def("unpack", &unpack<UNPACK>, py::call_guard<py::gil_scoped_release>(), py::arg("law"),
+        py::arg("dtype"), py::arg("ring"), py::arg("out"), py::arg("columns"), py::arg("scale"),
+        py::arg("stream"));
+  m.def("pack", &pack<PACK>, py::call_guard<py::gil_scoped_release>(), py::arg("law"),
+        py::arg("dtype"), py::arg("dense"), py::arg("grad"), py::arg("columns"), py::arg("scale"),
+        py::arg("stream"));
+}
+
 template <PlanOf PLAN>
 void bind_plan(py::module_& m, const char* name) {
   m.def(name, &plan<PLAN>, py::arg("law"), py::arg("dtype"), py::arg("batch"), py::arg("columns"),
@@ -139,11 +172,13 @@ void bind_cuda(py::module_& m) {
   bind_plan<cuda::plan_linear_input_grad>(cuda, "plan_linear_input_grad");
   bind_plan<cuda::plan_linear_bank_grad>(cuda, "plan_linear_bank_grad");
   bind<cuda::linear, cuda::linear_input_grad, cuda::linear_bank_grad>(cuda);
+  bind_unpack<cuda::unpack, cuda::pack>(cuda);
   py::module_ simt = m.def_submodule("simt", "The CUDA kernels' sources, run on the CPU.");
   bind_plan<simt::plan_linear>(simt, "plan_linear");
   bind_plan<simt::plan_linear_input_grad>(simt, "plan_linear_input_grad");
   bind_plan<simt::plan_linear_bank_grad>(simt, "plan_linear_bank_grad");
   bind<simt::linear, simt::linear_input_grad, simt::linear_bank_grad>(simt);
+  bind_unpack<simt::unpack, simt::pack>(simt);
 }
 
 }  // namespace rpg

@@ -96,6 +96,11 @@ RPG_FUNCTION void multiply_float16(const MultiplyArgs& m) {
       : "r"(m.a[0]), "r"(m.a[1]), "r"(m.a[2]), "r"(m.a[3]), "r"(m.b[0]), "r"(m.b[1]));
 }
 
+// What lane `from` of the warp gives; all lanes take part.
+RPG_FUNCTION uint32_t shuffle(uint32_t value, int from) {
+  return __shfl_sync(0xFFFFFFFFu, value, from);
+}
+
 // Counts to `parts`: true for the last, and the count is 0 again. What this thread's block wrote
 // before a barrier is visible to the last.
 RPG_FUNCTION bool arrive(unsigned* counter, unsigned parts) {

@@ -74,6 +74,26 @@ struct CudaLinearBankGradArgs {
   void* stream;
 };
 
+// out [N, K] = scale · G ring; dtype of both.
+struct CudaUnpackArgs {
+  Dtype dtype;
+  const void* ring;  // [slots, block]
+  void* out;         // [N, K]
+  int64_t columns;   // K
+  double scale;
+  void* stream;
+};
+
+// grad [slots, block] = scale · Gᵀ dense [N, K].
+struct CudaPackArgs {
+  Dtype dtype;        // of dense
+  const void* dense;  // [N, K]
+  float* grad;        // [slots, block], all of it written
+  int64_t columns;    // K
+  double scale;
+  void* stream;
+};
+
 #define RPG_DECLARE_DEVICE(DEVICE)                                                               \
   namespace DEVICE {                                                                             \
   Plan plan_linear(const LayerLaw&, Dtype, int64_t batch, int64_t columns, const Device&);       \
@@ -84,6 +104,8 @@ struct CudaLinearBankGradArgs {
   void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&);                              \
   void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&);          \
   void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&);            \
+  void unpack(const LayerLaw&, const CudaUnpackArgs&);                                           \
+  void pack(const LayerLaw&, const CudaPackArgs&);                                               \
   }
 
 RPG_DECLARE_DEVICE(cuda)

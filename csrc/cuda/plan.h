@@ -12,15 +12,17 @@ namespace rpg::RPG_DEVICE {
 
 constexpr int kMaxRows = 1024;  // of a tile
 
-static inline Layer layer_of(const LayerLaw& law, int64_t columns) {
+// One band of a layer.
+static inline Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band = 0) {
   Layer out{};
   out.windows = law.window != 0;
   if (out.windows) {
-    out.law = make_window_band(law, 0);
+    out.law = make_window_band(law, band);
   } else {
-    static_cast<BandLaw&>(out.law) = make_band_law(law, 0);
+    static_cast<BandLaw&>(out.law) = make_band_law(law, band);
   }
-  out.rows = static_cast<int>(law.rows);
+  const int64_t left = law.rows - band * law.rows_per_band;
+  out.rows = static_cast<int>(left < law.rows_per_band ? left : law.rows_per_band);
   out.blocks = static_cast<int>(law.blocks);
   out.block = law.granularity;
   out.columns = static_cast<int>(columns);

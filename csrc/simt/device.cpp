@@ -204,6 +204,19 @@ void combine_matrices(const void* const (&args)[kWarp]) {
   }
 }
 
+struct ShuffleArgs {
+  uint32_t value;
+  int from;
+  uint32_t* to;
+};
+
+void combine_shuffle(const void* const (&args)[kWarp]) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const ShuffleArgs& mine = *static_cast<const ShuffleArgs*>(args[lane]);
+    *mine.to = static_cast<const ShuffleArgs*>(args[mine.from % kWarp])->value;
+  }
+}
+
 // c [16, 8] += a [16, 16] b [16, 8]; fragments as PTX describes them for mma.m16n8k16.
 template <class T>
 void combine_multiply(const void* const (&args)[kWarp]) {
@@ -277,6 +290,13 @@ void multiply_bfloat16(const MultiplyArgs& args) {
 }
 void multiply_float16(const MultiplyArgs& args) {
   Block::active->at_warp(&args, combine_multiply<Float16>);
+}
+
+uint32_t shuffle(uint32_t value, int from) {
+  uint32_t to = 0;
+  const ShuffleArgs args{value, from, &to};
+  Block::active->at_warp(&args, combine_shuffle);
+  return to;
 }
 
 bool arrive(unsigned* counter, unsigned parts) {

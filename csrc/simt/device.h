@@ -99,6 +99,9 @@ void multiply_float16(const MultiplyArgs& args);
 // row l / 4 of each.
 inline void load_matrices(uint32_t (&to)[4], const void* row) { load_matrices({to, row}); }
 
+// What lane `from` of the warp gives; all lanes take part.
+uint32_t shuffle(uint32_t value, int from);
+
 // Counts to `parts`: true for the last, and the count is 0 again.
 bool arrive(unsigned* counter, unsigned parts);
 
