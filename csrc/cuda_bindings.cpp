@@ -137,17 +137,16 @@ template <LinearOf LINEAR, InputGradOf INPUT_GRAD, BankGradOf BANK_GRAD>
 void bind(py::module_ m) {
   m.def("linear", &linear<LINEAR>, py::call_guard<py::gil_scoped_release>(), py::arg("law"),
         py::arg("plan"), py::arg("dtype"), py::arg("ring"), py::arg("x"), py::arg("bias"),
-        py::arg("y"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
-        py::arg("workspace"), py::arg("counters"), py::arg("stream"));
+        py::arg("y"), py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("workspace"),
+        py::arg("counters"), py::arg("stream"));
   m.def("linear_input_grad", &linear_input_grad<INPUT_GRAD>,
-        py::call_guard<py::gil_scoped_release>(), py::arg("law"), py::arg("plan"),
-        py::arg("dtype"), py::arg("ring"), py::arg("dy"), py::arg("dx"), py::arg("batch"),
-        py::arg("columns"), py::arg("scale"), py::arg("workspace"), py::arg("counters"),
-        py::arg("stream"));
+        py::call_guard<py::gil_scoped_release>(), py::arg("law"), py::arg("plan"), py::arg("dtype"),
+        py::arg("ring"), py::arg("dy"), py::arg("dx"), py::arg("batch"), py::arg("columns"),
+        py::arg("scale"), py::arg("workspace"), py::arg("counters"), py::arg("stream"));
   m.def("linear_bank_grad", &linear_bank_grad<BANK_GRAD>, py::call_guard<py::gil_scoped_release>(),
         py::arg("law"), py::arg("plan"), py::arg("dtype"), py::arg("dy"), py::arg("x"),
-        py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
-        py::arg("workspace"), py::arg("counters"), py::arg("stream"));
+        py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("workspace"),
+        py::arg("counters"), py::arg("stream"));
 }
 
 }  // namespace

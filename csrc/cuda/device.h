@@ -15,8 +15,12 @@
 
 #define RPG_DEVICE cuda
 #define RPG_FUNCTION static __device__ __forceinline__
+// Where inlining would only make code larger.
+#define RPG_CALLED static __device__ __noinline__
+#define RPG_ARGS const __grid_constant__
 #define RPG_KERNEL(THREADS, BLOCKS) static __global__ void __launch_bounds__(THREADS, BLOCKS)
 #define RPG_UNROLL _Pragma("unroll")
+#define RPG_LOOP _Pragma("unroll 1")
 
 namespace rpg::cuda {
 
@@ -125,9 +129,10 @@ void launch(void (*kernel)(Args), Grid grid, int threads, int shared_bytes, void
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           "reserve shared memory for a kernel");
   }
-  kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-      args);
-  check(cudaGetLastError(), "launch a kernel");
+  void* list[] = {const_cast<Args*>(&args)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z),
+                         dim3(threads), list, shared_bytes, static_cast<cudaStream_t>(stream)),
+        "launch a kernel");
 }
 
 }  // namespace rpg::cuda

@@ -24,10 +24,9 @@
 // Predicted on an H200, 14336x4096, bf16, windows 256 x 4, batch 1: 29 MB of windows at 5.5 TB/s
 // from the second-level cache, 5.2 us; 0.92 M entries at 75 instructions, 2.2 us, beside it.
 
-#include "linear.h"
-
 #include <stdexcept>
 
+#include "linear.h"
 #include "plan.h"
 #include "stage.h"
 
@@ -106,6 +105,7 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, int m0, int b, const Shar
   if (args.x_aligned) {
     constexpr int kPerChunk = 16 / S::kBytes;
     const int chunks = block / kPerChunk;
+    RPG_LOOP
     for (int i = thread(); i < S::kXRows * chunks; i += kThreads) {
       const int m = i / chunks, c = i - m * chunks;
       const bool valid = m0 + m < args.batch && column + c * kPerChunk < columns;
@@ -114,6 +114,7 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, int m0, int b, const Shar
     }
     return;
   }
+  RPG_LOOP
   for (int i = thread(); i < S::kXRows * block; i += kThreads) {
     const int m = i / block, e = i - m * block;
     const bool valid = m0 + m < args.batch && column + e < columns;
@@ -137,14 +138,16 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, int used, const Sta
   const int block = args.layer.block, chunks = block / 8, places = args.tiling.places;
   const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
   const int pitch = Sh::x_pitch(block);
+  RPG_LOOP
   for (int first = thread() / kWarp * 16; first < used; first += kWarps * 16) {
     float c[kTiles][4] = {};
+    RPG_LOOP
     for (int k = 0; k < block / 16; ++k) {
       uint32_t a[4];
       // Lanes 0 to 15 give rows 0 to 15 of the first 8 elements, the others of the next 8.
       const int place = first + lane % 16;
       load_matrices(a, stage.blocks.at(chunk_at(place, 2 * k + lane / 16, chunks), 1));
-RPG_UNROLL
+      RPG_UNROLL
       for (int n = 0; n < kTiles; ++n) {
         uint32_t b[2];
         memcpy(&b[0], x.at((8 * n + g) * pitch + 32 * k + 4 * t, 4), 4);
@@ -152,9 +155,9 @@ RPG_UNROLL
         multiply(Math{}, {c[n], a, b});
       }
     }
-RPG_UNROLL
+    RPG_UNROLL
     for (int n = 0; n < kTiles; ++n) {
-RPG_UNROLL
+      RPG_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int place = first + g + 8 * half, m = 8 * n + 2 * t;
         if (m >= BATCH || place >= used) continue;
@@ -176,19 +179,20 @@ RPG_FUNCTION void products_fma(const LinearKernelArgs& args, int used, const Sta
                                const Shared<char>& x, const Shared<float>& s) {
   using Sh = Shape<Fma, BATCH>;
   const int chunks = args.layer.block / 4, pitch = Sh::x_pitch(args.layer.block);
+  RPG_LOOP
   for (int place = thread(); place < used; place += kThreads) {
     float sum[BATCH] = {};
     for (int c = 0; c < chunks; ++c) {
       float w[4], v[4];
       memcpy(w, stage.blocks.at(chunk_at(place, c, chunks), 1), 16);
-RPG_UNROLL
+      RPG_UNROLL
       for (int m = 0; m < BATCH; ++m) {
         memcpy(v, x.at(m * pitch + 16 * c, 16), 16);
-RPG_UNROLL
+        RPG_UNROLL
         for (int e = 0; e < 4; ++e) sum[m] = fused(w[e], v[e], sum[m]);
       }
     }
-RPG_UNROLL
+    RPG_UNROLL
     for (int m = 0; m < BATCH; ++m) {
       s[s_at<Sh::kLanes>(m / Sh::kLanes, place, args.tiling.places) + m % Sh::kLanes] = sum[m];
     }
@@ -204,7 +208,8 @@ RPG_FUNCTION void write(const LinearKernelArgs& args, int m, int n, float sum) {
 }
 
 template <class Math, int BATCH>
-RPG_KERNEL(kThreads, 1) linear_kernel(const LinearKernelArgs args) {
+RPG_KERNEL(kThreads, 1)
+linear_kernel(RPG_ARGS LinearKernelArgs args) {
   using Sh = Shape<Math, BATCH>;
   using Number = typename Math::Number;
   const Layer& layer = args.layer;
@@ -216,8 +221,7 @@ RPG_KERNEL(kThreads, 1) linear_kernel(const LinearKernelArgs args) {
   const bool ring = tile.fill == Fill::kRing;
 
   const int x_bytes = Sh::kXRows * Sh::x_pitch(layer.block);
-  const SharedPlan at =
-      shared_plan(tiling, args.bank.row_bytes, x_bytes, Sh::kPlanes * Sh::kLanes);
+  const SharedPlan at = shared_plan(tiling, args.bank.row_bytes, x_bytes, Sh::kPlanes * Sh::kLanes);
   const Shared<float> s(at.s, Sh::kPlanes * Sh::kLanes * tiling.places);
   const Shared<uint32_t> entry(at.entry, kMaxRows);
   const auto stage_of_column = [&](int b) {
@@ -236,9 +240,12 @@ RPG_KERNEL(kThreads, 1) linear_kernel(const LinearKernelArgs args) {
   };
 
   float y[Sh::kRows][BATCH] = {};
-  for (int b = first; b < end && b < first + kStages; ++b) prepare(layer, tile, b, stage_of_column(b));
+  RPG_LOOP
+  for (int b = first; b < end && b < first + kStages; ++b)
+    prepare(layer, tile, b, stage_of_column(b));
   sync();
   for (int b = first; b < first + kStages - 1; ++b) begin(b);
+  RPG_LOOP
   for (int b = first; b < end; ++b) {
     wait_copies<kStages - 2>();
     sync();
@@ -247,6 +254,7 @@ RPG_KERNEL(kThreads, 1) linear_kernel(const LinearKernelArgs args) {
     const int used = places_of(layer, args.bank, tile, b);
     finish<Number>(layer, args.bank, tile, b, stage);
     // Each thread reads its own again.
+    RPG_LOOP
     for (int i = thread(); i < tile.rows; i += kThreads) {
       entry[i] = entry_of(layer, tile, b, stage, i);
     }
@@ -257,17 +265,17 @@ RPG_KERNEL(kThreads, 1) linear_kernel(const LinearKernelArgs args) {
     }
     sync();
     if (b + kStages < end) prepare(layer, tile, b + kStages, stage_of_column(b + kStages));
-RPG_UNROLL
+    RPG_UNROLL
     for (int k = 0; k < Sh::kRows; ++k) {
       const int i = thread() + k * kThreads;
       if (i >= tile.rows) continue;
       const float sign = sign_of(entry[i]);
       const int place = place_of(entry[i]);
-RPG_UNROLL
+      RPG_UNROLL
       for (int plane = 0; plane < Sh::kPlanes; ++plane) {
         float v[Sh::kLanes];
         memcpy(v, s.at(s_at<Sh::kLanes>(plane, place, tiling.places), Sh::kLanes), sizeof v);
-RPG_UNROLL
+        RPG_UNROLL
         for (int m = 0; m < Sh::kLanes; ++m) {
           float& to = y[k][plane * Sh::kLanes + m];
           to = fused(sign, v[m], to);
@@ -277,11 +285,11 @@ RPG_UNROLL
   }
 
   const int batch = args.batch - m0 < BATCH ? args.batch - m0 : BATCH;
-RPG_UNROLL
+  RPG_UNROLL
   for (int k = 0; k < Sh::kRows; ++k) {
     const int i = thread() + k * kThreads, n = tile.row + i;
     if (i >= tile.rows) continue;
-RPG_UNROLL
+    RPG_UNROLL
     for (int m = 0; m < BATCH; ++m) {
       if (m >= batch) continue;
       if (args.splits == 1) {
@@ -299,6 +307,7 @@ RPG_UNROLL
   }
   sync();
   if (!last[0]) return;
+  RPG_LOOP
   for (int i = thread(); i < tile.rows * batch; i += kThreads) {
     const int m = i / tile.rows, n = tile.row + i - m * tile.rows;
     const float* from = args.partial + int64_t{m0 + m} * layer.rows + n;
@@ -321,8 +330,8 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args) {
   to.partial = args.workspace, to.counters = args.counters;
   to.scale = static_cast<float>(args.scale);
   to.batch = static_cast<int>(args.batch), to.splits = plan.splits;
-  to.x_aligned = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
-                 args.columns * Sh::kBytes % 16 == 0;
+  to.x_aligned =
+      reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.columns * Sh::kBytes % 16 == 0;
   launch(linear_kernel<Math, BATCH>, {plan.tiles, plan.splits, plan.batch_tiles}, kThreads,
          plan.shared_bytes, args.stream, to);
 }

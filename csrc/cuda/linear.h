@@ -34,10 +34,10 @@ struct Plan {
 // y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; dtype of ring, x and y.
 struct CudaLinearArgs {
   Dtype dtype;
-  const void* ring;    // [slots, block], aligned to 16 bytes
-  const void* x;       // [batch, K]
-  const float* bias;   // [N] or null
-  void* y;             // [batch, N]
+  const void* ring;   // [slots, block], aligned to 16 bytes
+  const void* x;      // [batch, K]
+  const float* bias;  // [N] or null
+  void* y;            // [batch, N]
   int64_t batch;
   int64_t columns;  // K
   double scale;
@@ -94,18 +94,18 @@ struct CudaPackArgs {
   void* stream;
 };
 
-#define RPG_DECLARE_DEVICE(DEVICE)                                                               \
-  namespace DEVICE {                                                                             \
-  Plan plan_linear(const LayerLaw&, Dtype, int64_t batch, int64_t columns, const Device&);       \
-  Plan plan_linear_input_grad(const LayerLaw&, Dtype, int64_t batch, int64_t columns,            \
-                              const Device&);                                                    \
-  Plan plan_linear_bank_grad(const LayerLaw&, Dtype, int64_t batch, int64_t columns,             \
-                             const Device&);                                                     \
-  void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&);                              \
-  void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&);          \
-  void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&);            \
-  void unpack(const LayerLaw&, const CudaUnpackArgs&);                                           \
-  void pack(const LayerLaw&, const CudaPackArgs&);                                               \
+#define RPG_DECLARE_DEVICE(DEVICE)                                                         \
+  namespace DEVICE {                                                                       \
+  Plan plan_linear(const LayerLaw&, Dtype, int64_t batch, int64_t columns, const Device&); \
+  Plan plan_linear_input_grad(const LayerLaw&, Dtype, int64_t batch, int64_t columns,      \
+                              const Device&);                                              \
+  Plan plan_linear_bank_grad(const LayerLaw&, Dtype, int64_t batch, int64_t columns,       \
+                             const Device&);                                               \
+  void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&);                        \
+  void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&);    \
+  void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&);      \
+  void unpack(const LayerLaw&, const CudaUnpackArgs&);                                     \
+  void pack(const LayerLaw&, const CudaPackArgs&);                                         \
   }
 
 RPG_DECLARE_DEVICE(cuda)

@@ -39,7 +39,7 @@ struct BankGradKernelArgs {
   unsigned* counters;  // [owners]
   float scale;
   int batch;
-  int owned;   // slots of an owner, kOwned or the window
+  int owned;  // slots of an owner, kOwned or the window
   int copies;
   int64_t cells;  // of the layer, from that of its first address
 };
@@ -49,7 +49,7 @@ struct Cell {
   uint32_t p, count, shift;
 };
 
-RPG_FUNCTION Cell cell_at(const WindowBand& law, int64_t number) {
+RPG_CALLED Cell cell_at(const WindowBand& law, int64_t number) {
   const int64_t first = number * law.cell - law.offset, end = first + law.cell;
   const uint32_t low = first < 0 ? 0 : static_cast<uint32_t>(first);
   const uint32_t high = end < law.positions ? static_cast<uint32_t>(end) : law.positions;
@@ -67,13 +67,15 @@ RPG_FUNCTION float element(const void* from, int64_t i) {
 
 // Adds what a piece of a column contributes: rows `row` ... of column `block`, entries in `entry`.
 template <class T, int BLOCK>
-RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, int block,
-                            int laps, int owned, const Shared<uint32_t>& entry,
-                            const Shared<float>& t, float (&dw)[kOwned * BLOCK / 2 / kThreads][2]) {
+RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, int block, int laps,
+                            int owned, const Shared<uint32_t>& entry, const Shared<float>& t,
+                            float (&dw)[kOwned * BLOCK / 2 / kThreads][2]) {
   constexpr int kPairs = BLOCK / 2, kParts = kThreads / kPairs;
   const int pair = thread() % kPairs, part = thread() / kPairs;
   const int column = block * BLOCK + 2 * pair;
+  RPG_LOOP
   for (int m0 = 0; m0 < args.batch; m0 += kBatch) {
+    RPG_LOOP
     for (int i = thread(); i < kOwned * kBatch; i += kThreads) t[i] = 0.f;
     float x[kBatch][2];
     RPG_UNROLL
@@ -84,7 +86,9 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
       x[m][1] = valid && column + 1 < args.layer.columns ? element<T>(args.x, at + 1) : 0.f;
     }
     sync();
+    RPG_LOOP
     for (int lap = 0; lap < laps; ++lap) {
+      RPG_LOOP
       for (int i = thread(); i < rows; i += kThreads) {
         const int slot = place_of(entry[i]);
         if (slot >= owned || lap_of(entry[i]) != lap) continue;
@@ -127,7 +131,8 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
 }
 
 template <class T, int BLOCK>
-RPG_KERNEL(kThreads, 1) linear_bank_grad_kernel(const BankGradKernelArgs args) {
+RPG_KERNEL(kThreads, 1)
+linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
   constexpr int kPairs = BLOCK / 2, kParts = kThreads / kPairs;
   const WindowBand& law = args.layer.law;
   const uint32_t slots = law.by_slots.divisor, window = law.scramble.window;
@@ -154,6 +159,7 @@ RPG_KERNEL(kThreads, 1) linear_bank_grad_kernel(const BankGradKernelArgs args) {
         uint32_t rows = min_u32(column.rows, cell.count - done);
         rows = min_u32(rows, kMaxRows);
         const uint32_t first_lap = (cell.p + done + cell.shift) >> log;
+        RPG_LOOP
         for (uint32_t i = thread(); i < rows; i += kThreads) {
           const uint32_t p = cell.p + done + i, address = p + cell.shift;
           uint32_t j[1] = {address & (window - 1)};
@@ -172,8 +178,7 @@ RPG_KERNEL(kThreads, 1) linear_bank_grad_kernel(const BankGradKernelArgs args) {
   }
 
   const int pair = thread() % kPairs, part = thread() / kPairs;
-  float* const to = args.copies == 1 ? args.dw
-                                     : args.partial + int64_t{block_y()} * slots * BLOCK;
+  float* const to = args.copies == 1 ? args.dw : args.partial + int64_t{block_y()} * slots * BLOCK;
   const float scale = args.copies == 1 ? args.scale : 1.f;
   RPG_UNROLL
   for (int j = 0; j < kOwned / kParts; ++j) {
@@ -188,6 +193,7 @@ RPG_KERNEL(kThreads, 1) linear_bank_grad_kernel(const BankGradKernelArgs args) {
   if (thread() == 0) last[0] = arrive(args.counters + block_x(), args.copies);
   sync();
   if (!last[0]) return;
+  RPG_LOOP
   for (int i = thread(); i < owned * BLOCK; i += kThreads) {
     const int64_t at = int64_t{begin} * BLOCK + i;
     float sum = 0;

@@ -75,10 +75,11 @@ RPG_FUNCTION int t_at(int plane, int term, int terms) {
 // T of column b, from entries and dy; ends with a barrier.
 template <int BATCH>
 RPG_FUNCTION void add_terms(const Layer& layer, const Tile& tile, int terms,
-                            const Shared<uint32_t>& entry, const float (&dy)[Lanes<BATCH>::kRows][BATCH],
-                            const Shared<float>& t) {
+                            const Shared<uint32_t>& entry,
+                            const float (&dy)[Lanes<BATCH>::kRows][BATCH], const Shared<float>& t) {
   using L = Lanes<BATCH>;
   const int laps = laps_of(layer.law, tile);
+  RPG_LOOP
   for (int lap = 0; lap < laps; ++lap) {
     RPG_UNROLL
     for (int k = 0; k < L::kRows; ++k) {
@@ -107,10 +108,13 @@ RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile
                                const Shared<uint32_t>& entry, const Stage& stage,
                                const Shared<float>& used) {
   const int chunks = args.bank.row_bytes / 16;
+  RPG_LOOP
   for (int i = thread(); i < places; i += kThreads) used[i] = 0;
   sync();
+  RPG_LOOP
   for (int i = thread(); i < tile.rows; i += kThreads) used[place_of(entry[i])] = 1;
   sync();
+  RPG_LOOP
   for (int i = thread(); i < places; i += kThreads) {
     if (used[i] != 0) continue;
     for (int c = 0; c < chunks; ++c) stage.blocks[i * chunks + c] = {0, 0, 0, 0};
@@ -165,7 +169,8 @@ RPG_FUNCTION void products(const InputGradKernelArgs& args, const Tile& tile, in
 }
 
 template <class T, int BATCH>
-RPG_KERNEL(kThreads, 1) linear_input_grad_kernel(const InputGradKernelArgs args) {
+RPG_KERNEL(kThreads, 1)
+linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   using L = Lanes<BATCH>;
   const Layer& layer = args.layer;
   const Tiling& tiling = args.tiling;
@@ -190,6 +195,7 @@ RPG_KERNEL(kThreads, 1) linear_input_grad_kernel(const InputGradKernelArgs args)
     commit_copies();
   };
 
+  RPG_LOOP
   for (int b = first; b < end && b < first + kStages; ++b) {
     prepare(layer, tile, b, stage_of_column(b));
   }
@@ -207,6 +213,7 @@ RPG_KERNEL(kThreads, 1) linear_input_grad_kernel(const InputGradKernelArgs args)
   }
   sync();
   for (int b = first; b < first + kStages - 1; ++b) begin(b);
+  RPG_LOOP
   for (int b = first; b < end; ++b) {
     wait_copies<kStages - 2>();
     sync();
@@ -215,6 +222,7 @@ RPG_KERNEL(kThreads, 1) linear_input_grad_kernel(const InputGradKernelArgs args)
     const int places = places_of(layer, args.bank, tile, b);
     const int used = tile.fill == Fill::kRing ? tile.rows : places;
     finish<T>(layer, args.bank, tile, b, stage);
+    RPG_LOOP
     for (int i = thread(); i < tile.rows; i += kThreads) {
       entry[i] = entry_of(layer, tile, b, stage, i);
     }
@@ -222,6 +230,7 @@ RPG_KERNEL(kThreads, 1) linear_input_grad_kernel(const InputGradKernelArgs args)
       clear_unread<BATCH>(args, tile, places, entry, stage, t);
     }
     for (int plane = 0; plane < L::kPlanes; ++plane) {
+      RPG_LOOP
       for (int i = thread(); i < used * L::kOf; i += kThreads) {
         t[t_at<BATCH>(plane, 0, terms) + i] = 0.f;
       }
@@ -238,6 +247,7 @@ RPG_KERNEL(kThreads, 1) linear_input_grad_kernel(const InputGradKernelArgs args)
     }
     sync();
     const int pairs = layer.block / 2;
+    RPG_LOOP
     for (int i = thread(); i < layer.block * batch; i += kThreads) {
       const int m = i / layer.block, e = i - m * layer.block, column = b * layer.block + e;
       if (column >= layer.columns) continue;
@@ -263,6 +273,7 @@ RPG_KERNEL(kThreads, 1) linear_input_grad_kernel(const InputGradKernelArgs args)
   if (!last[0]) return;
   const int low = first * layer.block;
   const int high = end * layer.block < layer.columns ? end * layer.block : layer.columns;
+  RPG_LOOP
   for (int i = thread(); i < (high - low) * batch; i += kThreads) {
     const int m = i / (high - low), column = low + i - m * (high - low);
     const int64_t at_column = int64_t{m0 + m} * layer.columns + column;

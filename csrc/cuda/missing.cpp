@@ -26,7 +26,8 @@ Plan plan_linear_input_grad(const LayerLaw&, Dtype, int64_t, int64_t, const Devi
 Plan plan_linear_bank_grad(const LayerLaw&, Dtype, int64_t, int64_t, const Device&) { missing(); }
 void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&) { missing(); }
 void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&) { missing(); }
-void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&) { missing(); }void unpack(const LayerLaw&, const CudaUnpackArgs&) { missing(); }
+void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&) { missing(); }
+void unpack(const LayerLaw&, const CudaUnpackArgs&) { missing(); }
 void pack(const LayerLaw&, const CudaPackArgs&) { missing(); }
 
 }  // namespace rpg::cuda

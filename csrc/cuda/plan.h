@@ -80,8 +80,13 @@ static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int most, int
 }
 
 static inline Tiling tiling_of(const Plan& plan) {
-  return {static_cast<Fill>(plan.fill), plan.rows,   plan.first, plan.rest,
-          plan.tiles,                   plan.places, plan.stages};
+  return {static_cast<Fill>(plan.fill),
+          plan.rows,
+          plan.first,
+          plan.rest,
+          plan.tiles,
+          plan.places,
+          plan.stages};
 }
 
 // The plan of a product: the largest steps, up to `largest` rows of the batch, whose shared memory,

@@ -47,16 +47,17 @@ RPG_LAW StageBytes stage_bytes(const Tiling& tiling, int row_bytes) {
 RPG_FUNCTION Stage stage_of(const Tiling& tiling, int row_bytes, int i) {
   const StageBytes at = stage_bytes(tiling, row_bytes);
   const int bytes = tiling.places * row_bytes;
-  return {Shared<uint4>(i % tiling.stages * bytes, bytes / 16),
-          Shared<Segment>(at.segments + i % kStages * kMaxSegments * 8, kMaxSegments),
-          Shared<uint32_t>(at.entries + i % kStages * 4 * ((tiling.rest + 3) / 4 * 4),
-                           tiling.rest)};
+  return {
+      Shared<uint4>(i % tiling.stages * bytes, bytes / 16),
+      Shared<Segment>(at.segments + i % kStages * kMaxSegments * 8, kMaxSegments),
+      Shared<uint32_t>(at.entries + i % kStages * 4 * ((tiling.rest + 3) / 4 * 4), tiling.rest)};
 }
 
 // Says what column b's stage is to hold. Threads share the work; visible after a barrier.
 RPG_FUNCTION void prepare(const Layer& layer, const Tile& tile, int b, const Stage& stage) {
   if (tile.fill == Fill::kRing) return;
   if (tile.fill == Fill::kGather) {
+    RPG_LOOP
     for (int i = thread(); i < tile.rows; i += kThreads) {
       const uint32_t p = position(layer, tile.row + i, b);
       stage.entries[i] = ring_slot(layer, p) | block_sign(layer, p);
@@ -81,16 +82,19 @@ RPG_FUNCTION int places_of(const Layer& layer, const Bank& bank, const Tile& til
 RPG_FUNCTION void fill(const Layer& layer, const Bank& bank, const Tile& tile, int b,
                        const Stage& stage) {
   const int chunks = bank.row_bytes / 16, places = places_of(layer, bank, tile, b);
+  const int log_chunks = bank.row_bytes == 256 ? 4 : bank.row_bytes == 128 ? 3 : 2;
   const int log = layer.windows ? static_cast<int>(layer.law.scramble.bits) + 3 : 0;
-  for (int i = thread(); i < places * chunks; i += kThreads) {
-    const int place = i / chunks, c = i - place * chunks;
+  RPG_LOOP
+  for (int i = thread(); i < places << log_chunks; i += kThreads) {
+    const int place = i >> log_chunks, c = i & (chunks - 1);
     uint32_t slot = place;
     if (tile.fill == Fill::kGather) slot = stage.entries[place] & 0x7FFFFFFFu;
     if (tile.fill == Fill::kWindows) {
       const uint32_t j = place & (layer.law.scramble.window - 1);
       slot = add_mod(stage.segments[place >> log].base, j, bank.slots);
     }
-    const char* from = static_cast<const char*>(bank.ring) + int64_t{slot} * bank.row_bytes + 16 * c;
+    const char* from =
+        static_cast<const char*>(bank.ring) + int64_t{slot} * bank.row_bytes + 16 * c;
     copy_async(stage.blocks.at(chunk_at(place, c, chunks), 1), from, true);
   }
 }
@@ -110,6 +114,7 @@ template <class T>
 RPG_FUNCTION void reflect_elements(const Layer& layer, const Tile& tile, int b,
                                    const Stage& stage) {
   const int per_chunk = 16 / sizeof(typename T::Bits), chunks = layer.block / per_chunk;
+  RPG_LOOP
   for (int i = thread(); i < tile.rows * chunks; i += kThreads) {
     const int place = i / chunks, c = i - place * chunks;
     const uint32_t p[1] = {position(layer, tile.row + place, b)};
@@ -134,6 +139,7 @@ RPG_FUNCTION void reflect_elements(const Layer& layer, const Tile& tile, int b,
 template <class T>
 RPG_FUNCTION void clear_padding(int places, int valid, int block, const Stage& stage) {
   const int per_chunk = 16 / sizeof(typename T::Bits), chunks = block / per_chunk;
+  RPG_LOOP
   for (int place = thread(); place < places; place += kThreads) {
     for (int e = valid; e < block; ++e) {
       uint4* const at = stage.blocks.at(chunk_at(place, e / per_chunk, chunks), 1);

@@ -29,22 +29,22 @@ constexpr int kMaxSegments = 18;  // of a column of a tile: 1024 rows, cells of 
 // Of a launch; `law` is that of the only band, of either law.
 struct Layer {
   WindowBand law;
-  bool windows;   // law 2
-  int rows;       // N
-  int blocks;     // of a row
-  int block;      // elements
-  int columns;    // K
+  bool windows;  // law 2
+  int rows;      // N
+  int blocks;    // of a row
+  int block;     // elements
+  int columns;   // K
   Reflect reflect;
 };
 
 // Tiles are numbered: first those of `rows` rows with `fill`, then the rest, gathered.
 struct Tiling {
   Fill fill;
-  int rows;     // of a tile of the first kind
-  int first;    // tiles of the first kind
-  int rest;     // rows of a gathered tile
-  int tiles;    // of both kinds
-  int places;   // of a stage, a multiple of 16
+  int rows;    // of a tile of the first kind
+  int first;   // tiles of the first kind
+  int rest;    // rows of a gathered tile
+  int tiles;   // of both kinds
+  int places;  // of a stage, a multiple of 16
   int stages;
 };
 
@@ -53,13 +53,11 @@ constexpr uint32_t kPlaceMask = 0xFFFFFFu;
 RPG_FUNCTION int place_of(uint32_t entry) { return static_cast<int>(entry & kPlaceMask); }
 RPG_FUNCTION int lap_of(uint32_t entry) { return static_cast<int>(entry >> 24 & 63); }
 // 1 or -1.
-RPG_FUNCTION float sign_of(uint32_t entry) {
-  return as_float(0x3F800000u | (entry & 0x80000000u));
-}
+RPG_FUNCTION float sign_of(uint32_t entry) { return as_float(0x3F800000u | (entry & 0x80000000u)); }
 
 struct Tile {
   Fill fill;
-  int row;   // of the layer
+  int row;  // of the layer
   int rows;
 };
 
@@ -91,7 +89,7 @@ RPG_FUNCTION uint32_t part_of(const WindowBand& law, uint32_t p) {
   return p < law.head ? 0 : 1 + divide(p - law.head, law.by_cell);
 }
 
-RPG_FUNCTION Segment segment_of(const WindowBand& law, uint32_t number) {
+RPG_CALLED Segment segment_of(const WindowBand& law, uint32_t number) {
   const Part part = part_at(law, number);
   return {part.z - part.p + law.offset, window_base(law, part.z)};
 }
@@ -136,7 +134,7 @@ RPG_FUNCTION int laps_of(const WindowBand& law, const Tile& tile) {
 }
 
 // Slot of position p on the ring.
-RPG_FUNCTION uint32_t ring_slot(const Layer& layer, uint32_t p) {
+RPG_CALLED uint32_t ring_slot(const Layer& layer, uint32_t p) {
   uint32_t q[1] = {p};
   if (layer.windows) {
     slots_of(layer.law, q);

@@ -8,9 +8,9 @@
 // for the entry, 16 · 25 for the copy, which is 8 for a weight: 4 us of a 14336x4096 layer on an
 // H200 (predicted), beside 26 us for its 117 MB.
 //
-// pack: 16 lanes own a slot and add up all of its uses, which the inverse law gives, in the order of
-// addresses: no atomics, the same bits every time. Each lane inverts one use, then all read them in
-// turn: about 150 instructions for a use, shared by 16 lanes, and 20 for each lane to add its
+// pack: 16 lanes own a slot and add up all of its uses, which the inverse law gives, in the order
+// of addresses: no atomics, the same bits every time. Each lane inverts one use, then all read them
+// in turn: about 150 instructions for a use, shared by 16 lanes, and 20 for each lane to add its
 // elements.
 
 #include <stdexcept>
@@ -60,7 +60,8 @@ RPG_FUNCTION uint32_t element_sign(const Layer& layer, uint32_t word, int e) {
 }
 
 template <class T, int BLOCK>
-RPG_KERNEL(kThreads, 2) unpack_kernel(const UnpackKernelArgs args) {
+RPG_KERNEL(kThreads, 2)
+unpack_kernel(RPG_ARGS UnpackKernelArgs args) {
   using Bits = typename T::Bits;
   constexpr int kOf = BLOCK / kLanes;  // elements of a lane
   const Layer& layer = args.layer;
@@ -105,7 +106,7 @@ struct Use {
   bool valid;
 };
 
-RPG_FUNCTION Use use_of(const Layer& layer, uint32_t slot, int64_t use) {
+RPG_CALLED Use use_of(const Layer& layer, uint32_t slot, int64_t use) {
   const uint32_t slots = layer.law.by_slots.divisor;
   const int64_t total = int64_t{layer.rows} * layer.blocks;
   if (!layer.windows) {
@@ -141,7 +142,8 @@ RPG_FUNCTION int64_t uses_of(const Layer& layer) {
 }
 
 template <class T, int BLOCK>
-RPG_KERNEL(kThreads, 2) pack_kernel(const PackKernelArgs args) {
+RPG_KERNEL(kThreads, 2)
+pack_kernel(RPG_ARGS PackKernelArgs args) {
   using Bits = typename T::Bits;
   constexpr int kOf = BLOCK / kLanes;
   const Layer& layer = args.layer;
@@ -227,8 +229,7 @@ void unpack(const LayerLaw& law, const CudaUnpackArgs& args) {
       return small ? run_unpack<Bfloat16, 32>(law, args) : run_unpack<Bfloat16, 64>(law, args);
     case Dtype::kFloat16:
       return small ? run_unpack<Float16, 32>(law, args) : run_unpack<Float16, 64>(law, args);
-    default:
-      return small ? run_unpack<Float32, 32>(law, args) : run_unpack<Float32, 64>(law, args);
+    default: return small ? run_unpack<Float32, 32>(law, args) : run_unpack<Float32, 64>(law, args);
   }
 }
 
@@ -239,8 +240,7 @@ void pack(const LayerLaw& law, const CudaPackArgs& args) {
       return small ? run_pack<Bfloat16, 32>(law, args) : run_pack<Bfloat16, 64>(law, args);
     case Dtype::kFloat16:
       return small ? run_pack<Float16, 32>(law, args) : run_pack<Float16, 64>(law, args);
-    default:
-      return small ? run_pack<Float32, 32>(law, args) : run_pack<Float32, 64>(law, args);
+    default: return small ? run_pack<Float32, 32>(law, args) : run_pack<Float32, 64>(law, args);
   }
 }
 

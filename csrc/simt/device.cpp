@@ -73,9 +73,8 @@ class Block {
       bool moved = false;
       for (int warp : warp_order_) moved |= run_warp(warp);
       if (error_) std::rethrow_exception(error_);
-      done = static_cast<int>(std::count_if(fibers_.begin(), fibers_.end(), [](const Fiber& f) {
-        return f.state == State::kDone;
-      }));
+      done = static_cast<int>(std::count_if(
+          fibers_.begin(), fibers_.end(), [](const Fiber& f) { return f.state == State::kDone; }));
       if (!moved && done < threads_) {
         throw std::logic_error("threads of a block wait for each other at different places");
       }
@@ -130,9 +129,8 @@ class Block {
 
  private:
   int live() const {
-    return static_cast<int>(std::count_if(fibers_.begin(), fibers_.end(), [](const Fiber& f) {
-      return f.state != State::kDone;
-    }));
+    return static_cast<int>(std::count_if(fibers_.begin(), fibers_.end(),
+                                          [](const Fiber& f) { return f.state != State::kDone; }));
   }
 
   void release_barrier() {

@@ -17,8 +17,11 @@
 
 #define RPG_DEVICE simt
 #define RPG_FUNCTION static inline
+#define RPG_CALLED static
+#define RPG_ARGS const
 #define RPG_KERNEL(THREADS, BLOCKS) static void
 #define RPG_UNROLL
+#define RPG_LOOP
 
 namespace rpg::simt {
 
@@ -49,7 +52,8 @@ template <class T>
 class Shared {
  public:
   Shared() = default;
-  Shared(int offset, int size) : data_(reinterpret_cast<T*>(shared_memory() + offset)), size_(size) {
+  Shared(int offset, int size)
+      : data_(reinterpret_cast<T*>(shared_memory() + offset)), size_(size) {
     if (offset % 16 || offset + size * int64_t{sizeof(T)} > shared_bytes()) {
       throw std::out_of_range("shared memory: an array of " + std::to_string(size) +
                               " elements at byte " + std::to_string(offset) + " does not fit");
