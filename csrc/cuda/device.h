@@ -30,6 +30,20 @@ struct Grid {
   int x, y, z;
 };
 
+// N numbers that are read and written at once, at an address that is a multiple of their size.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T of[N];
+};
+template <class V>
+RPG_FUNCTION V load(const void* from) {
+  return *static_cast<const V*>(from);
+}
+template <class V>
+RPG_FUNCTION void store(void* to, const V& value) {
+  *static_cast<V*>(to) = value;
+}
+
 RPG_FUNCTION int thread() { return static_cast<int>(threadIdx.x); }
 RPG_FUNCTION int block_x() { return static_cast<int>(blockIdx.x); }
 RPG_FUNCTION int block_y() { return static_cast<int>(blockIdx.y); }

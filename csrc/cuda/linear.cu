@@ -26,9 +26,9 @@
 
 #include <stdexcept>
 
+#include "entries.h"
 #include "linear.h"
 #include "plan.h"
-#include "stage.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -150,8 +150,8 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, int used, const Sta
       RPG_UNROLL
       for (int n = 0; n < kTiles; ++n) {
         uint32_t b[2];
-        memcpy(&b[0], x.at((8 * n + g) * pitch + 32 * k + 4 * t, 4), 4);
-        memcpy(&b[1], x.at((8 * n + g) * pitch + 32 * k + 16 + 4 * t, 4), 4);
+        b[0] = load<uint32_t>(x.at((8 * n + g) * pitch + 32 * k + 4 * t, 4));
+        b[1] = load<uint32_t>(x.at((8 * n + g) * pitch + 32 * k + 16 + 4 * t, 4));
         multiply(Math{}, {c[n], a, b});
       }
     }
@@ -164,9 +164,8 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, int used, const Sta
         if (BATCH == 1) {
           s[place] = c[n][2 * half];
         } else {
-          float* to = s.at(s_at<4>(m / 4, place, places) + m % 4, 2);
-          to[0] = c[n][2 * half];
-          to[1] = c[n][2 * half + 1];
+          store(s.at(s_at<4>(m / 4, place, places) + m % 4, 2),
+                Vector<float, 2>{{c[n][2 * half], c[n][2 * half + 1]}});
         }
       }
     }
@@ -183,13 +182,12 @@ RPG_FUNCTION void products_fma(const LinearKernelArgs& args, int used, const Sta
   for (int place = thread(); place < used; place += kThreads) {
     float sum[BATCH] = {};
     for (int c = 0; c < chunks; ++c) {
-      float w[4], v[4];
-      memcpy(w, stage.blocks.at(chunk_at(place, c, chunks), 1), 16);
+      const auto w = load<Vector<float, 4>>(stage.blocks.at(chunk_at(place, c, chunks), 1));
       RPG_UNROLL
       for (int m = 0; m < BATCH; ++m) {
-        memcpy(v, x.at(m * pitch + 16 * c, 16), 16);
+        const auto v = load<Vector<float, 4>>(x.at(m * pitch + 16 * c, 16));
         RPG_UNROLL
-        for (int e = 0; e < 4; ++e) sum[m] = fused(w[e], v[e], sum[m]);
+        for (int e = 0; e < 4; ++e) sum[m] = fused(w.of[e], v.of[e], sum[m]);
       }
     }
     RPG_UNROLL
@@ -253,11 +251,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     const Stage stage = stage_of_column(b);
     const int used = places_of(layer, args.bank, tile, b);
     finish<Number>(layer, args.bank, tile, b, stage);
-    // Each thread reads its own again.
-    RPG_LOOP
-    for (int i = thread(); i < tile.rows; i += kThreads) {
-      entry[i] = entry_of(layer, tile, b, stage, i);
-    }
+    write_entries(layer, tile, b, stage, entry);
     if constexpr (Math::kTensorCores) {
       products_mma<Math, BATCH>(args, used, stage, x_of(b), s);
     } else {
@@ -273,12 +267,12 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
       const int place = place_of(entry[i]);
       RPG_UNROLL
       for (int plane = 0; plane < Sh::kPlanes; ++plane) {
-        float v[Sh::kLanes];
-        memcpy(v, s.at(s_at<Sh::kLanes>(plane, place, tiling.places), Sh::kLanes), sizeof v);
+        const auto v = load<Vector<float, Sh::kLanes>>(
+            s.at(s_at<Sh::kLanes>(plane, place, tiling.places), Sh::kLanes));
         RPG_UNROLL
         for (int m = 0; m < Sh::kLanes; ++m) {
           float& to = y[k][plane * Sh::kLanes + m];
-          to = fused(sign, v[m], to);
+          to = fused(sign, v.of[m], to);
         }
       }
     }

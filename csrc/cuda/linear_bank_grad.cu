@@ -95,16 +95,16 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
         const float sign = sign_of(entry[i]);
         RPG_UNROLL
         for (int plane = 0; plane < kPlanes; ++plane) {
-          float v[4];
           float* const at = t.at(t_at(plane, slot), 4);
-          memcpy(v, at, sizeof v);
+          auto v = load<Vector<float, 4>>(at);
           RPG_UNROLL
           for (int k = 0; k < 4; ++k) {
             const int m = m0 + 4 * plane + k;
             if (m >= args.batch) continue;
-            v[k] = fused(sign, element<T>(args.dy, int64_t{m} * args.layer.rows + row + i), v[k]);
+            v.of[k] =
+                fused(sign, element<T>(args.dy, int64_t{m} * args.layer.rows + row + i), v.of[k]);
           }
-          memcpy(at, v, sizeof v);
+          store(at, v);
         }
       }
       sync();
@@ -116,12 +116,11 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
         if (slot >= owned) continue;
         RPG_UNROLL
         for (int plane = 0; plane < kPlanes; ++plane) {
-          float v[4];
-          memcpy(v, t.at(t_at(plane, slot), 4), sizeof v);
+          const auto v = load<Vector<float, 4>>(t.at(t_at(plane, slot), 4));
           RPG_UNROLL
           for (int k = 0; k < 4; ++k) {
-            dw[j][0] = fused(v[k], x[4 * plane + k][0], dw[j][0]);
-            dw[j][1] = fused(v[k], x[4 * plane + k][1], dw[j][1]);
+            dw[j][0] = fused(v.of[k], x[4 * plane + k][0], dw[j][0]);
+            dw[j][1] = fused(v.of[k], x[4 * plane + k][1], dw[j][1]);
           }
         }
       }

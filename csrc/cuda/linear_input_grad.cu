@@ -18,9 +18,9 @@
 
 #include <stdexcept>
 
+#include "entries.h"
 #include "linear.h"
 #include "plan.h"
-#include "stage.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -89,12 +89,13 @@ RPG_FUNCTION void add_terms(const Layer& layer, const Tile& tile, int terms,
       const int term = tile.fill == Fill::kRing ? i : place_of(entry[i]);
       RPG_UNROLL
       for (int plane = 0; plane < L::kPlanes; ++plane) {
-        float v[L::kOf];
         float* const at = t.at(t_at<BATCH>(plane, term, terms), L::kOf);
-        memcpy(v, at, sizeof v);
+        auto v = load<Vector<float, L::kOf>>(at);
         RPG_UNROLL
-        for (int m = 0; m < L::kOf; ++m) v[m] = fused(sign, dy[k][plane * L::kOf + m], v[m]);
-        memcpy(at, v, sizeof v);
+        for (int m = 0; m < L::kOf; ++m) {
+          v.of[m] = fused(sign, dy[k][plane * L::kOf + m], v.of[m]);
+        }
+        store(at, v);
       }
     }
     sync();
@@ -151,18 +152,16 @@ RPG_FUNCTION void products(const InputGradKernelArgs& args, const Tile& tile, in
   const int chunks = args.bank.row_bytes / 16;
   for (int term = thread() / pairs; term < used; term += parts) {
     const int place = tile.fill == Fill::kRing ? place_of(entry[term]) : term;
-    Bits bits[2];
     const uint4* const at = stage.blocks.at(chunk_at(place, chunk, chunks), 1);
-    memcpy(bits, reinterpret_cast<const Bits*>(at) + rest, sizeof bits);
-    const float w0 = T::load(bits[0]), w1 = T::load(bits[1]);
+    const auto bits = load<Vector<Bits, 2>>(reinterpret_cast<const Bits*>(at) + rest);
+    const float w0 = T::load(bits.of[0]), w1 = T::load(bits.of[1]);
     RPG_UNROLL
     for (int plane = 0; plane < L::kPlanes; ++plane) {
-      float v[L::kOf];
-      memcpy(v, t.at(t_at<BATCH>(plane, term, terms), L::kOf), sizeof v);
+      const auto v = load<Vector<float, L::kOf>>(t.at(t_at<BATCH>(plane, term, terms), L::kOf));
       RPG_UNROLL
       for (int m = 0; m < L::kOf; ++m) {
-        sum[0][plane * L::kOf + m] = fused(v[m], w0, sum[0][plane * L::kOf + m]);
-        sum[1][plane * L::kOf + m] = fused(v[m], w1, sum[1][plane * L::kOf + m]);
+        sum[0][plane * L::kOf + m] = fused(v.of[m], w0, sum[0][plane * L::kOf + m]);
+        sum[1][plane * L::kOf + m] = fused(v.of[m], w1, sum[1][plane * L::kOf + m]);
       }
     }
   }
@@ -222,10 +221,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     const int places = places_of(layer, args.bank, tile, b);
     const int used = tile.fill == Fill::kRing ? tile.rows : places;
     finish<T>(layer, args.bank, tile, b, stage);
-    RPG_LOOP
-    for (int i = thread(); i < tile.rows; i += kThreads) {
-      entry[i] = entry_of(layer, tile, b, stage, i);
-    }
+    write_entries(layer, tile, b, stage, entry);
     if (!all_read(layer, tile, b, stage)) {
       clear_unread<BATCH>(args, tile, places, entry, stage, t);
     }

@@ -99,16 +99,6 @@ RPG_FUNCTION void fill(const Layer& layer, const Bank& bank, const Tile& tile, i
   }
 }
 
-// Entry of row i of the tile, as tile.h has it.
-RPG_FUNCTION uint32_t entry_of(const Layer& layer, const Tile& tile, int b, const Stage& stage,
-                               int i) {
-  if (tile.fill == Fill::kGather) return i | (stage.entries[i] & 0x80000000u);
-  const uint32_t p = position(layer, tile.row + i, b);
-  const uint32_t sign = block_sign(layer, p);
-  if (tile.fill == Fill::kRing) return ring_slot(layer, p) | sign;
-  return window_entry(layer.law, stage.segments, position(layer, tile.row, b), p) | sign;
-}
-
 // Signs of elements, for a gathered stage: each block belongs to one row.
 template <class T>
 RPG_FUNCTION void reflect_elements(const Layer& layer, const Tile& tile, int b,

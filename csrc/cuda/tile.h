@@ -112,19 +112,6 @@ RPG_FUNCTION uint32_t block_sign(const Layer& layer, uint32_t p) {
   return word[0] & 0x80000000u;
 }
 
-// Place and lap of position p, in a column whose first row has the number `first`.
-RPG_FUNCTION uint32_t window_entry(const WindowBand& law, const Shared<Segment>& segments,
-                                   uint32_t first, uint32_t p) {
-  const uint32_t before = part_of(law, first), segment = part_of(law, p) - before;
-  const uint32_t shift = segments[segment].shift, log = law.scramble.bits + 3;
-  const uint32_t begin = segment ? law.head + (before + segment - 1) * law.cell : first;
-  const uint32_t lap = (p + shift) >> log;
-  uint32_t j[1] = {(p + shift) & (law.scramble.window - 1)};
-  const uint32_t laps[1] = {law.lap + lap};
-  if (law.permute) scramble(law.scramble, laps, j);
-  return (segment << log) + j[0] + ((lap - ((begin + shift) >> log)) << 24);
-}
-
 // Laps that are numbered in entries of a tile.
 RPG_FUNCTION int laps_of(const WindowBand& law, const Tile& tile) {
   if (tile.fill != Fill::kWindows) return 1;

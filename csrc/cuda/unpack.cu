@@ -32,6 +32,7 @@ struct UnpackKernelArgs {
   const void* ring;  // [slots, block]
   void* out;         // [rows of the band, K]
   float scale;
+  bool aligned;  // lanes' elements of out, at multiples of their size, none behind a row
 };
 
 struct PackKernelArgs {
@@ -39,7 +40,8 @@ struct PackKernelArgs {
   const void* dense;  // [rows of the band, K]
   float* grad;        // [slots, block]
   float scale;
-  bool add;  // to what another band left
+  bool add;      // to what another band left
+  bool aligned;  // as of unpack
 };
 
 RPG_FUNCTION uint32_t sign_word(const Layer& layer, int w, uint32_t p) {
@@ -85,17 +87,19 @@ unpack_kernel(RPG_ARGS UnpackKernelArgs args) {
     const Bits* from = static_cast<const Bits*>(args.ring) + int64_t{slots[i]} * BLOCK + e0;
     const int column = b * BLOCK + e0, left = layer.columns - column;
     Bits* to = static_cast<Bits*>(args.out) + int64_t{n} * layer.columns + column;
-    Bits bits[kOf];
-    RPG_UNROLL
-    for (int e = 0; e < kOf; ++e) bits[e] = from[e];
+    auto bits = load<Vector<Bits, kOf>>(from);
     RPG_UNROLL
     for (int e = 0; e < kOf; ++e) {
-      const uint32_t value = as_bits(T::load(bits[e]) * args.scale);
-      bits[e] = T::store(as_float(value ^ element_sign(layer, word, e0 + e)));
+      const uint32_t value = as_bits(T::load(bits.of[e]) * args.scale);
+      bits.of[e] = T::store(as_float(value ^ element_sign(layer, word, e0 + e)));
+    }
+    if (args.aligned) {
+      if (left > 0) store(to, bits);
+      continue;
     }
     RPG_UNROLL
     for (int e = 0; e < kOf; ++e) {
-      if (e < left) to[e] = bits[e];
+      if (e < left) to[e] = bits.of[e];
     }
   }
 }
@@ -151,6 +155,7 @@ pack_kernel(RPG_ARGS PackKernelArgs args) {
   const int lane = thread() % kLanes, e0 = lane * kOf, group = thread() % kWarp / kLanes * kLanes;
   const int64_t slot = int64_t{block_x()} * kGroups + thread() / kLanes;
   const int64_t uses = uses_of(layer);
+  const bool aligned = args.aligned;
   float sum[kOf] = {};
   // All lanes of a warp go on, since they exchange what they inverted.
   for (int64_t first = 0; first < uses; first += kLanes) {
@@ -173,10 +178,18 @@ pack_kernel(RPG_ARGS PackKernelArgs args) {
       const uint32_t word = layer.reflect == Reflect::kNone ? 0 : sign_word(layer, w, p);
       const int column = b * BLOCK + e0, left = layer.columns - column;
       const Bits* from = static_cast<const Bits*>(args.dense) + int64_t{n} * layer.columns + column;
+      Vector<Bits, kOf> bits{};
+      if (aligned) {
+        if (left > 0) bits = load<Vector<Bits, kOf>>(from);
+      } else {
+        RPG_UNROLL
+        for (int e = 0; e < kOf; ++e) {
+          if (e < left) bits.of[e] = from[e];
+        }
+      }
       RPG_UNROLL
       for (int e = 0; e < kOf; ++e) {
-        if (e >= left) continue;
-        sum[e] += as_float(as_bits(T::load(from[e])) ^ element_sign(layer, word, e0 + e));
+        sum[e] += as_float(as_bits(T::load(bits.of[e])) ^ element_sign(layer, word, e0 + e));
       }
     }
   }
@@ -198,6 +211,8 @@ void run_unpack(const LayerLaw& law, const CudaUnpackArgs& args) {
     const int64_t first = band * law.rows_per_band * args.columns;
     to.out = static_cast<typename T::Bits*>(args.out) + first;
     to.scale = static_cast<float>(args.scale);
+    constexpr int kOf = BLOCK / kLanes, kBytes = kOf * sizeof(typename T::Bits);
+    to.aligned = args.columns % kOf == 0 && reinterpret_cast<uintptr_t>(args.out) % kBytes == 0;
     const int64_t total = int64_t{to.layer.rows} * to.layer.blocks;
     launch(unpack_kernel<T, BLOCK>, {static_cast<int>((total + kThreads - 1) / kThreads), 1, 1},
            kThreads, 4 * kThreads, args.stream, to);
@@ -214,6 +229,8 @@ void run_pack(const LayerLaw& law, const CudaPackArgs& args) {
     to.grad = args.grad;
     to.scale = static_cast<float>(args.scale);
     to.add = band > 0;
+    constexpr int kOf = BLOCK / kLanes, kBytes = kOf * sizeof(typename T::Bits);
+    to.aligned = args.columns % kOf == 0 && reinterpret_cast<uintptr_t>(args.dense) % kBytes == 0;
     const int64_t slots = law.slots;
     launch(pack_kernel<T, BLOCK>, {static_cast<int>((slots + kGroups - 1) / kGroups), 1, 1},
            kThreads, 0, args.stream, to);

@@ -17,7 +17,7 @@
 
 #define RPG_DEVICE simt
 #define RPG_FUNCTION static inline
-#define RPG_CALLED static
+#define RPG_CALLED [[maybe_unused]] static
 #define RPG_ARGS const
 #define RPG_KERNEL(THREADS, BLOCKS) static void
 #define RPG_UNROLL
@@ -34,6 +34,22 @@ struct uint4 {
 struct Grid {
   int x, y, z;
 };
+
+// N numbers that are read and written at once, at an address that is a multiple of their size.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T of[N];
+};
+template <class V>
+RPG_FUNCTION V load(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+template <class V>
+RPG_FUNCTION void store(void* to, const V& value) {
+  std::memcpy(to, &value, sizeof value);
+}
 
 // The thread that runs now.
 int thread();
