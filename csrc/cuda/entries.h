@@ -32,8 +32,8 @@ RPG_FUNCTION void write_run(const Layer& layer, uint32_t segment, uint32_t addre
   uint32_t factor[kMaxRounds], summand[kMaxRounds];
   RPG_UNROLL
   for (uint32_t r = 0; r < kMaxRounds; ++r) {
-    factor[r] = f >> (4 * r) | 1;
-    summand[r] = g >> (4 * r) << up;
+    factor[r] = (f >> (4 * r)) | 1;
+    summand[r] = (g >> (4 * r)) << up;
   }
   const uint32_t words = hash_word((lap << s.bits) + octet + (lane & 15), s.key[0], s.key[1]);
   const bool vector = layer.reflect == Reflect::kVector;
@@ -54,7 +54,7 @@ RPG_FUNCTION void write_run(const Layer& layer, uint32_t segment, uint32_t addre
     const uint32_t offset = 8 * mine + r;
     const uint32_t sign = shuffle(signs, ((p & 31) + 8 * mine) >> 5) << (~(p + offset) & 31);
     if (8 * mine < static_cast<uint32_t>(count)) {
-      entry[row + offset] = segment * s.window + place | lap_bits | (sign & 0x80000000u);
+      entry[row + offset] = (segment * s.window + place) | lap_bits | (sign & 0x80000000u);
     }
   }
 }
