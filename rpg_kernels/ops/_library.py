@@ -44,7 +44,8 @@ def define(
         how: tuple[Any, ...] = (name, first.device, first.dtype, backend)
         if not backend:
             placement = next(argument for argument in operands if isinstance(argument, str))
-            how += dispatch.size_of(name, first, placement)
+            bank = next((t for t in operands[1:2] if isinstance(t, Tensor)), None)
+            how += dispatch.size_of(name, first, placement, None, bank)
         return dispatch.implementation(*how)(*operands)
 
     def trace(*args: Any) -> Tensor:
