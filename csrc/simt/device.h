@@ -4,8 +4,9 @@
 // A block's threads are fibers, run one at a time, in an order drawn from the launch's seed, each
 // until it waits: at a barrier of the block, or for the other lanes of its warp. Shared memory is
 // filled with NaNs before every block and checked at every index; asynchronous copies arrive when
-// they are waited for, not before. So a missing barrier or wait, an index out of range and a read
-// of what nobody wrote all change results, or stop the launch with an exception.
+// they are waited for, not before, in odd orders at once. So a missing barrier or wait, an index
+// out of range and a read of what nobody wrote all change results, or stop the launch with an
+// exception (tests/simt_device.cpp has such kernels).
 
 #pragma once
 
