@@ -295,7 +295,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         reason += f"; {cpu.why_reference(op, dtype, weight.spec)}"
     if x.device.type == "cuda" and op in cuda.OPERATORS and not forced and not size.small:
         reason += f"; {cuda.why_others(op, x, dtype, weight.spec, bank)}"
-    if rule.backend in ("cuda", "simt") and forced and x.numel():
+    if (rule.package or rule.backend) == "cuda" and forced and x.numel():
         cuda.check(op, weight.spec, x.device, dtype, x.numel() // x.shape[-1], bank)
     if rule.backend == "vendor" and not forced:
         reason += "; with a sign per element predicted to be faster than fused kernels from batch "
