@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest import mock
 
 import pytest
 import small_batches as small
@@ -21,9 +22,12 @@ op = torch.ops.rpg_kernels
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_any_shape_against_the_written_out_weight(window: tuple[int, int] | None) -> None:
+def test_any_shape_against_the_written_out_weight(
+    window: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(str(window))
-    for _ in range(16):
+    for order in range(16):
+        monkeypatch.setattr(launch, "simt_order", order)
         drawn(rng, "simt", window).check()
 
 
@@ -33,7 +37,7 @@ def test_every_order_of_threads_gives_the_same_bits(
     fill: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = of_fill(fill, "simt", dtype=dtype)
-    for name in config.OPERATORS:
+    for name in problem.operators:
         first = problem.run(name)
         for order in (1, 2, 3, 4):
             monkeypatch.setattr(launch, "simt_order", order)
@@ -54,6 +58,30 @@ def test_any_gpu_gives_results_and_parts_are_added_in_order(
         splits.add(plan.splits)
     assert 1 in splits
     assert max(splits) > 1
+
+
+def test_backward_keeps_the_back_end() -> None:
+    problem = of_fill(WINDOW, "simt")
+    x, exact = problem.x.clone().requires_grad_(), problem.exact()
+    bank = problem.bank.clone().requires_grad_()
+    with rpg.backend("simt"):
+        y = op.linear(x, bank, None, problem.bias, problem.weight.spec, "simt")
+    with mock.patch.object(launch, "run", wraps=launch.run) as run:
+        y.backward(problem.dy)
+    assert sorted(call.args[0] for call in run.call_args_list) == sorted(config.OPERATORS[1:])
+    assert x.grad is not None
+    assert bank.grad is not None
+    small.close(x.grad, exact["linear_input_grad"], torch.float32, torch.float32)
+    small.close(bank.grad, exact["linear_bank_grad"], torch.float32, torch.float32)
+
+
+def test_bank_gradients_of_rings_and_of_signs_of_elements_are_left_to_others() -> None:
+    for fill, sentence in ((RING, "of windows, not of a whole ring"), (GATHERED, "of windows")):
+        with pytest.raises(RuntimeError, match=sentence):
+            of_fill(fill, "simt").run("linear_bank_grad")
+    problem = made((100, 64), "simt", window=(64, 4), reflect="element")
+    with pytest.raises(RuntimeError, match="with one sign for a slot use"):
+        problem.run("linear_bank_grad")
 
 
 def test_writes_nothing_but_the_result() -> None:
@@ -87,9 +115,11 @@ def test_unread_slots_and_padding_may_hold_anything(
         assert (read == 0).any()
         problem.bank[read == 0] = float("inf")
         problem.x[4] = float("nan")
-        y = problem.run("linear")
-        assert y[4].isnan().all()
-        assert torch.cat((y[:4], y[5:])).isfinite().all()
+        problem.dy[4] = float("nan")
+        for name in ("linear", "linear_input_grad"):
+            y = problem.run(name)
+            assert y[4].isnan().all()
+            assert torch.cat((y[:4], y[5:])).isfinite().all()
 
 
 def test_a_bank_that_is_misaligned_or_strided_is_copied() -> None:
@@ -131,6 +161,11 @@ def test_strided_and_empty_inputs_and_a_bias_of_another_dtype() -> None:
         y = rpg.functional.linear(x, weight)
         assert y.equal(rpg.functional.linear(x.contiguous(), weight))
         assert rpg.functional.linear(x[:0], weight).shape == (0, 300)
+        assert (
+            op.linear_input_grad(y[:0], weight.bank.weight, None, weight.spec, "simt").numel() == 0
+        )
+        dw = op.linear_bank_grad(y[:0], x[:0], None, weight.spec, torch.float32, "simt")
+        assert dw.equal(torch.zeros_like(weight.bank.weight))
         deep = rpg.functional.linear(torch.randn(2, 3, 128)[:, ::2], weight)
         assert deep.shape == (2, 2, 300)
         low = rpg.functional.linear(x.bfloat16(), weight, bias)

@@ -18,8 +18,9 @@ from rpg_kernels._tensors import LOW_PRECISION
 from rpg_kernels.generator import Generator
 from rpg_kernels.law import MAX_BAND
 from rpg_kernels.placement import parse
+from rpg_kernels.window_law import WindowLaw
 
-OPERATORS = ("linear",)
+OPERATORS = ("linear", "linear_input_grad", "linear_bank_grad")
 BLOCKS = (32, 64)
 ALIGNMENT = 16  # bytes, of the bank
 
@@ -110,13 +111,13 @@ def _unsupported_gpu(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=4096)
-def unsupported_weight(placement: str) -> str:
-    """Why a weight cannot be read here, or "".
+def unsupported_weight(op: str, placement: str) -> str:
+    """Why a weight cannot be read by an operator here, or "".
 
     Example:
         >>> from rpg_kernels.placement import Placement
         >>> p = Placement(Generator(100, 8, "vector"), 0, 0, (6, 16), 1.0)
-        >>> unsupported_weight(p.to_json())
+        >>> unsupported_weight("linear", p.to_json())
         'the CUDA kernels read blocks of 32 or 64 elements, not of 8'
     """
     p = parse(placement)
@@ -129,6 +130,11 @@ def unsupported_weight(placement: str) -> str:
         return f"the CUDA kernels read blocks of 32 or 64 elements, not of {matrix.block}"
     if max(matrix.rows * matrix.blocks, matrix.blocks * matrix.block) >= MAX_BAND:
         return "the CUDA kernels read weights of fewer than 2^31 blocks, and elements in a row"
+    if op == "linear_bank_grad":  # rows of a lap read different slots
+        if not isinstance(p.law, WindowLaw):
+            return "the CUDA kernels have a bank gradient of windows, not of a whole ring"
+        if p.generator.reflect == "element":
+            return "the CUDA kernels have a bank gradient with one sign for a slot use"
     return ""
 
 
@@ -157,19 +163,20 @@ def _plan(
 ) -> tuple[Any, int, str]:
     """(the layout of a launch whose workspace takes at most ``room`` bytes, or None; bytes of its
     workspace, or of the smallest; why the weight has none, or "")."""
-    law = native.layer_law(parse(placement).law)
+    p = parse(placement)
+    law = native.layer_law(p.law)
     make = getattr(kernels(on), f"plan_{op}")
     sms = on.sms
     while True:
         try:
-            plan = make(law, native.dtype_code(dtype), batch, sms, on.shared_bytes)
+            plan = make(law, native.dtype_code(dtype), batch, p.shape[1], sms, on.shared_bytes)
         except RuntimeError as error:
             return None, 0, str(error)
         if 4 * plan.workspace <= room:
             return plan, 4 * plan.workspace, ""
         if sms == 1:
             return None, 4 * plan.workspace, ""
-        sms //= 2  # fewer parts, whose sums are all that the workspace holds
+        sms //= 2  # fewer parts, whose sums are what the workspace holds
 
 
 def plan(
@@ -185,7 +192,7 @@ def plan(
         on: the GPU.
         copy: bytes of the bank's copy, see ``copied``.
     """
-    reason = unsupported_weight(placement)
+    reason = unsupported_weight(op, placement)
     if reason:
         return None, reason
     kind = "cpu" if on.backend == "simt" else "cuda"
