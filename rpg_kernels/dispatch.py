@@ -47,7 +47,7 @@ class Size(NamedTuple):
     Args:
         batch: rows of the product, see ``size_of``.
         reflect: of the weight's generator; of a table "element".
-        small: the CUDA kernels for small batches are predicted to win.
+        small: the CUDA kernels, which are for small batches, are predicted to win.
     """
 
     batch: int = 0
@@ -75,7 +75,7 @@ RULES = (
     Rule(
         "cuda",
         lambda op, device, dtype: not why_not("cuda", op, device, dtype),
-        "compiled CUDA kernels for small batches, products of slots shared by the rows that read "
+        "compiled CUDA kernels; for small batches, products of slots shared by the rows that read "
         "them",
         lambda op, size: size.small,
     ),
@@ -218,16 +218,16 @@ def size_of(
         Size(batch=8, reflect='vector', small=False)
     """
     p = parse(placement)
-    reflect = getattr(p.generator, "reflect", "element")
-    if not op.startswith(("linear", "conv2d")) or not x.numel():
-        return Size(0, reflect)
-    rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
     dtype = dtype or x.dtype
+    reflect = getattr(p.generator, "reflect", "element")
+    small = x.device.type == "cuda" and cuda.preferred(op, x, dtype, placement, bank)
+    if not op.startswith(("linear", "conv2d")) or not x.numel():
+        return Size(0, reflect, small)
+    rows = x.numel() // x.shape[1 if op.startswith("conv2d") else -1]
     if x.device.type == "cpu":
         able = not cpu.unsupported(op, x.device, dtype)
         wins = able and cpu.preferred(op, dtype, rows, placement)
         return Size(1 << rows.bit_length() - 1 if wins else 0, reflect)
-    small = x.device.type == "cuda" and cuda.preferred(op, x, dtype, placement, bank)
     line = p.numel // min(16, *p.selected_shape[:2]) * x.element_size()
     if line > settings.scratch_bytes(x.device.type):
         return Size(0, reflect, small)
@@ -293,7 +293,7 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     reason = _reason(rule, op, x.device, dtype)
     if rule.backend == "reference" and x.device.type == "cpu" and op in cpu.OPERATORS:
         reason += f"; {cpu.why_reference(op, dtype, weight.spec)}"
-    if x.device.type == "cuda" and op in cuda.OPERATORS and not forced and not size.small:
+    if x.device.type == "cuda" and op in cuda.PRODUCTS and not forced and not size.small:
         reason += f"; {cuda.why_others(op, x, dtype, weight.spec, bank)}"
     if (rule.package or rule.backend) == "cuda" and forced and x.numel():
         cuda.check(op, weight.spec, x.device, dtype, x.numel() // x.shape[-1], bank)

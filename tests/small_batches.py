@@ -16,7 +16,7 @@ from rpg_kernels.virtual_weight import VirtualWeight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # None, or (window, laps)
-WINDOWS = [None, (64, 1), (64, 4), (64, 8), (128, 3), (256, 2)]
+WINDOWS = [None, (64, 1), (64, 4), (64, 8), (128, 3), (256, 2), (512, 2)]
 ROWS = [1, 7, 64, 100, 130, 256, 300, 600]
 COLUMNS = [32, 60, 64, 65, 110, 128, 200]
 BATCHES = [1, 2, 8, 9, 16, 17, 40]
@@ -38,7 +38,7 @@ class Problem:
     @property
     def operators(self) -> list[str]:
         """Those that run this weight."""
-        able = [name for name in config.OPERATORS if not self.refused(name)]
+        able = [name for name in config.PRODUCTS if not self.refused(name)]
         assert able[:2] == ["linear", "linear_input_grad"]
         return able
 
@@ -159,7 +159,7 @@ def drawn(rng: random.Random, backend: str, window: tuple[int, int] | None) -> P
         problem = made(
             (rng.choice(ROWS), rng.choice(COLUMNS)),
             backend,
-            slots=rng.choice([301, 704]),
+            slots=rng.choice([301 if window is None or window[0] < 512 else 513, 704]),
             granularity=rng.choice([32, 64, 128]),
             window=window,
             reflect=rng.choice(["vector", "vector", "none", "element"]),

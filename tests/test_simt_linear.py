@@ -68,7 +68,7 @@ def test_backward_keeps_the_back_end() -> None:
         y = op.linear(x, bank, None, problem.bias, problem.weight.spec, "simt")
     with mock.patch.object(launch, "run", wraps=launch.run) as run:
         y.backward(problem.dy)
-    assert sorted(call.args[0] for call in run.call_args_list) == sorted(config.OPERATORS[1:])
+    assert sorted(call.args[0] for call in run.call_args_list) == sorted(config.PRODUCTS[1:])
     assert x.grad is not None
     assert bank.grad is not None
     small.close(x.grad, exact["linear_input_grad"], torch.float32, torch.float32)

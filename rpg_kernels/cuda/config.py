@@ -20,7 +20,8 @@ from rpg_kernels.law import MAX_BAND
 from rpg_kernels.placement import parse
 from rpg_kernels.window_law import WindowLaw
 
-OPERATORS = ("linear", "linear_input_grad", "linear_bank_grad")
+PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad")
+OPERATORS = (*PRODUCTS, "unpack", "pack")
 BLOCKS = (32, 64)
 ALIGNMENT = 16  # bytes, of the bank
 
@@ -126,10 +127,14 @@ def unsupported_weight(op: str, placement: str) -> str:
     if p.selected_shape != p.shape:
         return "the CUDA kernels read whole weights, not a part"
     matrix = p.matrix
+    if matrix.taps > 1:
+        return "the CUDA kernels read matrices, not convolutions"
     if matrix.block not in BLOCKS:
         return f"the CUDA kernels read blocks of 32 or 64 elements, not of {matrix.block}"
-    if max(matrix.rows * matrix.blocks, matrix.blocks * matrix.block) >= MAX_BAND:
-        return "the CUDA kernels read weights of fewer than 2^31 blocks, and elements in a row"
+    if matrix.blocks * matrix.block >= MAX_BAND:
+        return "the CUDA kernels read rows of fewer than 2^31 elements"
+    if op in PRODUCTS and matrix.rows * matrix.blocks >= MAX_BAND:
+        return "the CUDA kernels multiply with weights of fewer than 2^31 blocks"
     if op == "linear_bank_grad":  # rows of a lap read different slots
         if not isinstance(p.law, WindowLaw):
             return "the CUDA kernels have a bank gradient of windows, not of a whole ring"
@@ -213,6 +218,8 @@ def why_slower(
         op, placement, dtype, batch, on: as for ``plan``.
         bank: that the call reads; None where it reads none.
     """
+    if op not in PRODUCTS:
+        return unsupported_weight(op, placement)
     if not 1 <= batch <= MAX_BATCH:
         return f"the CUDA kernels are for batches of 1 to {MAX_BATCH}, not of {batch}"
     laid_out, reason = plan(op, placement, dtype, batch, on, copied(bank, dtype))
@@ -236,10 +243,7 @@ def preferred(op: str, x: Tensor, dtype: torch.dtype, placement: str, bank: Tens
         placement: of the weight.
         bank: that the call reads; None where it reads none.
     """
-    if unsupported(op, x.device, dtype):
-        return False
-    batch = x.numel() // x.shape[-1]
-    return not why_slower(op, placement, dtype, batch, gpu(x.device), bank)
+    return not why_others(op, x, dtype, placement, bank)
 
 
 def why_others(op: str, x: Tensor, dtype: torch.dtype, placement: str, bank: Tensor | None) -> str:

@@ -24,6 +24,19 @@ def ring(bank: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(bank, dtype=dtype, memory_format=torch.contiguous_format).copy_(bank)
 
 
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream; for simt the order of threads."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else simt_order
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def run(
     op: str,
     p: Placement,
@@ -32,7 +45,7 @@ def run(
     dtype: torch.dtype,
     operands: Sequence[Tensor | None],
 ) -> None:
-    """Launch a kernel on the current stream of its operands' device.
+    """Launch a product on the current stream of its operands' device.
 
     Args:
         op: operator name.
@@ -45,21 +58,33 @@ def run(
     result = operands[-1]
     assert result is not None
     device = result.device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with _on(device):
         workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
         arrived = counters.zeros(plan.counters, device)
-        stream = simt_order
-        if device.type == "cuda":
-            stream = torch.cuda.current_stream(device).cuda_stream
         getattr(config.kernels(config.gpu(device)), op)(
             native.layer_law(p.law),
             plan,
             native.dtype_code(dtype),
-            *(0 if t is None else t.data_ptr() for t in operands),
+            *map(_address, operands),
             batch,
             p.shape[1],
             p.scale,
             workspace.data_ptr(),
             arrived.data_ptr(),
-            stream,
+            _stream(device),
+        )
+
+
+def move(op: str, p: Placement, source: Tensor, result: Tensor) -> None:
+    """Launch unpack or pack: from ``source``, contiguous, to ``result``."""
+    device = source.device
+    with _on(device):
+        getattr(config.kernels(config.gpu(device)), op)(
+            native.layer_law(p.law),
+            native.dtype_code(source.dtype),
+            source.data_ptr(),
+            result.data_ptr(),
+            p.shape[1],
+            p.scale,
+            _stream(device),
         )
