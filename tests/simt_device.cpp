@@ -143,6 +143,10 @@ void different_operations(Args args) {
   out(args) = 0;
 }
 
+void exchange_by_shuffle(Args args) {
+  out(args) = static_cast<float>(shuffle(static_cast<uint32_t>(thread()), thread() % 32 ^ 7));
+}
+
 // Threads that have returned are waited for by nobody.
 void early_return(Args args) {
   out(args) = 1;
@@ -193,6 +197,7 @@ const std::map<std::string, void (*)(Args)> kKernels = {
     {"exchange without barrier", exchange<false>},
     {"exchange in warp", exchange_in_warp<true>},
     {"exchange in warp without barrier", exchange_in_warp<false>},
+    {"exchange by shuffle", exchange_by_shuffle},
     {"reuse", reuse<true>},
     {"reuse without barrier", reuse<false>},
     {"copy", copy<true, true>},

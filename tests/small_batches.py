@@ -93,6 +93,19 @@ def close(got: Tensor, wanted: Tensor, dtype: torch.dtype, product: torch.dtype)
     assert (got.cpu().double() - wanted).abs().max() <= (4 * unit + 4e-6) * size
 
 
+def check_moves(problem: Problem) -> None:
+    """unpack, rounded once, and pack of the problem's weight."""
+    spec, bank, dtype = problem.weight.spec, problem.bank, problem.bank.dtype
+    wanted = op.unpack(bank.cpu().double(), None, spec, "reference")
+    with uninitialised_is_nan():
+        close(op.unpack(bank, None, spec, problem.backend), wanted, dtype, dtype)
+    dense = surrounded(torch.randn(problem.weight.shape).to(bank.device, problem.x.dtype), 1)
+    wanted = op.pack(dense.cpu().double(), None, spec, torch.float64, "reference")
+    with uninitialised_is_nan():
+        got = op.pack(dense, None, spec, dtype, problem.backend)
+    close(got, wanted, dtype, torch.float32)
+
+
 @contextlib.contextmanager
 def uninitialised_is_nan() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()

@@ -135,7 +135,9 @@ def test_no_library_at_all(h200: dict[str, str]) -> None:
 def test_any_shape_against_the_written_out_weight(window: tuple[int, int] | None) -> None:
     rng = random.Random(str(window))
     for _ in range(30):
-        drawn(rng, "cuda", window).check()
+        problem = drawn(rng, "cuda", window)
+        problem.check()
+        small.check_moves(problem)
 
 
 @pytest.mark.gpu

@@ -40,6 +40,7 @@ def run(program: Path, kernel: str) -> list[list[float]]:
 WANTED = {
     "exchange": [(t + 40) % THREADS for t in range(THREADS)],
     "exchange in warp": [t ^ 7 for t in range(THREADS)],
+    "exchange by shuffle": [t ^ 7 for t in range(THREADS)],
     "reuse": [1] * THREADS,
     "copy": [4 * (THREADS - 1 - t) + 3 for t in range(THREADS)],
     "refill": [-1] * THREADS,
