@@ -265,7 +265,10 @@ def backends() -> list[dict[str, Any]]:
                 }
                 try:
                     rule = dispatch.decide(op, device, dtype, forced)
-                    chosen.append({**line, "backend": rule.backend, "reason": rule.reason})
+                    reason = rule.reason
+                    if not (forced or dispatch.why_not("cuda", op, device, dtype)):
+                        reason += "; small batches, and unpack and pack, by cuda where it can"
+                    chosen.append({**line, "backend": rule.backend, "reason": reason})
                 except Exception as error:
                     chosen.append({**line, "backend": None, "reason": one_line(error)})
     return chosen
