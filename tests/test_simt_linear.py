@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -99,27 +100,37 @@ def test_writes_nothing_but_the_result() -> None:
         assert (memory[-64:] == 7).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, (64, 4)])
+@pytest.mark.parametrize(
+    ("fill", "dtype"),
+    [
+        (WINDOW, torch.bfloat16),
+        (WINDOW, torch.float16),
+        *((fill, dtype) for fill in (RING, GATHERED) for dtype in DTYPES),
+    ],  # three windows of fp32 do not fit a stage
+)
 def test_unread_slots_and_padding_may_hold_anything(
-    window: tuple[int, int] | None, dtype: torch.dtype
+    fill: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Infinities that no weight reads reach no result; NaNs of a row of x stay in that row."""
-    for reflect in ("vector", "element"):
-        problem = made((200, 110), "simt", window=window, reflect=reflect, dtype=dtype, batch=9)
-        ones = torch.ones(1, 200, dtype=dtype), torch.rand(1, 110).to(dtype) + 0.5
-        # Sums of positive numbers are not 0 where a slot is read, but by signs; so without them.
-        read = op.linear_bank_grad(
-            *ones, None, problem.weight.spec.replace(f'"{reflect}"', '"none"'), dtype, "reference"
-        )
-        assert (read == 0).any()
-        problem.bank[read == 0] = float("inf")
-        problem.x[4] = float("nan")
-        problem.dy[4] = float("nan")
-        for name in ("linear", "linear_input_grad"):
-            y = problem.run(name)
-            assert y[4].isnan().all()
-            assert torch.cat((y[:4], y[5:])).isfinite().all()
+    monkeypatch.setattr(config, "SIMT", config.Gpu("simt", sms=4, shared_bytes=H200.shared_bytes))
+    problem = {
+        # The last window is read by half a lap.
+        WINDOW: lambda: made((512, 170), "simt", window=(128, 3), before=64, dtype=dtype, batch=9),
+        RING: lambda: made((50, 110), "simt", slots=130, before=0, dtype=dtype, batch=9),
+        GATHERED: lambda: made((90, 110), "simt", reflect="element", dtype=dtype, batch=9),
+    }[fill]()
+    assert problem.fill() == fill
+    p = problem.weight.placement
+    # Without signs a slot's uses cannot cancel.
+    spec = replace(p, generator=replace(p.generator, reflect="none")).to_json()
+    read = op.pack(torch.ones(p.shape), None, spec, torch.float32, "reference")
+    assert (read == 0).all(1).any()
+    problem.bank[read == 0] = float("inf")
+    problem.x[4] = problem.dy[4] = float("nan")
+    for name in ("linear", "linear_input_grad"):
+        y = problem.run(name)
+        assert y[4].isnan().all()
+        assert torch.cat((y[:4], y[5:])).isfinite().all()
 
 
 def test_a_bank_that_is_misaligned_or_strided_is_copied() -> None:
