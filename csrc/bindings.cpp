@@ -181,6 +181,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("low"), py::arg("count"), py::arg("first"), py::arg("length"),
            py::arg("threads"), py::arg("workspace"), py::arg("workspace_entries"));
   bind_linear(law);
+  bind_cuda(m);
 
   m.def(
       "bandwidth",

@@ -22,4 +22,7 @@ inline void require(bool holds, const char* what) {
 // Adds the methods that run linear layers and convolutions.
 void bind_linear(pybind11::class_<LayerLaw>& law);
 
+// Adds the submodules of the CUDA kernels.
+void bind_cuda(pybind11::module_& m);
+
 }  // namespace rpg

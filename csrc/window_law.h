@@ -27,6 +27,8 @@ constexpr uint32_t kMaxWindow = 1 << 22;  // 2^15 slots of 128 blocks
 constexpr uint32_t kMaxLaps = 64;
 constexpr uint64_t kRingLayer = ~uint64_t{0};  // whose keys scramble the ring
 
+constexpr uint32_t kMaxRounds = 8;  // of a scramble, which has 7 or 8
+
 // The permutation of the window in each lap.
 struct Scramble {
   uint32_t window;  // blocks, a power of two from 64
@@ -78,7 +80,8 @@ RPG_LAW void scramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t 
     factors[l] = hash_word(8 * lap[l] + c[l], s.key[2], s.key[3]);
     summands[l] = hash_word(8 * lap[l] + c[l], s.key[4], s.key[5]);
   }
-  for (uint32_t r = 0; r < s.rounds; ++r) {
+  for (uint32_t r = 0; r < kMaxRounds; ++r) {
+    if (r >= s.rounds) break;
     for (int l = 0; l < LANES; ++l) {
       const uint32_t x = (a[l] * (factors[l] >> 4 * r | 1) + (summands[l] >> 4 * r)) & mask;
       a[l] = x ^ (x >> shift);

@@ -10,13 +10,14 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
 from rpg_kernels.cpu import config as cpu
+from rpg_kernels.cuda import config as cuda
 from rpg_kernels.placement import parse
 from rpg_kernels.triton.config import interpreted, unsupported
 from rpg_kernels.vendor import config as vendor
@@ -40,39 +41,68 @@ OPERATORS = {
 }  # operator -> file of that name in every back end
 
 
-def _always(op: str, batch: int, reflect: str) -> bool:
+class Size(NamedTuple):
+    """What beside its kind decides where a call runs.
+
+    Args:
+        batch: rows of the product, see ``size_of``.
+        reflect: of the weight's generator; of a table "element".
+        small: the CUDA kernels, which are for small batches, are predicted to win.
+    """
+
+    batch: int = 0
+    reflect: str = ""
+    small: bool = False
+
+
+def _always(op: str, size: Size) -> bool:
     return True
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table: a back end, where it applies, the reason to print, and when, of the
-    calls that it could run, it is taken without being forced."""
+    """One line of the table: a back end, where it applies, the reason to print, when, of the
+    calls that it could run, it is taken without being forced, and its package's name."""
 
     backend: str
     applies: Callable[[str, torch.device, torch.dtype], bool]
     reason: str
-    when: Callable[[str, int, str], bool] = _always
+    when: Callable[[str, Size], bool] = _always
+    package: str = ""  # the back end's own name
 
 
 RULES = (
     Rule(
+        "cuda",
+        lambda op, device, dtype: not why_not("cuda", op, device, dtype),
+        "compiled CUDA kernels; for small batches, products of slots shared by the rows that read "
+        "them",
+        lambda op, size: size.small,
+    ),
+    Rule(
         "vendor",
         lambda op, device, dtype: not why_not("vendor", op, device, dtype),
         "unpacked by a kernel within the scratch limit, multiplied by the vendor's library",
-        lambda op, batch, reflect: vendor.preferred(op, batch, reflect) and not interpreted(),
+        lambda op, size: vendor.preferred(op, size.batch, size.reflect) and not interpreted(),
     ),
     Rule(
         "triton",
         lambda op, device, dtype: not why_not("triton", op, device, dtype),
         "fused Triton kernels, weights unpacked inside the tiles of the product",
-        lambda op, batch, reflect: not interpreted(),  # which is for tests, not for speed
+        lambda op, size: not interpreted(),  # which is for tests, not for speed
     ),
     Rule(
         "cpu",
         lambda op, device, dtype: not why_not("cpu", op, device, dtype),
         "compiled CPU kernels, products of slots shared by the rows that read them",
-        lambda op, batch, reflect: batch > 0,
+        lambda op, size: size.batch > 0,
+    ),
+    Rule(
+        "simt",
+        lambda op, device, dtype: not why_not("simt", op, device, dtype),
+        "the CUDA kernels' sources on the CPU, a thread at a time: for tests",
+        lambda op, size: False,
+        package="cuda",
     ),
     Rule(
         "reference",
@@ -95,6 +125,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
         return vendor.unsupported(op, device, dtype)
     if backend == "cpu":
         return cpu.unsupported(op, device, dtype)
+    if backend in ("cuda", "simt"):
+        return cuda.unsupported(op, device, dtype, backend)
     return "" if backend == "reference" else "this version has no such back end"
 
 
@@ -134,6 +166,7 @@ def decide(
     backend: str,
     batch: int = 0,
     reflect: str = "",
+    small: bool = False,
 ) -> Rule:
     """The rule that an operator call falls under.
 
@@ -141,14 +174,14 @@ def decide(
         op: operator name.
         device, dtype: of the call's first tensor.
         backend: a forced back end, or "".
-        batch: rows of the product, see ``size_of``.
-        reflect: of the weight's generator.
+        batch, reflect, small: see ``Size``.
 
     Raises:
         RuntimeError: the forced back end cannot run this call.
     """
+    size = Size(batch, reflect, small)
     for rule in RULES:
-        chosen = rule.backend == backend or (not backend and rule.when(op, batch, reflect))
+        chosen = rule.backend == backend or (not backend and rule.when(op, size))
         if chosen and rule.applies(op, device, dtype):
             return rule
     able = ", ".join(sorted({r.backend for r in RULES if r.applies(op, device, dtype)}))
@@ -159,9 +192,13 @@ def decide(
 
 
 def size_of(
-    op: str, x: Tensor, placement: str, dtype: torch.dtype | None = None
-) -> tuple[int, str]:
-    """(rows of the product, reflect mode): what beside its kind decides where a call runs.
+    op: str,
+    x: Tensor,
+    placement: str,
+    dtype: torch.dtype | None = None,
+    bank: Tensor | None = None,
+) -> Size:
+    """What beside its kind decides where a call runs.
 
     Rows are those of x, or pixels of all images, rounded down to a power of two, since only
     whether there are many matters; 0 where there is no product, and where the scratch limit does
@@ -174,32 +211,33 @@ def size_of(
         x: the operator's first tensor.
         placement: of the weight. A table counts as reflecting each element.
         dtype: that x will be cast to; None for its own.
+        bank: that the operator reads.
 
     Example:
         >>> from rpg_kernels.generator import Generator
         >>> from rpg_kernels.placement import Placement
         >>> spec = Placement(Generator(100, 8, "vector"), 0, 0, (6, 7), 1.0).to_json()
         >>> size_of("linear", torch.empty(3, 5, 7, device="meta"), spec)
-        (8, 'vector')
+        Size(batch=8, reflect='vector', small=False)
     """
     p = parse(placement)
+    dtype = dtype or x.dtype
     reflect = getattr(p.generator, "reflect", "element")
+    small = x.device.type == "cuda" and cuda.preferred(op, x, dtype, placement, bank)
     if op in cpu.LOOKUPS and x.device.type == "cpu":
-        dtype = dtype or x.dtype
         able = not cpu.unsupported(op, x.device, dtype)
-        return int(able and cpu.preferred(op, dtype, 1, placement)), reflect
+        return Size(int(able and cpu.preferred(op, dtype, 1, placement)), reflect)
     if not op.startswith(("linear", "conv2d")) or not x.numel():
-        return 0, reflect
+        return Size(0, reflect, small)
     rows = x.numel() // x.shape[-3 if op.startswith("conv2d") else -1]
     if x.device.type == "cpu":
-        dtype = dtype or x.dtype
         able = not cpu.unsupported(op, x.device, dtype)
         wins = able and cpu.preferred(op, dtype, rows, placement, _groups(op, x, placement))
-        return (1 << rows.bit_length() - 1 if wins else 0), reflect
+        return Size(1 << rows.bit_length() - 1 if wins else 0, reflect)
     line = p.numel // min(16, *p.selected_shape[:2]) * x.element_size()
     if line > settings.scratch_bytes(x.device.type):
-        return 0, reflect
-    return 1 << rows.bit_length() - 1, reflect
+        return Size(0, reflect, small)
+    return Size(1 << rows.bit_length() - 1, reflect, small)
 
 
 def _groups(op: str, x: Tensor, placement: str) -> int:
@@ -215,10 +253,12 @@ def implementation(
     backend: str,
     batch: int = 0,
     reflect: str = "",
+    small: bool = False,
 ) -> Callable[..., Tensor]:
     """The function that runs an operator call; same arguments as the operator's, less backend."""
-    rule = decide(op, device, dtype, backend, batch, reflect)
-    module = importlib.import_module(f"rpg_kernels.{rule.backend}.{OPERATORS[op]}")
+    rule = decide(op, device, dtype, backend, batch, reflect, small)
+    package = rule.package or rule.backend
+    module = importlib.import_module(f"rpg_kernels.{package}.{OPERATORS[op]}")
     function: Callable[..., Tensor] = getattr(module, op)
     return function
 
@@ -256,8 +296,10 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
         and dtype != torch.float64
     ):
         dtype = torch.get_autocast_dtype(x.device.type)
-    batch, reflect = size_of(op, x, weight.spec, dtype)
-    rule = decide(op, x.device, dtype, settings.forced_backend(), batch, reflect)
+    bank = weight.bank.weight
+    size = size_of(op, x, weight.spec, dtype, bank)
+    forced = settings.forced_backend()
+    rule = decide(op, x.device, dtype, forced, *size)
     limit = settings.scratch_bytes(x.device.type)
     reason = _reason(rule, op, x.device, dtype)
     if (
@@ -267,7 +309,11 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     ):
         groups = _groups(op, x, weight.spec)
         reason += f"; {cpu.why_reference(op, dtype, weight.spec, groups)}"
-    if rule.backend == "vendor" and not settings.forced_backend():
+    if x.device.type == "cuda" and op in cuda.PRODUCTS and not forced and not size.small:
+        reason += f"; {cuda.why_others(op, x, dtype, weight.spec, bank)}"
+    if (rule.package or rule.backend) == "cuda" and forced and x.numel():
+        cuda.check(op, weight.spec, x.device, dtype, x.numel() // x.shape[-1], bank)
+    if rule.backend == "vendor" and not forced:
         reason += "; with a sign per element predicted to be faster than fused kernels from batch "
         reason += str(vendor.ELEMENT_SIGNS_FROM)
     return Explanation(op, rule.backend, reason, str(x.device), str(dtype), limit)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ def available() -> bool:
     return _enabled and _load()[0] is not None
 
 
+def module() -> Any:
+    """The compiled module; ask ``available`` before."""
+    return _load()[0]
+
+
 def why_not() -> str:
     """Why the compiled module is not in use; "" when it is."""
     return _load()[1] if _enabled else f"{ENVIRONMENT_NATIVE}=0 is set"
@@ -108,6 +114,36 @@ def build_info() -> dict[str, Any]:
     info = {"reason": reason} if module is None else dict(module.build_info())
     note = _build_record().get("note")
     return {**info, "note": note} if note else info
+
+
+def covers(architectures: list[str], capability: str) -> bool | None:
+    """Whether code for some of CMAKE_CUDA_ARCHITECTURES runs on a GPU; None cannot be told.
+
+    Machine code runs on later minor versions of its major version, PTX on everything later; of
+    an architecture with the suffix ``a`` both run on nothing else.
+
+    Example:
+        >>> covers(["80-real", "90a-real"], "9.0"), covers(["80-real", "90a-real"], "12.0")
+        (True, False)
+        >>> covers(["80-real"], "8.6"), covers(["80"], "12.0"), covers(["native"], "9.0")
+        (True, True, None)
+    """
+    major, _, minor = capability.partition(".")
+    gpu = (int(major), int(minor))
+    unknown = False
+    for architecture in architectures:
+        found = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", architecture)
+        if found is None:
+            unknown = True
+            continue
+        number, suffix, kind = found.groups()
+        own = divmod(int(number), 10)
+        same_major = own[0] == gpu[0] and own <= gpu
+        by_ptx = suffix == "" and kind != "-real" and own <= gpu
+        by_code = own == gpu if suffix == "a" else same_major and kind != "-virtual"
+        if by_code or by_ptx:
+            return True
+    return None if unknown else False
 
 
 def handles(*tensors: Tensor) -> bool:

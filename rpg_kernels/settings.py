@@ -48,8 +48,8 @@ def scratch_limit(limit: int, device_type: str | None = None) -> _Restore:
     run within the limit raises and says how much it needs. Not scratch are inputs and results, the
     fp32 accumulator of a bank gradient, a copy of the bank in the dtype of a product (at most 4
     bytes per degree of freedom in 16 bits; none when scratch is forbidden), copies of activations
-    (in another dtype, or in pieces), and what the vendor library packs for itself. The setting is
-    process-wide.
+    (in another dtype, or in pieces), and what the vendor library packs for itself. The back end
+    ``cuda`` counts its copy of the bank. The setting is process-wide.
 
     Args:
         limit: bytes, at least 0.
@@ -91,9 +91,10 @@ def backend(name: str) -> _Restore:
 
     Args:
         name: ``"auto"``; ``"reference"``, plain PyTorch; ``"cpu"``, compiled kernels for CPU
-            tensors; ``"triton"``, fused kernels only, so that
-            no weight is ever in memory; ``"vendor"``, unpacked within the scratch limit and
-            multiplied by the vendor's library; ``"cuda"`` or ``"simt"``.
+            tensors; ``"triton"``, fused kernels only, so that no weight is ever in memory;
+            ``"vendor"``, unpacked within the scratch limit and multiplied by the vendor's library;
+            ``"cuda"``, compiled kernels for linear layers and small batches on CUDA tensors;
+            ``"simt"``, the sources of these on CPU tensors, a thread at a time, for tests.
 
     Returns:
         A context manager that restores the earlier setting; ignore it to keep the new one.

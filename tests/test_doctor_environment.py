@@ -148,9 +148,9 @@ def test_whether_the_gpu_is_among_the_architectures(
 )
 def test_compute_capabilities(architectures: str, runs_on: str, not_on: str) -> None:
     names = architectures.split()
-    assert all(environment.covers(names, capability) is True for capability in runs_on.split())
-    assert all(environment.covers(names, capability) is False for capability in not_on.split())
-    assert environment.covers(["all-major", *names], "5.0") is None
+    assert all(native.covers(names, capability) is True for capability in runs_on.split())
+    assert all(native.covers(names, capability) is False for capability in not_on.split())
+    assert native.covers(["all-major", *names], "5.0") is None
 
 
 @pytest.mark.parametrize("visible", [None, ""])

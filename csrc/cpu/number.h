@@ -8,19 +8,21 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../law.h"
+
 namespace rpg {
 
 enum class Dtype : int { kFloat64 = 0, kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3 };
 
 namespace {  // compiled once per instruction set, see law.h
 
-inline float as_float(uint32_t bits) {
+RPG_LAW float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline uint32_t as_bits(float value) {
+RPG_LAW uint32_t as_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
@@ -30,12 +32,12 @@ struct Float64 {
   using Bits = uint64_t;
   using Compute = double;
   static constexpr Bits kSign = Bits{1} << 63;
-  static inline double load(Bits bits) {
+  RPG_LAW double load(Bits bits) {
     double value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
   }
-  static inline Bits store(double value) {
+  RPG_LAW Bits store(double value) {
     Bits bits;
     std::memcpy(&bits, &value, sizeof bits);
     return bits;
@@ -46,16 +48,16 @@ struct Float32 {
   using Bits = uint32_t;
   using Compute = float;
   static constexpr Bits kSign = Bits{1} << 31;
-  static inline float load(Bits bits) { return as_float(bits); }
-  static inline Bits store(float value) { return as_bits(value); }
+  RPG_LAW float load(Bits bits) { return as_float(bits); }
+  RPG_LAW Bits store(float value) { return as_bits(value); }
 };
 
 struct Bfloat16 {
   using Bits = uint16_t;
   using Compute = float;
   static constexpr Bits kSign = Bits{1} << 15;
-  static inline float load(Bits bits) { return as_float(uint32_t{bits} << 16); }
-  static inline Bits store(float value) {
+  RPG_LAW float load(Bits bits) { return as_float(uint32_t{bits} << 16); }
+  RPG_LAW Bits store(float value) {
     const uint32_t bits = as_bits(value);
     const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     return static_cast<Bits>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
@@ -66,7 +68,7 @@ struct Float16 {
   using Bits = uint16_t;
   using Compute = float;
   static constexpr Bits kSign = Bits{1} << 15;
-  static inline float load(Bits half) {
+  RPG_LAW float load(Bits half) {
     const uint32_t sign = uint32_t{half} << 16 & 0x80000000;
     const uint32_t rest = (uint32_t{half} & 0x7FFF) << 13;
     // Subnormal: the difference of two normal floats, so that it survives flushing to zero.
@@ -74,7 +76,7 @@ struct Float16 {
     const uint32_t finite = rest < 0x00800000 ? subnormal : rest + 0x38000000;
     return as_float(sign | (rest >= 0x0F800000 ? rest | 0x7F800000 : finite));
   }
-  static inline Bits store(float value) {
+  RPG_LAW Bits store(float value) {
     const uint32_t bits = as_bits(value);
     const uint32_t sign = bits >> 16 & 0x8000;
     const uint32_t magnitude = bits & 0x7FFFFFFF;

@@ -3,13 +3,31 @@
 #include <stdexcept>
 
 #include "law.h"
+#include "linear.h"
 
 namespace rpg::cuda {
 
-void law(const LayerLaw&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*, int64_t*,
-         void*) {
+namespace {
+
+[[noreturn]] void missing() {
   throw std::runtime_error(
       "rpg_kernels was built without CUDA kernels; `rpg-kernels doctor` says why");
 }
+
+}  // namespace
+
+void law(const LayerLaw&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*, int64_t*,
+         void*) {
+  missing();
+}
+
+Plan plan_linear(const LayerLaw&, Dtype, int64_t, int64_t, const Device&) { missing(); }
+Plan plan_linear_input_grad(const LayerLaw&, Dtype, int64_t, int64_t, const Device&) { missing(); }
+Plan plan_linear_bank_grad(const LayerLaw&, Dtype, int64_t, int64_t, const Device&) { missing(); }
+void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&) { missing(); }
+void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&) { missing(); }
+void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&) { missing(); }
+void unpack(const LayerLaw&, const CudaUnpackArgs&) { missing(); }
+void pack(const LayerLaw&, const CudaPackArgs&) { missing(); }
 
 }  // namespace rpg::cuda

@@ -199,7 +199,7 @@ def build() -> dict[str, Any]:
     info = native.build_info()
     architectures = str(info.get("cuda_architectures") or "").split()
     gpus = [
-        {"device": gpu["device"], "covered": covers(architectures, gpu["capability"])}
+        {"device": gpu["device"], "covered": native.covers(architectures, gpu["capability"])}
         for gpu in ([] if _no_cuda() else _cuda_devices())
     ]
     why_not = native.why_not()
@@ -230,36 +230,6 @@ def _advice(info: dict[str, Any], covered: list[bool | None]) -> str:
     if info.get("cuda") and False in covered:
         return f"without RPG_KERNELS_CUDA_ARCHITECTURES, or with this GPU's: {REINSTALL}"
     return ""
-
-
-def covers(architectures: list[str], capability: str) -> bool | None:
-    """Whether code for some of CMAKE_CUDA_ARCHITECTURES runs on a GPU; None cannot be told.
-
-    Machine code runs on later minor versions of its major version, PTX on everything later; of
-    an architecture with the suffix ``a`` both run on nothing else.
-
-    Example:
-        >>> covers(["80-real", "90a-real"], "9.0"), covers(["80-real", "90a-real"], "12.0")
-        (True, False)
-        >>> covers(["80-real"], "8.6"), covers(["80"], "12.0"), covers(["native"], "9.0")
-        (True, True, None)
-    """
-    major, _, minor = capability.partition(".")
-    gpu = (int(major), int(minor))
-    unknown = False
-    for architecture in architectures:
-        found = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", architecture)
-        if found is None:
-            unknown = True
-            continue
-        number, suffix, kind = found.groups()
-        own = divmod(int(number), 10)
-        same_major = own[0] == gpu[0] and own <= gpu
-        by_ptx = suffix == "" and kind != "-real" and own <= gpu
-        by_code = own == gpu if suffix == "a" else same_major and kind != "-virtual"
-        if by_code or by_ptx:
-            return True
-    return None if unknown else False
 
 
 def settings_in_force() -> dict[str, Any]:
@@ -295,7 +265,10 @@ def backends() -> list[dict[str, Any]]:
                 }
                 try:
                     rule = dispatch.decide(op, device, dtype, forced)
-                    chosen.append({**line, "backend": rule.backend, "reason": rule.reason})
+                    reason = rule.reason
+                    if not (forced or dispatch.why_not("cuda", op, device, dtype)):
+                        reason += "; small batches, and unpack and pack, by cuda where it can"
+                    chosen.append({**line, "backend": rule.backend, "reason": reason})
                 except Exception as error:
                     chosen.append({**line, "backend": None, "reason": one_line(error)})
     return chosen

@@ -44,7 +44,7 @@ def define(
         how: tuple[Any, ...] = (name, first.device, first.dtype, backend)
         if not backend:
             placement = next(argument for argument in operands if isinstance(argument, str))
-            how += dispatch.size_of(name, first, placement)
+            how += dispatch.size_of(name, first, placement, None, _bank(name, operands))
         return dispatch.implementation(*how)(*operands)
 
     def trace(*args: Any) -> Tensor:
@@ -53,6 +53,12 @@ def define(
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=LIBRARY)
+
+
+def _bank(name: str, operands: list[Any]) -> Tensor | None:
+    """The bank that an operator reads beside its input: its second operand."""
+    reads = not name.endswith("bank_grad") and isinstance(operands[1], Tensor)
+    return operands[1] if reads else None
 
 
 def differentiate(

@@ -1,0 +1,154 @@
+// What kernels ask of the GPU, in few words: csrc/simt/device.h says the same on a CPU, so that
+// tests run a kernel's own source. Nothing else in a kernel knows which of the two it is.
+
+#pragma once
+
+#if defined(RPG_SIMT)
+#include "../simt/device.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#define RPG_DEVICE cuda
+#define RPG_FUNCTION static __device__ __forceinline__
+// Where inlining would only make code larger.
+#define RPG_CALLED static __device__ __noinline__
+#define RPG_ARGS const __grid_constant__
+#define RPG_KERNEL(THREADS, BLOCKS) static __global__ void __launch_bounds__(THREADS, BLOCKS)
+#define RPG_UNROLL _Pragma("unroll")
+#define RPG_LOOP _Pragma("unroll 1")
+
+namespace rpg::cuda {
+
+constexpr int kWarp = 32;
+
+struct Grid {
+  int x, y, z;
+};
+
+// N numbers that are read and written at once, at an address that is a multiple of their size.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T of[N];
+};
+template <class V>
+RPG_FUNCTION V load(const void* from) {
+  return *static_cast<const V*>(from);
+}
+template <class V>
+RPG_FUNCTION void store(void* to, const V& value) {
+  *static_cast<V*>(to) = value;
+}
+
+RPG_FUNCTION int thread() { return static_cast<int>(threadIdx.x); }
+RPG_FUNCTION int block_x() { return static_cast<int>(blockIdx.x); }
+RPG_FUNCTION int block_y() { return static_cast<int>(blockIdx.y); }
+RPG_FUNCTION int block_z() { return static_cast<int>(blockIdx.z); }
+RPG_FUNCTION void sync() { __syncthreads(); }
+RPG_FUNCTION void sync_warp() { __syncwarp(); }
+
+extern __shared__ uint4 dynamic_shared[];
+
+// Part of the block's shared memory; begins at a multiple of 16 bytes.
+template <class T>
+class Shared {
+ public:
+  __device__ __forceinline__ Shared() {}
+  __device__ __forceinline__ Shared(int offset, int)
+      : data_(reinterpret_cast<T*>(reinterpret_cast<char*>(dynamic_shared) + offset)) {}
+  __device__ __forceinline__ T& operator[](int i) const { return data_[i]; }
+  // `count` elements from i on, as one access.
+  __device__ __forceinline__ T* at(int i, int) const { return data_ + i; }
+
+ private:
+  T* data_;
+};
+
+RPG_FUNCTION uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes from global to shared memory, zeros unless `valid`; both addresses aligned.
+RPG_FUNCTION void copy_async(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+RPG_FUNCTION void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS>
+RPG_FUNCTION void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+// ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the next of
+// row l / 4 of each.
+RPG_FUNCTION void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c [16, 8] += a [16, 16] b [16, 8], fragments of mma.m16n8k16.
+struct MultiplyArgs {
+  float* c;           // [4]
+  const uint32_t* a;  // [4]
+  const uint32_t* b;  // [2]
+};
+RPG_FUNCTION void multiply_bfloat16(const MultiplyArgs& m) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(m.c[0]), "+f"(m.c[1]), "+f"(m.c[2]), "+f"(m.c[3])
+      : "r"(m.a[0]), "r"(m.a[1]), "r"(m.a[2]), "r"(m.a[3]), "r"(m.b[0]), "r"(m.b[1]));
+}
+RPG_FUNCTION void multiply_float16(const MultiplyArgs& m) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(m.c[0]), "+f"(m.c[1]), "+f"(m.c[2]), "+f"(m.c[3])
+      : "r"(m.a[0]), "r"(m.a[1]), "r"(m.a[2]), "r"(m.a[3]), "r"(m.b[0]), "r"(m.b[1]));
+}
+
+// What lane `from` of the warp gives; all lanes take part.
+RPG_FUNCTION uint32_t shuffle(uint32_t value, int from) {
+  return __shfl_sync(0xFFFFFFFFu, value, from);
+}
+
+// Counts to `parts`: true for the last, and the count is 0 again. What this thread's block wrote
+// before a barrier is visible to the last.
+RPG_FUNCTION bool arrive(unsigned* counter, unsigned parts) {
+  __threadfence();
+  const bool last = atomicInc(counter, parts - 1) == parts - 1;
+  __threadfence();
+  return last;
+}
+
+RPG_FUNCTION float fused(float a, float b, float c) { return fmaf(a, b, c); }
+
+static inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("CUDA could not ") + what + ": " +
+                           cudaGetErrorString(status));
+}
+
+template <class Args>
+void launch(void (*kernel)(Args), Grid grid, int threads, int shared_bytes, void* stream,
+            const Args& args) {
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          "reserve shared memory for a kernel");
+  }
+  void* list[] = {const_cast<Args*>(&args)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.x, grid.y, grid.z),
+                         dim3(threads), list, shared_bytes, static_cast<cudaStream_t>(stream)),
+        "launch a kernel");
+}
+
+}  // namespace rpg::cuda
+
+#endif

@@ -1,0 +1,114 @@
+// What the CUDA kernels of a linear layer are given, and how a launch is laid out.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../cpu/number.h"
+#include "../window_law.h"
+
+namespace rpg {
+
+// What decides a layout beside the layer.
+struct Device {
+  int sms;           // streaming multiprocessors
+  int shared_bytes;  // that a block may have
+};
+
+// How a call is divided; all integers, chosen on the host by `plan_*`, the same on GPU and CPU.
+struct Plan {
+  int fill;          // csrc/cuda/tile.h: 0 windows, 1 ring, 2 gathered
+  int rows;          // of a tile
+  int first, tiles;  // tiles with `fill`, and all
+  int rest;          // rows of a gathered tile
+  int places;        // of a stage
+  int stages;        // in flight
+  int splits;        // blocks that share a tile's columns
+  int batch_tile;    // rows of x at a time
+  int batch_tiles;
+  int shared_bytes;
+  int64_t workspace;  // floats
+  int counters;       // unsigned, zero before and after
+};
+
+// y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; dtype of ring, x and y.
+struct CudaLinearArgs {
+  Dtype dtype;
+  const void* ring;   // [slots, block], aligned to 16 bytes
+  const void* x;      // [batch, K]
+  const float* bias;  // [N] or null
+  void* y;            // [batch, N]
+  int64_t batch;
+  int64_t columns;  // K
+  double scale;
+  float* workspace;    // [plan.workspace]
+  unsigned* counters;  // [plan.counters]
+  void* stream;        // of the CPU's: the order in which threads run
+};
+
+// dx [batch, K] = scale · dy [batch, N] · (G ring); dtype of ring, dy and dx.
+struct CudaLinearInputGradArgs {
+  Dtype dtype;
+  const void* ring;  // [slots, block], aligned to 16 bytes
+  const void* dy;    // [batch, N]
+  void* dx;          // [batch, K]
+  int64_t batch;
+  int64_t columns;  // K
+  double scale;
+  float* workspace;    // [plan.workspace]
+  unsigned* counters;  // [plan.counters]
+  void* stream;
+};
+
+// dw [slots, block] = scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]); dtype of dy and x.
+struct CudaLinearBankGradArgs {
+  Dtype dtype;
+  const void* dy;  // [batch, N]
+  const void* x;   // [batch, K]
+  float* dw;       // [slots, block], all of it written
+  int64_t batch;
+  int64_t columns;  // K
+  double scale;
+  float* workspace;    // [plan.workspace]
+  unsigned* counters;  // [plan.counters]
+  void* stream;
+};
+
+// out [N, K] = scale · G ring; dtype of both.
+struct CudaUnpackArgs {
+  Dtype dtype;
+  const void* ring;  // [slots, block]
+  void* out;         // [N, K]
+  int64_t columns;   // K
+  double scale;
+  void* stream;
+};
+
+// grad [slots, block] = scale · Gᵀ dense [N, K].
+struct CudaPackArgs {
+  Dtype dtype;        // of dense
+  const void* dense;  // [N, K]
+  float* grad;        // [slots, block], all of it written
+  int64_t columns;    // K
+  double scale;
+  void* stream;
+};
+
+#define RPG_DECLARE_DEVICE(DEVICE)                                                         \
+  namespace DEVICE {                                                                       \
+  Plan plan_linear(const LayerLaw&, Dtype, int64_t batch, int64_t columns, const Device&); \
+  Plan plan_linear_input_grad(const LayerLaw&, Dtype, int64_t batch, int64_t columns,      \
+                              const Device&);                                              \
+  Plan plan_linear_bank_grad(const LayerLaw&, Dtype, int64_t batch, int64_t columns,       \
+                             const Device&);                                               \
+  void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&);                        \
+  void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&);    \
+  void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&);      \
+  void unpack(const LayerLaw&, const CudaUnpackArgs&);                                     \
+  void pack(const LayerLaw&, const CudaPackArgs&);                                         \
+  }
+
+RPG_DECLARE_DEVICE(cuda)
+RPG_DECLARE_DEVICE(simt)
+
+}  // namespace rpg

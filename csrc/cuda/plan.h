@@ -1,0 +1,120 @@
+// How a layer is cut into tiles: on the host, in the same way for every device.
+
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "linear.h"
+#include "tile.h"
+
+namespace rpg::RPG_DEVICE {
+
+constexpr int kMaxRows = 1024;  // of a tile
+
+// One band of a layer.
+static inline Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band = 0) {
+  Layer out{};
+  out.windows = law.window != 0;
+  if (out.windows) {
+    out.law = make_window_band(law, band);
+  } else {
+    static_cast<BandLaw&>(out.law) = make_band_law(law, band);
+  }
+  const int64_t left = law.rows - band * law.rows_per_band;
+  out.rows = static_cast<int>(left < law.rows_per_band ? left : law.rows_per_band);
+  out.blocks = static_cast<int>(law.blocks);
+  out.block = law.granularity;
+  out.columns = static_cast<int>(columns);
+  out.reflect = law.reflect;
+  return out;
+}
+
+static inline int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+static inline int round_up(int64_t x, int to) { return static_cast<int>((x + to - 1) / to * to); }
+
+// Windows that a column of a tile of `rows` reads at most, tiles beginning at multiples of `rows`.
+static inline int windows_of(const LayerLaw& law, int rows) {
+  const WindowBand band = make_window_band(law, 0);
+  const int cell = static_cast<int>(band.cell), offset = static_cast<int>(band.offset);
+  if (cell <= rows && rows % cell == 0) return rows / cell + (offset % cell != 0);
+  if (cell > rows && cell % rows == 0) return 1 + (offset % rows != 0);
+  return rows / cell + 2;
+}
+
+// Rows, fill and places for a stage of at most `most` bytes; `largest` rows.
+static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int most, int largest) {
+  Tiling out{};
+  out.fill = Fill::kGather;
+  out.stages = kStages;
+  // Signs of elements are put on blocks that belong to one row.
+  const bool shared = law.reflect != Reflect::kElement;
+  if (shared && law.window) {
+    for (int rows = largest; rows >= 64 && !out.first; rows /= 2) {
+      const int64_t windows = windows_of(law, rows), places = windows * law.window;
+      if (places >= rows || places * row_bytes > most || windows > kMaxSegments) continue;
+      if (law.rows / rows * rows * 4 < law.rows * 3) continue;  // a rest of more than a quarter
+      out.fill = Fill::kWindows;
+      out.rows = rows;
+      out.first = static_cast<int>(law.rows / rows);
+      out.places = static_cast<int>(places);
+    }
+  } else if (shared && int64_t{law.slots} * row_bytes <= most * int64_t{kStages}) {
+    out.fill = Fill::kRing;
+    out.rows = largest;
+    while (out.rows >= 2 * law.rows && out.rows > 64) out.rows /= 2;
+    out.first = static_cast<int>((law.rows + out.rows - 1) / out.rows);
+    out.places = round_up(law.slots, 16);
+    out.rest = out.rows;
+    out.stages = 1;
+  }
+  if (out.fill != Fill::kRing) {
+    if (!out.places) out.places = 256;
+    while (out.places * row_bytes > most && out.places > 64) out.places /= 2;
+    out.rest = out.places < kThreads ? out.places : kThreads;
+  }
+  const int64_t left = law.rows - int64_t{out.first} * out.rows;
+  out.tiles = out.first + (left > 0 ? static_cast<int>((left + out.rest - 1) / out.rest) : 0);
+  return out;
+}
+
+static inline Tiling tiling_of(const Plan& plan) {
+  return {static_cast<Fill>(plan.fill),
+          plan.rows,
+          plan.first,
+          plan.rest,
+          plan.tiles,
+          plan.places,
+          plan.stages};
+}
+
+// The plan of a product: the largest steps, up to `largest` rows of the batch, whose shared memory,
+// bytes(tiling, batch_tile), a block may have. Workspace and counters are the kernel's own.
+template <class Bytes>
+Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
+                const Device& device, const Bytes& bytes) {
+  Plan out{};
+  out.batch_tile = batch == 1 ? 1 : batch <= 8 ? 8 : batch <= 16 ? 16 : largest;
+  for (;; out.batch_tile = out.batch_tile == 8 ? 1 : out.batch_tile / 2) {
+    out.batch_tiles = static_cast<int>((batch + out.batch_tile - 1) / out.batch_tile);
+    const int rows = out.batch_tile <= 16 ? kMaxRows : kMaxRows / 2;
+    for (int most = device.shared_bytes / (kStages + 1); most >= 64 * row_bytes; most /= 2) {
+      const Tiling tiling = tiling_of(law, row_bytes, most, rows);
+      out.shared_bytes = bytes(tiling, out.batch_tile);
+      if (out.shared_bytes > device.shared_bytes) continue;
+      out.fill = static_cast<int>(tiling.fill);
+      out.rows = tiling.rows, out.first = tiling.first, out.tiles = tiling.tiles;
+      out.rest = tiling.rest, out.places = tiling.places, out.stages = tiling.stages;
+      int64_t splits = device.sms / (int64_t{out.tiles} * out.batch_tiles);
+      if (splits > law.blocks) splits = law.blocks;
+      out.splits = splits < 1 ? 1 : static_cast<int>(splits);
+      return out;
+    }
+    if (out.batch_tile == 1) break;
+  }
+  throw std::runtime_error("shared memory: got " + std::to_string(device.shared_bytes) +
+                           " bytes for a block, which hold no stage of 64 blocks");
+}
+
+}  // namespace rpg::RPG_DEVICE

@@ -1,0 +1,134 @@
+// A tile of a layer's rows, and which stored blocks its positions read.
+//
+// A tile is some rows of one column of blocks after the other. For each column a stage in shared
+// memory holds blocks of the bank, and row i of the tile reads one of them, its `place`:
+//
+//   kWindows  the windows that the column's rows read, one behind the other; tiles of a power of
+//             two of rows, each in one strip of the window law, so that they are few
+//   kRing     the whole bank
+//   kGather   the block of row i at place i
+//
+// Entry of a row: place, with the sign of the block's use in bit 31. Rows of a column that read one
+// window in one lap read different places; bits 24 to 29 number these laps.
+
+#pragma once
+
+#include "../cpu/number.h"
+#include "../window_law.h"
+#include "device.h"
+
+namespace rpg::RPG_DEVICE {
+
+enum class Fill : int { kWindows = 0, kRing = 1, kGather = 2 };
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kStages = 3;        // in flight; a ring needs one
+constexpr int kMaxSegments = 18;  // of a column of a tile: 1024 rows, cells of 64, and one more
+
+// Of a launch; `law` is that of the only band, of either law.
+struct Layer {
+  WindowBand law;
+  bool windows;  // law 2
+  int rows;      // N
+  int blocks;    // of a row
+  int block;     // elements
+  int columns;   // K
+  Reflect reflect;
+};
+
+// Tiles are numbered: first those of `rows` rows with `fill`, then the rest, gathered.
+struct Tiling {
+  Fill fill;
+  int rows;    // of a tile of the first kind
+  int first;   // tiles of the first kind
+  int rest;    // rows of a gathered tile
+  int tiles;   // of both kinds
+  int places;  // of a stage, a multiple of 16
+  int stages;
+};
+
+constexpr uint32_t kPlaceMask = 0xFFFFFFu;
+
+RPG_FUNCTION int place_of(uint32_t entry) { return static_cast<int>(entry & kPlaceMask); }
+RPG_FUNCTION int lap_of(uint32_t entry) { return static_cast<int>(entry >> 24 & 63); }
+// 1 or -1.
+RPG_FUNCTION float sign_of(uint32_t entry) { return as_float(0x3F800000u | (entry & 0x80000000u)); }
+
+struct Tile {
+  Fill fill;
+  int row;  // of the layer
+  int rows;
+};
+
+RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
+  if (i < tiling.first) {
+    const int row = i * tiling.rows, left = layer.rows - row;
+    return {tiling.fill, row, left < tiling.rows ? left : tiling.rows};
+  }
+  const int row = tiling.first * tiling.rows + (i - tiling.first) * tiling.rest;
+  const int left = layer.rows - row;
+  return {Fill::kGather, row, left < tiling.rest ? left : tiling.rest};
+}
+
+// The number, in the order of its law, of row n and column b.
+RPG_FUNCTION uint32_t position(const Layer& layer, int n, int b) {
+  if (layer.windows) return order(layer.law, n, b);
+  return static_cast<uint32_t>(n) * layer.blocks + b;
+}
+
+// What the rows of a column that read one window share: (p + shift) mod 2^32 is the address,
+// counted from that of the first cell; `base` the slot at which the window begins.
+struct Segment {
+  uint32_t shift;
+  uint32_t base;
+};
+
+// The part (window_law.h) that holds p.
+RPG_FUNCTION uint32_t part_of(const WindowBand& law, uint32_t p) {
+  return p < law.head ? 0 : 1 + divide(p - law.head, law.by_cell);
+}
+
+RPG_CALLED Segment segment_of(const WindowBand& law, uint32_t number) {
+  const Part part = part_at(law, number);
+  return {part.z - part.p + law.offset, window_base(law, part.z)};
+}
+
+// Segments of a column whose first row has number p.
+RPG_FUNCTION int segments_of(const WindowBand& law, uint32_t p, int rows) {
+  return static_cast<int>(part_of(law, p + rows - 1) - part_of(law, p)) + 1;
+}
+
+// Bit 31: the sign of position p's block, for one sign to a block.
+RPG_FUNCTION uint32_t block_sign(const Layer& layer, uint32_t p) {
+  if (layer.reflect != Reflect::kVector) return 0;
+  const uint32_t q[1] = {p};
+  uint32_t word[1];
+  if (layer.windows) {
+    sign_words_of(layer.law, 0, q, word);
+  } else {
+    sign_words_of(static_cast<const BandLaw&>(layer.law), 0, q, word);
+  }
+  return word[0] & 0x80000000u;
+}
+
+// Laps that are numbered in entries of a tile.
+RPG_FUNCTION int laps_of(const WindowBand& law, const Tile& tile) {
+  if (tile.fill != Fill::kWindows) return 1;
+  const int window = static_cast<int>(law.scramble.window), laps = law.by_laps.divisor;
+  const int most = (tile.rows + window - 1) / window + 1;
+  return most < laps ? most : laps;
+}
+
+// Slot of position p on the ring.
+RPG_CALLED uint32_t ring_slot(const Layer& layer, uint32_t p) {
+  uint32_t q[1] = {p};
+  if (layer.windows) {
+    slots_of(layer.law, q);
+  } else {
+    slots_of(static_cast<const BandLaw&>(layer.law), q);
+  }
+  return q[0];
+}
+
+}  // namespace rpg::RPG_DEVICE

@@ -1,0 +1,141 @@
+// What kernels ask of a GPU, on the CPU: the same words as csrc/cuda/device.h, so that a kernel's
+// own source can be compiled by the host compiler and run in tests.
+//
+// A block's threads are fibers, run one at a time, in an order drawn from the launch's seed, each
+// until it waits: at a barrier of the block, or for the other lanes of its warp. Shared memory is
+// filled with NaNs before every block and checked at every index; asynchronous copies arrive when
+// they are waited for, not before, in odd orders at once. So a missing barrier or wait, an index
+// out of range and a read of what nobody wrote all change results, or stop the launch with an
+// exception (tests/simt_device.cpp has such kernels).
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#define RPG_DEVICE simt
+#define RPG_FUNCTION static inline
+#define RPG_CALLED [[maybe_unused]] static
+#define RPG_ARGS const
+#define RPG_KERNEL(THREADS, BLOCKS) static void
+#define RPG_UNROLL
+#define RPG_LOOP
+
+namespace rpg::simt {
+
+constexpr int kWarp = 32;
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
+struct Grid {
+  int x, y, z;
+};
+
+// N numbers that are read and written at once, at an address that is a multiple of their size.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T of[N];
+};
+template <class V>
+RPG_FUNCTION V load(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+template <class V>
+RPG_FUNCTION void store(void* to, const V& value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+// The thread that runs now.
+int thread();
+int block_x();
+int block_y();
+int block_z();
+
+void sync();
+void sync_warp();
+
+char* shared_memory();
+int shared_bytes();
+
+// Part of the block's shared memory; begins at a multiple of 16 bytes.
+template <class T>
+class Shared {
+ public:
+  Shared() = default;
+  Shared(int offset, int size)
+      : data_(reinterpret_cast<T*>(shared_memory() + offset)), size_(size) {
+    if (offset % 16 || offset + size * int64_t{sizeof(T)} > shared_bytes()) {
+      throw std::out_of_range("shared memory: an array of " + std::to_string(size) +
+                              " elements at byte " + std::to_string(offset) + " does not fit");
+    }
+  }
+  T& operator[](int i) const {
+    if (i < 0 || i >= size_) {
+      throw std::out_of_range("shared memory: index " + std::to_string(i) + " of " +
+                              std::to_string(size_));
+    }
+    return data_[i];
+  }
+  // `count` elements from i on, as one access.
+  T* at(int i, int count) const {
+    if (count > 0) (*this)[i], (*this)[i + count - 1];
+    return data_ + i;
+  }
+
+ private:
+  T* data_ = nullptr;
+  int size_ = 0;
+};
+
+// 16 bytes from global to shared memory, zeros unless `valid`; both addresses aligned.
+void copy_async(void* to, const void* from, bool valid);
+void commit_copies();
+void wait_copies_but(int groups);
+template <int GROUPS>
+inline void wait_copies() {
+  wait_copies_but(GROUPS);
+}
+
+struct MatrixArgs {
+  uint32_t* to;      // [4]
+  const void* from;  // 16 bytes
+};
+struct MultiplyArgs {
+  float* c;           // [4]
+  const uint32_t* a;  // [4]
+  const uint32_t* b;  // [2]
+};
+void load_matrices(const MatrixArgs& args);
+void multiply_bfloat16(const MultiplyArgs& args);
+void multiply_float16(const MultiplyArgs& args);
+
+// ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the next of
+// row l / 4 of each.
+inline void load_matrices(uint32_t (&to)[4], const void* row) { load_matrices({to, row}); }
+
+// What lane `from` of the warp gives; all lanes take part.
+uint32_t shuffle(uint32_t value, int from);
+
+// Counts to `parts`: true for the last, and the count is 0 again.
+bool arrive(unsigned* counter, unsigned parts);
+
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+// Runs `body` once for each thread of each block.
+void launch(Grid grid, int threads, int shared_bytes, uint64_t order,
+            const std::function<void()>& body);
+
+template <class Args>
+void launch(void (*kernel)(Args), Grid grid, int threads, int shared_bytes, void* stream,
+            const Args& args) {
+  launch(grid, threads, shared_bytes, reinterpret_cast<uintptr_t>(stream), [&] { kernel(args); });
+}
+
+}  // namespace rpg::simt

@@ -1,0 +1,1 @@
+"""The CUDA back end for small batches; on CPU tensors, for tests, the same kernels as ``simt``."""
