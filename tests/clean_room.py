@@ -118,7 +118,7 @@ def script(path: Path, body: str) -> Path:
 
 def quick_compiler(folder: Path) -> Path:
     """The C++ compiler without its optimiser, for builds whose speed does not matter."""
-    keep = 'case "$word" in -O3 | -flto* | -fno-fat-lto-objects) ;; *) set -- "$@" "$word" ;; esac'
+    keep = 'case "$word" in -O1 | -O3 | -flto* | -fno-fat-lto-objects) ;; *) set -- "$@" "$word" ;; esac'
     return script(folder / "c++", f'for word; do shift; {keep}; done\nexec {CXX} "$@"')
 
 
