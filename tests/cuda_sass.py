@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,15 +290,20 @@ def region(file: str, opening: str, nth: int = 0, until: str = "") -> Region:
 
 
 def name_of(instruction: Instruction, regions: dict[str, list[Region]]) -> str:
-    """The smallest region that any of its lines is in, or ""."""
-    best, size = "", 1 << 30
-    for name, parts in regions.items():
-        for part in parts:
-            if part.last - part.first < size and any(map(part.holds, instruction.lines)):
-                best, size = name, part.last - part.first
-    return best
+    """The region of the innermost of its lines that is in any, the smallest there; or ""."""
+    for line in instruction.lines:
+        held = [
+            (part.last - part.first, name)
+            for name, parts in regions.items()
+            for part in parts
+            if part.holds(line)
+        ]
+        if held:
+            return min(held)[1]
+    return ""
 
 
-def names(kernel: Kernel, loop: Loop, regions: dict[str, list[Region]]) -> Counter[str]:
-    """How many of a loop's own instructions come from each region."""
-    return Counter(name_of(kernel.instructions[i], regions) for i in loop.own)
+def loop_name(kernel: Kernel, loop: Loop, regions: dict[str, list[Region]]) -> str:
+    """The region that a loop's way back comes from."""
+    back = max(i for i in loop.body if loop.header in _successors(kernel, i))
+    return name_of(kernel.instructions[back], regions)
