@@ -25,11 +25,13 @@ class Case:
     block: int = 64
     window: int = 256
     laps: int = 4
+    fill: str = "windows"  # or ring, gather
+    slots: int = 704  # of a ring
 
     @property
     def places(self) -> int:
-        """Of the windows that it reads."""
-        return self.rows // self.laps
+        """Blocks that it multiplies with x."""
+        return {"windows": self.rows // self.laps, "ring": self.slots, "gather": self.rows}[self.fill]
 
     @property
     def weights(self) -> int:
@@ -46,10 +48,10 @@ _COMMON = {
     "entries": [region("entries.h", "for (int first = 0; first < count; first += 32) {")],
     "copies": [region("stage.h", "j < window; j += kThreads >> log_chunks")],
     "windows": [region("stage.h", "segment < segments; ++segment) {")],
+    "rows": [region("entries.h", "if (tile.fill != Fill::kWindows) {")],
+    "slots": [region("stage.h", "if (tile.fill == Fill::kGather) {")],
+    "blocks": [region("stage.h", "i < places << log_chunks")],
     "other": [
-        region("entries.h", "if (tile.fill != Fill::kWindows) {"),
-        region("stage.h", "if (tile.fill == Fill::kGather) {"),
-        region("stage.h", "i < places << log_chunks"),
         region("stage.h", "void reflect_elements("),
         region("stage.h", "void clear_padding("),
     ],
@@ -85,10 +87,10 @@ INPUT_GRAD = {
     "parts of a sum": [region("linear_input_grad.cu", "part < kThreads / pairs; ++part) {")],
 }
 PHASES = {
-    "entries": ("runs", "entries"),
+    "entries": ("runs", "entries", "rows", "slots"),
     "products": ("products", "steps", "parts", "parts of a sum"),
     "sums": ("sums", "clear", "laps", "terms"),
-    "copies": ("windows", "copies", "x"),
+    "copies": ("windows", "copies", "blocks", "x"),
 }
 
 
@@ -104,7 +106,10 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
     if not forward:
         products = case.places / (STEP / (case.block / 2))
     return {
-        "runs": case.rows / WARPS / share * share / run,
+        "rows": case.rows / STEP,
+        "slots": case.rows / STEP,
+        "blocks": case.places * chunks / STEP,
+        "runs": share / run,
         "entries": run / 32,
         "windows": case.places / case.window,
         "copies": case.window * chunks / STEP,
@@ -119,7 +124,13 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
     }
 
 
-UNUSED = ("other", "x, not aligned")
+# Pieces that a fill does not run, or not for every column.
+UNUSED = {
+    "windows": ("other", "x, not aligned", "rows", "slots", "blocks"),
+    "ring": ("other", "x, not aligned", "slots", "blocks", "windows", "copies", "runs", "entries"),
+    "gather": ("other", "x, not aligned", "windows", "copies", "runs", "entries"),
+}
+LAW = 90  # instructions of a lone slot by law 1 with 6 rounds, which is a function of its own
 
 
 def column_loop(kernel: Kernel) -> Loop:
@@ -152,7 +163,7 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
     def add(loop: Loop, times: float, inside: str) -> None:
         for i in loop.own:
             name = name_of(kernel.instructions[i], regions)
-            if name in UNUSED:
+            if name in UNUSED[case.fill]:
                 continue
             # A term is added in one lap only.
             here = times / case.laps if name == "terms" else times
@@ -161,13 +172,16 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
         for inner in loop.nested:
             named.setdefault(loop_name(kernel, inner, regions), []).append(inner)
         for name, loops in named.items():
-            if name in UNUSED:
+            if name in UNUSED[case.fill]:
                 continue
             if name not in trips:
                 raise LookupError(f"{kernel.name}: a loop of {name!r} at {loops[0].header}")
-            # Of copies of one loop, the longest does what can be divided by its length.
+            # Of copies of one loop, the longest does what can be divided by its length; but each
+            # plane of T is cleared.
             longest = max(loops, key=lambda of: len(of.own))
-            add(longest, times * trips[name] / max(1, unrolled(name, longest)), name)
+            for loop in loops if name == "clear" and not longest.nested else [longest]:
+                add(loop, times * trips[name] / max(1, unrolled(name, loop)), name)
 
     add(column_loop(kernel), 1, "")
+    totals["entries"] += LAW * case.rows / STEP if case.fill != "windows" else 0
     return {name: total * STEP / case.weights for name, total in totals.items()}
