@@ -31,7 +31,9 @@ class Case:
     @property
     def places(self) -> int:
         """Blocks that it multiplies with x."""
-        return {"windows": self.rows // self.laps, "ring": self.slots, "gather": self.rows}[self.fill]
+        return {"windows": self.rows // self.laps, "ring": self.slots, "gather": self.rows}[
+            self.fill
+        ]
 
     @property
     def weights(self) -> int:
@@ -80,7 +82,9 @@ INPUT_GRAD = {
     "clear": [region("linear_input_grad.cu", "i < used * L::kOf; i += kThreads) {")],
     "laps": [region("linear_input_grad.cu", "for (int lap = 0; lap < laps; ++lap) {")],
     "terms": [
-        region("linear_input_grad.cu", "const float sign = sign_of(entry[i]);", until="store(at, v);")
+        region(
+            "linear_input_grad.cu", "const float sign = sign_of(entry[i]);", until="store(at, v);"
+        )
     ],
     "products": [region("linear_input_grad.cu", "term < used; term += parts) {")],
     "parts": [region("linear_input_grad.cu", "i < layer.block * batch; i += kThreads) {")],
@@ -117,7 +121,7 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
         "products": products,
         "steps": chunks if size == 4 else case.block / 16,
         "clear": case.places * min(4, case.batch_tile) / STEP,
-        "laps": case.laps,
+        "laps": case.laps if case.fill == "windows" else 1,
         "all read": 1,
         "parts": case.block * case.batch_tile / STEP,
         "parts of a sum": STEP / (case.block / 2),
@@ -166,7 +170,7 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
             if name in UNUSED[case.fill]:
                 continue
             # A term is added in one lap only.
-            here = times / case.laps if name == "terms" else times
+            here = times / trips["laps"] if name == "terms" else times
             totals[phase_of.get(inside or name, "column")] += here
         named: dict[str, list[Loop]] = {}
         for inner in loop.nested:

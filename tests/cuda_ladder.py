@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+import cuda_report as report
 import shared_banks as banks
 import torch
 from cuda_counts import LAW, per_weight
@@ -16,7 +16,6 @@ from rpg_kernels import native
 from rpg_kernels.virtual_weight import VirtualWeight
 
 FILLS = {3: "gather", 4: "ring", 5: "windows"}
-NUMBERS = {"windows": 0, "ring": 1, "gather": 2}  # as csrc/cuda/tile.h has them
 NAMES = {
     1: "a thread for each row, law 1",
     2: "a warp for each row",
@@ -42,7 +41,7 @@ def run(step: int, weight: VirtualWeight, x: torch.Tensor, order: int = 0) -> to
         simt.ladder_linear(law, step, *addresses, *tail)
         return y
     p = simt.plan_linear(law, 2, 1, columns, *banks.H200)
-    assert p.fill == NUMBERS[FILLS[step]], "the layer leads to another fill"
+    assert report.FILLS[p.fill] == FILLS[step], "the layer leads to another fill"
     workspace = torch.full((max(1, p.workspace),), math.nan)
     counters = torch.zeros(max(1, p.counters), dtype=torch.int32)
     tail = (workspace.data_ptr(), counters.data_ptr(), order)
@@ -54,10 +53,8 @@ def run(step: int, weight: VirtualWeight, x: torch.Tensor, order: int = 0) -> to
 def rate(step: int, of: dict[str, Kernel]) -> float:
     """Lane-instructions for a weight."""
     if step > 2:
-        kernel, fill = of["linear_kernel<Bfloat16, 1>"], FILLS[step]
-        p = plan("linear", 14336, 4096, 1, 2, fill)
-        rows = p.rest if fill == "gather" else p.rows
-        return sum(per_weight(kernel, case_of(kernel.name, fill=fill, rows=rows)).values())
+        kernel = of["linear_kernel<Bfloat16, 1>"]
+        return sum(per_weight(kernel, case_of(kernel.name, FILLS[step])).values())
     kernel = of["ladder_thread_kernel" if step == 1 else "ladder_warp_kernel"]
     outer, inner = kernel.loops()
     # An element for each pass of the first, two for each lane and pass of the second.

@@ -13,7 +13,6 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import shared_banks as banks
 import torch
 from cuda_counts import Case, column_loop, per_weight
-from cuda_sass import ARCHITECTURES, CUDA, ROOT, Kernel, compile_source, kernels
+from cuda_sass import ARCHITECTURES, CUDA, ROOT, Kernel, compile_source, kernels, usage_of
 from pages import replaced
 from triton_model import H200, OVERLAP, dense
 
@@ -33,7 +32,9 @@ LADDER = ROOT / "docs" / "ladder.md"
 SOURCES = ("linear", "linear_input_grad", "linear_bank_grad", "unpack", "ladder")
 CACHE = 5.5e12  # bytes a second from the second-level cache, as others measured on an H100
 LOOP_BUDGET, TABLE_BUDGET = 1.5, 0.7  # lane-instructions for a weight at batch 16 and below
+COUNTED = ("80", "90a", "100", "120")  # 86 and 89 are as 80, but for a few instructions
 LAYERS = ((14336, 4096), (4096, 4096))
+FILLS = ("windows", "ring", "gather")  # as csrc/cuda/tile.h numbers them
 Compiled = dict[str, dict[str, Kernel]]  # by architecture and name
 
 
@@ -44,16 +45,13 @@ def nvcc_version() -> str:
     return found[1] if found else "unknown"
 
 
-def compiled(sources: Iterable[str], architectures: Iterable[str], cache: Path) -> Compiled:
-    """Kernels of the sources, from ``cache`` where they are there."""
-    out: Compiled = {}
-    for architecture, source in itertools.product(architectures, sources):
-        cubin = cache / f"{source}.{architecture}.cubin"
-        log = cubin.with_suffix(".log")
-        if not cubin.exists():
-            log.write_text(compile_source(CUDA / f"{source}.cu", architecture, cubin))
-        out.setdefault(architecture, {}).update(kernels(cubin, log.read_text()))
-    return out
+def compiled(architecture: str, source: str, cache: Path) -> tuple[Path, str]:
+    """(cubin, what ptxas says), from ``cache`` where they are there."""
+    cubin = cache / f"{source}.{architecture}.cubin"
+    log = cubin.with_suffix(".log")
+    if not cubin.exists():
+        log.write_text(compile_source(CUDA / f"{source}.cu", architecture, cubin))
+    return cubin, log.read_text()
 
 
 def batch_of(name: str) -> int:
@@ -61,20 +59,26 @@ def batch_of(name: str) -> int:
     return int(name.rpartition(", ")[2].rstrip(">"))
 
 
-def case_of(name: str, **more: Any) -> Case:
-    """A column of a whole tile of windows, as ``kernel`` runs it."""
-    batch = batch_of(name)
-    return Case(batch, **{"rows": 1024 if batch <= 16 else 512, **more})
+def case_of(name: str, fill: str = "windows") -> Case:
+    """A column of a whole tile of a 14336 x 4096 layer."""
+    kernel, batch = name.split("_kernel<")[0], batch_of(name)
+    p = plan(kernel, 14336, 4096, batch, code_of(name), fill)
+    made = FILLS[p.fill]
+    return Case(batch, fill=made, rows=p.rest if made == "gather" else p.rows)
+
+
+def code_of(name: str) -> int:
+    """The number of a kernel's dtype."""
+    return {"Float32": 1, "Bfloat16": 2, "Float16": 3}[name.split("<")[1].split(",")[0]]
 
 
 def shared_bytes(name: str) -> str:
     """What a block of threads has of a 14336 x 4096 layer on an H200, windows 256 x 4."""
     if name.startswith(("unpack", "pack", "ladder")):
         return "1024" if name.startswith("unpack") else "0"
-    kernel, dtype = name.split("_kernel<")[0], name.split("<")[1].split(",")[0]
-    code = {"Float32": 1, "Bfloat16": 2, "Float16": 3}[dtype]
+    kernel = name.split("_kernel<")[0]
     batch = 16 if kernel == "linear_bank_grad" else batch_of(name)
-    return str(plan(kernel, 14336, 4096, batch, code, "windows").shared_bytes)
+    return str(plan(kernel, 14336, 4096, batch, code_of(name), "windows").shared_bytes)
 
 
 def plan(kernel: str, rows: int, columns: int, batch: int, code: int, fill: str) -> Any:
@@ -87,7 +91,7 @@ def plan(kernel: str, rows: int, columns: int, batch: int, code: int, fill: str)
     return getattr(simt, f"plan_{kernel}")(law, code, batch, columns, *banks.H200)
 
 
-def registers(of: Compiled) -> str:
+def registers(of: dict[str, dict[str, tuple[int, int]]]) -> str:
     """Registers of each kernel and architecture, and shared memory."""
     lines = [
         f"nvcc {nvcc_version()}.",
@@ -96,13 +100,11 @@ def registers(of: Compiled) -> str:
         "|---|---|" + "---|" * (len(of) + 1),
     ]
     for name in next(iter(of.values())):
-        if "Float16" in name.replace("Bfloat16", ""):
+        if name.split("<")[-1].startswith("Float16"):
             continue
-        counts = [of[a][name].registers for a in of]
-        spills = max(of[a][name].spills for a in of)
-        lines.append(
-            f"| {name} | {shared_bytes(name)} | {' | '.join(map(str, counts))} | {spills} |"
-        )
+        counts = " | ".join(str(of[a][name][0]) for a in of)
+        spills = max(of[a][name][1] for a in of)
+        lines.append(f"| {name} | {shared_bytes(name)} | {counts} | {spills} |")
     return "\n".join(lines)
 
 
@@ -123,13 +125,8 @@ KINDS = {
 
 
 def tensor_kernels(of: dict[str, Kernel]) -> list[str]:
-    """Names of the products in bf16 and fp32."""
-    return [
-        name
-        for name in of
-        if name.startswith(("linear_kernel", "linear_input_grad_kernel"))
-        and not name.split("<")[1].startswith("Float16")
-    ]
+    """Names of the products."""
+    return [name for name in of if name.startswith(("linear_kernel", "linear_input_grad_kernel"))]
 
 
 def mix(of: dict[str, Kernel]) -> str:
@@ -147,17 +144,21 @@ def weight_row(name: str, architecture: str, kernel: Kernel) -> str:
     """One line of the table of lane-instructions."""
     parts = per_weight(kernel, case_of(name))
     cells = " | ".join(f"{part:.2f}" for part in parts.values())
-    return f"| {name} | {architecture} | {cells} | {sum(parts.values()):.2f} |"
+    where = case_of(name)
+    return (
+        f"| {name} | {where.fill}, {where.rows} rows | {architecture} "
+        f"| {cells} | {sum(parts.values()):.2f} |"
+    )
 
 
 def weights(of: Compiled) -> str:
     """Lane-instructions for each weight."""
     lines = [
-        "| kernel | sm | entries | products | sums | copies | around them | all |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | tile | sm | entries | products | sums | copies | around them | all |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in tensor_kernels(next(iter(of.values()))):
-        lines += [weight_row(name, a, of[a][name]) for a in of]
+        lines += [weight_row(name, a, of[a][name]) for a in COUNTED]
     return "\n".join(lines)
 
 
@@ -213,7 +214,7 @@ def per_clock(bytes_a_second: float) -> float:
 def product_times(kernel: Kernel, batch: int, rows: int, columns: int, fill: str) -> Times:
     """Of the forward in bf16."""
     p = plan("linear", rows, columns, batch, 2, fill)
-    case = case_of(kernel.name, fill=fill, rows=p.rest if fill == "gather" else p.rows)
+    case = case_of(kernel.name, fill)
     instructions = sum(per_weight(kernel, case).values()) * case.weights
     blocks = p.tiles * p.splits * p.batch_tiles
     at_once = min(H200.processors, blocks)
@@ -261,13 +262,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path)
     cache = parser.parse_args().cache
+    usage: dict[str, dict[str, tuple[int, int]]] = {}
+    code: Compiled = {}
     with tempfile.TemporaryDirectory() as made:
-        of = compiled(SOURCES, ARCHITECTURES, cache or Path(made))
-    hopper = of["90a"]
+        for architecture, source in itertools.product(ARCHITECTURES, SOURCES):
+            cubin, log = compiled(architecture, source, cache or Path(made))
+            usage.setdefault(architecture, {}).update(usage_of(log))
+            read = source in ("linear", "linear_input_grad", "ladder")
+            if read and architecture in COUNTED:
+                code.setdefault(architecture, {}).update(kernels(cubin))
+    hopper = code["90a"]
     tables = {
-        "registers": registers(of),
+        "registers": registers(usage),
         "mix": mix(hopper),
-        "weights": weights(of),
+        "weights": weights(code),
         "wavefronts": conflicts(),
         "predicted": predicted(hopper),
     }

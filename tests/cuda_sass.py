@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,11 +77,8 @@ class Kernel:
     """A kernel for one architecture."""
 
     name: str  # such as linear_kernel<Bfloat16, 8>
-    registers: int
-    spills: int  # bytes of stack, spill stores and spill loads
     instructions: list[Instruction]
     labels: dict[str, int]
-    called: dict[str, int]  # instructions of each function that is not inlined
 
     def loops(self) -> list[Loop]:
         """Natural loops, those that hold others before them."""
@@ -93,12 +90,15 @@ class Kernel:
         return sum(bool(re.match(pattern, self.instructions[i].opcode)) for i in chosen)
 
 
-def readable(mangled: str) -> str:
-    """``linear_kernel<Bfloat16, 8>`` of what the compiler calls it."""
-    done = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True)
-    name = done.stdout.strip().replace("(anonymous namespace)::", "").split("(")[0]
-    name = name.removeprefix("void ").replace("rpg::cuda::", "").replace("rpg::", "")
-    return re.sub(r"Mma<(\w+)>", r"\1", name).replace("Fma", "Float32")
+def readable(mangled: Sequence[str]) -> list[str]:
+    """``linear_kernel<Bfloat16, 8>`` and such, of what the compiler calls them."""
+    done = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True)
+    out = []
+    for line in done.stdout.splitlines():
+        name = line.replace("(anonymous namespace)::", "").split("(")[0]
+        name = name.removeprefix("void ").replace("rpg::cuda::", "").replace("rpg::", "")
+        out.append(re.sub(r"Mma<(\w+)>", r"\1", name).replace("Fma", "Float32"))
+    return out
 
 
 def compile_source(source: Path, architecture: str, out: Path) -> str:
@@ -118,27 +118,37 @@ def compile_source(source: Path, architecture: str, out: Path) -> str:
     return done.stderr
 
 
-def kernels(cubin: Path, ptxas: str) -> dict[str, Kernel]:
+def usage_of(ptxas: str) -> dict[str, tuple[int, int]]:
+    """(registers, bytes of stack and spills) of each kernel."""
+    found = _PTXAS.findall(ptxas)
+    numbers = [tuple(map(int, rest)) for _, *rest in found]
+    names = readable([name for name, *_ in found])
+    return {
+        name: (registers, stack + stores + loads)
+        for name, (stack, stores, loads, registers) in zip(names, numbers, strict=True)
+    }
+
+
+def kernels(cubin: Path) -> dict[str, Kernel]:
     """The kernels of a compiled file, by their readable names."""
     tool = nvdisasm()
     assert tool
     text = subprocess.run(
         [tool, "-c", "-gi", str(cubin)], capture_output=True, text=True, check=True
     ).stdout
-    usage = {name: tuple(map(int, rest)) for name, *rest in _PTXAS.findall(ptxas)}
+    sections = [
+        section
+        for section in re.split(r"^\s*\.section\s+", text, flags=re.M)
+        if section.startswith(".text.")
+    ]
+    names = readable([section[6 : section.index(",")] for section in sections])
     out = {}
-    for section in re.split(r"^\s*\.section\s+", text, flags=re.M):
-        if not section.startswith(".text."):
+    for name, section in zip(names, sections, strict=True):
+        if name.split("<")[-1].startswith("Float16"):  # as Bfloat16
             continue
-        mangled = section[6 : section.index(",")]
-        main, *functions = re.split(r"^\$(?=\S+:$)", section, flags=re.M)
-        instructions, labels = _parse(main)
-        called = {f.split(":", 1)[0]: len(_parse(f)[0]) for f in functions}
-        *stack, registers = usage[mangled]
-        kernel = Kernel(
-            readable(mangled), registers, sum(stack), instructions, labels, called
-        )
-        out[kernel.name] = kernel
+        # Functions that are not inlined come behind the kernel.
+        main = re.split(r"^\$\S+:$", section, maxsplit=1, flags=re.M)[0]
+        out[name] = Kernel(name, *_parse(main))
     return out
 
 
@@ -178,10 +188,11 @@ def _successors(kernel: Kernel, i: int) -> Iterator[int]:
                 assert at
                 yield kernel.labels[at[1]]
                 return
-    # A warp whose lanes have parted takes BRA.DIV, which here none does.
-    if opcode.startswith("BRA") and target and not opcode.startswith("BRA.DIV"):
+    # A warp whose lanes have parted takes BRA.DIV, which here none does. Compilers use CALL for far
+    # jumps too; a function's label is not a local one.
+    if target and opcode.startswith(("BRA", "CALL")) and not opcode.startswith("BRA.DIV"):
         yield kernel.labels[target[1]]
-        if sure and not re.search(r"BRA\S*\s+!?U?P\d", text):
+        if sure and not re.search(r"^\S+\s+!?U?P\d", text):
             return
     if i + 1 < len(kernel.instructions):
         yield i + 1
@@ -283,7 +294,9 @@ def region(file: str, opening: str, nth: int = 0, until: str = "") -> Region:
     depth = 0
     for i in range(found[nth], len(lines)):
         depth += lines[i].count("{") - lines[i].count("}")
-        stop = until in lines[i] if until else depth == 0 and "{" in "".join(lines[found[nth] : i + 1])
+        stop = (
+            until in lines[i] if until else depth == 0 and "{" in "".join(lines[found[nth] : i + 1])
+        )
         if stop:
             return Region(file, found[nth] + 1, i + 1)
     raise LookupError(f"{file}: {opening!r} does not end")

@@ -2,9 +2,9 @@
 
 The SIMT shim writes down which bytes each thread of a launch accesses, and from which line of the
 source (``_native.simt.accesses_of``). Here the accesses of a warp's 32 lanes are put together, the
-n-th of a line with the n-th of the other lanes, and given to a model of shared memory: 32 banks of 4
-bytes; accesses of 16 bytes go in four parts of 8 lanes, of 8 bytes in two of 16, of 4 and fewer
-bytes in one. A part takes as many wavefronts as the bank with the most different words has words.
+n-th of a line with the n-th of the other lanes, and given to a model of shared memory: 32 banks of
+4 bytes; accesses of 16 bytes go in four parts of 8 lanes, of 8 bytes in two of 16, of 4 and fewer
+in one. A part takes as many wavefronts as the bank with the most different words has words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ SITES = {
     "linear": {
         "windows: cp.async": [region("stage.h", "void fill_windows(")],
         "x: cp.async": [region("linear.cu", "i < S::kXRows * chunks;")],
-        "entries: write": [region("entries.h", "for (int first = 0; first < count; first += 32) {")],
+        "entries: write": [
+            region("entries.h", "for (int first = 0; first < count; first += 32) {")
+        ],
         "blocks: ldmatrix": [region("linear.cu", "load_matrices(a,", until=";")],
         "x: fragments": [
             region("linear.cu", "b[0] = load", until=";"),
@@ -42,11 +44,15 @@ SITES = {
         "blocks: read (fp32)": [region("linear.cu", "const auto w = load", until=";")],
         "x: read (fp32)": [region("linear.cu", "const auto v = load<Vector<float, 4>>", until=";")],
         "entries: read": [region("linear.cu", "const float sign = sign_of(entry[i]);", until=";")],
-        "S: read": [region("linear.cu", "const auto v = load<Vector<float, Sh::kLanes>>", until=";")],
+        "S: read": [
+            region("linear.cu", "const auto v = load<Vector<float, Sh::kLanes>>", until=";")
+        ],
     },
     "linear_input_grad": {
         "windows: cp.async": [region("stage.h", "void fill_windows(")],
-        "T: read": [region("linear_input_grad.cu", "auto v = load<Vector<float, L::kOf>>(at)", until=";")],
+        "T: read": [
+            region("linear_input_grad.cu", "auto v = load<Vector<float, L::kOf>>(at)", until=";")
+        ],
         "T: write": [region("linear_input_grad.cu", "store(at, v);", until=";")],
         "blocks: read": [region("linear_input_grad.cu", "const auto bits = load", until=";")],
         "T: read by all": [region("linear_input_grad.cu", "const auto v = load", until=";")],
@@ -57,7 +63,9 @@ SITES = {
         "sums: read": [region("linear_input_grad.cu", "total += sums[", until=";")],
     },
     "linear_bank_grad": {
-        "T: read": [region("linear_bank_grad.cu", "auto v = load<Vector<float, 4>>(at)", until=";")],
+        "T: read": [
+            region("linear_bank_grad.cu", "auto v = load<Vector<float, 4>>(at)", until=";")
+        ],
         "T: write": [region("linear_bank_grad.cu", "store(at, v);", until=";")],
         "T: read by all": [region("linear_bank_grad.cu", "const auto v = load", until=";")],
     },
@@ -136,7 +144,9 @@ def recorded(
 ) -> dict[str, Count]:
     """Wavefronts of one launch of a layer that begins with a whole cell."""
     simt = native._load()[0].simt  # type: ignore[union-attr]
-    bank = rpg.ParameterBank(4 * window * granularity, granularity=granularity, window=window, laps=laps)
+    bank = rpg.ParameterBank(
+        4 * window * granularity, granularity=granularity, window=window, laps=laps
+    )
     matrix = bank.place((rows, columns)).placement
     law, code = native.layer_law(matrix.law), native.dtype_code(dtype)
     plan = getattr(simt, f"plan_{kernel}")(law, code, batch, columns, *H200)

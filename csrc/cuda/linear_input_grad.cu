@@ -11,10 +11,10 @@
 // of a split adds them in order.
 //
 // Shared memory: stages (stage.h), T (places · BATCH · 4), entries, sums of parts. Instructions for
-// a row and a column, 64 weights: about 70 for the entry, 4 + 1.5 BATCH for T; for a place: 8
-// + 2 · BATCH for each pair of elements, laps times fewer than rows.
-// Predicted on an H200, 14336x4096, bf16, windows 256 x 4: batch 1 as the forward; batch 16 bound
-// by these products, 0.23 M places · 32 threads · 45 instructions, 11 us.
+// a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md): 100 for the entry, 47 at
+// batch 1 and 92 at 16 for T, 139 and 600 for products, which use no tensor cores.
+// Predicted on an H200, 14336x4096, bf16, windows 256 x 4: bound by them, 20 us at batch 1 and 42
+// at 16.
 
 #include <stdexcept>
 
