@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # The wheel's test builds all of them for all; these three differ most from one another.
 ARCHITECTURES = ("80", "90a", "120")
-BUDGETS = {"80": 6.0, "90a": 5.2, "120": 5.0}  # docs/cuda.md; the aim is 2.2
+BUDGETS = {"80": 5.0, "90a": 5.0, "120": 4.8}  # docs/cuda.md; the aim is 2.2
 POINTS: dict[str, Any] = {
     f"law {number}, {name}": entry
     for number in (1, 2)
