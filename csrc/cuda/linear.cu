@@ -19,8 +19,8 @@
 // different banks: rows of a window by the exchange of chunks (stage.h), S by the residues of the
 // window law. Bytes from global memory for a column of a tile: its windows, once.
 //
-// Instructions for a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md): 105 for the
-// entry, 12 to 31 for sums, 44 to 55 for products, 45 for copies, 70 to 80 around them.
+// Instructions for a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md): 105 for
+// the entry, 12 to 31 for sums, 44 to 55 for products, 45 for copies, 70 to 80 around them.
 // Predicted on an H200, 14336x4096, bf16, windows 256 x 4, batch 1: bound by them, 14 us; 29 MB of
 // windows at 5.5 TB/s from the second-level cache, 5.2 us, beside it.
 
