@@ -118,7 +118,8 @@ def script(path: Path, body: str) -> Path:
 
 def quick_compiler(folder: Path) -> Path:
     """The C++ compiler without its optimiser, for builds whose speed does not matter."""
-    keep = 'case "$word" in -O1 | -O3 | -flto* | -fno-fat-lto-objects) ;; *) set -- "$@" "$word" ;; esac'
+    left_out = "-O1 | -O3 | -flto* | -fno-fat-lto-objects"
+    keep = f'case "$word" in {left_out}) ;; *) set -- "$@" "$word" ;; esac'
     return script(folder / "c++", f'for word; do shift; {keep}; done\nexec {CXX} "$@"')
 
 

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton_aot as aot
 import triton_model as model
+from pages import replaced
 
 from rpg_kernels.triton.config import choose
 
@@ -86,13 +87,6 @@ def predicted(rates: dict[Any, float]) -> str:
                 f"| {name} | {batch} | {weight} | {times} | {dense / vector:.2f} | {bound} |"
             )
     return "\n".join(lines)
-
-
-def replaced(text: str, name: str, table: str) -> str:
-    """``text`` with another table between the marks of ``name``."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    head, rest = text.split(begin)
-    return head + begin + table + "\n" + end + rest.split(end)[1]
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ RPG_FUNCTION void write_entries(const Layer& layer, const Tile& tile, int b, con
   // Such a tile lies in one strip, so its positions are consecutive, and it begins and ends, as do
   // windows, at multiples of 64.
   const WindowBand& law = layer.law;
-  const uint32_t first = position(layer, tile.row, b), part = part_of(law, first);
+  const uint32_t first = position(tile, b), part = part_of(law, first);
   const uint32_t log = law.scramble.bits + 3;
   const int share = tile.rows > kWarps * 64 ? tile.rows / kWarps : 64;
   const int begin = thread() / kWarp * share;

@@ -19,10 +19,10 @@
 // different banks: rows of a window by the exchange of chunks (stage.h), S by the residues of the
 // window law. Bytes from global memory for a column of a tile: its windows, once.
 //
-// Instructions for a row and a column, 64 weights: about 70 for the entry by law 2 (60 by law 1), 3
-// + 2.25 BATCH for the sums; products: BATCH / 8 · 4 mma for 16 places, laps times fewer than rows.
-// Predicted on an H200, 14336x4096, bf16, windows 256 x 4, batch 1: 29 MB of windows at 5.5 TB/s
-// from the second-level cache, 5.2 us; 0.92 M entries at 75 instructions, 2.2 us, beside it.
+// Instructions for a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md): 105 for
+// the entry, 12 to 31 for sums, 44 to 55 for products, 45 for copies, 70 to 80 around them.
+// Predicted on an H200, 14336x4096, bf16, windows 256 x 4, batch 1: bound by them, 14 us; 29 MB of
+// windows at 5.5 TB/s from the second-level cache, 5.2 us, beside it.
 
 #include <stdexcept>
 
@@ -79,6 +79,15 @@ struct Shape {
   RPG_LAW int x_pitch(int block) { return block * kBytes + kPad; }
 };
 
+// S of one plane: 4 sums of a place, or 1. Four places between planes put two of them, which the
+// lanes of a store of products write, on different banks.
+constexpr int kBetween = 4;
+
+template <int LANES>
+RPG_FUNCTION int s_at(int plane, int place, int places) {
+  return (plane * (places + kBetween) + place) * LANES;
+}
+
 // Where things are in shared memory, behind the stages.
 struct SharedPlan {
   int s, entry, x, last, bytes;
@@ -87,7 +96,7 @@ struct SharedPlan {
 RPG_LAW SharedPlan shared_plan(const Tiling& tiling, int row_bytes, int x_bytes, int s_floats) {
   SharedPlan out{};
   out.s = stage_bytes(tiling, row_bytes).end;
-  out.entry = out.s + 4 * s_floats * tiling.places;
+  out.entry = out.s + 4 * s_floats * (tiling.places + kBetween);
   out.x = out.entry + 4 * kMaxRows;
   out.last = out.x + kStages * x_bytes;
   out.bytes = out.last + 16;
@@ -121,12 +130,6 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, int m0, int b, const Shar
     *reinterpret_cast<Bits*>(to.at(m * pitch + e * S::kBytes, S::kBytes)) =
         valid ? x[int64_t{m0 + m} * columns + column + e] : Bits{0};
   }
-}
-
-// S of one plane: 4 sums of a place, or 1.
-template <int LANES>
-RPG_FUNCTION int s_at(int plane, int place, int places) {
-  return (plane * places + place) * LANES;
 }
 
 // S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch.
@@ -191,8 +194,11 @@ RPG_FUNCTION void products_fma(const LinearKernelArgs& args, int used, const Sta
       }
     }
     RPG_UNROLL
-    for (int m = 0; m < BATCH; ++m) {
-      s[s_at<Sh::kLanes>(m / Sh::kLanes, place, args.tiling.places) + m % Sh::kLanes] = sum[m];
+    for (int plane = 0; plane < Sh::kPlanes; ++plane) {
+      Vector<float, Sh::kLanes> v;
+      RPG_UNROLL
+      for (int m = 0; m < Sh::kLanes; ++m) v.of[m] = sum[plane * Sh::kLanes + m];
+      store(s.at(s_at<Sh::kLanes>(plane, place, args.tiling.places), Sh::kLanes), v);
     }
   }
 }
@@ -220,7 +226,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
 
   const int x_bytes = Sh::kXRows * Sh::x_pitch(layer.block);
   const SharedPlan at = shared_plan(tiling, args.bank.row_bytes, x_bytes, Sh::kPlanes * Sh::kLanes);
-  const Shared<float> s(at.s, Sh::kPlanes * Sh::kLanes * tiling.places);
+  const Shared<float> s(at.s, Sh::kPlanes * Sh::kLanes * (tiling.places + kBetween));
   const Shared<uint32_t> entry(at.entry, kMaxRows);
   const auto stage_of_column = [&](int b) {
     return stage_of(tiling, args.bank.row_bytes, b - first);

@@ -11,10 +11,10 @@
 // of a split adds them in order.
 //
 // Shared memory: stages (stage.h), T (places · BATCH · 4), entries, sums of parts. Instructions for
-// a row and a column, 64 weights: about 70 for the entry, 4 + 1.5 BATCH for T; for a place: 8
-// + 2 · BATCH for each pair of elements, laps times fewer than rows.
-// Predicted on an H200, 14336x4096, bf16, windows 256 x 4: batch 1 as the forward; batch 16 bound
-// by these products, 0.23 M places · 32 threads · 45 instructions, 11 us.
+// a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md): 100 for the entry, 47 at
+// batch 1 and 92 at 16 for T, 139 and 600 for products, which use no tensor cores.
+// Predicted on an H200, 14336x4096, bf16, windows 256 x 4: bound by them, 20 us at batch 1 and 42
+// at 16.
 
 #include <stdexcept>
 
@@ -52,6 +52,10 @@ struct SharedPlan {
   int t, entry, sums, last, bytes;
 };
 
+// From the sums of a row of dx's even elements to those of its odd ones, which are read together:
+// on different banks.
+constexpr int kPitch = kThreads + 16;
+
 // T holds places, or rows where the ring is whole.
 RPG_LAW int terms_of(const Tiling& tiling) {
   return tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
@@ -62,7 +66,7 @@ RPG_LAW SharedPlan shared_plan(const Tiling& tiling, int row_bytes, int batch_ti
   out.t = stage_bytes(tiling, row_bytes).end;
   out.entry = out.t + 4 * batch_tile * terms_of(tiling);
   out.sums = out.entry + 4 * kMaxRows;
-  out.last = out.sums + 4 * 2 * kThreads * batch_tile;
+  out.last = out.sums + 4 * 2 * kPitch * batch_tile;
   out.bytes = out.last + 16;
   return out;
 }
@@ -127,7 +131,7 @@ RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile
 RPG_FUNCTION bool all_read(const Layer& layer, const Tile& tile, int b, const Stage& stage) {
   if (tile.fill != Fill::kWindows) return true;
   const WindowBand& law = layer.law;
-  const uint32_t first = position(layer, tile.row, b), end = first + tile.rows;
+  const uint32_t first = position(tile, b), end = first + tile.rows;
   const uint32_t part = part_of(law, first), segments = segments_of(law, first, tile.rows);
   for (uint32_t i = 0; i < segments; ++i) {
     const uint32_t next = law.head + (part + i) * law.cell;
@@ -183,7 +187,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const int terms = terms_of(tiling);
   const Shared<float> t(at.t, BATCH * terms);
   const Shared<uint32_t> entry(at.entry, kMaxRows);
-  const Shared<float> sums(at.sums, 2 * kThreads * BATCH);
+  const Shared<float> sums(at.sums, 2 * kPitch * BATCH);
   const auto stage_of_column = [&](int b) {
     return stage_of(tiling, args.bank.row_bytes, b - first);
   };
@@ -238,8 +242,8 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     products<T, BATCH>(args, tile, terms, used, entry, stage, t, sum);
     RPG_UNROLL
     for (int m = 0; m < BATCH; ++m) {
-      sums[(2 * m) * kThreads + thread()] = sum[0][m];
-      sums[(2 * m + 1) * kThreads + thread()] = sum[1][m];
+      sums[(2 * m) * kPitch + thread()] = sum[0][m];
+      sums[(2 * m + 1) * kPitch + thread()] = sum[1][m];
     }
     sync();
     const int pairs = layer.block / 2;
@@ -249,7 +253,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
       if (column >= layer.columns) continue;
       float total = 0;
       for (int part = 0; part < kThreads / pairs; ++part) {
-        total += sums[(2 * m + e % 2) * kThreads + part * pairs + e / 2];
+        total += sums[(2 * m + e % 2) * kPitch + part * pairs + e / 2];
       }
       if (tiling.tiles == 1) {
         static_cast<typename T::Bits*>(args.dx)[int64_t{m0 + m} * layer.columns + column] =

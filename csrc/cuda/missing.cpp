@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 
+#include "ladder.h"
 #include "law.h"
 #include "linear.h"
 
@@ -29,5 +30,6 @@ void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradAr
 void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&) { missing(); }
 void unpack(const LayerLaw&, const CudaUnpackArgs&) { missing(); }
 void pack(const LayerLaw&, const CudaPackArgs&) { missing(); }
+void ladder_linear(const LayerLaw&, int, const LadderArgs&) { missing(); }
 
 }  // namespace rpg::cuda

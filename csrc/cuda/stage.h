@@ -48,7 +48,7 @@ RPG_FUNCTION Stage stage_of(const Tiling& tiling, int row_bytes, int i) {
   const StageBytes at = stage_bytes(tiling, row_bytes);
   const int bytes = tiling.places * row_bytes;
   return {
-      Shared<uint4>(i % tiling.stages * bytes, bytes / 16),
+      Shared<uint4>(tiling.stages == 1 ? 0 : i % kStages * bytes, bytes / 16),
       Shared<Segment>(at.segments + i % kStages * kMaxSegments * 8, kMaxSegments),
       Shared<uint32_t>(at.entries + i % kStages * 4 * ((tiling.rest + 3) / 4 * 4), tiling.rest)};
 }
@@ -64,7 +64,7 @@ RPG_FUNCTION void prepare(const Layer& layer, const Tile& tile, int b, const Sta
     }
     return;
   }
-  const uint32_t p = position(layer, tile.row, b);
+  const uint32_t p = position(tile, b);
   if (thread() < segments_of(layer.law, p, tile.rows)) {
     stage.segments[thread()] = segment_of(layer.law, part_of(layer.law, p) + thread());
   }
@@ -74,25 +74,43 @@ RPG_FUNCTION void prepare(const Layer& layer, const Tile& tile, int b, const Sta
 RPG_FUNCTION int places_of(const Layer& layer, const Bank& bank, const Tile& tile, int b) {
   if (tile.fill == Fill::kRing) return static_cast<int>(bank.slots);
   if (tile.fill == Fill::kGather) return tile.rows;
-  const int segments = segments_of(layer.law, position(layer, tile.row, b), tile.rows);
+  const int segments = segments_of(layer.law, position(tile, b), tile.rows);
   return segments * static_cast<int>(layer.law.scramble.window);
+}
+
+// Begins the copies of the windows that were prepared for column b. A thread takes every
+// kThreads / chunks -th block, a multiple of 8, so that its chunks are exchanged in one way.
+RPG_FUNCTION void fill_windows(const Layer& layer, const Bank& bank, const Tile& tile, int b,
+                               const Stage& stage, int log_chunks) {
+  const int chunks = 1 << log_chunks, window = static_cast<int>(layer.law.scramble.window);
+  const int first = thread() >> log_chunks, c = thread() & (chunks - 1);
+  const char* const ring = static_cast<const char*>(bank.ring) + 16 * c;
+  const int segments = segments_of(layer.law, position(tile, b), tile.rows);
+  RPG_LOOP
+  for (int segment = 0; segment < segments; ++segment) {
+    const uint32_t base = stage.segments[segment].base;
+    int to = chunk_at(segment * window + first, c, chunks);
+    RPG_LOOP
+    for (int j = first; j < window; j += kThreads >> log_chunks, to += kThreads) {
+      const uint32_t slot = add_mod(base, j, bank.slots);
+      copy_async(stage.blocks.at(to, 1), ring + int64_t{slot} * bank.row_bytes, true);
+    }
+  }
 }
 
 // Begins the copies of what was prepared for column b.
 RPG_FUNCTION void fill(const Layer& layer, const Bank& bank, const Tile& tile, int b,
                        const Stage& stage) {
-  const int chunks = bank.row_bytes / 16, places = places_of(layer, bank, tile, b);
   const int log_chunks = bank.row_bytes == 256 ? 4 : bank.row_bytes == 128 ? 3 : 2;
-  const int log = layer.windows ? static_cast<int>(layer.law.scramble.bits) + 3 : 0;
+  if (tile.fill == Fill::kWindows) {
+    return fill_windows(layer, bank, tile, b, stage, log_chunks);
+  }
+  const int chunks = bank.row_bytes / 16, places = places_of(layer, bank, tile, b);
   RPG_LOOP
   for (int i = thread(); i < places << log_chunks; i += kThreads) {
     const int place = i >> log_chunks, c = i & (chunks - 1);
     uint32_t slot = place;
     if (tile.fill == Fill::kGather) slot = stage.entries[place] & 0x7FFFFFFFu;
-    if (tile.fill == Fill::kWindows) {
-      const uint32_t j = place & (layer.law.scramble.window - 1);
-      slot = add_mod(stage.segments[place >> log].base, j, bank.slots);
-    }
     const char* from =
         static_cast<const char*>(bank.ring) + int64_t{slot} * bank.row_bytes + 16 * c;
     copy_async(stage.blocks.at(chunk_at(place, c, chunks), 1), from, true);

@@ -59,23 +59,25 @@ struct Tile {
   Fill fill;
   int row;  // of the layer
   int rows;
+  uint32_t number, step;  // position of its first row in column b is number + b step
 };
-
-RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
-  if (i < tiling.first) {
-    const int row = i * tiling.rows, left = layer.rows - row;
-    return {tiling.fill, row, left < tiling.rows ? left : tiling.rows};
-  }
-  const int row = tiling.first * tiling.rows + (i - tiling.first) * tiling.rest;
-  const int left = layer.rows - row;
-  return {Fill::kGather, row, left < tiling.rest ? left : tiling.rest};
-}
 
 // The number, in the order of its law, of row n and column b.
 RPG_FUNCTION uint32_t position(const Layer& layer, int n, int b) {
   if (layer.windows) return order(layer.law, n, b);
   return static_cast<uint32_t>(n) * layer.blocks + b;
 }
+
+RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
+  const bool whole = i < tiling.first;
+  const int most = whole ? tiling.rows : tiling.rest, past = i - tiling.first;
+  const int row = whole ? i * most : tiling.first * tiling.rows + past * most;
+  const int left = layer.rows - row;
+  const uint32_t number = position(layer, row, 0), step = position(layer, row, 1) - number;
+  return {whole ? tiling.fill : Fill::kGather, row, left < most ? left : most, number, step};
+}
+
+RPG_FUNCTION uint32_t position(const Tile& tile, int b) { return tile.number + b * tile.step; }
 
 // What the rows of a column that read one window share: (p + shift) mod 2^32 is the address,
 // counted from that of the first cell; `base` the slot at which the window begins.
@@ -86,7 +88,9 @@ struct Segment {
 
 // The part (window_law.h) that holds p.
 RPG_FUNCTION uint32_t part_of(const WindowBand& law, uint32_t p) {
-  return p < law.head ? 0 : 1 + divide(p - law.head, law.by_cell);
+  const Divider& by = law.by_cell;  // 64 or more
+  const uint32_t unit = 1 + (umulhi(p - law.head, by.magic) >> by.shift);
+  return p < law.head ? 0 : unit;
 }
 
 RPG_CALLED Segment segment_of(const WindowBand& law, uint32_t number) {

@@ -122,7 +122,7 @@ class Block {
 
   static thread_local Block* active;
 
-  int current_ = 0, x_ = 0, y_ = 0, z_ = 0;
+  int current_ = 0, number_ = 0, x_ = 0, y_ = 0, z_ = 0;
   int threads_, shared_;
   std::vector<Fiber> fibers_;
   char* memory() {
@@ -263,7 +263,18 @@ void sync_warp() { Block::active->at_warp(nullptr, combine_nothing); }
 char* shared_memory() { return Block::active->memory(); }
 int shared_bytes() { return Block::active->shared_; }
 
-void copy_async(void* to, const void* from, bool valid) {
+thread_local std::vector<Access>* accesses = nullptr;
+
+void write_down(const void* at, int bytes, const Site& site) {
+  if (!Block::active) return;
+  Block& block = *Block::active;
+  const ptrdiff_t offset = static_cast<const char*>(at) - block.memory();
+  if (offset < 0 || offset >= block.shared_) return;  // not in shared memory
+  accesses->push_back({site, block.number_, block.current_, static_cast<int>(offset), bytes});
+}
+
+void copy_async(void* to, const void* from, bool valid, Site site) {
+  note(to, 16, site);
   if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) {
     throw std::logic_error("an asynchronous copy is not aligned to 16 bytes");
   }
@@ -318,7 +329,10 @@ void launch(Grid grid, int threads, int shared_bytes, uint64_t order,
   Block* const outer = Block::active;
   Block::active = &block;
   try {
-    for (int i : blocks) block.run(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    for (int i : blocks) {
+      block.number_ = i;
+      block.run(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    }
   } catch (...) {
     Block::active = outer;
     throw;

@@ -6,7 +6,8 @@
 // filled with NaNs before every block and checked at every index; asynchronous copies arrive when
 // they are waited for, not before, in odd orders at once. So a missing barrier or wait, an index
 // out of range and a read of what nobody wrote all change results, or stop the launch with an
-// exception (tests/simt_device.cpp has such kernels).
+// exception (tests/simt_device.cpp has such kernels). On request, accesses to shared memory are
+// written down, so that tests can count conflicts between banks.
 
 #pragma once
 
@@ -15,6 +16,8 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+
+#include "accesses.h"
 
 #define RPG_DEVICE simt
 #define RPG_FUNCTION static inline
@@ -36,19 +39,28 @@ struct Grid {
   int x, y, z;
 };
 
+// An index, and where it is used.
+struct Index {
+  int i;
+  Site site;
+  Index(int index, Site at = {}) : i(index), site(at) {}
+};
+
 // N numbers that are read and written at once, at an address that is a multiple of their size.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Vector {
   T of[N];
 };
 template <class V>
-RPG_FUNCTION V load(const void* from) {
+RPG_FUNCTION V load(const void* from, Site site = {}) {
   V value;
+  note(from, sizeof value, site);
   std::memcpy(&value, from, sizeof value);
   return value;
 }
 template <class V>
-RPG_FUNCTION void store(void* to, const V& value) {
+RPG_FUNCTION void store(void* to, const V& value, Site site = {}) {
+  note(to, sizeof value, site);
   std::memcpy(to, &value, sizeof value);
 }
 
@@ -76,26 +88,30 @@ class Shared {
                               " elements at byte " + std::to_string(offset) + " does not fit");
     }
   }
-  T& operator[](int i) const {
-    if (i < 0 || i >= size_) {
-      throw std::out_of_range("shared memory: index " + std::to_string(i) + " of " +
-                              std::to_string(size_));
-    }
-    return data_[i];
+  T& operator[](Index at) const {
+    check(at.i);
+    note(data_ + at.i, sizeof(T), at.site);
+    return data_[at.i];
   }
   // `count` elements from i on, as one access.
   T* at(int i, int count) const {
-    if (count > 0) (*this)[i], (*this)[i + count - 1];
+    if (count > 0) check(i), check(i + count - 1);
     return data_ + i;
   }
 
  private:
+  void check(int i) const {
+    if (i >= 0 && i < size_) return;
+    throw std::out_of_range("shared memory: index " + std::to_string(i) + " of " +
+                            std::to_string(size_));
+  }
+
   T* data_ = nullptr;
   int size_ = 0;
 };
 
 // 16 bytes from global to shared memory, zeros unless `valid`; both addresses aligned.
-void copy_async(void* to, const void* from, bool valid);
+void copy_async(void* to, const void* from, bool valid, Site site = {});
 void commit_copies();
 void wait_copies_but(int groups);
 template <int GROUPS>
@@ -118,7 +134,10 @@ void multiply_float16(const MultiplyArgs& args);
 
 // ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the next of
 // row l / 4 of each.
-inline void load_matrices(uint32_t (&to)[4], const void* row) { load_matrices({to, row}); }
+inline void load_matrices(uint32_t (&to)[4], const void* row, Site site = {}) {
+  note(row, 16, site);
+  load_matrices({to, row});
+}
 
 // What lane `from` of the warp gives; all lanes take part.
 uint32_t shuffle(uint32_t value, int from);

@@ -1,0 +1,191 @@
+"""Lane-instructions for each weight that a kernel generates, from its machine code.
+
+Of one column of blocks of a whole tile that reads windows: each loop of the machine code is named
+by the source lines in it, and each name has a number of passes of a warp, on average. Code outside
+of loops runs once for a column, without what belongs to other fills or other signs. Pieces that
+only some warps run are counted as if all did, so sums are somewhat too high, never too low.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuda_sass import Kernel, Loop, loop_name, name_of, region
+
+WARPS = 8
+STEP = WARPS * 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A column of a tile: the layer is made of whole cells, and begins with one."""
+
+    batch_tile: int
+    rows: int = 1024
+    block: int = 64
+    window: int = 256
+    laps: int = 4
+    fill: str = "windows"  # or ring, gather
+    slots: int = 704  # of a ring
+
+    @property
+    def places(self) -> int:
+        """Blocks that it multiplies with x."""
+        return {"windows": self.rows // self.laps, "ring": self.slots, "gather": self.rows}[
+            self.fill
+        ]
+
+    @property
+    def weights(self) -> int:
+        """That a column generates."""
+        return self.rows * self.block
+
+
+# Phases of the forward, as the tables call them, and the pieces of source in each.
+_COMMON = {
+    "runs": [
+        region("entries.h", "void write_run("),
+        region("entries.h", "for (int row = begin; row < end;) {"),
+    ],
+    "entries": [region("entries.h", "for (int first = 0; first < count; first += 32) {")],
+    "copies": [region("stage.h", "j < window; j += kThreads >> log_chunks")],
+    "windows": [region("stage.h", "segment < segments; ++segment) {")],
+    "rows": [region("entries.h", "if (tile.fill != Fill::kWindows) {")],
+    "slots": [region("stage.h", "if (tile.fill == Fill::kGather) {")],
+    "blocks": [region("stage.h", "i < places << log_chunks")],
+    "other": [
+        region("stage.h", "void reflect_elements("),
+        region("stage.h", "void clear_padding("),
+    ],
+}
+LINEAR = {
+    **_COMMON,
+    "x": [region("linear.cu", "i < S::kXRows * chunks;")],
+    "x, not aligned": [region("linear.cu", "i < S::kXRows * block;")],
+    "products": [
+        region("linear.cu", "first < used; first += kWarps * 16) {"),
+        region("linear.cu", "place < used; place += kThreads) {"),
+    ],
+    "steps": [
+        region("linear.cu", "for (int k = 0; k < block / 16; ++k) {"),
+        region("linear.cu", "for (int c = 0; c < chunks; ++c) {"),
+    ],
+    "sums": [region("linear.cu", "for (int k = 0; k < Sh::kRows; ++k) {")],
+}
+INPUT_GRAD = {
+    **_COMMON,
+    "other": [
+        *_COMMON["other"],
+        region("linear_input_grad.cu", "void clear_unread("),
+    ],
+    "all read": [region("linear_input_grad.cu", "bool all_read(")],
+    "clear": [region("linear_input_grad.cu", "i < used * L::kOf; i += kThreads) {")],
+    "laps": [region("linear_input_grad.cu", "for (int lap = 0; lap < laps; ++lap) {")],
+    "terms": [
+        region(
+            "linear_input_grad.cu", "const float sign = sign_of(entry[i]);", until="store(at, v);"
+        )
+    ],
+    "products": [region("linear_input_grad.cu", "term < used; term += parts) {")],
+    "parts": [region("linear_input_grad.cu", "i < layer.block * batch; i += kThreads) {")],
+    "parts of a sum": [region("linear_input_grad.cu", "part < kThreads / pairs; ++part) {")],
+}
+PHASES = {
+    "entries": ("runs", "entries", "rows", "slots"),
+    "products": ("products", "steps", "parts", "parts of a sum"),
+    "sums": ("sums", "clear", "laps", "terms"),
+    "copies": ("windows", "copies", "blocks", "x"),
+}
+
+
+def passes(case: Case, kernel: Kernel) -> dict[str, float]:
+    """Passes of a warp through each loop's body, for each time that it comes to the loop."""
+    size = 4 if "Float32" in kernel.name else 2
+    chunks = case.block * size // 16
+    rows_of_x = case.batch_tile if size == 4 else max(8, case.batch_tile)
+    run = min(128, max(64, case.rows // WARPS))
+    share = max(64, case.rows // WARPS)
+    forward = kernel.name.startswith("linear_kernel")
+    products = case.places / STEP if size == 4 else case.places / 16 / WARPS
+    if not forward:
+        products = case.places / (STEP / (case.block / 2))
+    return {
+        "rows": case.rows / STEP,
+        "slots": case.rows / STEP,
+        "blocks": case.places * chunks / STEP,
+        "runs": share / run,
+        "entries": run / 32,
+        "windows": case.places / case.window,
+        "copies": case.window * chunks / STEP,
+        "x": rows_of_x * chunks / STEP,
+        "products": products,
+        "steps": chunks if size == 4 else case.block / 16,
+        "clear": case.places * min(4, case.batch_tile) / STEP,
+        "laps": case.laps if case.fill == "windows" else 1,
+        "all read": 1,
+        "parts": case.block * case.batch_tile / STEP,
+        "parts of a sum": STEP / (case.block / 2),
+    }
+
+
+# Pieces that a fill does not run, or not for every column.
+UNUSED = {
+    "windows": ("other", "x, not aligned", "rows", "slots", "blocks"),
+    "ring": ("other", "x, not aligned", "slots", "blocks", "windows", "copies", "runs", "entries"),
+    "gather": ("other", "x, not aligned", "windows", "copies", "runs", "entries"),
+}
+LAW = 90  # instructions of a lone slot by law 1 with 6 rounds, which is a function of its own
+
+
+def column_loop(kernel: Kernel) -> Loop:
+    """The loop over columns of blocks: the outermost with the most barriers."""
+    return max(kernel.loops(), key=lambda loop: (kernel.count("BAR", loop.body), len(loop.body)))
+
+
+def reads(case: Case, kernel: Kernel) -> dict[str, int]:
+    """Reads or writes of shared memory in one pass of the loops that compilers unroll."""
+    forward = kernel.name.startswith("linear_kernel")
+    out = {"clear": 1, "parts of a sum": 1}
+    if forward and "Float32" in kernel.name:
+        out["steps"] = 1 + case.batch_tile
+    if not forward:
+        out["products"] = 1 + max(1, case.batch_tile // 4)
+    return out
+
+
+def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
+    """Lane-instructions per weight of each phase, and of the code of a column around them."""
+    regions = LINEAR if kernel.name.startswith("linear_kernel") else INPUT_GRAD
+    trips, one_pass = passes(case, kernel), reads(case, kernel)
+    phase_of = {part: phase for phase, parts in PHASES.items() for part in parts}
+    totals = dict.fromkeys((*PHASES, "column"), 0.0)
+
+    def unrolled(name: str, loop: Loop) -> float:
+        accesses = kernel.count(r"(LDS|STS)(\.|$)", loop.own)
+        return accesses / one_pass[name] if name in one_pass else 1
+
+    def add(loop: Loop, times: float, inside: str) -> None:
+        for i in loop.own:
+            name = name_of(kernel.instructions[i], regions)
+            if name in UNUSED[case.fill]:
+                continue
+            # A term is added in one lap only.
+            here = times / trips["laps"] if name == "terms" else times
+            totals[phase_of.get(inside or name, "column")] += here
+        named: dict[str, list[Loop]] = {}
+        for inner in loop.nested:
+            named.setdefault(loop_name(kernel, inner, regions), []).append(inner)
+        for name, loops in named.items():
+            if name in UNUSED[case.fill]:
+                continue
+            if name not in trips:
+                raise LookupError(f"{kernel.name}: a loop of {name!r} at {loops[0].header}")
+            # Of copies of one loop, the longest does what can be divided by its length; but each
+            # plane of T is cleared.
+            longest = max(loops, key=lambda of: len(of.own))
+            for loop in loops if name == "clear" and not longest.nested else [longest]:
+                add(loop, times * trips[name] / max(1, unrolled(name, loop)), name)
+
+    add(column_loop(kernel), 1, "")
+    totals["entries"] += LAW * case.rows / STEP if case.fill != "windows" else 0
+    return {name: total * STEP / case.weights for name, total in totals.items()}
