@@ -304,6 +304,8 @@ def explain(module: nn.Module, x: Tensor) -> Explanation:
     reason = _reason(rule, op, x.device, dtype)
     if (
         rule.backend == "reference"
+        and not forced
+        and x.numel()
         and x.device.type == "cpu"
         and op in (*cpu.OPERATORS, *cpu.LOOKUPS)
     ):

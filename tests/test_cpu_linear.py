@@ -160,11 +160,15 @@ def test_dispatch_takes_it_where_rows_share_products() -> None:
     element = rpg.nn.Linear(64, 1024, bank=rpg.ParameterBank(64 * 512, reflect="element"))
     assert rpg.explain(shared, torch.empty(50, 64)).backend == "cpu"
     assert rpg.explain(alone, torch.empty(1, 64)).backend == "cpu"
-    assert rpg.explain(alone, torch.empty(50, 64)).backend == "reference"
+    assert rpg.explain(alone, torch.empty(50, 64)).backend == "cpu"
+    assert rpg.explain(alone, torch.empty(100, 64)).backend == "reference"
     explained = rpg.explain(element, torch.empty(1, 64))
     assert explained.backend == "reference"
     assert "one sign for a slot use" in explained.reason
-    assert "would be slower" in rpg.explain(alone, torch.empty(50, 64)).reason
+    assert "would be slower" in rpg.explain(alone, torch.empty(100, 64)).reason
+    with rpg.backend("reference"):  # asked for, so nothing was left to it
+        assert "would be slower" not in rpg.explain(alone, torch.empty(100, 64)).reason
+    assert "would be slower" not in rpg.explain(alone, torch.empty(0, 64)).reason
     with rpg.scratch_limit(1000):
         assert rpg.explain(shared, torch.empty(50, 64)).backend == "reference"
 

@@ -19,11 +19,11 @@ LOOKUPS = ("embedding", "embedding_bank_grad")  # read rows of any weight of a l
 BLOCKS = (32, 64)  # each takes ten seconds to compile, for every instruction set
 MAX_WINDOW = 2**15  # blocks: a table's entries have 15 bits for the place
 
-# A product of its own for every row pays while the batch is smaller than this; beyond it the
-# reference unpacks once for all of the batch.
-DIRECT_BATCH = 4
+# A product of its own for every row pays up to these rows of x, in fp32 and in 16 bits; beyond
+# them it is the reference's, which unpacks once for all of the batch.
+DIRECT_BATCH = {"linear": (64, 16), "linear_input_grad": (16, 8), "linear_bank_grad": (8, 0)}
 # With 16-bit activations dense products are several times faster than these fp32 ones.
-LOW_BATCH, LOW_GAIN = 64, 2
+LOW_BATCH, LOW_GAIN = 32, 4
 # The reference also prepares a convolution's weight, which few pixels do not pay for.
 CONV_GAIN, CONV_PIXELS = 1.5, 64
 LOW_CONV_GAIN, LOW_CONV_PIXELS = 4, 1024
@@ -149,9 +149,10 @@ def preferred(op: str, dtype: torch.dtype, batch: int, placement: str, groups: i
     shared = gain(op, placement, step.batch_tile * step.tiles)
     if op == "conv2d":
         return _convolves(dtype, batch, shared)
-    if shared == 1 and (batch > DIRECT_BATCH or op == "linear_bank_grad"):
-        return False
-    return not (dtype in LOW_PRECISION and batch > LOW_BATCH and shared < LOW_GAIN)
+    low = dtype in LOW_PRECISION
+    if shared == 1:
+        return batch <= DIRECT_BATCH[op][low]
+    return not (low and batch > LOW_BATCH and shared < LOW_GAIN)
 
 
 def _convolves(dtype: torch.dtype, pixels: int, shared: float) -> bool:
