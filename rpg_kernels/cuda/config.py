@@ -25,9 +25,10 @@ OPERATORS = (*PRODUCTS, "unpack", "pack")
 BLOCKS = (32, 64)
 ALIGNMENT = 16  # bytes, of the bank
 
-# Batches up to which the kernels are predicted to win: docs/kernels.md has the arithmetic. Blocks
-# that are gathered one by one are read once for every row of the weight.
-MAX_BATCH, MAX_GATHERED_BATCH = 64, 16
+# Batches up to which the kernels are predicted to win (docs/cuda.md; no GPU has said so): one
+# instruction for a weight is a few microseconds of a large layer. What is gathered block by block
+# pays for the law of every position, and is predicted to win nowhere.
+MAX_BATCH = {"linear": 32, "linear_input_grad": 4, "linear_bank_grad": 64}
 GATHERED = 2  # Plan.fill
 
 
@@ -220,16 +221,13 @@ def why_slower(
     """
     if op not in PRODUCTS:
         return unsupported_weight(op, placement)
-    if not 1 <= batch <= MAX_BATCH:
-        return f"the CUDA kernels are for batches of 1 to {MAX_BATCH}, not of {batch}"
+    if not 1 <= batch <= MAX_BATCH[op]:
+        return f"the CUDA kernels of {op} are for batches of 1 to {MAX_BATCH[op]}, not of {batch}"
     laid_out, reason = plan(op, placement, dtype, batch, on, copied(bank, dtype))
     if laid_out is None:
         return reason
-    if laid_out.fill == GATHERED and batch > MAX_GATHERED_BATCH:
-        return (
-            f"the CUDA kernels gather this weight block by block, which pays up to a batch of "
-            f"{MAX_GATHERED_BATCH}, not at {batch}"
-        )
+    if laid_out.fill == GATHERED:
+        return "the CUDA kernels would gather this weight block by block, predicted to be slower"
     return ""
 
 

@@ -1,4 +1,4 @@
-// The CPU kernels under GCC's thread sanitizer, which cannot see through libgomp: its threads,
+// The CPU kernels under GCC's sanitizers. That of threads cannot see through libgomp: its threads,
 // loops and barriers are replaced here by ones that it can, under the names that GCC calls. Parts
 // of dynamic loops are dealt out in turn, without a counter, so that no two of them are in order.
 //

@@ -1,4 +1,4 @@
-"""tests/thread_sanitizer.cpp: the CPU kernels on several threads, watched for data races."""
+"""tests/sanitizers.cpp: the CPU kernels on several threads, watched for races and bad accesses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ("unpack", "linear", "linear_input_grad", "linear_bank_grad", "conv2d")
-FLAGS = ["-std=c++17", "-O1", "-fsanitize=thread", f"-I{ROOT / 'csrc'}", "-DRPG_ISA=baseline"]
+FLAGS = ["-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-DRPG_ISA=baseline"]
+SANITIZERS = ("thread", "address,undefined")
 
 
 def compiler() -> str:
@@ -25,22 +26,25 @@ def compiler() -> str:
     return gcc
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    gcc, folder = compiler(), tmp_path_factory.mktemp("tsan")
+@pytest.fixture(scope="module", params=SANITIZERS)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels with their driver, in a folder of the sanitizer's name."""
+    gcc, folder = compiler(), tmp_path_factory.mktemp("sanitized") / request.param
+    folder.mkdir()
+    flags = [*FLAGS, f"-fsanitize={request.param}", "-fno-sanitize-recover=all"]
     trivial = folder / "trivial.cpp"
     trivial.write_text("int main() {}\n", "utf-8")
-    built = subprocess.run([gcc, *FLAGS, str(trivial), "-o", f"{folder}/trivial"])
+    built = subprocess.run([gcc, *flags, str(trivial), "-o", f"{folder}/trivial"])
     if built.returncode:
-        pytest.skip("the compiler comes without the thread sanitizer")
+        pytest.skip(f"the compiler comes without the sanitizer: {request.param}")
     ran = subprocess.run([f"{folder}/trivial"], capture_output=True, text=True)
     if ran.returncode:  # addresses are laid out as the sanitizer does not know them
-        pytest.skip(f"the thread sanitizer does not run here: {ran.stderr.strip()[:200]}")
+        pytest.skip(f"the sanitizer does not run here: {ran.stderr.strip()[:200]}")
     sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in KERNELS]
-    sources.append(ROOT / "tests" / "thread_sanitizer.cpp")
+    sources.append(ROOT / "tests" / "sanitizers.cpp")
     compiling = [
         subprocess.Popen(
-            [gcc, *FLAGS, "-fopenmp", "-Wno-psabi", "-c", str(source), "-o", f"{source.stem}.o"],
+            [gcc, *flags, "-fopenmp", "-Wno-psabi", "-c", str(source), "-o", f"{source.stem}.o"],
             cwd=folder,
         )
         for source in sources
@@ -48,7 +52,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert [process.wait() for process in compiling] == [0] * len(sources)
     objects = [f"{source.stem}.o" for source in sources]
     # Without -fopenmp: what GCC calls of OpenMP is the program's own.
-    subprocess.run([gcc, "-fsanitize=thread", *objects, "-o", "program"], cwd=folder, check=True)
+    sanitize = f"-fsanitize={request.param}"
+    subprocess.run([gcc, sanitize, *objects, "-o", "program"], cwd=folder, check=True)
     return folder / "program"
 
 
@@ -63,12 +68,13 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_kernels_have_no_data_race(program: Path) -> None:
+def test_kernels_are_clean(program: Path) -> None:
     done = run(program)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr[:4000]
     assert done.stdout == "318 calls\n"
 
 
+@pytest.mark.parametrize("program", ["thread"], indirect=True)
 def test_the_sanitizer_sees_through_the_barriers(program: Path) -> None:
     """Without them it complains: what the other test does not find is not hidden from it."""
     done = run(program, "without-barriers")
