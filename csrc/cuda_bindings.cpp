@@ -106,6 +106,7 @@ template <void (*UNPACK)(const LayerLaw&, const CudaUnpackArgs&)>
 void unpack(const LayerLaw& law, int dtype, uintptr_t ring, uintptr_t out, int64_t columns,
             double scale, uintptr_t stream) {
   check_blocks(law, columns);
+  require(ring % 16 == 0, "ring: wanted an address that is a multiple of 16");
   UNPACK(law, {checked_dtype(dtype), address<const void>(ring), address<void>(out), columns, scale,
                address<void>(stream)});
 }

@@ -98,7 +98,8 @@ def check_moves(problem: Problem) -> None:
     spec, bank, dtype = problem.weight.spec, problem.bank, problem.bank.dtype
     wanted = op.unpack(bank.cpu().double(), None, spec, "reference")
     with uninitialised_is_nan():
-        close(op.unpack(bank, None, spec, problem.backend), wanted, dtype, dtype)
+        for ring in (bank, surrounded(bank, 1)):  # the second begins at no multiple of 16 bytes
+            close(op.unpack(ring, None, spec, problem.backend), wanted, dtype, dtype)
     dense = surrounded(torch.randn(problem.weight.shape).to(bank.device, problem.x.dtype), 1)
     wanted = op.pack(dense.cpu().double(), None, spec, torch.float64, "reference")
     with uninitialised_is_nan():

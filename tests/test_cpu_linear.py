@@ -227,3 +227,14 @@ def test_explain_knows_autocast() -> None:
         explained = rpg.explain(layer, x)
     assert explained.dtype == "torch.bfloat16"
     assert explained.backend == rpg.explain(layer.bfloat16(), x.bfloat16()).backend
+
+
+def test_sums_of_thousands_of_rows_are_as_exact_as_torchs() -> None:
+    """Of an input gradient whose rows share nothing, which once added one row after the other."""
+    weight = rpg.ParameterBank(64 * 6000, init_std=1.0).place((4096, 128))
+    bank, dy = weight.bank.weight.detach(), torch.randn(5, 4096)
+    dense = weight.unpack().detach()
+    exact = dy.double() @ dense.double()
+    got = torch.ops.rpg_kernels.linear_input_grad(dy, bank, None, weight.spec, "cpu")
+    error, torchs = (got - exact).abs().max(), (dy @ dense - exact).abs().max()
+    assert error <= 2 * torchs + 1e-7 * exact.abs().max()

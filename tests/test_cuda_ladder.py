@@ -16,7 +16,7 @@ if native.available():
 
 # By the fill that the product chooses: slots, window and laps.
 BANKS = {
-    "gather": (1500, {}),
+    "gather": (2500, {}),
     "ring": (300, {}),
     "windows": (512, {"window": 64, "laps": 4}),
 }

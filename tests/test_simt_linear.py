@@ -133,6 +133,49 @@ def test_unread_slots_and_padding_may_hold_anything(
         assert torch.cat((y[:4], y[5:])).isfinite().all()
 
 
+@pytest.mark.parametrize("window", [(64, 1), (64, 4), (128, 3), (256, 2)])
+def test_an_infinity_of_x_reaches_only_what_is_read(window: tuple[int, int]) -> None:
+    problem = made((130, 128), "simt", window=window, before=64)
+    problem.x[1, 5] = float("inf")
+    spec = problem.weight.spec
+    wanted = op.linear_bank_grad(problem.dy, problem.x, None, spec, problem.bank.dtype, "reference")
+    assert not wanted.isfinite().all()
+    got = problem.run("linear_bank_grad")
+    assert got.isfinite().equal(wanted.isfinite())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 8, 16, 33])
+@pytest.mark.parametrize(
+    ("window", "granularity", "before"),
+    [((256, 4), 64, 0), ((256, 4), 32, 64), ((128, 8), 64, 64), ((512, 4), 32, 0)],
+)
+def test_windows_of_hundreds_of_slots(
+    window: tuple[int, int],
+    granularity: int,
+    before: int,
+    batch: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a large layer has them: laps of 128 rows and more to a warp, 7 rounds of the law."""
+    monkeypatch.setattr(config, "SIMT", config.Gpu("simt", sms=4, shared_bytes=H200.shared_bytes))
+    problem = made(
+        (1100, 2 * granularity - 6),
+        "simt",
+        slots=1500,
+        granularity=granularity,
+        window=window,
+        dtype=dtype,
+        batch=batch,
+        before=before,
+    )
+    rows = 1024 if batch <= 16 else 512  # of a tile, which must be more than a window's slots
+    if dtype != torch.float32 and before == 0 and window[0] < rows:
+        assert problem.fill() == WINDOW
+    problem.check()
+
+
 def test_a_bank_that_is_misaligned_or_strided_is_copied() -> None:
     problem = of_fill(WINDOW, "simt")
     wanted = problem.run("linear")

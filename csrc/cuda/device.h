@@ -132,6 +132,7 @@ RPG_FUNCTION float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 static inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // so that the next launch is not blamed
   throw std::runtime_error(std::string("CUDA could not ") + what + ": " +
                            cudaGetErrorString(status));
 }

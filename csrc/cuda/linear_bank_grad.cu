@@ -69,6 +69,7 @@ RPG_FUNCTION float element(const void* from, int64_t i) {
 template <class T, int BLOCK>
 RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, int block, int laps,
                             int owned, const Shared<uint32_t>& entry, const Shared<float>& t,
+                            const Shared<int>& read,
                             float (&dw)[kOwned * BLOCK / 2 / kThreads][2]) {
   constexpr int kPairs = BLOCK / 2, kParts = kThreads / kPairs;
   const int pair = thread() % kPairs, part = thread() / kPairs;
@@ -77,6 +78,8 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
   for (int m0 = 0; m0 < args.batch; m0 += kBatch) {
     RPG_LOOP
     for (int i = thread(); i < kOwned * kBatch; i += kThreads) t[i] = 0.f;
+    RPG_LOOP
+    for (int i = thread(); i < kOwned; i += kThreads) read[i] = 0;
     float x[kBatch][2];
     RPG_UNROLL
     for (int m = 0; m < kBatch; ++m) {
@@ -92,6 +95,7 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
       for (int i = thread(); i < rows; i += kThreads) {
         const int slot = place_of(entry[i]);
         if (slot >= owned || lap_of(entry[i]) != lap) continue;
+        read[slot] = 1;
         const float sign = sign_of(entry[i]);
         RPG_UNROLL
         for (int plane = 0; plane < kPlanes; ++plane) {
@@ -113,7 +117,8 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
       RPG_UNROLL
       for (int j = 0; j < kOwned / kParts; ++j) {
         const int slot = part + j * kParts;
-        if (slot >= owned) continue;
+        // 0 times an infinity of x need not be 0.
+        if (slot >= owned || !read[slot]) continue;
         RPG_UNROLL
         for (int plane = 0; plane < kPlanes; ++plane) {
           const auto v = load<Vector<float, 4>>(t.at(t_at(plane, slot), 4));
@@ -140,7 +145,8 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
   const int owned = static_cast<int>(min_u32(args.owned, slots - begin));
   const Shared<float> t(0, kOwned * kBatch);
   const Shared<uint32_t> entry(4 * kOwned * kBatch, kMaxRows);
-  const Shared<int> last(4 * (kOwned * kBatch + kMaxRows), 1);
+  const Shared<int> read(4 * (kOwned * kBatch + kMaxRows), kOwned);
+  const Shared<int> last(4 * (kOwned * kBatch + kMaxRows + kOwned), 1);
 
   // Cell k reads unwrapped slots base + k window ...; this owner's come back every round.
   const int64_t rounds = (law.base + args.cells * window + slots - 1) / slots;
@@ -170,7 +176,7 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
         }
         const uint32_t last_lap = (cell.p + done + rows - 1 + cell.shift) >> log;
         add_piece<T, BLOCK>(args, column.row, rows, column.block, last_lap - first_lap + 1, owned,
-                            entry, t, dw);
+                            entry, t, read, dw);
         done += rows;
       }
     }
@@ -240,7 +246,7 @@ Plan plan_linear_bank_grad(const LayerLaw& law, Dtype, int64_t batch, int64_t,
   out.splits = copies < 1 ? 1 : static_cast<int>(copies);
   out.batch_tile = kBatch;
   out.batch_tiles = static_cast<int>((batch + kBatch - 1) / kBatch);
-  out.shared_bytes = 4 * (kOwned * kBatch + kMaxRows) + 16;
+  out.shared_bytes = 4 * (kOwned * kBatch + kMaxRows + kOwned) + 16;
   if (out.splits > 1) {
     out.workspace = int64_t{out.splits} * law.slots * law.granularity;
     out.counters = out.tiles;

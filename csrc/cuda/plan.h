@@ -60,7 +60,8 @@ static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int most, int
       out.first = static_cast<int>(law.rows / rows);
       out.places = static_cast<int>(places);
     }
-  } else if (shared && int64_t{law.slots} * row_bytes <= most * int64_t{kStages}) {
+  }
+  if (!out.first && shared && int64_t{law.slots} * row_bytes <= most * int64_t{kStages}) {
     out.fill = Fill::kRing;
     out.rows = largest;
     while (out.rows >= 2 * law.rows && out.rows > 64) out.rows /= 2;
@@ -98,8 +99,14 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
   out.batch_tile = batch == 1 ? 1 : batch <= 8 ? 8 : batch <= 16 ? 16 : largest;
   for (;; out.batch_tile = out.batch_tile == 8 ? 1 : out.batch_tile / 2) {
     out.batch_tiles = static_cast<int>((batch + out.batch_tile - 1) / out.batch_tile);
+    if (out.batch_tiles > 65535) {  // gridDim.z
+      throw std::runtime_error("batch: got " + std::to_string(batch) +
+                               " rows, which make more tiles than a launch may have");
+    }
     const int rows = out.batch_tile <= 16 ? kMaxRows : kMaxRows / 2;
-    for (int most = device.shared_bytes / (kStages + 1); most >= 64 * row_bytes; most /= 2) {
+    // First what leaves little for all else, then a quarter of the memory and less.
+    const int all = device.shared_bytes / kStages, quarter = device.shared_bytes / (kStages + 1);
+    for (int most = all; most >= 64 * row_bytes; most = most == all ? quarter : most / 2) {
       const Tiling tiling = tiling_of(law, row_bytes, most, rows);
       out.shared_bytes = bytes(tiling, out.batch_tile);
       if (out.shared_bytes > device.shared_bytes) continue;

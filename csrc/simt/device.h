@@ -53,6 +53,9 @@ struct alignas(N * sizeof(T)) Vector {
 };
 template <class V>
 RPG_FUNCTION V load(const void* from, Site site = {}) {
+  if (reinterpret_cast<uintptr_t>(from) % alignof(V)) {
+    throw std::logic_error("a load is not aligned to its " + std::to_string(alignof(V)) + " bytes");
+  }
   V value;
   note(from, sizeof value, site);
   std::memcpy(&value, from, sizeof value);
@@ -60,6 +63,10 @@ RPG_FUNCTION V load(const void* from, Site site = {}) {
 }
 template <class V>
 RPG_FUNCTION void store(void* to, const V& value, Site site = {}) {
+  if (reinterpret_cast<uintptr_t>(to) % alignof(V)) {
+    throw std::logic_error("a store is not aligned to its " + std::to_string(alignof(V)) +
+                           " bytes");
+  }
   note(to, sizeof value, site);
   std::memcpy(to, &value, sizeof value);
 }

@@ -29,6 +29,8 @@ ALIGNMENT = 16  # bytes, of the bank
 # instruction for a weight is a few microseconds of a large layer. What is gathered block by block
 # pays for the law of every position, and is predicted to win nowhere.
 MAX_BATCH = {"linear": 32, "linear_input_grad": 4, "linear_bank_grad": 64}
+# A window is gone through once for each 256 of its slots.
+MAX_OWNED_WINDOW = 1024
 GATHERED = 2  # Plan.fill
 
 
@@ -223,6 +225,9 @@ def why_slower(
         return unsupported_weight(op, placement)
     if not 1 <= batch <= MAX_BATCH[op]:
         return f"the CUDA kernels of {op} are for batches of 1 to {MAX_BATCH[op]}, not of {batch}"
+    law = parse(placement).law
+    if op == "linear_bank_grad" and isinstance(law, WindowLaw) and law.window > MAX_OWNED_WINDOW:
+        return f"the CUDA bank gradient is slow with windows of more than {MAX_OWNED_WINDOW} blocks"
     laid_out, reason = plan(op, placement, dtype, batch, on, copied(bank, dtype))
     if laid_out is None:
         return reason

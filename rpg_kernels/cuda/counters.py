@@ -7,6 +7,7 @@ replayed on any stream, beside anything: it gets counters of its own, which are 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -49,13 +50,10 @@ def zeros(count: int, device: torch.device) -> Tensor:
 def _lasting(count: int, stream: torch.cuda.Stream) -> Tensor:
     """Zeros that stay: made by another thread, as torch.compile's warm-up before a capture takes
     what its own thread allocates for the graph's memory."""
-    made: list[Tensor] = []
 
-    def make() -> None:
+    def make() -> Tensor:
         with torch.cuda.stream(stream):
-            made.append(torch.zeros(count, dtype=torch.int32, device=stream.device))
+            return torch.zeros(count, dtype=torch.int32, device=stream.device)
 
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(make).result()  # raises what make raised

@@ -21,7 +21,7 @@ def unpack(bank: Tensor, table: Tensor | None, placement: str) -> Tensor:
     """
     p = _checked("unpack", placement, bank)
     dense = bank.new_empty(p.shape)
-    launch.move("unpack", p, bank.contiguous(), dense)
+    launch.move("unpack", p, launch.ring(bank, bank.dtype), dense)  # aligned
     return dense
 
 
