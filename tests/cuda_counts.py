@@ -43,33 +43,36 @@ class Case:
 
 # Phases of the forward, as the tables call them, and the pieces of source in each.
 _COMMON = {
-    "runs": [
-        region("entries.h", "void write_run("),
-        region("entries.h", "for (int row = begin; row < end;) {"),
+    "runs": [region("entries.h", "i += 2 * kWarps) {")],
+    "single runs": [region("entries.h", "for (int i = warp; i < chunks;", until=");")],
+    "eighth round": [region("entries.h", "if (s.rounds == kMaxRounds)", until=";")],
+    "rows": [region("entries.h", "void row_entries(")],
+    "units": [region("columns.h", "void prepare_chunk("), region("columns.h", "void prepare_columns(")],
+    "windows": [region("stage.h", "void fill_windows(")],
+    "copies": [region("stage.h", "pass + 4 <= layout.passes")],
+    "wrapped": [
+        region("stage.h", "void fill_wrapped("),
+        region("stage.h", "fill_wrapped(layout, bank", until=";"),
+        region("stage.h", "for (; pass < layout.passes;"),
     ],
-    "entries": [region("entries.h", "for (int first = 0; first < count; first += 32) {")],
-    "copies": [region("stage.h", "j < window; j += kThreads >> log_chunks")],
-    "windows": [region("stage.h", "segment < segments; ++segment) {")],
-    "rows": [region("entries.h", "if (tile.fill != Fill::kWindows) {")],
-    "slots": [region("stage.h", "if (tile.fill == Fill::kGather) {")],
-    "blocks": [region("stage.h", "i < places << log_chunks")],
+    "slots": [region("stage.h", "void prepare_rows(")],
+    "blocks": [region("stage.h", "void fill_places(")],
     "other": [
         region("stage.h", "void reflect_elements("),
         region("stage.h", "void clear_padding("),
+        region("stage.h", "void finish("),
     ],
 }
 LINEAR = {
     **_COMMON,
-    "x": [region("linear.cu", "i < S::kXRows * chunks;")],
+    "x": [region("linear.cu", "void fill_x(")],
     "x, not aligned": [region("linear.cu", "i < S::kXRows * block;")],
+    "fragments": [region("linear.cu", "void products_mma(")],
     "products": [
         region("linear.cu", "first < used; first += kWarps * 16) {"),
         region("linear.cu", "place < used; place += kThreads) {"),
     ],
-    "steps": [
-        region("linear.cu", "for (int k = 0; k < block / 16; ++k) {"),
-        region("linear.cu", "for (int c = 0; c < chunks; ++c) {"),
-    ],
+    "steps": [region("linear.cu", "for (int c = 0; c < chunks; ++c) {")],
     "sums": [region("linear.cu", "for (int k = 0; k < Sh::kRows; ++k) {")],
 }
 INPUT_GRAD = {
@@ -91,8 +94,8 @@ INPUT_GRAD = {
     "parts of a sum": [region("linear_input_grad.cu", "part < kThreads / pairs; ++part) {")],
 }
 PHASES = {
-    "entries": ("runs", "entries", "rows", "slots"),
-    "products": ("products", "steps", "parts", "parts of a sum"),
+    "entries": ("runs", "units", "rows", "slots"),
+    "products": ("fragments", "products", "steps", "parts", "parts of a sum"),
     "sums": ("sums", "clear", "laps", "terms"),
     "copies": ("windows", "copies", "blocks", "x"),
 }
@@ -102,9 +105,6 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
     """Passes of a warp through each loop's body, for each time that it comes to the loop."""
     size = 4 if "Float32" in kernel.name else 2
     chunks = case.block * size // 16
-    rows_of_x = case.batch_tile if size == 4 else max(8, case.batch_tile)
-    run = min(128, max(64, case.rows // WARPS))
-    share = max(64, case.rows // WARPS)
     forward = kernel.name.startswith("linear_kernel")
     products = case.places / STEP if size == 4 else case.places / 16 / WARPS
     if not forward:
@@ -113,13 +113,12 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
         "rows": case.rows / STEP,
         "slots": case.rows / STEP,
         "blocks": case.places * chunks / STEP,
-        "runs": share / run,
-        "entries": run / 32,
+        "runs": case.rows / 128 / WARPS,
+        "units": 2,  # four of the six rounds of the permutation of units at a time
         "windows": case.places / case.window,
         "copies": case.window * chunks / STEP,
-        "x": rows_of_x * chunks / STEP,
         "products": products,
-        "steps": chunks if size == 4 else case.block / 16,
+        "steps": chunks,
         "clear": case.places * min(4, case.batch_tile) / STEP,
         "laps": case.laps if case.fill == "windows" else 1,
         "all read": 1,
@@ -129,11 +128,14 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
 
 
 # Pieces that a fill does not run, or not for every column.
+_WINDOWS = ("runs", "units", "windows", "copies")
+_NEVER = ("other", "x, not aligned", "single runs", "eighth round", "wrapped")
 UNUSED = {
-    "windows": ("other", "x, not aligned", "rows", "slots", "blocks"),
-    "ring": ("other", "x, not aligned", "slots", "blocks", "windows", "copies", "runs", "entries"),
-    "gather": ("other", "x, not aligned", "windows", "copies", "runs", "entries"),
+    "windows": (*_NEVER, "rows", "slots", "blocks"),
+    "ring": (*_NEVER, *_WINDOWS, "slots", "blocks"),
+    "gather": (*_NEVER, *_WINDOWS),
 }
+AHEAD = 4  # columns of which units are found at once, by a thread for 64 rows
 LAW = 90  # instructions of a lone slot by law 1 with 6 rounds, which is a function of its own
 
 
@@ -145,7 +147,7 @@ def column_loop(kernel: Kernel) -> Loop:
 def reads(case: Case, kernel: Kernel) -> dict[str, int]:
     """Reads or writes of shared memory in one pass of the loops that compilers unroll."""
     forward = kernel.name.startswith("linear_kernel")
-    out = {"clear": 1, "parts of a sum": 1}
+    out = {"clear": 1, "copies": 1, "parts of a sum": 1}
     if forward and "Float32" in kernel.name:
         out["steps"] = 1 + case.batch_tile
     if not forward:
@@ -161,7 +163,7 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
     totals = dict.fromkeys((*PHASES, "column"), 0.0)
 
     def unrolled(name: str, loop: Loop) -> float:
-        accesses = kernel.count(r"(LDS|STS)(\.|$)", loop.own)
+        accesses = kernel.count(r"(LDS|STS|LDGSTS)(\.|$)", loop.own)
         return accesses / one_pass[name] if name in one_pass else 1
 
     def add(loop: Loop, times: float, inside: str) -> None:
@@ -169,8 +171,11 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
             name = name_of(kernel.instructions[i], regions)
             if name in UNUSED[case.fill]:
                 continue
-            # A term is added in one lap only.
-            here = times / trips["laps"] if name == "terms" else times
+            here = times
+            if name == "terms":  # a term is added in one lap only
+                here = times / trips["laps"]
+            if name == "units":
+                here = times * case.rows / 64 / STEP
             totals[phase_of.get(inside or name, "column")] += here
         named: dict[str, list[Loop]] = {}
         for inner in loop.nested:

@@ -63,8 +63,11 @@ class Shared {
   __device__ __forceinline__ T& operator[](int i) const { return data_[i]; }
   // `count` elements from i on, as one access.
   __device__ __forceinline__ T* at(int i, int) const { return data_ + i; }
+  // What begins with element i.
+  __device__ __forceinline__ Shared from(int i) const { return Shared(data_ + i); }
 
  private:
+  __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
   T* data_;
 };
 
@@ -78,6 +81,13 @@ RPG_FUNCTION void copy_async(void* to, const void* from, bool valid) {
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same of 16 bytes AT bytes behind both addresses.
+template <int AT>
+RPG_FUNCTION void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(shared_address(to)),
+               "l"(from), "n"(AT)
+               : "memory");
+}
 RPG_FUNCTION void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int GROUPS>
 RPG_FUNCTION void wait_copies() {
@@ -88,6 +98,14 @@ RPG_FUNCTION void wait_copies() {
 // row l / 4 of each.
 RPG_FUNCTION void load_matrices(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same of the matrices transposed: elements 2 (l % 4) and the next of column l / 4.
+RPG_FUNCTION void load_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(row))
                : "memory");
@@ -127,6 +145,25 @@ RPG_FUNCTION bool arrive(unsigned* counter, unsigned parts) {
   __threadfence();
   return last;
 }
+
+// x, which the compiler is to keep in a register instead of finding it again at each use.
+RPG_FUNCTION int kept(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+RPG_FUNCTION uint32_t kept(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+template <class T>
+RPG_FUNCTION T* kept(T* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
+RPG_FUNCTION uint32_t reversed(uint32_t bits) { return __brev(bits); }
+// Byte i of x in both halves.
+RPG_FUNCTION uint32_t byte_twice(uint32_t x, int i) { return __byte_perm(x, 0, 0x4040 + i * 0x101); }
 
 RPG_FUNCTION float fused(float a, float b, float c) { return fmaf(a, b, c); }
 

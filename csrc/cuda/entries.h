@@ -1,14 +1,15 @@
 // Entries of a tile's rows: which place of the stage each reads, and with which sign.
 //
 // In windows they are made class by class, as csrc/cpu/unit_table.h does it: the places 8 A + c of
-// a lap come from octet o and residue c alone, so a lane keeps one c and the keys of its rounds (14
-// registers), A stays in the upper bits of 32, where a product drops what is above by itself, and a
-// round is 3 instructions. The row that reads the place follows from c and the octet's word. Words
-// of 16 octets and of 4 times 32 signs are computed by different lanes and exchanged.
+// a lap come from octet o and residue c alone, so a lane keeps one c and the keys of its rounds. It
+// takes two places at once, of octets 4 apart, as halves of one word: no sum or product of A, up to
+// 6 bits, carries out of a half. A round is 4 instructions for both. The row that reads a place
+// follows from c and the octet's word; words of 16 octets and both keys of 8 residues are one hash,
+// each lane another's, exchanged by shuffles.
 //
-// Budget of a run of 128 rows of one lap, a warp's share of 1024, for each lane: 25 to find it, 50
-// for keys, 22 for words, and 4 places of 22 + 3 rounds: 64 instructions for a row, 1.0 for a
-// weight of blocks of 64.
+// Budget, as compiled for sm_90a: a warp takes 128 rows, 16 octets, with one set of keys: 50
+// instructions for the keys and 60 for each chunk of 64 rows, so 42 for 32 rows, 0.7 for a weight of
+// blocks of 64 with what columns.h finds.
 
 #pragma once
 
@@ -16,80 +17,124 @@
 
 namespace rpg::RPG_DEVICE {
 
-constexpr int kRun = 128;  // rows of one lap that a warp takes at a time, at most
+constexpr uint32_t kTwice = 0x10001;  // times a half: both halves
 
-// Rows row ... row + count - 1 of a tile, which one lap of a window reads: address and number of
-// the first; all multiples of 8. Entries go to entry[row ...] without an order among lanes.
-RPG_FUNCTION void write_run(const Layer& layer, uint32_t segment, uint32_t address, uint32_t p,
-                            uint32_t lap_bits, int row, int count, const Shared<uint32_t>& entry) {
-  const WindowBand& law = layer.law;
+// What a lane does in all laps. It hashes, for one, factors of its residue, or summands, or the word
+// of an octet.
+struct Lane {
+  uint32_t shift, times, plus, key[2];
+  uint32_t mask, both;  // of the number of an octet, and of two
+  uint32_t octets;      // 0 to 3 and 4 to 7, in two halves
+};
+
+RPG_FUNCTION Lane lane_of(const WindowBand& law) {
   const Scramble& s = law.scramble;
-  const uint32_t lane = thread() % kWarp, c = lane & 7, up = 32 - s.bits;
-  const uint32_t upper = ~uint32_t{0} << up, lap = law.lap + (address >> (s.bits + 3));
-  const uint32_t octet = (address & (s.window - 1)) >> 3;
-  const uint32_t f = hash_word(8 * lap + c, s.key[2], s.key[3]);
-  const uint32_t g = hash_word(8 * lap + c, s.key[4], s.key[5]);
-  uint32_t factor[kMaxRounds], summand[kMaxRounds];
+  const uint32_t lane = thread() % kWarp, which = lane < 8 ? 2 : lane < 16 ? 4 : 0;
+  const uint32_t mask = (1u << s.bits) - 1;
+  const bool octets = which == 0;
+  const uint32_t plus = octets ? (law.lap << s.bits) + lane - 16 : 8 * law.lap + (lane & 7);
+  const uint32_t key0 = octets ? s.key[0] : which == 2 ? s.key[2] : s.key[4];
+  const uint32_t key1 = octets ? s.key[1] : which == 2 ? s.key[3] : s.key[5];
+  return {kept(octets ? 3 : s.bits + 3),
+          kept(octets ? 1u : 8u),
+          kept(plus),
+          {kept(key0), kept(key1)},
+          kept(mask),
+          kept(mask * kTwice),
+          kept(lane / 8 * kTwice + (4 << 16))};
+}
+
+// One row of a tile: row first + of, the slot of its window, and its sign in bit 31.
+struct Row {
+  int first, of;
+  uint32_t slot, sign;
+};
+
+// visit(row, chunk) for this lane's rows of CHUNKS chunks, from chunk `number` on, of one lap.
+template <int CHUNKS, class Visit>
+RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const Column& column,
+                            int number, const Visit& visit) {
+  const Scramble& s = law.scramble;
+  const uint32_t c = thread() & 7;
+  const int quarter = thread() % kWarp / 8;
+  Chunk chunk[CHUNKS];
   RPG_UNROLL
-  for (uint32_t r = 0; r < kMaxRounds; ++r) {
-    factor[r] = (f >> (4 * r)) | 1;
-    summand[r] = (g >> (4 * r)) << up;
+  for (int i = 0; i < CHUNKS; ++i) chunk[i] = load<Chunk>(column.chunks.at(number + i, 1));
+  const uint32_t x = (chunk[0].address >> lane.shift) * lane.times + lane.plus;
+  uint32_t h = hash_word(x, lane.key[0], lane.key[1]);
+  const uint32_t f = shuffle(h, c), g = shuffle(h, 8 + c);
+  uint32_t a[CHUNKS];
+  RPG_UNROLL
+  for (int i = 0; i < CHUNKS; ++i) {
+    a[i] = (chunk[i].address >> 3 & lane.mask) * kTwice + lane.octets;
   }
-  const uint32_t words = hash_word((lap << s.bits) + octet + (lane & 15), s.key[0], s.key[1]);
-  const bool vector = layer.reflect == Reflect::kVector;
-  const uint32_t signs =
-      vector ? hash_word((p >> 5) + (lane & 7), law.sign_key[0], law.sign_key[1]) : 0;
-  RPG_LOOP
-  for (int first = 0; first < count; first += 32) {
-    const uint32_t mine = first / 8 + lane / 8;  // octet of the run
-    const uint32_t h = shuffle(words, mine);
-    uint32_t a = (octet + mine) << up;
+  const auto round = [&](uint32_t r) {
+    const uint32_t factor = (f >> (4 * r) & lane.mask) | 1;
+    const uint32_t summand = byte_twice(r & 1 ? g >> 4 : g, r / 2);
     RPG_UNROLL
-    for (uint32_t r = 0; r < kMaxRounds; ++r) {
-      const uint32_t x = a * factor[r] + summand[r], y = x ^ ((x >> s.shift) & upper);
-      a = r < 7 || s.rounds > 7 ? y : a;
+    for (int i = 0; i < CHUNKS; ++i) {
+      const uint32_t y = (a[i] * factor + summand) & lane.both;
+      a[i] = (y ^ (y >> s.shift)) & lane.both;
     }
-    uint32_t place = 8 * (a >> up) + c, r = row_of_residue(c, h);
-    if (!law.permute) place = (address & (s.window - 1)) + 8 * mine + c, r = c;
-    const uint32_t offset = 8 * mine + r;
-    const uint32_t sign = shuffle(signs, ((p & 31) + 8 * mine) >> 5) << (~(p + offset) & 31);
-    if (8 * mine < static_cast<uint32_t>(count)) {
-      entry[row + offset] = (segment * s.window + place) | lap_bits | (sign & 0x80000000u);
+  };
+  if (law.permute) {
+    RPG_UNROLL
+    for (uint32_t r = 0; r < kMaxRounds - 1; ++r) round(r);
+    if (s.rounds == kMaxRounds) round(kMaxRounds - 1);
+  } else {
+    h = 0;
+  }
+  const uint32_t odd = h >> 3 | 1;
+  const int first = kept(kChunk * number + 8 * quarter);
+  RPG_UNROLL
+  for (int i = 0; i < CHUNKS; ++i) {
+    const uint32_t slots = 8 * a[i] + c * kTwice;
+    RPG_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int from = 16 + 8 * i + 4 * half + quarter;
+      const uint32_t word = shuffle(h, from), times = shuffle(odd, from);
+      const uint32_t r = ((c * times + word) & 7) ^ (word >> 29);  // row_of_residue(c, word)
+      const uint32_t sign = chunk[i].signs[half] << (8 * quarter) << r;
+      const uint32_t slot = half ? slots >> 16 : slots & 0xFFFF;
+      visit(Row{first + kChunk * i + 32 * half, static_cast<int>(r), slot, sign}, chunk[i]);
     }
   }
 }
 
-// Entries of all rows of a tile, as tile.h has them; visible after a barrier.
-RPG_FUNCTION void write_entries(const Layer& layer, const Tile& tile, int b, const Stage& stage,
-                                const Shared<uint32_t>& entry) {
-  if (tile.fill != Fill::kWindows) {
-    RPG_LOOP
-    for (int i = thread(); i < tile.rows; i += kThreads) {
-      const uint32_t p = position(layer, tile.row + i, b);
-      entry[i] = tile.fill == Fill::kGather ? i | (stage.entries[i] & 0x80000000u)
-                                            : ring_slot(layer, p) | block_sign(layer, p);
-    }
-    return;
-  }
-  // Such a tile lies in one strip, so its positions are consecutive, and it begins and ends, as do
-  // windows, at multiples of 64.
+// visit(row, chunk) for every row of a tile that reads windows, each by one lane.
+template <class Visit>
+RPG_FUNCTION void visit_rows(const Layer& layer, const Tile& tile, const Column& column,
+                             const Lane& lane, const Visit& visit) {
   const WindowBand& law = layer.law;
-  const uint32_t first = position(tile, b), part = part_of(law, first);
-  const uint32_t log = law.scramble.bits + 3;
-  const int share = tile.rows > kWarps * 64 ? tile.rows / kWarps : 64;
-  const int begin = thread() / kWarp * share;
-  const int end = begin + share < tile.rows ? begin + share : tile.rows;
+  const int chunks = tile.rows / kChunk, warp = thread() / kWarp;
+  const bool pairs = chunks > 1 && !((law.scramble.window | law.offset) & kChunk);
+  if (pairs) {  // of one lap
+    RPG_LOOP
+    for (int i = 2 * warp; i < chunks; i += 2 * kWarps) {
+      visit_lap<2>(law, lane, column, i, visit);
+    }
+  } else {
+    RPG_LOOP
+    for (int i = warp; i < chunks; i += kWarps) visit_lap<1>(law, lane, column, i, visit);
+  }
+}
+
+// Entries of all rows of a tile of windows, as tile.h has them; visible after a barrier.
+RPG_FUNCTION void window_entries(const Layer& layer, const Tile& tile, const Column& column,
+                                 const Lane& lane, const Shared<uint32_t>& entry) {
+  visit_rows(layer, tile, column, lane, [&](const Row& row, const Chunk& chunk) {
+    entry.from(row.first)[row.of] = row.slot | chunk.places | (row.sign & 0x80000000u);
+  });
+}
+
+// The same of all other tiles.
+RPG_FUNCTION void row_entries(const Layer& layer, const Tile& tile, int b, const Stage& stage,
+                              const Shared<uint32_t>& entry) {
   RPG_LOOP
-  for (int row = begin; row < end;) {
-    const uint32_t p = first + row, segment = part_of(law, p) - part;
-    const uint32_t start = segment ? law.head + (part + segment - 1) * law.cell : first;
-    const uint32_t shift = stage.segments[segment].shift, address = p + shift;
-    const uint32_t next = (address | (law.scramble.window - 1)) + 1 - address;  // lap
-    int count = end - row < kRun ? end - row : kRun;
-    if (static_cast<uint32_t>(count) > next) count = static_cast<int>(next);
-    const uint32_t lap = (address >> log) - ((start + shift) >> log);
-    write_run(layer, segment, address, p, lap << 24, row, count, entry);
-    row += count;
+  for (int i = thread(); i < tile.rows; i += kThreads) {
+    const uint32_t p = position(layer, tile.row + i, b);
+    entry[i] = tile.fill == Fill::kGather ? i | (stage.entries[i] & 0x80000000u)
+                                          : ring_slot(layer, p) | block_sign(layer, p);
   }
 }
 

@@ -39,6 +39,7 @@ constexpr int kPad = 16;  // bytes behind a row of x, so that rows begin on diff
 struct LinearKernelArgs {
   Layer layer;
   Tiling tiling;
+  Layout layout;
   Bank bank;
   const void* x;       // [batch, K]
   const float* bias;   // [N] or null
@@ -49,6 +50,7 @@ struct LinearKernelArgs {
   int batch;
   int splits;
   bool x_aligned;  // rows of x begin at multiples of 16 bytes
+  int s, entry, x_at, x_bytes, last;  // in shared memory: shared_plan
 };
 
 // 16-bit elements by tensor cores.
@@ -90,12 +92,15 @@ RPG_FUNCTION int s_at(int plane, int place, int places) {
 
 // Where things are in shared memory, behind the stages.
 struct SharedPlan {
+  Layout layout;
   int s, entry, x, last, bytes;
 };
 
-RPG_LAW SharedPlan shared_plan(const Tiling& tiling, int row_bytes, int x_bytes, int s_floats) {
+RPG_HOST SharedPlan shared_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
+                                int x_bytes, int s_floats) {
   SharedPlan out{};
-  out.s = stage_bytes(tiling, row_bytes).end;
+  out.layout = layout_of(layer, tiling, row_bytes);
+  out.s = out.layout.end;
   out.entry = out.s + 4 * s_floats * (tiling.places + kBetween);
   out.x = out.entry + 4 * kMaxRows;
   out.last = out.x + kStages * x_bytes;
@@ -103,36 +108,52 @@ RPG_LAW SharedPlan shared_plan(const Tiling& tiling, int row_bytes, int x_bytes,
   return out;
 }
 
+// This thread's 16 bytes of a column of x: kXRows rows have no more of them than there are threads.
+struct XCopy {
+  const char* from;  // of column 0
+  int to;            // in shared memory
+  int end;           // columns b < end have them; in all others they are zeros
+  bool any;
+};
+
+template <class Math, int BATCH>
+RPG_FUNCTION XCopy x_copy(const LinearKernelArgs& args, int m0) {
+  using S = Shape<Math, BATCH>;
+  static_assert(S::kXRows * 64 * S::kBytes / 16 <= kThreads, "16 bytes of x for a thread");
+  const int log = args.layout.log_chunks, m = thread() >> log;
+  const int c = thread() & ((1 << log) - 1), e = c * (16 / S::kBytes), block = args.layer.block;
+  const bool any = args.x_aligned && m < S::kXRows, row = any && m0 + m < args.batch;
+  const int end = row ? (args.layer.columns - e + block - 1) / block : 0;
+  const int64_t from = row ? int64_t{m0 + m} * args.layer.columns + e : 0;
+  return {kept(static_cast<const char*>(args.x) + from * S::kBytes),
+          kept(m * S::x_pitch(block) + 16 * c), kept(end), any};
+}
+
 // x [rows m0 ..., column b] into shared memory; zeros behind the batch and the end of a row.
 template <class Math, int BATCH>
-RPG_FUNCTION void fill_x(const LinearKernelArgs& args, int m0, int b, const Shared<char>& to) {
+RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0, int b,
+                         const Shared<char>& to) {
   using Bits = typename Math::Number::Bits;
   using S = Shape<Math, BATCH>;
-  const int block = args.layer.block, pitch = S::x_pitch(block), columns = args.layer.columns;
-  const int column = b * block;
-  const Bits* const x = static_cast<const Bits*>(args.x);
-  if (args.x_aligned) {
-    constexpr int kPerChunk = 16 / S::kBytes;
-    const int chunks = block / kPerChunk;
-    RPG_LOOP
-    for (int i = thread(); i < S::kXRows * chunks; i += kThreads) {
-      const int m = i / chunks, c = i - m * chunks;
-      const bool valid = m0 + m < args.batch && column + c * kPerChunk < columns;
-      const Bits* from = x + (valid ? int64_t{m0 + m} * columns + column + c * kPerChunk : 0);
-      copy_async(to.at(m * pitch + 16 * c, 16), from, valid);
-    }
-    return;
+  if (copy.any) {
+    const bool valid = b < copy.end;
+    const uint32_t at = valid ? b : 0;
+    copy_async(to.at(copy.to, 16), copy.from + uint64_t{at} * args.bank.row_bytes, valid);
   }
+  if (args.x_aligned) return;
+  const int block = args.layer.block, columns = args.layer.columns, column = b * block;
+  const Bits* const x = static_cast<const Bits*>(args.x);
   RPG_LOOP
   for (int i = thread(); i < S::kXRows * block; i += kThreads) {
     const int m = i / block, e = i - m * block;
     const bool valid = m0 + m < args.batch && column + e < columns;
-    *reinterpret_cast<Bits*>(to.at(m * pitch + e * S::kBytes, S::kBytes)) =
+    *reinterpret_cast<Bits*>(to.at(m * S::x_pitch(block) + e * S::kBytes, S::kBytes)) =
         valid ? x[int64_t{m0 + m} * columns + column + e] : Bits{0};
   }
 }
 
-// S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch.
+// S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch. What lies behind `used`
+// places is multiplied up to a multiple of 16, and never read.
 template <class Math, int BATCH>
 RPG_FUNCTION void products_mma(const LinearKernelArgs& args, int used, const Stage& stage,
                                const Shared<char>& x, const Shared<float>& s) {
@@ -140,34 +161,53 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, int used, const Sta
   constexpr int kTiles = Sh::kXRows / 8;
   const int block = args.layer.block, chunks = block / 8, places = args.tiling.places;
   const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
-  const int pitch = Sh::x_pitch(block);
+  // Elements 32 half ... of x: [tile][half], fragments of two steps of 16.
+  uint32_t b[kTiles][2][4];
+  RPG_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    RPG_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      if (32 * half >= block) break;
+      const int row = 8 * n + lane % 8;
+      load_matrices(b[n][half],
+                    x.at(row * Sh::x_pitch(block) + 64 * half + 16 * (lane / 8), 16));
+    }
+  }
+  // Lanes 0 to 15 give rows 0 to 15 of the first 8 elements of a step, the others of the next 8.
+  const int row = lane % 16 * chunks, swap = chunk_at(lane % 16, lane / 16, chunks) - row;
+  const int at[4] = {kept(row + swap), kept(row + (swap ^ 2)), kept(row + (swap ^ 4)),
+                     kept(row + (swap ^ 6))};
+  // Sums of place g, or of g + 8 behind it, of rows 8 n + 2 t and the next.
+  int to[kTiles];
+  RPG_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    to[n] = kept(BATCH == 1 ? g : s_at<4>(2 * n + t / 2, g, places) + 2 * (t % 2));
+  }
   RPG_LOOP
   for (int first = thread() / kWarp * 16; first < used; first += kWarps * 16) {
+    const Shared<uint4> blocks = stage.blocks.from(first * chunks);
+    const Shared<float> sums = s.from(BATCH == 1 ? first : 4 * first);
     float c[kTiles][4] = {};
-    RPG_LOOP
-    for (int k = 0; k < block / 16; ++k) {
+    const auto step = [&](int k) {
       uint32_t a[4];
-      // Lanes 0 to 15 give rows 0 to 15 of the first 8 elements, the others of the next 8.
-      const int place = first + lane % 16;
-      load_matrices(a, stage.blocks.at(chunk_at(place, 2 * k + lane / 16, chunks), 1));
+      load_matrices(a, blocks.at(at[k], 1));
       RPG_UNROLL
-      for (int n = 0; n < kTiles; ++n) {
-        uint32_t b[2];
-        b[0] = load<uint32_t>(x.at((8 * n + g) * pitch + 32 * k + 4 * t, 4));
-        b[1] = load<uint32_t>(x.at((8 * n + g) * pitch + 32 * k + 16 + 4 * t, 4));
-        multiply(Math{}, {c[n], a, b});
-      }
+      for (int n = 0; n < kTiles; ++n) multiply(Math{}, {c[n], a, b[n][k / 2] + 2 * (k % 2)});
+    };
+    step(0);
+    step(1);
+    if (block == 64) {
+      step(2);
+      step(3);
     }
     RPG_UNROLL
     for (int n = 0; n < kTiles; ++n) {
       RPG_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int place = first + g + 8 * half, m = 8 * n + 2 * t;
-        if (m >= BATCH || place >= used) continue;
-        if (BATCH == 1) {
-          s[place] = c[n][2 * half];
+        if constexpr (BATCH == 1) {
+          if (t == 0) sums[to[n] + 8 * half] = c[n][2 * half];
         } else {
-          store(s.at(s_at<4>(m / 4, place, places) + m % 4, 2),
+          store(sums.at(to[n] + 32 * half, 2),
                 Vector<float, 2>{{c[n][2 * half], c[n][2 * half + 1]}});
         }
       }
@@ -222,55 +262,77 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
   const int m0 = block_z() * BATCH;
   const int first = static_cast<int>(int64_t{layer.blocks} * block_y() / args.splits);
   const int end = static_cast<int>(int64_t{layer.blocks} * (block_y() + 1) / args.splits);
-  const bool ring = tile.fill == Fill::kRing;
+  const bool ring = tile.fill == Fill::kRing, windows = tile.fill == Fill::kWindows;
 
-  const int x_bytes = Sh::kXRows * Sh::x_pitch(layer.block);
-  const SharedPlan at = shared_plan(tiling, args.bank.row_bytes, x_bytes, Sh::kPlanes * Sh::kLanes);
-  const Shared<float> s(at.s, Sh::kPlanes * Sh::kLanes * (tiling.places + kBetween));
-  const Shared<uint32_t> entry(at.entry, kMaxRows);
-  const auto stage_of_column = [&](int b) {
-    return stage_of(tiling, args.bank.row_bytes, b - first);
-  };
-  const auto x_of = [&](int b) {
-    return Shared<char>(at.x + (b - first) % kStages * x_bytes, x_bytes);
-  };
-  // Copies of column b, in a group of their own even where there are none.
-  const auto begin = [&](int b) {
+  const Layout& layout = args.layout;
+  const Shared<float> s(args.s, Sh::kPlanes * Sh::kLanes * (tiling.places + kBetween));
+  const Shared<uint32_t> entry(args.entry, kMaxRows);
+  const auto x_of = [&](int i) { return Shared<char>(args.x_at + i * args.x_bytes, args.x_bytes); };
+  const Copies copies = copies_of(layout, args.bank);
+  const int others = ring ? static_cast<int>(args.bank.slots) : tile.rows;  // places, of no windows
+  const XCopy x_copy_of = x_copy<Math, BATCH>(args, m0);
+  // Copies of column b to stage i, in a group of their own even where there are none.
+  const auto begin = [&](int b, int i) {
     if (b < end) {
-      if (!ring || b == first) fill(layer, args.bank, tile, b, stage_of_column(b));
-      fill_x<Math, BATCH>(args, m0, b, x_of(b));
+      const Stage stage = stage_of(layout, tiling, i);
+      if (windows) {
+        fill_windows(layer, layout, args.bank, column_of(layout.columns, b - first), copies, stage);
+      } else if (!ring || b == first) {
+        fill_places(layout, args.bank, tile, others, stage);
+      }
+      fill_x<Math, BATCH>(args, x_copy_of, m0, b, x_of(i));
     }
     commit_copies();
   };
-
+  const Lane lane = lane_of(layer.law);
   float y[Sh::kRows][BATCH] = {};
-  RPG_LOOP
-  for (int b = first; b < end && b < first + kStages; ++b)
-    prepare(layer, tile, b, stage_of_column(b));
+  // Rows behind the tile's read the first place, and are not written.
+  for (int i = tile.rows + thread(); i < kMaxRows; i += kThreads) entry[i] = 0;
+  if (windows) prepare_columns<false>(layer, tile, layout.columns, first, first, end);
+  for (int i = 0; i < kStages; ++i) {
+    if (tile.fill == Fill::kGather && first + i < end) {
+      prepare_rows(layer, tile, first + i, stage_of(layout, tiling, i));
+    }
+  }
   sync();
-  for (int b = first; b < first + kStages - 1; ++b) begin(b);
+  for (int i = 0; i < kStages - 1; ++i) begin(first + i, i);
+  int now = 0;  // stage of column b
   RPG_LOOP
-  for (int b = first; b < end; ++b) {
+  for (int b = first; b < end; ++b, now = stage_after(now, 1)) {
     wait_copies<kStages - 2>();
     sync();
-    begin(b + kStages - 1);
-    const Stage stage = stage_of_column(b);
-    const int used = places_of(layer, args.bank, tile, b);
-    finish<Number>(layer, args.bank, tile, b, stage);
-    write_entries(layer, tile, b, stage, entry);
-    if constexpr (Math::kTensorCores) {
-      products_mma<Math, BATCH>(args, used, stage, x_of(b), s);
+    begin(b + kStages - 1, stage_after(now, kStages - 1));
+    const Stage stage = stage_of(layout, tiling, now);
+    const Column column = column_of(layout.columns, b - first);
+    const int used = windows ? places_of(layer, column) : others;
+    if (unfinished(layer, b)) finish<Number>(layer, tile, used, b, stage);
+    if (windows) {
+      window_entries(layer, tile, column, lane, entry);
     } else {
-      products_fma<BATCH>(args, used, stage, x_of(b), s);
+      row_entries(layer, tile, b, stage, entry);
+    }
+    if constexpr (Math::kTensorCores) {
+      products_mma<Math, BATCH>(args, used, stage, x_of(now), s);
+    } else {
+      products_fma<BATCH>(args, used, stage, x_of(now), s);
     }
     sync();
-    if (b + kStages < end) prepare(layer, tile, b + kStages, stage_of_column(b + kStages));
+    if (tile.fill == Fill::kGather && b + kStages < end) {
+      prepare_rows(layer, tile, b + kStages, stage);
+    }
+    if (windows && ((b - first) & (kAhead - 1)) == 0) {
+      prepare_columns<false>(layer, tile, layout.columns, first, b + kAhead, end);
+    }
     RPG_UNROLL
     for (int k = 0; k < Sh::kRows; ++k) {
-      const int i = thread() + k * kThreads;
-      if (i >= tile.rows) continue;
-      const float sign = sign_of(entry[i]);
-      const int place = place_of(entry[i]);
+      if (k * kThreads >= tile.rows) break;
+      const uint32_t at = entry[thread() + k * kThreads];
+      const int place = static_cast<int>(at & 0x7FFFFFFF);
+      if constexpr (BATCH == 1) {
+        y[k][0] += as_float(as_bits(s[place]) ^ (at & 0x80000000u));
+        continue;
+      }
+      const float sign = sign_of(at);
       RPG_UNROLL
       for (int plane = 0; plane < Sh::kPlanes; ++plane) {
         const auto v = load<Vector<float, Sh::kLanes>>(
@@ -300,7 +362,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     }
   }
   if (args.splits == 1) return;
-  const Shared<int> last(at.last, 1);
+  const Shared<int> last(args.last, 1);
   sync();
   if (thread() == 0) {
     last[0] = arrive(args.counters + block_z() * tiling.tiles + block_x(), args.splits);
@@ -326,6 +388,10 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args) {
   to.layer = layer_of(law, args.columns);
   to.tiling = tiling_of(plan);
   to.bank = {args.ring, law.slots, law.granularity * Sh::kBytes};
+  to.x_bytes = Sh::kXRows * Sh::x_pitch(law.granularity);
+  const SharedPlan at =
+      shared_plan(to.layer, to.tiling, to.bank.row_bytes, to.x_bytes, Sh::kPlanes * Sh::kLanes);
+  to.layout = at.layout, to.s = at.s, to.entry = at.entry, to.x_at = at.x, to.last = at.last;
   to.x = args.x, to.bias = args.bias, to.y = args.y;
   to.partial = args.workspace, to.counters = args.counters;
   to.scale = static_cast<float>(args.scale);
@@ -349,12 +415,15 @@ void run_batch(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args
 
 }  // namespace
 
-Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, int64_t, const Device& device) {
+Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, int64_t columns,
+                 const Device& device) {
   const int block = law.granularity, size = element_bytes(dtype);
+  const Layer layer = layer_of(law, columns);
   const bool tensor_cores = dtype != Dtype::kFloat32;
   const auto bytes = [&](const Tiling& tiling, int batch_tile) {
     const int x_rows = tensor_cores && batch_tile < 8 ? 8 : batch_tile;
-    return shared_plan(tiling, block * size, x_rows * (block * size + kPad), batch_tile).bytes;
+    return shared_plan(layer, tiling, block * size, x_rows * (block * size + kPad), batch_tile)
+        .bytes;
   };
   Plan out = plan_tiles(law, block * size, batch, tensor_cores ? 32 : 16, device, bytes);
   if (out.splits > 1) {

@@ -53,7 +53,7 @@ static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int most, int
   if (shared && law.window) {
     for (int rows = largest; rows >= 64 && !out.first; rows /= 2) {
       const int64_t windows = windows_of(law, rows), places = windows * law.window;
-      if (places >= rows || places * row_bytes > most || windows > kMaxSegments) continue;
+      if (places >= rows || places * row_bytes > most || windows > kMaxWindows) continue;
       if (law.rows / rows * rows * 4 < law.rows * 3) continue;  // a rest of more than a quarter
       out.fill = Fill::kWindows;
       out.rows = rows;

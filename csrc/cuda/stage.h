@@ -9,7 +9,7 @@
 #pragma once
 
 #include "../cpu/number.h"
-#include "tile.h"
+#include "columns.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -26,94 +26,128 @@ struct Bank {
 
 struct Stage {
   Shared<uint4> blocks;      // [places, chunks]
-  Shared<Segment> segments;  // [kMaxSegments], for kWindows
-  Shared<uint32_t> entries;  // [places], for kGather: slot and sign
+  Shared<uint32_t> entries;  // [rest], for kGather: slot and sign
 };
 
-// Where a block's stages are in shared memory; `end` is the first byte behind them.
-struct StageBytes {
-  int segments, entries, end;
+// Where a block's stages are in shared memory, found on the host: bytes, `end` the first behind them.
+struct Layout {
+  int log_chunks;           // of 16 bytes, of a block of the bank
+  int passes;               // of all threads, a chunk each, through a window
+  int stage;                // from one stage to the next
+  int columns;              // columns.h
+  int entries, entry_step;  // of gathered stages
+  int end;
 };
 
-RPG_LAW StageBytes stage_bytes(const Tiling& tiling, int row_bytes) {
-  StageBytes out{};
-  out.segments = tiling.stages * tiling.places * row_bytes;
-  out.entries = out.segments + kStages * kMaxSegments * static_cast<int>(sizeof(Segment));
-  out.end = out.entries + kStages * 4 * ((tiling.rest + 3) / 4 * 4);
+RPG_HOST Layout layout_of(const Layer& layer, const Tiling& tiling, int row_bytes) {
+  Layout out{};
+  out.log_chunks = row_bytes == 256 ? 4 : row_bytes == 128 ? 3 : 2;
+  if (layer.windows) {
+    out.passes = static_cast<int>(layer.law.scramble.window) * row_bytes / (16 * kThreads);
+  }
+  const int bytes = tiling.places * row_bytes;
+  out.stage = tiling.stages == 1 ? 0 : bytes;
+  out.columns = tiling.stages * bytes;
+  out.entries = out.columns + (tiling.fill == Fill::kWindows ? kPrepared * kColumnBytes : 0);
+  out.entry_step = 4 * ((tiling.rest + 3) / 4 * 4);
+  out.end = out.entries + kStages * out.entry_step;
   return out;
 }
 
-// Stage of the i-th column of a block.
-RPG_FUNCTION Stage stage_of(const Tiling& tiling, int row_bytes, int i) {
-  const StageBytes at = stage_bytes(tiling, row_bytes);
-  const int bytes = tiling.places * row_bytes;
-  return {
-      Shared<uint4>(tiling.stages == 1 ? 0 : i % kStages * bytes, bytes / 16),
-      Shared<Segment>(at.segments + i % kStages * kMaxSegments * 8, kMaxSegments),
-      Shared<uint32_t>(at.entries + i % kStages * 4 * ((tiling.rest + 3) / 4 * 4), tiling.rest)};
+// Stage i of kStages.
+RPG_FUNCTION Stage stage_of(const Layout& layout, const Tiling& tiling, int i) {
+  return {Shared<uint4>(i * layout.stage, tiling.places << layout.log_chunks),
+          Shared<uint32_t>(layout.entries + i * layout.entry_step, tiling.rest)};
 }
 
-// Says what column b's stage is to hold. Threads share the work; visible after a barrier.
-RPG_FUNCTION void prepare(const Layer& layer, const Tile& tile, int b, const Stage& stage) {
-  if (tile.fill == Fill::kRing) return;
-  if (tile.fill == Fill::kGather) {
-    RPG_LOOP
-    for (int i = thread(); i < tile.rows; i += kThreads) {
-      const uint32_t p = position(layer, tile.row + i, b);
-      stage.entries[i] = ring_slot(layer, p) | block_sign(layer, p);
-    }
-    return;
-  }
-  const uint32_t p = position(tile, b);
-  if (thread() < segments_of(layer.law, p, tile.rows)) {
-    stage.segments[thread()] = segment_of(layer.law, part_of(layer.law, p) + thread());
-  }
+// The stage `steps` after stage i; steps up to kStages.
+RPG_FUNCTION int stage_after(int i, int steps) {
+  return i + steps >= kStages ? i + steps - kStages : i + steps;
 }
 
-// Places that column b's stage holds.
-RPG_FUNCTION int places_of(const Layer& layer, const Bank& bank, const Tile& tile, int b) {
-  if (tile.fill == Fill::kRing) return static_cast<int>(bank.slots);
-  if (tile.fill == Fill::kGather) return tile.rows;
-  const int segments = segments_of(layer.law, position(tile, b), tile.rows);
-  return segments * static_cast<int>(layer.law.scramble.window);
-}
-
-// Begins the copies of the windows that were prepared for column b. A thread takes every
-// kThreads / chunks -th block, a multiple of 8, so that its chunks are exchanged in one way.
-RPG_FUNCTION void fill_windows(const Layer& layer, const Bank& bank, const Tile& tile, int b,
-                               const Stage& stage, int log_chunks) {
-  const int chunks = 1 << log_chunks, window = static_cast<int>(layer.law.scramble.window);
-  const int first = thread() >> log_chunks, c = thread() & (chunks - 1);
-  const char* const ring = static_cast<const char*>(bank.ring) + 16 * c;
-  const int segments = segments_of(layer.law, position(tile, b), tile.rows);
+// Slots and signs that column b of a gathered tile reads. Threads share the work; visible after a
+// barrier.
+RPG_FUNCTION void prepare_rows(const Layer& layer, const Tile& tile, int b, const Stage& stage) {
   RPG_LOOP
-  for (int segment = 0; segment < segments; ++segment) {
-    const uint32_t base = stage.segments[segment].base;
-    int to = chunk_at(segment * window + first, c, chunks);
+  for (int i = thread(); i < tile.rows; i += kThreads) {
+    const uint32_t p = position(layer, tile.row + i, b);
+    stage.entries[i] = ring_slot(layer, p) | block_sign(layer, p);
+  }
+}
+
+// Places that a stage of windows holds.
+RPG_FUNCTION int places_of(const Layer& layer, const Column& column) {
+  return static_cast<int>(column.windows[kCount].base << (layer.law.scramble.bits + 3));
+}
+
+// This thread's first chunk of each window: in the ring, of a window that begins with slot 0, and in
+// a stage. Its others are kThreads chunks apart in both, and 8 or more blocks, so that they are
+// exchanged in one way.
+struct Copies {
+  const char* from;
+  int to;
+};
+
+constexpr int kPass = 16 * kThreads;  // bytes that all threads copy at once
+
+RPG_FUNCTION Copies copies_of(const Layout& layout, const Bank& bank) {
+  const int first = thread() >> layout.log_chunks, c = thread() & ((1 << layout.log_chunks) - 1);
+  const char* ring = static_cast<const char*>(bank.ring);
+  return {kept(ring + first * bank.row_bytes + 16 * c),
+          kept(chunk_at(first, c, 1 << layout.log_chunks))};
+}
+
+// Begins the copies of a window whose end is behind that of the ring.
+RPG_FUNCTION void fill_wrapped(const Layout& layout, const Bank& bank, uint32_t base,
+                               const char* from, int to, const Stage& stage) {
+  RPG_LOOP
+  for (int pass = 0; pass < layout.passes; ++pass, from += kPass) {
+    const uint32_t slot = base + ((pass * kThreads + thread()) >> layout.log_chunks);
+    const int64_t back = slot < bank.slots ? 0 : int64_t{bank.slots} * bank.row_bytes;
+    copy_async<0>(stage.blocks.at(to + pass * kThreads, 1), from - back);
+  }
+}
+
+// Begins the copies of a column's windows.
+RPG_FUNCTION void fill_windows(const Layer& layer, const Layout& layout, const Bank& bank,
+                               const Column& column, const Copies& copies, const Stage& stage) {
+  const uint32_t count = column.windows[kCount].base;
+  int to = copies.to;
+  RPG_LOOP
+  for (uint32_t i = 0; i < count; ++i, to += layout.passes * kThreads) {
+    const uint32_t base = column.windows[i].base;
+    const char* from = copies.from + uint64_t{base} * static_cast<uint32_t>(bank.row_bytes);
+    if (base + layer.law.scramble.window > bank.slots) {
+      fill_wrapped(layout, bank, base, from, to, stage);
+      continue;
+    }
+    int pass = 0;
     RPG_LOOP
-    for (int j = first; j < window; j += kThreads >> log_chunks, to += kThreads) {
-      const uint32_t slot = add_mod(base, j, bank.slots);
-      copy_async(stage.blocks.at(to, 1), ring + int64_t{slot} * bank.row_bytes, true);
+    for (; pass + 4 <= layout.passes; pass += 4, from += 4 * kPass) {
+      uint4* const at = stage.blocks.at(to + pass * kThreads, 3 * kThreads + 1);
+      copy_async<0>(at, from);
+      copy_async<kPass>(at, from);
+      copy_async<2 * kPass>(at, from);
+      copy_async<3 * kPass>(at, from);
+    }
+    for (; pass < layout.passes; ++pass, from += kPass) {
+      copy_async<0>(stage.blocks.at(to + pass * kThreads, 1), from);
     }
   }
 }
 
-// Begins the copies of what was prepared for column b.
-RPG_FUNCTION void fill(const Layer& layer, const Bank& bank, const Tile& tile, int b,
-                       const Stage& stage) {
-  const int log_chunks = bank.row_bytes == 256 ? 4 : bank.row_bytes == 128 ? 3 : 2;
-  if (tile.fill == Fill::kWindows) {
-    return fill_windows(layer, bank, tile, b, stage, log_chunks);
-  }
-  const int chunks = bank.row_bytes / 16, places = places_of(layer, bank, tile, b);
+// Begins the copies of a column that is no windows.
+RPG_FUNCTION void fill_places(const Layout& layout, const Bank& bank, const Tile& tile, int places,
+                              const Stage& stage) {
+  const int chunks = 1 << layout.log_chunks;
   RPG_LOOP
-  for (int i = thread(); i < places << log_chunks; i += kThreads) {
-    const int place = i >> log_chunks, c = i & (chunks - 1);
+  for (int i = thread(); i < places << layout.log_chunks; i += kThreads) {
+    const int place = i >> layout.log_chunks, c = i & (chunks - 1);
     uint32_t slot = place;
     if (tile.fill == Fill::kGather) slot = stage.entries[place] & 0x7FFFFFFFu;
     const char* from =
         static_cast<const char*>(bank.ring) + int64_t{slot} * bank.row_bytes + 16 * c;
-    copy_async(stage.blocks.at(chunk_at(place, c, chunks), 1), from, true);
+    copy_async<0>(stage.blocks.at(chunk_at(place, c, chunks), 1), from);
   }
 }
 
@@ -156,19 +190,21 @@ RPG_FUNCTION void clear_padding(int places, int valid, int block, const Stage& s
   }
 }
 
-// Makes a stage that has arrived what products may read. All threads; with a barrier where needed.
+// Whether a stage that has arrived is not yet what products may read: it needs `finish`.
+RPG_FUNCTION bool unfinished(const Layer& layer, int b) {
+  return layer.reflect == Reflect::kElement || layer.columns - b * layer.block < layer.block;
+}
+
+// All threads; with barriers.
 template <class T>
-RPG_FUNCTION void finish(const Layer& layer, const Bank& bank, const Tile& tile, int b,
+RPG_FUNCTION void finish(const Layer& layer, const Tile& tile, int places, int b,
                          const Stage& stage) {
+  if (layer.reflect == Reflect::kElement) reflect_elements<T>(layer, tile, b, stage);
+  sync();
   const int valid = layer.columns - b * layer.block;
-  if (layer.reflect == Reflect::kElement) {
-    reflect_elements<T>(layer, tile, b, stage);
-    sync();
-  }
-  if (valid < layer.block) {
-    clear_padding<T>(places_of(layer, bank, tile, b), valid, layer.block, stage);
-    sync();
-  }
+  if (valid >= layer.block) return;
+  clear_padding<T>(places, valid, layer.block, stage);
+  sync();
 }
 
 }  // namespace rpg::RPG_DEVICE

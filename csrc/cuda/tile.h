@@ -9,7 +9,7 @@
 //   kGather   the block of row i at place i
 //
 // Entry of a row: place, with the sign of the block's use in bit 31. Rows of a column that read one
-// window in one lap read different places; bits 24 to 29 number these laps.
+// window in one lap read different places; where asked for, bits 24 to 29 number a column's laps.
 
 #pragma once
 
@@ -24,7 +24,7 @@ enum class Fill : int { kWindows = 0, kRing = 1, kGather = 2 };
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kStages = 3;        // in flight; a ring needs one
-constexpr int kMaxSegments = 18;  // of a column of a tile: 1024 rows, cells of 64, and one more
+constexpr int kMaxWindows = 18;  // of a column of a tile: 1024 rows, cells of 64, and one more
 
 // Of a launch; `law` is that of the only band, of either law.
 struct Layer {
@@ -79,28 +79,11 @@ RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
 
 RPG_FUNCTION uint32_t position(const Tile& tile, int b) { return tile.number + b * tile.step; }
 
-// What the rows of a column that read one window share: (p + shift) mod 2^32 is the address,
-// counted from that of the first cell; `base` the slot at which the window begins.
-struct Segment {
-  uint32_t shift;
-  uint32_t base;
-};
-
 // The part (window_law.h) that holds p.
 RPG_FUNCTION uint32_t part_of(const WindowBand& law, uint32_t p) {
   const Divider& by = law.by_cell;  // 64 or more
   const uint32_t unit = 1 + (umulhi(p - law.head, by.magic) >> by.shift);
   return p < law.head ? 0 : unit;
-}
-
-RPG_CALLED Segment segment_of(const WindowBand& law, uint32_t number) {
-  const Part part = part_at(law, number);
-  return {part.z - part.p + law.offset, window_base(law, part.z)};
-}
-
-// Segments of a column whose first row has number p.
-RPG_FUNCTION int segments_of(const WindowBand& law, uint32_t p, int rows) {
-  return static_cast<int>(part_of(law, p + rows - 1) - part_of(law, p)) + 1;
 }
 
 // Bit 31: the sign of position p's block, for one sign to a block.
@@ -114,14 +97,6 @@ RPG_FUNCTION uint32_t block_sign(const Layer& layer, uint32_t p) {
     sign_words_of(static_cast<const BandLaw&>(layer.law), 0, q, word);
   }
   return word[0] & 0x80000000u;
-}
-
-// Laps that are numbered in entries of a tile.
-RPG_FUNCTION int laps_of(const WindowBand& law, const Tile& tile) {
-  if (tile.fill != Fill::kWindows) return 1;
-  const int window = static_cast<int>(law.scramble.window), laps = law.by_laps.divisor;
-  const int most = (tile.rows + window - 1) / window + 1;
-  return most < laps ? most : laps;
 }
 
 // Slot of position p on the ring.

@@ -205,6 +205,21 @@ void combine_matrices(const void* const (&args)[kWarp]) {
   }
 }
 
+void combine_transposed(const void* const (&args)[kWarp]) {
+  const auto of = [&](int lane) -> const MatrixArgs& {
+    return *static_cast<const MatrixArgs*>(args[lane]);
+  };
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      char* const to = reinterpret_cast<char*>(of(lane).to + matrix);
+      for (int half = 0; half < 2; ++half) {
+        const void* row = of(8 * matrix + 2 * (lane % 4) + half).from;
+        std::memcpy(to + 2 * half, static_cast<const char*>(row) + 2 * (lane / 4), 2);
+      }
+    }
+  }
+}
+
 struct ShuffleArgs {
   uint32_t value;
   int from;
@@ -297,6 +312,7 @@ void wait_copies_but(int groups) {
 }
 
 void load_matrices(const MatrixArgs& args) { Block::active->at_warp(&args, combine_matrices); }
+void load_transposed(const MatrixArgs& args) { Block::active->at_warp(&args, combine_transposed); }
 void multiply_bfloat16(const MultiplyArgs& args) {
   Block::active->at_warp(&args, combine_multiply<Bfloat16>);
 }

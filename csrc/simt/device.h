@@ -105,6 +105,13 @@ class Shared {
     if (count > 0) check(i), check(i + count - 1);
     return data_ + i;
   }
+  // What begins with element i.
+  Shared from(int i) const {
+    Shared out(*this);
+    check(i);
+    out.data_ += i, out.size_ -= i;
+    return out;
+  }
 
  private:
   void check(int i) const {
@@ -119,6 +126,11 @@ class Shared {
 
 // 16 bytes from global to shared memory, zeros unless `valid`; both addresses aligned.
 void copy_async(void* to, const void* from, bool valid, Site site = {});
+// The same of 16 bytes AT bytes behind both addresses.
+template <int AT>
+inline void copy_async(void* to, const void* from, Site site = {}) {
+  copy_async(static_cast<char*>(to) + AT, static_cast<const char*>(from) + AT, true, site);
+}
 void commit_copies();
 void wait_copies_but(int groups);
 template <int GROUPS>
@@ -136,6 +148,7 @@ struct MultiplyArgs {
   const uint32_t* b;  // [2]
 };
 void load_matrices(const MatrixArgs& args);
+void load_transposed(const MatrixArgs& args);
 void multiply_bfloat16(const MultiplyArgs& args);
 void multiply_float16(const MultiplyArgs& args);
 
@@ -146,11 +159,31 @@ inline void load_matrices(uint32_t (&to)[4], const void* row, Site site = {}) {
   load_matrices({to, row});
 }
 
+// The same of the matrices transposed: elements 2 (l % 4) and the next of column l / 4.
+inline void load_transposed(uint32_t (&to)[4], const void* row, Site site = {}) {
+  note(row, 16, site);
+  load_transposed({to, row});
+}
+
 // What lane `from` of the warp gives; all lanes take part.
 uint32_t shuffle(uint32_t value, int from);
 
 // Counts to `parts`: true for the last, and the count is 0 again.
 bool arrive(unsigned* counter, unsigned parts);
+
+// x, which a GPU's compiler is to keep in a register instead of finding it again at each use.
+template <class T>
+inline T kept(T x) {
+  return x;
+}
+
+inline uint32_t reversed(uint32_t bits) {
+  uint32_t out = 0;
+  for (int i = 0; i < 32; ++i) out |= (bits >> i & 1) << (31 - i);
+  return out;
+}
+// Byte i of x in both halves.
+inline uint32_t byte_twice(uint32_t x, int i) { return (x >> 8 * i & 255) * 0x10001; }
 
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 

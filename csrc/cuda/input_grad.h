@@ -1,0 +1,41 @@
+// What the two ways of linear_input_grad.cu share: arguments, and where things are in shared memory.
+
+#pragma once
+
+#include "entries.h"
+#include "plan.h"
+
+namespace rpg::RPG_DEVICE {
+
+struct InputGradKernelArgs {
+  Layer layer;
+  Tiling tiling;
+  Layout layout;
+  Bank bank;
+  const void* dy;      // [batch, N]
+  void* dx;            // [batch, K]
+  float* partial;      // [tiles, batch, K]
+  unsigned* counters;  // [batch tiles, splits]
+  float scale;
+  int batch;
+  int splits;
+  int positions;  // of a lap, or of a tile that has none
+  int plane;      // positions of 8 rows of dy
+  int terms, dy_at, entry, sums, last;  // bytes, see InputGradPlan
+};
+
+struct InputGradPlan {
+  Layout layout;
+  int positions, plane;
+  int terms, dy, entry, sums, last, bytes;
+};
+
+// Rows of a tile of any kind, at most.
+RPG_LAW int most_rows(const Tiling& tiling) {
+  return tiling.rows > tiling.rest ? tiling.rows : tiling.rest;
+}
+
+// Sums of parts: [part, m, element], two rows of which are on different banks where 4 lanes write.
+constexpr int kSumPitch = 64 + 4;
+
+}  // namespace rpg::RPG_DEVICE

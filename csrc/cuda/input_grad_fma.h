@@ -1,0 +1,194 @@
+// dx of a column in fp32, without tensor cores:
+//
+//   T[place, m]   += ± dy[row, m]                 for the rows that read a place
+//   dx[m, column]  = Σ_place T[place, m] block(place)
+//
+// The tile's dy stays in registers, kRows · BATCH of a thread. Rows that read one window in one lap
+// read different places, so a lap's terms are added without atomics, with a barrier between laps:
+// the order of additions is that of the law. Rows of a ring that fits have no such order: there T is
+// row by row.
+
+#pragma once
+
+#include "input_grad.h"
+
+namespace rpg::RPG_DEVICE {
+
+// How many rows of dy at a time.
+template <int BATCH>
+struct Lanes {
+  static constexpr int kRows = 4;                 // of a thread
+  static constexpr int kOf = BATCH == 1 ? 1 : 4;  // of a vector of T
+  static constexpr int kPlanes = BATCH / kOf;
+};
+
+// From the sums of a row of dx's even elements to those of its odd ones, which are read together:
+// on different banks.
+constexpr int kPitch = kThreads + 16;
+
+// T holds places, or rows where the ring is whole.
+RPG_HOST InputGradPlan fma_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
+                                int batch_tile) {
+  InputGradPlan out{};
+  out.layout = layout_of(layer, tiling, row_bytes);
+  out.positions = tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
+  out.terms = out.layout.end;
+  out.entry = out.terms + 4 * batch_tile * out.positions;
+  out.sums = out.entry + 4 * kMaxRows;
+  out.last = out.sums + 4 * 2 * kPitch * batch_tile;
+  out.bytes = out.last + 16;
+  return out;
+}
+
+template <int BATCH>
+struct InputGradFma {
+  Shared<float> t;          // [plane][positions][kOf]
+  Shared<uint32_t> entry;   // [rows]
+  float dy[Lanes<BATCH>::kRows][BATCH];
+};
+
+template <int BATCH>
+RPG_FUNCTION InputGradFma<BATCH> fma_shared(const InputGradKernelArgs& args, const Tile& tile,
+                                            int m0) {
+  InputGradFma<BATCH> out;
+  out.t = Shared<float>(args.terms, BATCH * args.positions);
+  out.entry = Shared<uint32_t>(args.entry, kMaxRows);
+  const float* const dy = static_cast<const float*>(args.dy) + tile.row;
+  RPG_UNROLL
+  for (int k = 0; k < Lanes<BATCH>::kRows; ++k) {
+    const int i = thread() + k * kThreads;
+    RPG_UNROLL
+    for (int m = 0; m < BATCH; ++m) {
+      const bool valid = i < tile.rows && m0 + m < args.batch;
+      out.dy[k][m] = valid ? dy[int64_t{m0 + m} * args.layer.rows + i] : 0.f;
+    }
+  }
+  return out;
+}
+
+template <int BATCH>
+RPG_FUNCTION int t_at(int plane, int term, int terms) {
+  return (plane * terms + term) * Lanes<BATCH>::kOf;
+}
+
+// T of a column, from entries and dy; ends with a barrier.
+template <int BATCH>
+RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, int laps,
+                            const InputGradFma<BATCH>& from) {
+  using L = Lanes<BATCH>;
+  RPG_LOOP
+  for (int lap = 0; lap < laps; ++lap) {
+    RPG_UNROLL
+    for (int k = 0; k < L::kRows; ++k) {
+      const int i = thread() + k * kThreads;
+      if (i >= tile.rows || lap_of(from.entry[i]) != lap) continue;
+      const float sign = sign_of(from.entry[i]);
+      const int term = tile.fill == Fill::kRing ? i : place_of(from.entry[i]);
+      RPG_UNROLL
+      for (int plane = 0; plane < L::kPlanes; ++plane) {
+        float* const at = from.t.at(t_at<BATCH>(plane, term, args.positions), L::kOf);
+        auto v = load<Vector<float, L::kOf>>(at);
+        RPG_UNROLL
+        for (int m = 0; m < L::kOf; ++m) {
+          v.of[m] = fused(sign, from.dy[k][plane * L::kOf + m], v.of[m]);
+        }
+        store(at, v);
+      }
+    }
+    sync();
+  }
+}
+
+// Blocks that no row reads become zeros: 0 times what they hold need not be 0. T is memory for it.
+template <int BATCH>
+RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile, int places,
+                               const InputGradFma<BATCH>& from, const Stage& stage) {
+  const int chunks = args.bank.row_bytes / 16;
+  RPG_LOOP
+  for (int i = thread(); i < places; i += kThreads) from.t[i] = 0;
+  sync();
+  RPG_LOOP
+  for (int i = thread(); i < tile.rows; i += kThreads) from.t[place_of(from.entry[i])] = 1;
+  sync();
+  RPG_LOOP
+  for (int i = thread(); i < places; i += kThreads) {
+    if (from.t[i] != 0) continue;
+    for (int c = 0; c < chunks; ++c) stage.blocks[i * chunks + c] = {0, 0, 0, 0};
+  }
+  sync();
+}
+
+// T of column b, whose stage holds `places`.
+template <int BATCH>
+RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile, const Column& column,
+                            const Lane& lane, int b, int places, const Stage& stage,
+                            const InputGradFma<BATCH>& to) {
+  using L = Lanes<BATCH>;
+  const Layer& layer = args.layer;
+  int laps = 1;
+  if (tile.fill == Fill::kWindows) {
+    window_entries(layer, tile, column, lane, to.entry);
+    laps = static_cast<int>(column.windows[column.windows[kCount].base].lap);
+    // Where columns end inside laps.
+    if (layer.law.offset & (layer.law.scramble.window - 1)) {
+      sync();
+      clear_unread<BATCH>(args, tile, places, to, stage);
+    }
+  } else {
+    row_entries(layer, tile, b, stage, to.entry);
+  }
+  const int terms = tile.fill == Fill::kRing ? tile.rows : places;
+  for (int plane = 0; plane < L::kPlanes; ++plane) {
+    RPG_LOOP
+    for (int i = thread(); i < terms * L::kOf; i += kThreads) {
+      to.t[t_at<BATCH>(plane, 0, args.positions) + i] = 0.f;
+    }
+  }
+  sync();
+  add_terms<BATCH>(args, tile, laps, to);
+}
+
+// dx of a pair of elements, this part's share of the terms: sums[2 m + odd element][thread].
+template <int BATCH>
+RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile, int places,
+                                      const Stage& stage, const InputGradFma<BATCH>& from,
+                                      const Shared<float>& sums) {
+  using L = Lanes<BATCH>;
+  const bool ring = tile.fill == Fill::kRing;
+  const int pairs = args.layer.block / 2, pair = thread() % pairs, parts = kThreads / pairs;
+  const int chunk = pair / 2, rest = 2 * pair % 4, chunks = args.bank.row_bytes / 16;
+  const int terms = ring ? tile.rows : places;
+  float sum[2][BATCH] = {};
+  for (int term = thread() / pairs; term < terms; term += parts) {
+    const int place = ring ? place_of(from.entry[term]) : term;
+    const uint4* const at = stage.blocks.at(chunk_at(place, chunk, chunks), 1);
+    const auto w = load<Vector<float, 2>>(reinterpret_cast<const float*>(at) + rest);
+    RPG_UNROLL
+    for (int plane = 0; plane < L::kPlanes; ++plane) {
+      const auto v =
+          load<Vector<float, L::kOf>>(from.t.at(t_at<BATCH>(plane, term, args.positions), L::kOf));
+      RPG_UNROLL
+      for (int m = 0; m < L::kOf; ++m) {
+        sum[0][plane * L::kOf + m] = fused(v.of[m], w.of[0], sum[0][plane * L::kOf + m]);
+        sum[1][plane * L::kOf + m] = fused(v.of[m], w.of[1], sum[1][plane * L::kOf + m]);
+      }
+    }
+  }
+  RPG_UNROLL
+  for (int m = 0; m < BATCH; ++m) {
+    sums[(2 * m) * kPitch + thread()] = sum[0][m];
+    sums[(2 * m + 1) * kPitch + thread()] = sum[1][m];
+  }
+}
+
+// Element e of row m of dx, from the sums of parts, in order.
+RPG_FUNCTION float fma_total(int block, int m, int e, const Shared<float>& sums) {
+  const int pairs = block / 2;
+  float total = 0;
+  for (int part = 0; part < kThreads / pairs; ++part) {
+    total += sums[(2 * m + e % 2) * kPitch + part * pairs + e / 2];
+  }
+  return total;
+}
+
+}  // namespace rpg::RPG_DEVICE

@@ -1,0 +1,318 @@
+// dx of a column by tensor cores, for 16-bit numbers:
+//
+//   P[lap, slot, m] = ± dy[row, m]                               of the row that reads it
+//   dx[m, e]        = Σ_slot Σ_lap block(slot)[e] P[lap, slot, m]   e an element of the block
+//
+// P is a permutation of dy's rows, lap by lap: each row of dy goes to one position, with its sign
+// and unrounded, without an order among lanes. Blocks are the first operand, transposed as they are
+// read, for all laps; P the second. At batch 1 its 8 columns are 8 laps.
+//
+// P: [plane of 8 rows of dy][lap][slot] of 16 bytes, or at batch 1 [lap][slot] of 2. A tile that
+// reads no windows has one lap, of its rows. Warps: block / 16 rows of elements, times parts of the
+// slots, whose sums are added in order.
+//
+// Budget of a warp, for 16 slots and 4 laps: 2 for the blocks, 4 for P and 4 tensor-core products
+// at batch 8, 8 and 8 at batch 16.
+
+#pragma once
+
+#include "input_grad.h"
+
+namespace rpg::RPG_DEVICE {
+
+template <class T>
+struct Mma {
+  using Number = T;
+};
+
+RPG_FUNCTION void multiply(Mma<Bfloat16>, const MultiplyArgs& args) { multiply_bfloat16(args); }
+RPG_FUNCTION void multiply(Mma<Float16>, const MultiplyArgs& args) { multiply_float16(args); }
+
+struct InputGradMma {
+  Shared<uint4> p;        // batch 8, 16
+  Shared<uint16_t> one;   // batch 1
+  Shared<uint4> dy;       // [plane][row]
+  Shared<uint16_t> dy1;   // [row]
+  Shared<uint32_t> flag;  // [places]: whether a row reads it, or the places of a ring's rows
+};
+
+constexpr int kLapPad = 8;  // at batch 1, so that 8 laps are on different banks
+
+RPG_HOST InputGradPlan mma_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
+                                int batch_tile) {
+  InputGradPlan out{};
+  out.layout = layout_of(layer, tiling, row_bytes);
+  const int planes = (batch_tile + 7) / 8, each = batch_tile == 1 ? 2 : 16 * planes;
+  const int rest = round_up(tiling.fill == Fill::kRing ? tiling.rows : tiling.rest, 16);
+  out.positions = rest, out.plane = rest;
+  if (tiling.fill == Fill::kWindows) {
+    const int window = static_cast<int>(layer.law.scramble.window);
+    const int laps = tiling.rows / window + (layer.law.offset % window != 0);
+    out.positions = batch_tile == 1 ? window + kLapPad : window;
+    out.plane = laps * out.positions > rest ? laps * out.positions : rest;
+  }
+  out.terms = out.layout.end;
+  out.dy = out.terms + round_up(out.plane * each, 16);
+  out.entry = out.dy + round_up(most_rows(tiling) * each, 16);
+  out.sums = out.entry + 4 * kMaxRows;
+  const int parts = kWarps / (row_bytes / 32);
+  out.last = out.sums + 4 * parts * batch_tile * kSumPitch;
+  out.bytes = out.last + 16;
+  return out;
+}
+
+template <int BATCH>
+RPG_FUNCTION InputGradMma mma_shared(const InputGradKernelArgs& args) {
+  constexpr int kPlanes = (BATCH + 7) / 8;
+  const int rows = most_rows(args.tiling);
+  InputGradMma out;
+  if constexpr (BATCH == 1) {
+    out.one = Shared<uint16_t>(args.terms, args.plane);
+    out.dy1 = Shared<uint16_t>(args.dy_at, rows);
+  } else {
+    out.p = Shared<uint4>(args.terms, kPlanes * args.plane);
+    out.dy = Shared<uint4>(args.dy_at, kPlanes * rows);
+  }
+  out.flag = Shared<uint32_t>(args.entry, kMaxRows);
+  return out;
+}
+
+// dy of the tile into shared memory, zeros behind the batch.
+template <class T, int BATCH>
+RPG_FUNCTION void load_dy(const InputGradKernelArgs& args, const Tile& tile, int m0,
+                          const InputGradMma& to) {
+  using Bits = typename T::Bits;
+  const Bits* const dy = static_cast<const Bits*>(args.dy) + tile.row;
+  const int rows = most_rows(args.tiling);
+  RPG_LOOP
+  for (int i = thread(); i < tile.rows; i += kThreads) {
+    if constexpr (BATCH == 1) {
+      to.dy1[i] = dy[int64_t{m0} * args.layer.rows + i];
+    } else {
+      RPG_UNROLL
+      for (int plane = 0; plane < BATCH / 8; ++plane) {
+        Vector<Bits, 8> v;
+        RPG_UNROLL
+        for (int j = 0; j < 8; ++j) {
+          const int m = m0 + 8 * plane + j;
+          v.of[j] = m < args.batch ? dy[int64_t{m} * args.layer.rows + i] : Bits{0};
+        }
+        store(to.dy.at(plane * rows + i, 1), v);
+      }
+    }
+  }
+}
+
+// dy of row i of the tile to position `at`, with the sign in bit 31.
+template <int BATCH>
+RPG_FUNCTION void put(const InputGradKernelArgs& args, const InputGradMma& to, int i, int at,
+                      uint32_t sign) {
+  if constexpr (BATCH == 1) {
+    to.one[at] = static_cast<uint16_t>(to.dy1[i] ^ (sign >> 16 & 0x8000u));
+  } else {
+    const uint32_t both = static_cast<uint32_t>(static_cast<int32_t>(sign) >> 31) & 0x80008000u;
+    const int rows = most_rows(args.tiling);
+    RPG_UNROLL
+    for (int plane = 0; plane < BATCH / 8; ++plane) {
+      auto v = load<Vector<uint32_t, 4>>(to.dy.at(plane * rows + i, 1));
+      RPG_UNROLL
+      for (int j = 0; j < 4; ++j) v.of[j] ^= both;
+      store(to.p.at(plane * args.plane + at, 1), v);
+    }
+  }
+}
+
+template <int BATCH>
+RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& to, int from,
+                        int end) {
+  RPG_LOOP
+  for (int i = from + thread(); i < end; i += kThreads) {
+    if constexpr (BATCH == 1) {
+      to.one[i] = 0;
+    } else {
+      for (int plane = 0; plane < BATCH / 8; ++plane) to.p[plane * args.plane + i] = {0, 0, 0, 0};
+    }
+  }
+}
+
+// P of a tile of windows. Where laps are cut by the ends of columns, positions that no row fills are
+// zeros, and so are blocks that no row reads: 0 times what they hold need not be 0.
+template <int BATCH>
+RPG_FUNCTION void put_windows(const InputGradKernelArgs& args, const Tile& tile,
+                              const Column& column, const Lane& lane, const Stage& stage,
+                              const InputGradMma& to) {
+  const Layer& layer = args.layer;
+  const uint32_t window = layer.law.scramble.window;
+  const bool cut = layer.law.offset & (window - 1);
+  const int places = places_of(layer, column);
+  if (cut) {
+    clear<BATCH>(args, to, 0, args.plane);
+    for (int i = thread(); i < places; i += kThreads) to.flag[i] = 0;
+    sync();
+  }
+  visit_rows(layer, tile, column, lane, [&](const Row& row, const Chunk& chunk) {
+    const int at = lap_of(chunk.places) * args.positions + static_cast<int>(row.slot);
+    put<BATCH>(args, to, row.first + row.of, at, row.sign);
+    if (cut) to.flag[place_of(chunk.places) + row.slot] = 1;
+  });
+  sync();
+  if (!cut) return;
+  const int chunks = args.bank.row_bytes / 16;
+  RPG_LOOP
+  for (int i = thread(); i < places; i += kThreads) {
+    if (to.flag[i]) continue;
+    for (int c = 0; c < chunks; ++c) stage.blocks[i * chunks + c] = {0, 0, 0, 0};
+  }
+  sync();
+}
+
+// P of any other tile: position i is row i. The places of a ring's rows go beside it.
+template <int BATCH>
+RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, int b,
+                           const Stage& stage, const InputGradMma& to) {
+  clear<BATCH>(args, to, tile.rows, (tile.rows + 15) / 16 * 16);
+  RPG_LOOP
+  for (int i = thread(); i < tile.rows; i += kThreads) {
+    uint32_t sign;
+    if (tile.fill == Fill::kGather) {
+      sign = stage.entries[i], to.flag[i] = i;
+    } else {
+      const uint32_t p = position(args.layer, tile.row + i, b);
+      sign = block_sign(args.layer, p), to.flag[i] = ring_slot(args.layer, p);
+    }
+    put<BATCH>(args, to, i, i, sign);
+  }
+  sync();
+}
+
+// This warp's 16 elements, and its part of the slots.
+struct Share {
+  int elements, part, parts;
+};
+
+RPG_FUNCTION Share share_of(const Layer& layer) {
+  const int warp = thread() / kWarp, across = layer.block / 16;
+  return {warp & (across - 1), layer.block == 64 ? warp >> 2 : warp >> 1, kWarps / across};
+}
+
+// c[even or odd laps][plane] += blocks of 16 slots times P[lap ... end] of them. `a` are the blocks;
+// `at` is the first slot's position in lap 0.
+template <class Math, int BATCH>
+RPG_FUNCTION void multiply_laps(const InputGradKernelArgs& args, const InputGradMma& from,
+                                const uint32_t (&a)[4], int at, int lap, int end,
+                                float (&c)[2][(BATCH + 7) / 8][4]) {
+  const int lane = thread() % kWarp;
+  if constexpr (BATCH == 1) {
+    const int g = lane / 4, t = lane % 4;
+    RPG_LOOP
+    for (; lap < end; lap += 8) {
+      uint32_t b[2] = {0, 0};
+      if (lap + g < end) {
+        const int first = (lap + g) * args.positions + at + 2 * t;
+        b[0] = load<uint32_t>(from.one.at(first, 2));
+        b[1] = load<uint32_t>(from.one.at(first + 8, 2));
+      }
+      multiply(Math{}, {c[0][0], a, b});
+    }
+  } else {
+    // Lanes give rows of two fragments: of two laps, or of both planes of one.
+    const int row = at + lane % 16, second = lane / 16;
+    const auto two = [&](int its, bool both) {
+      uint32_t b[4];
+      if constexpr (BATCH == 8) {
+        const int given = its + (both ? second : 0);
+        load_transposed(b, from.p.at(given * args.positions + row, 1));
+        multiply(Math{}, {c[0][0], a, b});
+        if (both) multiply(Math{}, {c[1][0], a, b + 2});
+      } else {
+        const int first = its * args.positions + second * args.plane + row;
+        load_transposed(b, from.p.at(first, 1));
+        multiply(Math{}, {c[0][0], a, b});
+        multiply(Math{}, {c[0][1], a, b + 2});
+        if (!both) return;
+        load_transposed(b, from.p.at(first + args.positions, 1));
+        multiply(Math{}, {c[1][0], a, b});
+        multiply(Math{}, {c[1][1], a, b + 2});
+      }
+    };
+    RPG_LOOP
+    for (; lap + 4 <= end; lap += 4) {
+      two(lap, true);
+      two(lap + 2, true);
+    }
+    RPG_LOOP
+    for (; lap < end; lap += 2) two(lap, lap + 1 < end);
+  }
+}
+
+// dx of the column: sums[part, m, e].
+template <class Math, int BATCH>
+RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile,
+                                      const Column& column, const Stage& stage,
+                                      const InputGradMma& from, const Shared<float>& sums) {
+  constexpr int kPlanes = (BATCH + 7) / 8;
+  const Layer& layer = args.layer;
+  const Share share = share_of(layer);
+  const int lane = thread() % kWarp, chunks = layer.block / 8;
+  // Lanes 8 i ... give rows of matrix i: elements 0 to 7 and 8 to 15, of slots 0 to 7 and 8 to 15.
+  const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * share.elements + lane / 8 % 2;
+  float c[2][kPlanes][4] = {};
+  int laps = 1;
+  if (tile.fill == Fill::kWindows) {
+    const int window = static_cast<int>(layer.law.scramble.window);
+    const int windows = static_cast<int>(column.windows[kCount].base);
+    const int swap = chunk_at(slot, chunk, chunks);  // the same 16 slots further on
+    laps = static_cast<int>(column.windows[windows].lap);
+    RPG_LOOP
+    for (int i = 0; i < windows; ++i) {
+      const int lap = static_cast<int>(column.windows[i].lap);
+      const int end = static_cast<int>(column.windows[i + 1].lap);
+      const Shared<uint4> blocks = stage.blocks.from(i * window * chunks);
+      RPG_LOOP
+      for (int at = 16 * share.part; at < window; at += 16 * share.parts) {
+        uint32_t a[4];
+        load_transposed(a, blocks.at(at * chunks + swap, 1));
+        multiply_laps<Math, BATCH>(args, from, a, at, lap, end, c);
+      }
+    }
+  } else {
+    RPG_LOOP
+    for (int at = 16 * share.part; at < tile.rows; at += 16 * share.parts) {
+      const int i = at + slot < tile.rows ? at + slot : tile.rows - 1;  // times zeros
+      uint32_t a[4];
+      load_transposed(a, stage.blocks.at(chunk_at(from.flag[i], chunk, chunks), 1));
+      multiply_laps<Math, BATCH>(args, from, a, at, 0, 1, c);
+    }
+  }
+  const int g = lane / 4, t = lane % 4, e = 16 * share.elements + g;
+  const Shared<float> to = sums.from(share.part * BATCH * kSumPitch);
+  if constexpr (BATCH == 1) {
+    RPG_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      // Columns of laps that are not there may be 0 times infinity.
+      const float low = 2 * t < laps ? c[0][0][2 * half] : 0.f;
+      float sum = low + (2 * t + 1 < laps ? c[0][0][2 * half + 1] : 0.f);
+      sum += as_float(shuffle(as_bits(sum), lane ^ 1));
+      sum += as_float(shuffle(as_bits(sum), lane ^ 2));
+      if (t == 0) to[e + 8 * half] = sum;
+    }
+  } else {
+    RPG_UNROLL
+    for (int i = 0; i < 4 * kPlanes; ++i) {
+      const int plane = i / 4, m = 8 * plane + 2 * t + i % 2;
+      to[m * kSumPitch + e + i % 4 / 2 * 8] = c[0][plane][i % 4] + c[1][plane][i % 4];
+    }
+  }
+}
+
+// Element e of row m of dx, from the sums of parts, in order.
+template <int BATCH>
+RPG_FUNCTION float mma_total(int block, int m, int e, const Shared<float>& sums) {
+  float total = 0;
+  for (int part = 0; part < kWarps / (block / 16); ++part) {
+    total += sums[(part * BATCH + m) * kSumPitch + e];
+  }
+  return total;
+}
+
+}  // namespace rpg::RPG_DEVICE
