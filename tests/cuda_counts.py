@@ -8,6 +8,7 @@ only some warps run are counted as if all did, so sums are somewhat too high, ne
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cuda_sass import Kernel, Loop, loop_name, name_of, region
@@ -55,7 +56,7 @@ _COMMON = {
         region("stage.h", "fill_wrapped(layout, bank", until=";"),
         region("stage.h", "for (; pass < layout.passes;"),
     ],
-    "slots": [region("stage.h", "void prepare_rows(")],
+    "prepared": [region("stage.h", "void prepare_rows(")],
     "blocks": [region("stage.h", "void fill_places(")],
     "other": [
         region("stage.h", "void reflect_elements("),
@@ -77,26 +78,45 @@ LINEAR = {
 }
 INPUT_GRAD = {
     **_COMMON,
-    "other": [
-        *_COMMON["other"],
-        region("linear_input_grad.cu", "void clear_unread("),
+    "cut": [
+        region("input_grad_mma.h", "void clear("),
+        region("input_grad_mma.h", "if (cut) {"),
+        region("input_grad_mma.h", "if (cut) to.flag", until=";"),
+        region("input_grad_mma.h", "i < places; i += kThreads) {"),
+        region("input_grad_fma.h", "void clear_unread("),
     ],
-    "all read": [region("linear_input_grad.cu", "bool all_read(")],
-    "clear": [region("linear_input_grad.cu", "i < used * L::kOf; i += kThreads) {")],
-    "laps": [region("linear_input_grad.cu", "for (int lap = 0; lap < laps; ++lap) {")],
+    "put rows": [region("input_grad_mma.h", "void put_rows(")],
+    "fragments": [region("input_grad_mma.h", "void input_grad_products(")],
+    "each window": [region("input_grad_mma.h", "for (int i = 0; i < windows; ++i) {")],
+    "eight laps": [region("input_grad_mma.h", "for (; lap < end; lap += 8) {")],
+    "four laps": [region("input_grad_mma.h", "for (; lap + 4 <= end; lap += 4) {")],
+    "one lap": [region("input_grad_mma.h", "for (; lap < end; ++lap) {")],
+    "slots": [region("input_grad_mma.h", "at < window; at += 16 * share.parts) {")],
+    "row slots": [region("input_grad_mma.h", "at < tile.rows; at += 16 * share.parts) {")],
+    "clear": [region("input_grad_fma.h", "i < terms * L::kOf; i += kThreads) {")],
+    "laps": [region("input_grad_fma.h", "for (int lap = 0; lap < laps; ++lap) {")],
     "terms": [
-        region(
-            "linear_input_grad.cu", "const float sign = sign_of(entry[i]);", until="store(at, v);"
-        )
+        region("input_grad_fma.h", "const float sign = sign_of(from.entry[i]);", until="store(at, v);")
     ],
-    "products": [region("linear_input_grad.cu", "term < used; term += parts) {")],
-    "parts": [region("linear_input_grad.cu", "i < layer.block * batch; i += kThreads) {")],
-    "parts of a sum": [region("linear_input_grad.cu", "part < kThreads / pairs; ++part) {")],
+    "products": [region("input_grad_fma.h", "term < terms; term += parts) {")],
+    "whole": [region("linear_input_grad.cu", "T::store(total * args.scale);", until=";")],
+    "parts": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;")],
+    "parts of a sum": [region("input_grad_fma.h", "part < kThreads / pairs; ++part) {")],
 }
 PHASES = {
-    "entries": ("runs", "units", "rows", "slots"),
-    "products": ("fragments", "products", "steps", "parts", "parts of a sum"),
-    "sums": ("sums", "clear", "laps", "terms"),
+    "entries": ("runs", "units", "rows", "prepared", "put rows"),
+    "products": (
+        "fragments",
+        "products",
+        "steps",
+        "each window",
+        "eight laps",
+        "four laps",
+        "one lap",
+        "slots",
+        "row slots",
+    ),
+    "sums": ("sums", "clear", "laps", "terms", "parts", "parts of a sum"),
     "copies": ("windows", "copies", "blocks", "x"),
 }
 
@@ -109,9 +129,11 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
     products = case.places / STEP if size == 4 else case.places / 16 / WARPS
     if not forward:
         products = case.places / (STEP / (case.block / 2))
+    warps = WARPS / (case.block / 16)  # that share the slots, in the input gradient
     return {
         "rows": case.rows / STEP,
-        "slots": case.rows / STEP,
+        "prepared": case.rows / STEP,
+        "put rows": case.rows / STEP,
         "blocks": case.places * chunks / STEP,
         "runs": case.rows / 128 / WARPS,
         "units": 2,  # four of the six rounds of the permutation of units at a time
@@ -119,20 +141,35 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
         "copies": case.window * chunks / STEP,
         "products": products,
         "steps": chunks,
+        "each window": case.places / case.window,
+        "eight laps": math.ceil(case.laps / 8),
+        "four laps": case.laps // 4,
+        "one lap": case.laps % 4,
+        "slots": case.window / 16 / warps,
+        "row slots": case.rows / 16 / warps,
         "clear": case.places * min(4, case.batch_tile) / STEP,
         "laps": case.laps if case.fill == "windows" else 1,
-        "all read": 1,
-        "parts": case.block * case.batch_tile / STEP,
+        "parts": max(1, case.block * case.batch_tile / STEP),
         "parts of a sum": STEP / (case.block / 2),
     }
 
 
 # Pieces that a fill does not run, or not for every column.
-_WINDOWS = ("runs", "units", "windows", "copies")
-_NEVER = ("other", "x, not aligned", "single runs", "eighth round", "wrapped")
+_WINDOWS = (
+    "runs",
+    "units",
+    "windows",
+    "copies",
+    "each window",
+    "eight laps",
+    "four laps",
+    "one lap",
+    "slots",
+)
+_NEVER = ("other", "x, not aligned", "single runs", "eighth round", "wrapped", "cut", "whole")
 UNUSED = {
-    "windows": (*_NEVER, "rows", "slots", "blocks"),
-    "ring": (*_NEVER, *_WINDOWS, "slots", "blocks"),
+    "windows": (*_NEVER, "rows", "prepared", "blocks", "put rows", "row slots"),
+    "ring": (*_NEVER, *_WINDOWS, "prepared", "blocks"),
     "gather": (*_NEVER, *_WINDOWS),
 }
 AHEAD = 4  # columns of which units are found at once, by a thread for 64 rows
@@ -150,7 +187,7 @@ def reads(case: Case, kernel: Kernel) -> dict[str, int]:
     out = {"clear": 1, "copies": 1, "parts of a sum": 1}
     if forward and "Float32" in kernel.name:
         out["steps"] = 1 + case.batch_tile
-    if not forward:
+    if not forward and "Float32" in kernel.name:
         out["products"] = 1 + max(1, case.batch_tile // 4)
     return out
 

@@ -155,6 +155,10 @@ RPG_FUNCTION uint32_t kept(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+RPG_FUNCTION int64_t kept(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 template <class T>
 RPG_FUNCTION T* kept(T* x) {
   asm volatile("" : "+l"(x));

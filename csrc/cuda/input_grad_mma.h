@@ -29,12 +29,14 @@ RPG_FUNCTION void multiply(Mma<Bfloat16>, const MultiplyArgs& args) { multiply_b
 RPG_FUNCTION void multiply(Mma<Float16>, const MultiplyArgs& args) { multiply_float16(args); }
 
 struct InputGradMma {
-  Shared<uint4> p;        // batch 8, 16
-  Shared<uint16_t> one;   // batch 1
-  Shared<uint4> dy;       // [plane][row]
-  Shared<uint16_t> dy1;   // [row]
+  Shared<char> p;         // as above
+  Shared<char> dy;        // [plane][row] of 16 bytes, or [row] of 2
   Shared<uint32_t> flag;  // [places]: whether a row reads it, or the places of a ring's rows
 };
+
+// Bytes of a position, and of a row of dy.
+template <int BATCH>
+constexpr int kEach = BATCH == 1 ? 2 : 16;
 
 constexpr int kLapPad = 8;  // at batch 1, so that 8 laps are on different banks
 
@@ -63,18 +65,10 @@ RPG_HOST InputGradPlan mma_plan(const Layer& layer, const Tiling& tiling, int ro
 
 template <int BATCH>
 RPG_FUNCTION InputGradMma mma_shared(const InputGradKernelArgs& args) {
-  constexpr int kPlanes = (BATCH + 7) / 8;
-  const int rows = most_rows(args.tiling);
-  InputGradMma out;
-  if constexpr (BATCH == 1) {
-    out.one = Shared<uint16_t>(args.terms, args.plane);
-    out.dy1 = Shared<uint16_t>(args.dy_at, rows);
-  } else {
-    out.p = Shared<uint4>(args.terms, kPlanes * args.plane);
-    out.dy = Shared<uint4>(args.dy_at, kPlanes * rows);
-  }
-  out.flag = Shared<uint32_t>(args.entry, kMaxRows);
-  return out;
+  constexpr int kBytes = (BATCH + 7) / 8 * kEach<BATCH>;
+  return {Shared<char>(args.terms, args.plane * kBytes),
+          Shared<char>(args.dy_at, most_rows(args.tiling) * kBytes),
+          Shared<uint32_t>(args.entry, kMaxRows)};
 }
 
 // dy of the tile into shared memory, zeros behind the batch.
@@ -82,55 +76,53 @@ template <class T, int BATCH>
 RPG_FUNCTION void load_dy(const InputGradKernelArgs& args, const Tile& tile, int m0,
                           const InputGradMma& to) {
   using Bits = typename T::Bits;
+  constexpr int kOf = BATCH == 1 ? 1 : 8;
   const Bits* const dy = static_cast<const Bits*>(args.dy) + tile.row;
-  const int rows = most_rows(args.tiling);
   RPG_LOOP
   for (int i = thread(); i < tile.rows; i += kThreads) {
-    if constexpr (BATCH == 1) {
-      to.dy1[i] = dy[int64_t{m0} * args.layer.rows + i];
-    } else {
+    RPG_UNROLL
+    for (int plane = 0; plane < BATCH / kOf; ++plane) {
+      Vector<Bits, kOf> v;
       RPG_UNROLL
-      for (int plane = 0; plane < BATCH / 8; ++plane) {
-        Vector<Bits, 8> v;
-        RPG_UNROLL
-        for (int j = 0; j < 8; ++j) {
-          const int m = m0 + 8 * plane + j;
-          v.of[j] = m < args.batch ? dy[int64_t{m} * args.layer.rows + i] : Bits{0};
-        }
-        store(to.dy.at(plane * rows + i, 1), v);
+      for (int j = 0; j < kOf; ++j) {
+        const int m = m0 + kOf * plane + j;
+        v.of[j] = m < args.batch ? dy[int64_t{m} * args.layer.rows + i] : Bits{0};
       }
+      store(to.dy.at((plane * most_rows(args.tiling) + i) * kEach<BATCH>, kEach<BATCH>), v);
     }
   }
 }
 
-// dy of row i of the tile to position `at`, with the sign in bit 31.
+// dy of row i of the tile, counted in bytes, to the position at byte `to_byte`, with the sign in
+// bit 31.
 template <int BATCH>
-RPG_FUNCTION void put(const InputGradKernelArgs& args, const InputGradMma& to, int i, int at,
-                      uint32_t sign) {
+RPG_FUNCTION void put(const InputGradKernelArgs& args, const InputGradMma& to, int row_byte,
+                      int to_byte, uint32_t sign) {
   if constexpr (BATCH == 1) {
-    to.one[at] = static_cast<uint16_t>(to.dy1[i] ^ (sign >> 16 & 0x8000u));
+    const auto v = load<uint16_t>(to.dy.at(row_byte, 2));
+    store(to.p.at(to_byte, 2), static_cast<uint16_t>(v ^ (sign >> 16 & 0x8000u)));
   } else {
     const uint32_t both = static_cast<uint32_t>(static_cast<int32_t>(sign) >> 31) & 0x80008000u;
-    const int rows = most_rows(args.tiling);
     RPG_UNROLL
     for (int plane = 0; plane < BATCH / 8; ++plane) {
-      auto v = load<Vector<uint32_t, 4>>(to.dy.at(plane * rows + i, 1));
+      const int row = plane * 16 * most_rows(args.tiling) + row_byte;
+      auto v = load<Vector<uint32_t, 4>>(to.dy.at(row, 16));
       RPG_UNROLL
       for (int j = 0; j < 4; ++j) v.of[j] ^= both;
-      store(to.p.at(plane * args.plane + at, 1), v);
+      store(to.p.at(plane * 16 * args.plane + to_byte, 16), v);
     }
   }
 }
 
+// Positions from `from` on become zeros, of each plane up to `end`.
 template <int BATCH>
 RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& to, int from,
                         int end) {
+  using Zeros = Vector<uint16_t, kEach<BATCH> / 2>;
   RPG_LOOP
   for (int i = from + thread(); i < end; i += kThreads) {
-    if constexpr (BATCH == 1) {
-      to.one[i] = 0;
-    } else {
-      for (int plane = 0; plane < BATCH / 8; ++plane) to.p[plane * args.plane + i] = {0, 0, 0, 0};
+    for (int plane = 0; plane < (BATCH + 7) / 8; ++plane) {
+      store(to.p.at((plane * args.plane + i) * kEach<BATCH>, kEach<BATCH>), Zeros{});
     }
   }
 }
@@ -152,7 +144,8 @@ RPG_FUNCTION void put_windows(const InputGradKernelArgs& args, const Tile& tile,
   }
   visit_rows(layer, tile, column, lane, [&](const Row& row, const Chunk& chunk) {
     const int at = lap_of(chunk.places) * args.positions + static_cast<int>(row.slot);
-    put<BATCH>(args, to, row.first + row.of, at, row.sign);
+    const int of = row.first * kEach<BATCH> + row.of * kEach<BATCH>;
+    put<BATCH>(args, to, of, at * kEach<BATCH>, row.sign);
     if (cut) to.flag[place_of(chunk.places) + row.slot] = 1;
   });
   sync();
@@ -180,7 +173,7 @@ RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, in
       const uint32_t p = position(args.layer, tile.row + i, b);
       sign = block_sign(args.layer, p), to.flag[i] = ring_slot(args.layer, p);
     }
-    put<BATCH>(args, to, i, i, sign);
+    put<BATCH>(args, to, i * kEach<BATCH>, i * kEach<BATCH>, sign);
   }
   sync();
 }
@@ -192,96 +185,129 @@ struct Share {
 
 RPG_FUNCTION Share share_of(const Layer& layer) {
   const int warp = thread() / kWarp, across = layer.block / 16;
-  return {warp & (across - 1), layer.block == 64 ? warp >> 2 : warp >> 1, kWarps / across};
+  return {kept(warp & (across - 1)), kept(layer.block == 64 ? warp >> 2 : warp >> 1),
+          kWarps / across};
 }
 
-// c[even or odd laps][plane] += blocks of 16 slots times P[lap ... end] of them. `a` are the blocks;
-// `at` is the first slot's position in lap 0.
-template <class Math, int BATCH>
-RPG_FUNCTION void multiply_laps(const InputGradKernelArgs& args, const InputGradMma& from,
-                                const uint32_t (&a)[4], int at, int lap, int end,
-                                float (&c)[2][(BATCH + 7) / 8][4]) {
-  const int lane = thread() % kWarp;
+// Bytes at which a lane reads P for LAPS laps from `lap` on, less the first slot's. Lanes give rows of two
+// fragments at a time: of two laps, or of both planes of one. At batch 1 a lane reads one of 8 laps.
+template <int BATCH, int LAPS>
+struct Operand {
+  static constexpr int kReads = BATCH == 8 ? (LAPS + 1) / 2 : LAPS;
+  int at[kReads];
+};
+
+template <int BATCH, int LAPS>
+RPG_FUNCTION Operand<BATCH, LAPS> operand(const InputGradKernelArgs& args, int lap) {
+  const int lane = thread() % kWarp, row = lane % 16, second = lane / 16;
+  Operand<BATCH, LAPS> out;
+  RPG_UNROLL
+  for (int i = 0; i < out.kReads; ++i) {
+    int at = (lap + i) * args.positions + second * args.plane + row;
+    if (BATCH == 8) at = (lap + 2 * i + (LAPS > 1 ? second : 0)) * args.positions + row;
+    if (BATCH == 1) at = (lap + lane / 4) * args.positions + 2 * (lane % 4);
+    out.at[i] = kept(at * kEach<BATCH>);
+  }
+  return out;
+}
+
+// Sums of a warp: odd and even laps apart, so that products do not wait for each other.
+template <int BATCH>
+using Sums = float[2][(BATCH + 7) / 8][4];
+
+// c += blocks of 16 slots times LAPS laps of P; `a` are the blocks, `at` the first slot. At batch 1
+// lanes with `valid` have a lap.
+template <class Math, int BATCH, int LAPS>
+RPG_FUNCTION void multiply_laps(const InputGradMma& from, const Operand<BATCH, LAPS>& operand,
+                                bool valid, const uint32_t (&a)[4], int at, Sums<BATCH>& c) {
+  at *= kEach<BATCH>;
   if constexpr (BATCH == 1) {
-    const int g = lane / 4, t = lane % 4;
-    RPG_LOOP
-    for (; lap < end; lap += 8) {
-      uint32_t b[2] = {0, 0};
-      if (lap + g < end) {
-        const int first = (lap + g) * args.positions + at + 2 * t;
-        b[0] = load<uint32_t>(from.one.at(first, 2));
-        b[1] = load<uint32_t>(from.one.at(first + 8, 2));
-      }
-      multiply(Math{}, {c[0][0], a, b});
+    uint32_t b[2] = {0, 0};
+    if (valid) {
+      b[0] = load<uint32_t>(from.p.at(operand.at[0] + at, 4));
+      b[1] = load<uint32_t>(from.p.at(operand.at[0] + at + 16, 4));
     }
+    multiply(Math{}, {c[0][0], a, b});
   } else {
-    // Lanes give rows of two fragments: of two laps, or of both planes of one.
-    const int row = at + lane % 16, second = lane / 16;
-    const auto two = [&](int its, bool both) {
+    RPG_UNROLL
+    for (int i = 0; i < operand.kReads; ++i) {
       uint32_t b[4];
+      load_transposed(b, from.p.at(operand.at[i] + at, 16));
       if constexpr (BATCH == 8) {
-        const int given = its + (both ? second : 0);
-        load_transposed(b, from.p.at(given * args.positions + row, 1));
         multiply(Math{}, {c[0][0], a, b});
-        if (both) multiply(Math{}, {c[1][0], a, b + 2});
+        if (2 * i + 1 < LAPS) multiply(Math{}, {c[1][0], a, b + 2});
       } else {
-        const int first = its * args.positions + second * args.plane + row;
-        load_transposed(b, from.p.at(first, 1));
-        multiply(Math{}, {c[0][0], a, b});
-        multiply(Math{}, {c[0][1], a, b + 2});
-        if (!both) return;
-        load_transposed(b, from.p.at(first + args.positions, 1));
-        multiply(Math{}, {c[1][0], a, b});
-        multiply(Math{}, {c[1][1], a, b + 2});
+        multiply(Math{}, {c[i % 2][0], a, b});
+        multiply(Math{}, {c[i % 2][1], a, b + 2});
       }
-    };
-    RPG_LOOP
-    for (; lap + 4 <= end; lap += 4) {
-      two(lap, true);
-      two(lap + 2, true);
     }
-    RPG_LOOP
-    for (; lap < end; lap += 2) two(lap, lap + 1 < end);
+  }
+}
+
+// The same for all slots of a window that are this warp's. `blocks` are the window's; `swap` is the
+// chunk that the lane gives of the first 16.
+template <class Math, int BATCH, int LAPS>
+RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGradMma& from,
+                                  const Shared<uint4>& blocks, const Share& share, int swap,
+                                  int lap, int end, Sums<BATCH>& c) {
+  const auto laps = operand<BATCH, LAPS>(args, lap);
+  const int window = static_cast<int>(args.layer.law.scramble.window);
+  const int chunks = args.layer.block / 8;
+  const bool valid = lap + thread() % kWarp / 4 < end;
+  RPG_LOOP
+  for (int at = 16 * share.part; at < window; at += 16 * share.parts) {
+    uint32_t a[4];
+    load_transposed(a, blocks.at(at * chunks + swap, 1));
+    multiply_laps<Math, BATCH, LAPS>(from, laps, valid, a, at, c);
   }
 }
 
 // dx of the column: sums[part, m, e].
 template <class Math, int BATCH>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile,
-                                      const Column& column, const Stage& stage,
+                                      const Column& column, const Share& share, const Stage& stage,
                                       const InputGradMma& from, const Shared<float>& sums) {
   constexpr int kPlanes = (BATCH + 7) / 8;
   const Layer& layer = args.layer;
-  const Share share = share_of(layer);
   const int lane = thread() % kWarp, chunks = layer.block / 8;
   // Lanes 8 i ... give rows of matrix i: elements 0 to 7 and 8 to 15, of slots 0 to 7 and 8 to 15.
   const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * share.elements + lane / 8 % 2;
-  float c[2][kPlanes][4] = {};
+  Sums<BATCH> c = {};
   int laps = 1;
   if (tile.fill == Fill::kWindows) {
     const int window = static_cast<int>(layer.law.scramble.window);
     const int windows = static_cast<int>(column.windows[kCount].base);
-    const int swap = chunk_at(slot, chunk, chunks);  // the same 16 slots further on
+    const int swap = kept(chunk_at(slot, chunk, chunks));  // the same 16 slots further on
     laps = static_cast<int>(column.windows[windows].lap);
     RPG_LOOP
     for (int i = 0; i < windows; ++i) {
-      const int lap = static_cast<int>(column.windows[i].lap);
+      int lap = static_cast<int>(column.windows[i].lap);
       const int end = static_cast<int>(column.windows[i + 1].lap);
       const Shared<uint4> blocks = stage.blocks.from(i * window * chunks);
-      RPG_LOOP
-      for (int at = 16 * share.part; at < window; at += 16 * share.parts) {
-        uint32_t a[4];
-        load_transposed(a, blocks.at(at * chunks + swap, 1));
-        multiply_laps<Math, BATCH>(args, from, a, at, lap, end, c);
+      if constexpr (BATCH == 1) {
+        RPG_LOOP
+        for (; lap < end; lap += 8) {
+          multiply_window<Math, BATCH, 1>(args, from, blocks, share, swap, lap, end, c);
+        }
+      } else {
+        RPG_LOOP
+        for (; lap + 4 <= end; lap += 4) {
+          multiply_window<Math, BATCH, 4>(args, from, blocks, share, swap, lap, end, c);
+        }
+        RPG_LOOP
+        for (; lap < end; ++lap) {
+          multiply_window<Math, BATCH, 1>(args, from, blocks, share, swap, lap, end, c);
+        }
       }
     }
   } else {
+    const auto one = operand<BATCH, 1>(args, 0);
     RPG_LOOP
     for (int at = 16 * share.part; at < tile.rows; at += 16 * share.parts) {
       const int i = at + slot < tile.rows ? at + slot : tile.rows - 1;  // times zeros
       uint32_t a[4];
       load_transposed(a, stage.blocks.at(chunk_at(from.flag[i], chunk, chunks), 1));
-      multiply_laps<Math, BATCH>(args, from, a, at, 0, 1, c);
+      multiply_laps<Math, BATCH, 1>(from, one, lane < 4, a, at, c);
     }
   }
   const int g = lane / 4, t = lane % 4, e = 16 * share.elements + g;
@@ -307,10 +333,12 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
 
 // Element e of row m of dx, from the sums of parts, in order.
 template <int BATCH>
-RPG_FUNCTION float mma_total(int block, int m, int e, const Shared<float>& sums) {
-  float total = 0;
-  for (int part = 0; part < kWarps / (block / 16); ++part) {
-    total += sums[(part * BATCH + m) * kSumPitch + e];
+RPG_FUNCTION float mma_total(int parts, int m, int e, const Shared<float>& sums) {
+  const Shared<float> of = sums.from(m * kSumPitch + e);
+  float total = of[0] + of[BATCH * kSumPitch];
+  if (parts == 4) {
+    total += of[2 * BATCH * kSumPitch];
+    total += of[3 * BATCH * kSumPitch];
   }
   return total;
 }

@@ -29,6 +29,45 @@ struct Fma {
   using Number = Float32;
 };
 
+// The element of dx of each block that this thread writes: of rows m, m + step ... of the batch.
+struct Output {
+  int e, m, step;
+  int64_t at;  // of row m of block 0, in dx or in this tile's sums
+};
+
+RPG_FUNCTION Output output_of(const InputGradKernelArgs& args, int m0) {
+  const int log = args.layer.block == 64 ? 6 : 5, e = thread() & (args.layer.block - 1);
+  const int m = thread() >> log;
+  const int64_t tile = args.tiling.tiles == 1 ? 0 : int64_t{block_x()} * args.batch;
+  const int64_t at = (tile + m0 + m) * args.layer.columns + e;
+  return {kept(e), kept(m), kThreads >> log, kept(at)};
+}
+
+// Column b of this tile's sums, or of dx where there is one tile, from the sums of parts.
+template <class Math, int BATCH>
+RPG_FUNCTION void write_column(const InputGradKernelArgs& args, const Output& out, int b, int batch,
+                               const Share& share, const Shared<float>& sums) {
+  using T = typename Math::Number;
+  const int block = args.layer.block, columns = args.layer.columns;
+  if (b * block + out.e >= columns) return;
+  const bool one = args.tiling.tiles == 1;
+  int64_t at = out.at + b * block;
+  RPG_LOOP
+  for (int m = out.m; m < batch; m += out.step, at += int64_t{out.step} * columns) {
+    float total;
+    if constexpr (sizeof(typename T::Bits) == 4) {
+      total = fma_total(block, m, out.e, sums);
+    } else {
+      total = mma_total<BATCH>(share.parts, m, out.e, sums);
+    }
+    if (one) {
+      static_cast<typename T::Bits*>(args.dx)[at] = T::store(total * args.scale);
+    } else {
+      args.partial[at] = total;
+    }
+  }
+}
+
 template <class Math, int BATCH>
 RPG_KERNEL(kThreads, 1)
 linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
@@ -49,6 +88,8 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const Shared<float> sums(args.sums, parts * BATCH);
   const Copies copies = copies_of(layout, args.bank);
   const Lane lane = lane_of(layer.law);
+  const Share share = share_of(layer);
+  const Output out = output_of(args, m0);
   // Copies of column b to stage i, in a group of their own even where there are none.
   const auto begin = [&](int b, int i) {
     if (b < end) {
@@ -98,7 +139,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
       } else {
         put_rows<BATCH>(args, tile, b, stage, dy);
       }
-      input_grad_products<Math, BATCH>(args, tile, column, stage, dy, sums);
+      input_grad_products<Math, BATCH>(args, tile, column, share, stage, dy, sums);
     }
     if (windows && ((b - first) & (kAhead - 1)) == 0) {
       prepare_columns<true>(layer, tile, layout.columns, first, b + kAhead, end);
@@ -107,24 +148,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     if (tile.fill == Fill::kGather && b + kStages < end) {
       prepare_rows(layer, tile, b + kStages, stage);
     }
-    RPG_LOOP
-    for (int i = thread(); i < layer.block * batch; i += kThreads) {
-      const int m = layer.block == 64 ? i >> 6 : i >> 5, e = i & (layer.block - 1);
-      const int at = b * layer.block + e;
-      if (at >= layer.columns) continue;
-      float total;
-      if constexpr (kFma) {
-        total = fma_total(layer.block, m, e, sums);
-      } else {
-        total = mma_total<BATCH>(layer.block, m, e, sums);
-      }
-      if (tiling.tiles == 1) {
-        static_cast<typename T::Bits*>(args.dx)[int64_t{m0 + m} * layer.columns + at] =
-            T::store(total * args.scale);
-      } else {
-        args.partial[(int64_t{block_x()} * args.batch + m0 + m) * layer.columns + at] = total;
-      }
-    }
+    write_column<Math, BATCH>(args, out, b, batch, share, sums);
   }
   if (tiling.tiles == 1) return;
   const Shared<int> last(args.last, 1);

@@ -130,6 +130,7 @@ RPG_FUNCTION void fill_windows(const Layer& layer, const Layout& layout, const B
       copy_async<2 * kPass>(at, from);
       copy_async<3 * kPass>(at, from);
     }
+    RPG_LOOP
     for (; pass < layout.passes; ++pass, from += kPass) {
       copy_async<0>(stage.blocks.at(to + pass * kThreads, 1), from);
     }
