@@ -179,9 +179,24 @@ for name in ("reference", "auto"):
 
 
 def test_environment_with_an_unknown_name() -> None:
-    done = run_python("import rpg_kernels", RPG_KERNELS_BACKEND="cudnn")
-    assert done.returncode != 0
-    assert "RPG_KERNELS_BACKEND: got 'cudnn', wanted one of auto, reference" in done.stderr
+    """The package imports; what asks for a back end says what is wrong, a call wins over it."""
+    code = """
+import rpg_kernels as rpg
+layer = rpg.nn.Linear(5, 3, bank=rpg.ParameterBank(64, granularity=16))
+x = rpg.ParameterBank(10, granularity=1).weight.view(2, 5)
+for call in (lambda: layer(x), lambda: rpg.explain(layer, x), layer.virtual_weight.unpack):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+with rpg.backend("auto"):
+    print(tuple(layer(x).shape))
+"""
+    done = run_python(code, RPG_KERNELS_BACKEND="cudnn")
+    assert done.returncode == 0, done.stderr
+    wanted = ", ".join(("auto", *settings.BACKENDS))
+    sentence = f"RPG_KERNELS_BACKEND: got 'cudnn', wanted one of {wanted}"
+    assert done.stdout.splitlines() == [sentence] * 3 + ["(2, 3)"]
 
 
 @pytest.mark.parametrize(
@@ -190,8 +205,7 @@ def test_environment_with_an_unknown_name() -> None:
 def test_environment_that_changes_nothing(
     value: str, name: str, monkeypatch: pytest.MonkeyPatch, weight: rpg.VirtualWeight
 ) -> None:
-    monkeypatch.setenv(settings.ENVIRONMENT_BACKEND, value)
-    monkeypatch.setattr(settings, "_ENVIRONMENT", settings._from_environment())
+    monkeypatch.setattr(settings, "_ENVIRONMENT", value)
     assert settings.forced_backend() == ("" if name == "auto" else name)
     weight.unpack()
 

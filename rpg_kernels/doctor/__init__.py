@@ -2,7 +2,8 @@
 
 With ``--json`` it prints one JSON object and nothing else. Keys are added, not renamed or
 removed, while ``format`` stays the same; a part that could not be examined is null and has its
-message in ``failures``::
+message in ``failures``. Where RPG_KERNELS_BACKEND names no back end, that part is ``settings``, and
+the rest is examined as without the variable::
 
     format      1
     ok          true when every self-test passed and every part could be examined
@@ -28,11 +29,13 @@ message in ``failures``::
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from rpg_kernels import settings
 from rpg_kernels.doctor import environment, report, selftest
 from rpg_kernels.doctor.guard import one_line
 
@@ -80,14 +83,17 @@ def examine(show: Callable[[str], None] | None = None) -> dict[str, Any]:
     """
     failures: dict[str, str] = {}
     record: dict[str, Any] = {"format": FORMAT, "ok": False, "failures": failures}
-    for name, part in PARTS.items():
-        try:
-            record[name] = part()
-        except Exception as error:
-            record[name] = None
-            failures[name] = one_line(error)
-        if show is not None:
-            show(report.section(name, record[name], failures.get(name, "")))
+    with contextlib.ExitStack() as until_the_end:
+        for name, part in PARTS.items():
+            try:
+                record[name] = part()
+            except Exception as error:
+                record[name] = None
+                failures[name] = one_line(error)
+            if name == "settings" and name in failures:  # so that the rest can be examined
+                until_the_end.enter_context(settings.backend("auto"))
+            if show is not None:
+                show(report.section(name, record[name], failures.get(name, "")))
     tests = record["self_tests"] or []
     record["ok"] = not failures and bool(tests) and all(test["passed"] for test in tests)
     return record
