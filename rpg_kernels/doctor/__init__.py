@@ -8,16 +8,17 @@ the rest is examined as without the variable::
     format      1
     ok          true when every self-test passed and every part could be examined
     failures    {part: message}
-    versions    {rpg_kernels, commit (of a checkout, or null), sources (a hash), law, python, torch,
-                 torch_cuda (null: built without), packages: {name: version, null: not there}}
+    versions    {rpg_kernels, commit (of a checkout, or null), sources (a hash), law (1), laws (a
+                 list of all), python, torch, torch_cuda (null: built without), packages: {name:
+                 version, null: not there}}
     machine     {system, processor, instruction_set (torch's), cores, threads (torch's)}
     devices     {cuda: [{device, name, capability, memory_bytes}], driver (or null),
                  reason (why there is no CUDA device, or "")}
     compilers   {"c++", cmake, nvcc: null (not found) or {path, version (or null), error}}
-    build       {in_use, why_not, law, compiler, openmp, instruction_sets, instruction_set (in
-                 use), cuda, cuda_architectures, note, advice, gpus: [{device, covered (null:
-                 cannot be told)}]}; where nothing was compiled null or empty from law to
-                 cuda_architectures
+    build       {in_use, why_not, law (the last that it knows), compiler, openmp,
+                 instruction_sets, instruction_set (in use), cuda, cuda_architectures, note, advice,
+                 gpus: [{device, covered (null: cannot be told)}]}; where nothing was compiled null
+                 or empty from law to cuda_architectures
     settings    {scratch_limit: {cpu, cuda}, backend ("auto" or the one forced),
                  environment: {variable: value}}
     backends    [{op, device, dtype, backend (null: none can run it), reason}]
@@ -78,8 +79,8 @@ def examine(show: Callable[[str], None] | None = None) -> dict[str, Any]:
 
     Example:
         >>> record = examine()
-        >>> record["ok"], record["versions"]["law"]
-        (True, 1)
+        >>> record["ok"], record["versions"]["laws"]
+        (True, [1, 2])
     """
     failures: dict[str, str] = {}
     record: dict[str, Any] = {"format": FORMAT, "ok": False, "failures": failures}
