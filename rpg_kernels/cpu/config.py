@@ -278,6 +278,13 @@ def check(op: str, placement: str, batch: int, groups: int = 1) -> Steps:
     return step
 
 
+def check_lookup(op: str, placement: str) -> None:
+    """Raise a RuntimeError where rows of the weight cannot be looked up here."""
+    reason = unsupported_lookup(placement)
+    if reason:
+        raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
+
+
 def workspace(step: Steps) -> torch.Tensor:
     """uint8, aligned as the kernels want it."""
     memory = torch.empty(step.workspace + _ALIGNMENT, dtype=torch.uint8, device="cpu")
