@@ -91,7 +91,7 @@ RULES = (
     Rule(
         "cpu",
         lambda op, device, dtype: not why_not("cpu", op, device, dtype),
-        "compiled CPU kernels, products of slots shared by the rows that read them",
+        "compiled CPU kernels",
         lambda op, size: size.batch > 0,
     ),
     Rule(

@@ -103,8 +103,8 @@ def _check(call: dispatch.Call, rule: dispatch.Rule) -> None:
 def _because(call: dispatch.Call, rule: dispatch.Rule, forced: str, small: bool) -> Iterator[str]:
     """What there is to say beside the rule's reason, and why earlier back ends were left."""
     op, x, spec, bank, _ = call
-    if rule.backend == "cpu" and op in cpu.LOOKUPS:
-        yield "rows written where they are wanted, without scratch"
+    if rule.backend == "cpu":
+        yield cpu.what(op, call.rows, spec)
     if rule.backend == "reference" and x.device.type == "cuda":
         yield unsupported(op, x.device, x.dtype)
     if rule.backend == "reference" and x.device.type == "cpu" and not forced and x.numel():

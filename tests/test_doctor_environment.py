@@ -224,6 +224,7 @@ def test_back_ends_of_a_table_with_two(
 ) -> None:
     fast = dispatch.Rule("simt", lambda op, d, t: op == "linear" and t == torch.bfloat16, "fast")
     monkeypatch.setattr(dispatch, "RULES", (fast, *dispatch.RULES))
+    monkeypatch.setattr(native, "_enabled", False)
     forget_dispatch()
     try:
         text = report.section("backends", environment.backends(), "")

@@ -270,6 +270,10 @@ def backends() -> list[dict[str, Any]]:
                     reason = rule.reason
                     if not (forced or dispatch.why_not("cuda", op, device, dtype)):
                         reason += "; small batches, and unpack and pack, by cuda where it can"
+                    if rule.backend == "reference" and not (
+                        forced or dispatch.why_not("cpu", op, device, dtype)
+                    ):
+                        reason += "; by cpu where the weight and the batch make it faster"
                     chosen.append({**line, "backend": rule.backend, "reason": reason})
                 except Exception as error:
                     chosen.append({**line, "backend": None, "reason": one_line(error)})
