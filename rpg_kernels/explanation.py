@@ -83,10 +83,11 @@ def _reached(module: nn.Module, x: Tensor) -> tuple[dispatch.Call, str]:
         with torch.no_grad(), _UpToOperator():  # type: ignore[no-untyped-call]
             module.forward(x)
     except _ReachedError as reached:
-        *operands, forced = reached.arguments
-        lib.CHECKS[reached.op](*operands)
-        return lib.call(reached.op, operands), forced
-    raise RuntimeError(f"module: got a {type(module).__name__} that calls no rpg operator")
+        op, (*operands, forced) = reached.op, reached.arguments
+    else:
+        raise TypeError(f"module: got a {type(module).__name__} that calls no rpg operator")
+    lib.CHECKS[op](*operands)
+    return lib.call(op, operands), forced
 
 
 def _check(call: dispatch.Call, rule: dispatch.Rule) -> None:

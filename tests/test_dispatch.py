@@ -293,6 +293,7 @@ def test_explain_refuses_what_the_layer_refuses(
     with pytest.raises(said.type) as explained:
         rpg.explain(layer, x)
     assert str(explained.value) == str(said.value)
+    assert explained.value.__context__ is None
 
 
 @pytest.mark.parametrize("padding", [1, "same", "valid"])
