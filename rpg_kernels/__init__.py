@@ -18,7 +18,7 @@ from rpg_kernels.conversion import (
     param_groups,
     summary,
 )
-from rpg_kernels.dispatch import explain
+from rpg_kernels.explanation import explain
 from rpg_kernels.generator import Generator, TableGenerator
 from rpg_kernels.settings import backend, scratch_limit
 from rpg_kernels.virtual_weight import VirtualWeight

@@ -7,25 +7,22 @@ applies wins. A forced back end (``rpg.backend``, RPG_KERNELS_BACKEND) that cann
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rpg_kernels import _checks, settings
+from rpg_kernels import settings
 from rpg_kernels.cpu import config as cpu
 from rpg_kernels.cuda import config as cuda
+from rpg_kernels.geometry import conv_output
 from rpg_kernels.placement import parse
 from rpg_kernels.triton.config import interpreted, unsupported
 from rpg_kernels.vendor import config as vendor
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from rpg_kernels.nn import VirtualLayer
 
 OPERATORS = {
     "linear": "linear",
@@ -45,7 +42,7 @@ class Size(NamedTuple):
     """What beside its kind decides where a call runs.
 
     Args:
-        batch: rows of the product, see ``size_of``.
+        batch: rows of the product, rounded, see ``size_of``.
         reflect: of the weight's generator; of a table "element".
         small: the CUDA kernels, which are for small batches, are predicted to win.
     """
@@ -94,7 +91,7 @@ RULES = (
     Rule(
         "cpu",
         lambda op, device, dtype: not why_not("cpu", op, device, dtype),
-        "compiled CPU kernels, products of slots shared by the rows that read them",
+        "compiled CPU kernels",
         lambda op, size: size.batch > 0,
     ),
     Rule(
@@ -128,16 +125,6 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> 
     if backend in ("cuda", "simt"):
         return cuda.unsupported(op, device, dtype, backend)
     return "" if backend == "reference" else "this version has no such back end"
-
-
-def _reason(rule: Rule, op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """A rule's reason; where a GPU tensor falls to the reference, why Triton did not take it."""
-    if rule.backend == "cpu" and op in cpu.LOOKUPS:
-        return "compiled CPU kernels, rows written where they are wanted, without scratch"
-    missing = why_not("triton", op, device, dtype)
-    if rule.backend == "reference" and device.type == "cuda" and missing:
-        return f"{rule.reason}; {missing}"
-    return rule.reason
 
 
 @dataclass(frozen=True)
@@ -191,58 +178,72 @@ def decide(
     )
 
 
-def size_of(
-    op: str,
-    x: Tensor,
-    placement: str,
-    dtype: torch.dtype | None = None,
-    bank: Tensor | None = None,
-) -> Size:
-    """What beside its kind decides where a call runs.
-
-    Rows are those of x, or pixels of all images, rounded down to a power of two, since only
-    whether there are many matters; 0 where there is no product, and where the scratch limit does
-    not allow for a sixteenth of the weight, since many small parts cost more than they gain. On
-    the CPU 0 too where the compiled kernels would lose, which depends on the weight, and 1 for
-    rows that they look up.
+class Call(NamedTuple):
+    """What of an operator call decides where it runs.
 
     Args:
         op: operator name.
         x: the operator's first tensor.
-        placement: of the weight. A table counts as reflecting each element.
-        dtype: that x will be cast to; None for its own.
-        bank: that the operator reads.
+        placement: of the weight.
+        bank: that the operator reads beside x; None where it reads none, or x is the bank.
+        geometry: what follows the placement; of conv2d stride, padding, dilation and groups.
+    """
+
+    op: str
+    x: Tensor
+    placement: str
+    bank: Tensor | None = None
+    geometry: Sequence[Any] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of the product: rows of x, or output pixels of all images."""
+        x = self.x
+        if self.op == "conv2d":
+            kernel = parse(self.placement).selected_shape[2:]
+            return len(x) * math.prod(conv_output(x.shape[2:], kernel, *self.geometry[:3]))
+        return x.numel() // x.shape[-3 if self.op.startswith("conv2d") else -1]
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution's forward; 1 of anything else."""
+        return self.geometry[3] if self.op == "conv2d" else 1
+
+
+def size_of(call: Call) -> Size:
+    """What beside its kind decides where a call runs.
+
+    Rows of the product are rounded down to a power of two, since only whether there are many
+    matters; 0 where there is no product, and where the scratch limit does not allow for a sixteenth
+    of the weight, since many small parts cost more than they gain. On the CPU 0 too where the
+    compiled kernels would lose, which depends on the weight, and 1 for rows that they look up. A
+    table counts as reflecting each element.
 
     Example:
         >>> from rpg_kernels.generator import Generator
         >>> from rpg_kernels.placement import Placement
         >>> spec = Placement(Generator(100, 8, "vector"), 0, 0, (6, 7), 1.0).to_json()
-        >>> size_of("linear", torch.empty(3, 5, 7, device="meta"), spec)
+        >>> size_of(Call("linear", torch.empty(3, 5, 7, device="meta"), spec))
         Size(batch=8, reflect='vector', small=False)
     """
+    op, x, placement, bank, _ = call
     p = parse(placement)
-    dtype = dtype or x.dtype
     reflect = getattr(p.generator, "reflect", "element")
-    small = x.device.type == "cuda" and cuda.preferred(op, x, dtype, placement, bank)
+    small = x.device.type == "cuda" and cuda.preferred(op, x, x.dtype, placement, bank)
     if op in cpu.LOOKUPS and x.device.type == "cpu":
-        able = not cpu.unsupported(op, x.device, dtype)
-        return Size(int(able and cpu.preferred(op, dtype, 1, placement)), reflect)
+        able = not cpu.unsupported(op, x.device, x.dtype)
+        return Size(int(able and cpu.preferred(op, x.dtype, 1, placement)), reflect)
     if not op.startswith(("linear", "conv2d")) or not x.numel():
         return Size(0, reflect, small)
-    rows = x.numel() // x.shape[-3 if op.startswith("conv2d") else -1]
+    rows = call.rows
     if x.device.type == "cpu":
-        able = not cpu.unsupported(op, x.device, dtype)
-        wins = able and cpu.preferred(op, dtype, rows, placement, _groups(op, x, placement))
+        able = not cpu.unsupported(op, x.device, x.dtype)
+        wins = able and cpu.preferred(op, x.dtype, rows, placement, call.groups)
         return Size(1 << rows.bit_length() - 1 if wins else 0, reflect)
     line = p.numel // min(16, *p.selected_shape[:2]) * x.element_size()
     if line > settings.scratch_bytes(x.device.type):
         return Size(0, reflect, small)
     return Size(1 << rows.bit_length() - 1, reflect, small)
-
-
-def _groups(op: str, x: Tensor, placement: str) -> int:
-    """Groups of a convolution of x; 1 of anything else."""
-    return x.shape[-3] // parse(placement).selected_shape[1] if op == "conv2d" else 1
 
 
 @lru_cache(maxsize=4096)
@@ -261,61 +262,3 @@ def implementation(
     module = importlib.import_module(f"rpg_kernels.{package}.{OPERATORS[op]}")
     function: Callable[..., Tensor] = getattr(module, op)
     return function
-
-
-def explain(module: nn.Module, x: Tensor) -> Explanation:
-    """What would run ``module(x)``: a record with ``.backend`` and ``.reason``.
-
-    Nothing is computed. A forced back end is taken into account, and so is autocast.
-
-    Args:
-        module: an rpg layer (``rpg.nn.Linear``, ``Conv2d``, ``Embedding``).
-        x: an input of the layer.
-
-    Raises:
-        TypeError: module is not an rpg layer.
-        RuntimeError: the forced back end cannot run this call.
-
-    Example:
-        >>> import rpg_kernels as rpg
-        >>> layer = rpg.nn.Linear(8, 8, bank=rpg.ParameterBank(dof=64))
-        >>> rpg.explain(layer, torch.randn(2, 8)).backend
-        'reference'
-    """
-    op: Any = getattr(module, "rpg_operator", None)
-    if not isinstance(op, str):
-        got = type(module).__name__
-        raise TypeError(f"module: got {got}, wanted an rpg layer (rpg.nn.Linear, Conv2d, ...)")
-    weight = cast("VirtualLayer", module).virtual_weight
-    dtype = _checks.tensor("x", x).dtype
-    if op == "embedding":
-        dtype = weight.dtype
-    elif (
-        torch.amp.is_autocast_available(x.device.type)
-        and torch.is_autocast_enabled(x.device.type)
-        and dtype != torch.float64
-    ):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    bank = weight.bank.weight
-    size = size_of(op, x, weight.spec, dtype, bank)
-    forced = settings.forced_backend()
-    rule = decide(op, x.device, dtype, forced, *size)
-    limit = settings.scratch_bytes(x.device.type)
-    reason = _reason(rule, op, x.device, dtype)
-    if (
-        rule.backend == "reference"
-        and not forced
-        and x.numel()
-        and x.device.type == "cpu"
-        and op in (*cpu.OPERATORS, *cpu.LOOKUPS)
-    ):
-        groups = _groups(op, x, weight.spec)
-        reason += f"; {cpu.why_reference(op, dtype, weight.spec, groups)}"
-    if x.device.type == "cuda" and op in cuda.PRODUCTS and not forced and not size.small:
-        reason += f"; {cuda.why_others(op, x, dtype, weight.spec, bank)}"
-    if (rule.package or rule.backend) == "cuda" and forced and x.numel():
-        cuda.check(op, weight.spec, x.device, dtype, x.numel() // x.shape[-1], bank)
-    if rule.backend == "vendor" and not forced:
-        reason += "; with a sign per element predicted to be faster than fused kernels from batch "
-        reason += str(vendor.ELEMENT_SIGNS_FROM)
-    return Explanation(op, rule.backend, reason, str(x.device), str(dtype), limit)

@@ -1,8 +1,9 @@
-"""A weight seen as a virtual matrix [N, K]: its rows cut into blocks of the packing law."""
+"""A weight seen as a virtual matrix [N, K], its rows cut into blocks; what a convolution gives."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,25 @@ def divisor(length: int, granularity: int) -> int:
     while 4 * (-(-length // d) * d) > 5 * length:
         d //= 2
     return d
+
+
+def conv_output(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """H', W' of a convolution of an image H, W that the kernel fits into.
+
+    Example:
+        >>> conv_output((224, 224), (7, 7), (2, 2), (3, 3), (1, 1))
+        [112, 112]
+    """
+    return [
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, k, t, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
 
 
 def _derived() -> Any:

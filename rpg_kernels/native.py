@@ -7,6 +7,7 @@ tensors when it is there, with identical results; ``RPG_KERNELS_NATIVE=0`` leave
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg_kernels._elf import cut_short
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
 from rpg_kernels.law import LayerLaw
@@ -26,6 +28,7 @@ ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
 ENVIRONMENT_ISA = "RPG_KERNELS_ISA"
 BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
 
+_MODULE = "rpg_kernels._native"
 _REFLECT = {"none": 0, "vector": 1, "element": 2}
 _WORKSPACE_POSITIONS = 1 << 13
 _enabled = os.environ.get(ENVIRONMENT_NATIVE, "1") != "0"
@@ -58,7 +61,11 @@ def threads() -> int:
 def _load() -> tuple[Any, str]:
     """(the module, "") or (None, why there is none)."""
     try:
-        module: Any = importlib.import_module("rpg_kernels._native")
+        found = importlib.util.find_spec(_MODULE)
+        missing = cut_short(Path(found.origin)) if found and found.origin else ""
+        if missing:
+            return None, f"the compiled module cannot be loaded: {missing}; install again"
+        module: Any = importlib.import_module(_MODULE)
         built = module.build_info()  # raises when this processor cannot run it
     except ModuleNotFoundError:
         return None, _build_record().get("reason") or "the compiled module was not built"

@@ -17,6 +17,7 @@ BACKENDS = ("reference", "cpu", "triton", "vendor", "cuda", "simt")
 _MIB = 1 << 20
 _scratch_bytes = {"cpu": 4 * _MIB, "cuda": 16 * _MIB}
 _forced = ""
+_ENVIRONMENT = os.environ.get(ENVIRONMENT_BACKEND, "")
 
 
 class _Restore:
@@ -86,8 +87,9 @@ def backend(name: str) -> _Restore:
     """Force one back end for every operator, or ``"auto"`` to choose by the dispatch table.
 
     A forced back end that cannot run raises. What a forward pass ran on is kept for its backward.
-    ``RPG_KERNELS_BACKEND`` in the environment does the same for a whole process; a call of this
-    function wins over it. The setting is process-wide.
+    ``RPG_KERNELS_BACKEND`` in the environment does the same for a whole process, and raises a
+    ValueError at the first operator where it names none; a call of this function wins over it. The
+    setting is process-wide.
 
     Args:
         name: ``"auto"``; ``"reference"``, plain PyTorch; ``"cpu"``, compiled kernels for CPU
@@ -114,17 +116,14 @@ def backend(name: str) -> _Restore:
 
 
 def forced_backend() -> str:
-    """The back end in force: one of the names, or "" when the dispatch table chooses."""
+    """The back end in force: one of the names, or "" when the dispatch table chooses.
+
+    Raises:
+        ValueError: RPG_KERNELS_BACKEND names none, and ``backend`` was not called. Raised here and
+            not by the import, which a mistake in the environment should not prevent.
+    """
     name = _forced or _ENVIRONMENT
-    return "" if name == "auto" else name
-
-
-def _from_environment() -> str:
-    name = os.environ.get(ENVIRONMENT_BACKEND, "")
-    if name and name not in ("auto", *BACKENDS):
+    if name not in ("", "auto", *BACKENDS):
         wanted = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"{ENVIRONMENT_BACKEND}: got {name!r}, wanted one of {wanted}")
-    return name
-
-
-_ENVIRONMENT = _from_environment()
+    return "" if name == "auto" else name

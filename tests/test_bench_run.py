@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rpg_kernels import cli, native
-from rpg_kernels.bench import harness, measure, schema, table
+from rpg_kernels import cli, dispatch, native
+from rpg_kernels.bench import baselines, harness, measure, schema, table
 from rpg_kernels.bench.cases import Case, Layer
 from rpg_kernels.bench.problem import Problem, Stack
 
@@ -83,6 +83,37 @@ def test_a_back_end_that_cannot_read_a_weight_is_skipped_and_the_chosen_one_mark
         ("element", "rpg-cpu"): ("skipped", False),
         ("element", "rpg-reference"): ("ok", True),
     }
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
+def test_lookups_of_every_weight_run_on_the_back_end_that_is_marked() -> None:
+    """What a product on the CPU cannot read, signs of elements and small blocks, a lookup can."""
+    record = tools.run(cases=[tools.case("embedding")])
+    assert row(record, "rpg-cpu")["status"] == "ok"
+    assert [r["impl"] for r in record["results"] if r["chosen"]] == ["rpg-cpu"]
+
+
+def test_the_mark_is_of_the_call_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Geometry, dtypes and the bank: on a GPU a copy of it may be too much for the scratch."""
+    asked: list[dispatch.Call] = []
+    real = dispatch.size_of
+
+    def size_of(call: dispatch.Call) -> dispatch.Size:
+        asked.append(call)
+        return real(call)
+
+    monkeypatch.setattr(dispatch, "size_of", size_of)
+    for op, dtype in (("conv2d", "fp32"), ("conv2d", "amp"), ("linear", "bf16")):
+        asked.clear()
+        tools.run("unpack", cases=[tools.case(op, dtype=dtype)])
+        problem, said = Problem(tools.case(op, dtype=dtype), tools.CPU), asked[0]
+        baselines._call(problem, problem.weight)
+        made = asked[-1]
+        assert (said.op, said.rows, said.groups) == (made.op, made.rows, made.groups)
+        for mine, its in ((said.x, made.x), (said.bank, made.bank)):
+            assert mine is not None
+            assert its is not None
+            assert (mine.shape, mine.dtype) == (its.shape, its.dtype)
 
 
 def test_what_is_wrong_is_red_and_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rpg_kernels as rpg
-from rpg_kernels import native
+from rpg_kernels import dispatch, native
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.cpu import config
 from rpg_kernels.cpu import conv2d as compiled
@@ -258,6 +258,27 @@ def test_dispatch_takes_it_where_it_was_faster() -> None:
     assert "not in 2 groups" in explained.reason
     with rpg.scratch_limit(1000):
         assert rpg.explain(alone.float(), small).backend == "reference"
+
+
+def test_dispatch_counts_output_pixels() -> None:
+    """Of the product's rows there are as many; large strides leave few, large paddings add some."""
+    bank = rpg.ParameterBank(64 * 2000, window=64, laps=4)
+    for stride, padding, image, backend in (
+        (1, 1, 8, "cpu"),
+        (1, 1, 9, "reference"),
+        (7, 1, 56, "cpu"),
+        (7, 1, 57, "reference"),
+        (1, 20, 4, "reference"),
+        (40, 40, 56, "cpu"),
+    ):
+        alone = rpg.nn.Conv2d(64, 64, 3, stride, padding, bank=bank)
+        assert rpg.explain(alone, torch.empty(1, 64, image, image)).backend == backend
+    weight = bank.place((70, 64, 3, 2))
+    for x in (torch.randn(2, 64, 9, 14), torch.randn(3, 64, 5, 6)):
+        for how in (((1, 1), (0, 0), (1, 1)), ((3, 2), (4, 7), (2, 5)), ((1, 9), (30, 1), (1, 2))):
+            y = torch.conv2d(x, weight.unpack(), None, *how)
+            call = dispatch.Call("conv2d", x, weight.spec, bank.weight, (*how, 1))
+            assert call.rows == y.numel() // 70
 
 
 def test_gradients_are_the_references() -> None:

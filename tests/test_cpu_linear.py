@@ -173,6 +173,26 @@ def test_dispatch_takes_it_where_rows_share_products() -> None:
         assert rpg.explain(shared, torch.empty(50, 64)).backend == "reference"
 
 
+def test_explain_says_how_many_rows_share_a_product() -> None:
+    windows, ring = rpg.ParameterBank(64 * 512, window=64, laps=4), rpg.ParameterBank(64 * 800)
+    shared = "the product of a slot is shared by the rows that read it, {} on average"
+    alone = "every row has products of its own, as no slot is read by several"
+    kernel = torch.empty(1, 64, 3, 3)
+    for layer, x, wanted in (
+        (rpg.nn.Linear(64, 1024, bank=windows), torch.empty(5, 64), shared.format(4)),
+        (rpg.nn.Linear(64, 1024, bank=ring), torch.empty(5, 64), shared.format(1.28)),
+        (rpg.nn.Linear(64, 800, bank=ring), torch.empty(5, 64), alone),
+        (rpg.nn.Linear(64, 64, bank=windows), torch.empty(5, 64), alone),
+        (rpg.nn.Conv2d(64, 128, 1, bank=windows), kernel, shared.format(2)),
+        (rpg.nn.Conv2d(64, 64, 1, bank=windows), kernel, alone),
+    ):
+        explained = rpg.explain(layer, x)
+        assert (explained.backend, explained.reason) == ("cpu", f"compiled CPU kernels; {wanted}")
+        with rpg.backend("cpu"):
+            assert rpg.explain(layer, x) == explained
+            assert rpg.explain(layer, x[:0]).backend == "cpu"
+
+
 def test_refusals() -> None:
     element = rpg.ParameterBank(64 * 512, reflect="element").place((100, 64))
     small = rpg.ParameterBank(64 * 512, 8).place((100, 64))

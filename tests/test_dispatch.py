@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import brute_force as brute
 import pytest
@@ -179,9 +180,24 @@ for name in ("reference", "auto"):
 
 
 def test_environment_with_an_unknown_name() -> None:
-    done = run_python("import rpg_kernels", RPG_KERNELS_BACKEND="cudnn")
-    assert done.returncode != 0
-    assert "RPG_KERNELS_BACKEND: got 'cudnn', wanted one of auto, reference" in done.stderr
+    """The package imports; what asks for a back end says what is wrong, a call wins over it."""
+    code = """
+import rpg_kernels as rpg
+layer = rpg.nn.Linear(5, 3, bank=rpg.ParameterBank(64, granularity=16))
+x = rpg.ParameterBank(10, granularity=1).weight.view(2, 5)
+for call in (lambda: layer(x), lambda: rpg.explain(layer, x), layer.virtual_weight.unpack):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+with rpg.backend("auto"):
+    print(tuple(layer(x).shape))
+"""
+    done = run_python(code, RPG_KERNELS_BACKEND="cudnn")
+    assert done.returncode == 0, done.stderr
+    wanted = ", ".join(("auto", *settings.BACKENDS))
+    sentence = f"RPG_KERNELS_BACKEND: got 'cudnn', wanted one of {wanted}"
+    assert done.stdout.splitlines() == [sentence] * 3 + ["(2, 3)"]
 
 
 @pytest.mark.parametrize(
@@ -190,8 +206,7 @@ def test_environment_with_an_unknown_name() -> None:
 def test_environment_that_changes_nothing(
     value: str, name: str, monkeypatch: pytest.MonkeyPatch, weight: rpg.VirtualWeight
 ) -> None:
-    monkeypatch.setenv(settings.ENVIRONMENT_BACKEND, value)
-    monkeypatch.setattr(settings, "_ENVIRONMENT", settings._from_environment())
+    monkeypatch.setattr(settings, "_ENVIRONMENT", value)
     assert settings.forced_backend() == ("" if name == "auto" else name)
     weight.unpack()
 
@@ -246,3 +261,74 @@ def test_explain_says_what_simt_would_do_when_forced(
 def test_explain_of_something_else(module: object) -> None:
     with pytest.raises(TypeError, match=r"module: got \w+, wanted an rpg layer"):
         rpg.explain(module, torch.randn(2, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("operator", "x"),
+    [
+        ("linear", torch.randn(())),
+        ("linear", torch.randn(2, 19)),
+        ("linear", torch.ones(2, 20, dtype=torch.int64)),
+        ("linear", torch.randn(2, 20, device="meta")),
+        ("conv2d", torch.randn(5)),
+        ("conv2d", torch.randn(3, 5)),
+        ("conv2d", torch.randn(2, 3, 1, 5, 5)),
+        ("conv2d", torch.randn(1, 4, 5, 5)),
+        ("conv2d", torch.randn(1, 3, 2, 2)),
+        ("conv2d", torch.randn(1, 3, 5, 5, dtype=torch.float64)),
+        ("embedding", torch.randn(2)),
+    ],
+)
+def test_explain_refuses_what_the_layer_refuses(
+    operator: str, x: Tensor, weight: rpg.VirtualWeight
+) -> None:
+    """In the same words; a convolution once raised an IndexError."""
+    layer = {
+        "linear": rpg.nn.Linear(20, 9, bank=weight.bank),
+        "conv2d": rpg.nn.Conv2d(3, 4, 3, bank=weight.bank),
+        "embedding": rpg.nn.Embedding(9, 20, bank=weight.bank),
+    }[operator]
+    with pytest.raises((TypeError, ValueError), match=r"got .*, wanted ") as said:
+        layer(x)
+    with pytest.raises(said.type) as explained:
+        rpg.explain(layer, x)
+    assert str(explained.value) == str(said.value)
+    assert explained.value.__context__ is None
+
+
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_explain_takes_what_the_layer_takes(
+    padding: int | str, mode: str, monkeypatch: pytest.MonkeyPatch, weight: rpg.VirtualWeight
+) -> None:
+    """Unbatched images, every padding; what it says is what runs, and it runs nothing."""
+    layer = rpg.nn.Conv2d(3, 4, (2, 3), padding=padding, padding_mode=mode, bank=weight.bank)
+    asked: list[tuple[object, ...]] = []
+    real = dispatch.implementation
+
+    def implementation(*how: Any) -> Any:
+        asked.append(how)
+        return real(*how)
+
+    monkeypatch.setattr(dispatch, "implementation", implementation)
+    for x in (torch.randn(2, 3, 6, 7), torch.randn(3, 6, 7), torch.randn(0, 3, 6, 7)):
+        explained = rpg.explain(layer, x)
+        assert not asked
+        layer(x)
+        assert [how[0] for how in asked] == [explained.op]
+        assert dispatch.decide(*asked.pop()).backend == explained.backend
+        with rpg.backend("reference"):
+            assert rpg.explain(layer, x).backend == "reference"
+
+
+def test_a_forced_cpu_back_end_refuses_in_explain_too(weight: rpg.VirtualWeight) -> None:
+    table = brute.table_bank(20, 77, torch.float32).place((7, 11))
+    lookup = rpg.nn.Embedding(7, 11, virtual_weight=table)
+    grouped = rpg.nn.Conv2d(128, 64, 1, groups=2, bank=rpg.ParameterBank(64 * 512))
+    for layer, x in ((lookup, torch.tensor([1])), (grouped, torch.randn(1, 128, 2, 2))):
+        with rpg.backend("cpu"):
+            with pytest.raises(RuntimeError, match="backend: got 'cpu'") as said:
+                layer(x)
+            with pytest.raises(RuntimeError) as explained:
+                rpg.explain(layer, x)
+        assert str(explained.value) == str(said.value)

@@ -35,7 +35,7 @@ needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not(
 
 # The documented shape: part -> keys, of the part or of each of its lines.
 KEYS = {
-    "versions": "rpg_kernels commit sources law python torch torch_cuda packages",
+    "versions": "rpg_kernels commit sources law laws python torch torch_cuda packages",
     "machine": "system processor instruction_set cores threads",
     "devices": "cuda driver reason",
     "compilers": "c++ cmake nvcc",
@@ -75,7 +75,7 @@ def test_what_it_says_of_this_installation(capsys: pytest.CaptureFixture[str]) -
     _, record = run_json(capsys)
     assert record["versions"]["torch"] == torch.__version__
     assert record["versions"]["rpg_kernels"] == rpg.__version__
-    assert record["versions"]["law"] == 1
+    assert (record["versions"]["law"], record["versions"]["laws"]) == (1, [1, 2])
     assert record["versions"]["packages"]["numpy"] == pytest.importorskip("numpy").__version__
     assert record["machine"]["threads"] == torch.get_num_threads()
     assert len(record["devices"]["cuda"]) == torch.cuda.device_count()
@@ -91,7 +91,11 @@ def test_what_it_says_of_this_installation(capsys: pytest.CaptureFixture[str]) -
     for line in record["backends"]:
         device, dtype = torch.device(line["device"]), getattr(torch, line["dtype"])
         rule = dispatch.decide(line["op"], device, dtype, "")
-        assert (line["backend"], line["reason"]) == (rule.backend, rule.reason)
+        assert line["backend"] == rule.backend
+        assert line["reason"].startswith(rule.reason)
+        others = [n for n in ("cpu", "cuda") if not dispatch.why_not(n, line["op"], device, dtype)]
+        assert line["reason"].count("; ") == len(others)
+        assert all(f" by {name} where" in line["reason"] for name in others)
     laws = [test["test"] for test in record["self_tests"] if test["dtype"] is None]
     assert laws[:2] == ["law in PyTorch", "law in C++"][: 1 + native.available()]
 
@@ -116,6 +120,7 @@ def test_text_has_every_part_and_every_operator(capsys: pytest.CaptureFixture[st
         assert f"\n  {op} " in out
     assert "FAIL" not in out
     assert "None" not in out
+    assert out.count("\n  packing laws         1, 2\n") == 1 + ("law" in native.build_info())
     tests = len(selftest.self_tests())
     assert out.endswith(f"ok: {tests} of {tests} self-tests pass\n")
 

@@ -10,7 +10,7 @@ import torch
 from doctor_tools import forget_dispatch, run, run_json, tool
 
 import rpg_kernels as rpg
-from rpg_kernels import dispatch, native
+from rpg_kernels import dispatch, native, settings
 from rpg_kernels.doctor import environment, report
 
 
@@ -201,11 +201,30 @@ def test_environment_variables_are_listed(
     assert "reference, forced" in text
 
 
+def test_an_environment_that_names_no_back_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one thing that is wrong is said once; the rest is examined as without it."""
+    monkeypatch.setattr(settings, "_ENVIRONMENT", "cudnn")
+    status, record = run_json(capsys)
+    assert status == 1
+    assert set(record["failures"]) == {"settings"}
+    assert "RPG_KERNELS_BACKEND: got 'cudnn', wanted one of auto" in record["failures"]["settings"]
+    assert all(test["passed"] for test in record["self_tests"])
+    assert None not in [line["backend"] for line in record["backends"]]
+    status, out = run(capsys)
+    assert out.count("FAIL") == 1
+    assert out.endswith("pass; could not be examined: settings in force\n")
+    with pytest.raises(ValueError, match="cudnn"):  # nothing is left forced
+        settings.forced_backend()
+
+
 def test_back_ends_of_a_table_with_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fast = dispatch.Rule("simt", lambda op, d, t: op == "linear" and t == torch.bfloat16, "fast")
     monkeypatch.setattr(dispatch, "RULES", (fast, *dispatch.RULES))
+    monkeypatch.setattr(native, "_enabled", False)
     forget_dispatch()
     try:
         text = report.section("backends", environment.backends(), "")

@@ -135,7 +135,10 @@ def _ours(backend: str) -> Implementation:
                 dispatch.decide(op, device, dtype, backend)
         except RuntimeError as error:
             return str(error)
-        return cpu.unsupported_weight(spec(case)) if backend == "cpu" else ""
+        if backend != "cpu":
+            return ""
+        lookup = case.op in cpu.LOOKUPS
+        return (cpu.unsupported_lookup if lookup else cpu.unsupported_weight)(spec(case))
 
     def build(problem: Problem, copies: int) -> Stack:
         weights = problem.placed(copies)

@@ -57,6 +57,11 @@ class Layer:
         return self.weight[-1] // 2 if self.op == "conv2d" else 0
 
     @property
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """Stride, padding, dilation and groups, as the operator takes them."""
+        return (self.stride, self.stride), (self.padding, self.padding), (1, 1), 1
+
+    @property
     def virtual_weights(self) -> int:
         return math.prod(self.weight)
 

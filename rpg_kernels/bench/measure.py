@@ -116,7 +116,11 @@ def _blank(case: Case, implementation: Implementation, plan: Plan) -> Row:
     layers = count * implementation.layer_bytes(case)
     dtype = case.bank_dtype if case.rows_only else case.x_dtype
     x = torch.empty(case.input_shape, dtype=dtype, device=plan.device)
-    size = dispatch.size_of(case.op, x, spec(case))
+    # What is copied of a bank counts as scratch, so its dtype can decide.
+    slots = case.dof // case.granularity
+    bank = torch.empty(slots, case.granularity, dtype=case.bank_dtype, device="meta")
+    call = dispatch.Call(case.op, x, spec(case), bank, case.layer.geometry)
+    size = dispatch.size_of(call)
     chosen = dispatch.decide(case.op, plan.device, dtype, "", *size).backend
     return {
         "case": case.name,

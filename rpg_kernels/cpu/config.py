@@ -179,6 +179,21 @@ def why_reference(op: str, dtype: torch.dtype, placement: str, groups: int = 1) 
     return reason or "the CPU kernels would be slower, or have too little scratch"
 
 
+def what(op: str, batch: int, placement: str) -> str:
+    """What these kernels do in a call that they can run.
+
+    Args:
+        op, batch, placement: as for ``preferred``.
+    """
+    if op in LOOKUPS:
+        return "rows written where they are wanted, without scratch"
+    step = check(op, placement, batch)
+    shared = gain(op, placement, step.batch_tile * step.tiles)
+    if shared == 1:
+        return "every row has products of its own, as no slot is read by several"
+    return f"the product of a slot is shared by the rows that read it, {shared:.3g} on average"
+
+
 @dataclass(frozen=True)
 class Steps:
     """How a call goes through its batch, and the memory that it takes.
@@ -276,6 +291,13 @@ def check(op: str, placement: str, batch: int, groups: int = 1) -> Steps:
             f"{list(parse(placement).shape)}"
         )
     return step
+
+
+def check_lookup(op: str, placement: str) -> None:
+    """Raise a RuntimeError where rows of the weight cannot be looked up here."""
+    reason = unsupported_lookup(placement)
+    if reason:
+        raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
 
 
 def workspace(step: Steps) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rpg_kernels import native
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.cpu import config
+from rpg_kernels.geometry import conv_output
 from rpg_kernels.placement import parse
 
 
@@ -34,10 +35,7 @@ def conv2d(
     """
     p = parse(placement)
     kernel = p.shape[2:]
-    size = [
-        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    ]
+    size = conv_output(x.shape[2:], kernel, stride, padding, dilation)
     y = empty_image(x, (x.shape[0], p.shape[0], *size))
     step = config.check("conv2d", placement, y.numel() // p.shape[0], groups)
     if not y.numel():

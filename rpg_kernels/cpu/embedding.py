@@ -50,9 +50,7 @@ def embedding_bank_grad(
 
 
 def _checked(op: str, placement: str) -> Placement:
-    reason = config.unsupported_lookup(placement)
-    if reason:
-        raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
+    config.check_lookup(op, placement)
     return parse(placement)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg_kernels import native
 from rpg_kernels.cpu import config
-from rpg_kernels.placement import parse
+from rpg_kernels.placement import Placement, parse
 
 
 def linear(
@@ -24,30 +24,15 @@ def linear(
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     p = parse(placement)
-    rows, columns = p.shape
-    y = x.new_empty((*x.shape[:-1], rows))
-    batch = y.numel() // rows
+    y = x.new_empty((*x.shape[:-1], p.shape[0]))
+    batch = y.numel() // p.shape[0]
     step = config.check("linear", placement, batch)
     if not batch:
         return y
     x, bank = x.contiguous(), bank.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    memory = config.workspace(step)
-    native.layer_law(p.law).linear(
-        bank.data_ptr(),
-        native.dtype_code(bank.dtype),
-        x.data_ptr(),
-        native.dtype_code(x.dtype),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        batch,
-        columns,
-        p.scale,
-        step.threads,
-        step.batch_tile,
-        step.tiles,
-        memory.data_ptr(),
-    )
+    address = 0 if bias is None else bias.data_ptr()
+    _call("linear", p, step, batch, *_typed(bank), *_typed(x), address, y.data_ptr())
     return y
 
 
@@ -58,28 +43,13 @@ def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     p = parse(placement)
-    columns = p.shape[1]
-    dx = dy.new_empty((*dy.shape[:-1], columns))
-    batch = dx.numel() // columns
+    dx = dy.new_empty((*dy.shape[:-1], p.shape[1]))
+    batch = dx.numel() // p.shape[1]
     step = config.check("linear_input_grad", placement, batch)
     if not batch:
         return dx
     dy, bank = dy.contiguous(), bank.contiguous()
-    memory = config.workspace(step)
-    native.layer_law(p.law).linear_input_grad(
-        bank.data_ptr(),
-        native.dtype_code(bank.dtype),
-        dy.data_ptr(),
-        native.dtype_code(dy.dtype),
-        dx.data_ptr(),
-        batch,
-        columns,
-        p.scale,
-        step.threads,
-        step.batch_tile,
-        step.tiles,
-        memory.data_ptr(),
-    )
+    _call("linear_input_grad", p, step, batch, *_typed(bank), *_typed(dy), dx.data_ptr())
     return dx
 
 
@@ -92,25 +62,31 @@ def linear_bank_grad(
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     p = parse(placement)
-    rows, columns = p.shape
-    batch = dy.numel() // rows
+    batch = dy.numel() // p.shape[0]
     step = config.check("linear_bank_grad", placement, batch)
     dw = dy.new_zeros((p.generator.slots, p.generator.granularity), dtype=torch.float32)
     if not batch:
         return dw.to(dtype)
     dy, x = dy.contiguous(), x.contiguous()
+    _call("linear_bank_grad", p, step, batch, dy.data_ptr(), *_typed(x), dw.data_ptr())
+    return dw.to(dtype)
+
+
+def _typed(tensor: Tensor) -> tuple[int, int]:
+    """Address and dtype of a contiguous tensor, which the caller keeps."""
+    return tensor.data_ptr(), native.dtype_code(tensor.dtype)
+
+
+def _call(op: str, p: Placement, step: config.Steps, batch: int, *tensors: int) -> None:
+    """Run a kernel; what all of them take comes after the tensors."""
     memory = config.workspace(step)
-    native.layer_law(p.law).linear_bank_grad(
-        dy.data_ptr(),
-        x.data_ptr(),
-        native.dtype_code(dy.dtype),
-        dw.data_ptr(),
+    getattr(native.layer_law(p.law), op)(
+        *tensors,
         batch,
-        columns,
+        p.shape[1],
         p.scale,
         step.threads,
         step.batch_tile,
         step.tiles,
         memory.data_ptr(),
     )
-    return dw.to(dtype)

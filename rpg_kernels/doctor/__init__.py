@@ -2,21 +2,23 @@
 
 With ``--json`` it prints one JSON object and nothing else. Keys are added, not renamed or
 removed, while ``format`` stays the same; a part that could not be examined is null and has its
-message in ``failures``::
+message in ``failures``. Where RPG_KERNELS_BACKEND names no back end, that part is ``settings``, and
+the rest is examined as without the variable::
 
     format      1
     ok          true when every self-test passed and every part could be examined
     failures    {part: message}
-    versions    {rpg_kernels, commit (of a checkout, or null), sources (a hash), law, python, torch,
-                 torch_cuda (null: built without), packages: {name: version, null: not there}}
+    versions    {rpg_kernels, commit (of a checkout, or null), sources (a hash), law (1), laws (a
+                 list of all), python, torch, torch_cuda (null: built without), packages: {name:
+                 version, null: not there}}
     machine     {system, processor, instruction_set (torch's), cores, threads (torch's)}
     devices     {cuda: [{device, name, capability, memory_bytes}], driver (or null),
                  reason (why there is no CUDA device, or "")}
     compilers   {"c++", cmake, nvcc: null (not found) or {path, version (or null), error}}
-    build       {in_use, why_not, law, compiler, openmp, instruction_sets, instruction_set (in
-                 use), cuda, cuda_architectures, note, advice, gpus: [{device, covered (null:
-                 cannot be told)}]}; where nothing was compiled null or empty from law to
-                 cuda_architectures
+    build       {in_use, why_not, law (the last that it knows), compiler, openmp,
+                 instruction_sets, instruction_set (in use), cuda, cuda_architectures, note, advice,
+                 gpus: [{device, covered (null: cannot be told)}]}; where nothing was compiled null
+                 or empty from law to cuda_architectures
     settings    {scratch_limit: {cpu, cuda}, backend ("auto" or the one forced),
                  environment: {variable: value}}
     backends    [{op, device, dtype, backend (null: none can run it), reason}]
@@ -28,11 +30,13 @@ message in ``failures``::
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from rpg_kernels import settings
 from rpg_kernels.doctor import environment, report, selftest
 from rpg_kernels.doctor.guard import one_line
 
@@ -75,19 +79,22 @@ def examine(show: Callable[[str], None] | None = None) -> dict[str, Any]:
 
     Example:
         >>> record = examine()
-        >>> record["ok"], record["versions"]["law"]
-        (True, 1)
+        >>> record["ok"], record["versions"]["laws"]
+        (True, [1, 2])
     """
     failures: dict[str, str] = {}
     record: dict[str, Any] = {"format": FORMAT, "ok": False, "failures": failures}
-    for name, part in PARTS.items():
-        try:
-            record[name] = part()
-        except Exception as error:
-            record[name] = None
-            failures[name] = one_line(error)
-        if show is not None:
-            show(report.section(name, record[name], failures.get(name, "")))
+    with contextlib.ExitStack() as until_the_end:
+        for name, part in PARTS.items():
+            try:
+                record[name] = part()
+            except Exception as error:
+                record[name] = None
+                failures[name] = one_line(error)
+            if name == "settings" and name in failures:  # so that the rest can be examined
+                until_the_end.enter_context(settings.backend("auto"))
+            if show is not None:
+                show(report.section(name, record[name], failures.get(name, "")))
     tests = record["self_tests"] or []
     record["ok"] = not failures and bool(tests) and all(test["passed"] for test in tests)
     return record

@@ -25,6 +25,7 @@ from rpg_kernels._version import __version__
 from rpg_kernels.bench.machine import sources
 from rpg_kernels.demo.report import commit, cpu_name
 from rpg_kernels.doctor.guard import one_line
+from rpg_kernels.generator import LAWS
 from rpg_kernels.law import LAW_VERSION
 
 PACKAGES = ("triton", "numpy", "safetensors", "matplotlib", "pillow", "scikit-learn", "tqdm")
@@ -35,12 +36,13 @@ _SECONDS = 20  # for a tool to say its version
 
 
 def versions() -> dict[str, Any]:
-    """Versions of the package, its law, and what it stands on."""
+    """Versions of the package, its laws, and what it stands on."""
     return {
         "rpg_kernels": __version__,
         "commit": commit(),
         "sources": sources(),
         "law": LAW_VERSION,
+        "laws": list(LAWS),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
@@ -268,6 +270,10 @@ def backends() -> list[dict[str, Any]]:
                     reason = rule.reason
                     if not (forced or dispatch.why_not("cuda", op, device, dtype)):
                         reason += "; small batches, and unpack and pack, by cuda where it can"
+                    if rule.backend == "reference" and not (
+                        forced or dispatch.why_not("cpu", op, device, dtype)
+                    ):
+                        reason += "; by cpu where the weight and the batch make it faster"
                     chosen.append({**line, "backend": rule.backend, "reason": reason})
                 except Exception as error:
                     chosen.append({**line, "backend": None, "reason": one_line(error)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 Rows = list[tuple[str, str]]
@@ -54,11 +54,15 @@ def _versions(part: dict[str, Any]) -> Rows:
     cuda = f"with CUDA {part['torch_cuda']}" if part["torch_cuda"] else "built without CUDA"
     return [
         ("rpg-kernels", f"{part['rpg_kernels']}, {commit}, sources {part['sources']}"),
-        ("packing law", str(part["law"])),
+        ("packing laws", _laws(part["laws"])),
         ("Python", part["python"]),
         ("torch", f"{part['torch']}, {cuda}"),
         *((name, version or "not installed") for name, version in part["packages"].items()),
     ]
+
+
+def _laws(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _machine(part: dict[str, Any]) -> Rows:
@@ -96,7 +100,7 @@ def _build(part: dict[str, Any]) -> Rows:
         rows += [
             ("compiled by", f"{part['compiler']}, {threads}"),
             ("instruction sets", f"{isas}; used: {part['instruction_set']}"),
-            ("law", str(part["law"])),
+            ("packing laws", _laws(range(1, part["law"] + 1))),
         ]
         architectures = " ".join(part["cuda_architectures"])
         cuda = f"CUDA {part['cuda']} for {architectures}" if part["cuda"] else "not compiled"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from rpg_kernels.placement import Placement
 
 NAMESPACE = "rpg_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+CHECKS: dict[str, Callable[..., Any]] = {}  # of an operator's arguments, less the back end
 
 
 def define(
@@ -34,6 +35,7 @@ def define(
     """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema[: schema.index("(")]
+    CHECKS[name] = check
 
     def run(*args: Any) -> Tensor:
         *operands, backend = args
@@ -43,8 +45,7 @@ def define(
         first: Tensor = operands[0]
         how: tuple[Any, ...] = (name, first.device, first.dtype, backend)
         if not backend:
-            placement = next(argument for argument in operands if isinstance(argument, str))
-            how += dispatch.size_of(name, first, placement, None, _bank(name, operands))
+            how += dispatch.size_of(call(name, operands))
         return dispatch.implementation(*how)(*operands)
 
     def trace(*args: Any) -> Tensor:
@@ -55,10 +56,12 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=LIBRARY)
 
 
-def _bank(name: str, operands: list[Any]) -> Tensor | None:
-    """The bank that an operator reads beside its input: its second operand."""
-    reads = not name.endswith("bank_grad") and isinstance(operands[1], Tensor)
-    return operands[1] if reads else None
+def call(name: str, operands: Sequence[Any]) -> dispatch.Call:
+    """What of an operator's arguments, less the back end, decides where it runs."""
+    at = next(i for i, argument in enumerate(operands) if isinstance(argument, str))
+    reads = name.startswith(("linear", "conv2d")) and not name.endswith("bank_grad")
+    bank = operands[1] if reads else None
+    return dispatch.Call(name, operands[0], operands[at], bank, operands[at + 1 :])
 
 
 def differentiate(

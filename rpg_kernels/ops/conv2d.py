@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rpg_kernels import _checks
 from rpg_kernels._tensors import empty_image
+from rpg_kernels.geometry import conv_output
 from rpg_kernels.ops import _library as lib
 from rpg_kernels.placement import Placement, parse
 
@@ -56,7 +57,7 @@ def _output_size(
     padded = [s + 2 * q for s, q in zip(size, padding, strict=True)]
     if any(s < r for s, r in zip(padded, reach, strict=True)):
         raise _checks.fail("x", f"padded size {padded}", f"at least the kernel's {reach}")
-    return [(s - r) // t + 1 for s, r, t in zip(padded, reach, stride, strict=True)]
+    return conv_output(size, kernel, stride, padding, dilation)
 
 
 def _channels(argument: str, x: Tensor, channels: int) -> None:

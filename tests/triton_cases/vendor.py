@@ -180,10 +180,11 @@ def test_choice_by_size(op: str, batch: int, reflect: str, wanted: str) -> None:
 def test_not_chosen_where_scratch_has_no_room() -> None:
     weight = brute.bank_of(500, torch.float32, granularity=8, reflect="element").place((40, 64))
     x = torch.empty(4096, 64, device="meta")  # a CPU has rules of its own
-    assert dispatch.size_of("linear", x, weight.spec) == (4096, "element", False)
+    call = dispatch.Call("linear", x, weight.spec)
+    assert dispatch.size_of(call) == (4096, "element", False)
     for limit in (0, 255):
         with rpg.scratch_limit(limit):
-            assert dispatch.size_of("linear", x, weight.spec) == (0, "element", False)
+            assert dispatch.size_of(call) == (0, "element", False)
 
 
 def test_convolutions_follow_their_own_tf32_switch() -> None:

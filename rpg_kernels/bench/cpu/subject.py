@@ -124,7 +124,8 @@ class Subject:
             with settings.backend(forced):
                 return ours(i)
 
-        size = dispatch.size_of(layer.op, x, weights[0].spec)
+        how = dispatch.Call(layer.op, x, weights[0].spec, weights[0].bank.weight, layer.geometry)
+        size = dispatch.size_of(how)
         rule = dispatch.decide(layer.op, x.device, x.dtype, forced or "", *size)
         return Job(point, call, len(weights), rule.backend, weights[0], *self._sizes)
 

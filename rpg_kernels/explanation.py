@@ -1,0 +1,119 @@
+"""What would run a layer, and why: the layer's own forward, up to the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rpg_kernels import _checks, dispatch, settings
+from rpg_kernels.cpu import config as cpu
+from rpg_kernels.cuda import config as cuda
+from rpg_kernels.ops import _library as lib
+from rpg_kernels.triton.config import unsupported
+from rpg_kernels.vendor import config as vendor
+
+
+def explain(module: nn.Module, x: Tensor) -> dispatch.Explanation:
+    """What would run ``module(x)``: a record with ``.backend`` and ``.reason``.
+
+    Nothing is computed, but a padding that is not the operator's. A forced back end is taken into
+    account, and so is autocast.
+
+    Args:
+        module: an rpg layer (``rpg.nn.Linear``, ``Conv2d``, ``Embedding``).
+        x: an input of the layer; indices need not be in range.
+
+    Raises:
+        TypeError: module is not an rpg layer.
+        TypeError, ValueError: what the layer says of x's type, shape, dtype or device.
+        RuntimeError: the forced back end cannot run this call.
+
+    Example:
+        >>> import rpg_kernels as rpg
+        >>> layer = rpg.nn.Linear(8, 8, bank=rpg.ParameterBank(dof=64))
+        >>> rpg.explain(layer, torch.randn(2, 8)).backend
+        'reference'
+    """
+    if not isinstance(getattr(module, "rpg_operator", None), str):
+        got = type(module).__name__
+        raise TypeError(f"module: got {got}, wanted an rpg layer (rpg.nn.Linear, Conv2d, ...)")
+    call, forced = _reached(module, _checks.tensor("x", x))
+    device, dtype = call.x.device, call.x.dtype
+    size = dispatch.Size() if forced else dispatch.size_of(call)
+    rule = dispatch.decide(call.op, device, dtype, forced, *size)
+    if forced:
+        _check(call, rule)
+    more = _because(call, rule, forced, size.small)
+    reason = "; ".join(filter(None, (rule.reason, *more)))
+    limit = settings.scratch_bytes(device.type)
+    return dispatch.Explanation(call.op, rule.backend, reason, str(device), str(dtype), limit)
+
+
+class _ReachedError(Exception):
+    """An operator was called."""
+
+    def __init__(self, op: str, arguments: Sequence[Any]) -> None:
+        super().__init__(op)
+        self.op, self.arguments = op, arguments
+
+
+class _UpToOperator(TorchDispatchMode):
+    """Raises in place of an operator of this package; by then autocast has cast its arguments."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func.namespace == lib.NAMESPACE:
+            raise _ReachedError(func.name().partition("::")[2], args)
+        return func(*args, **(kwargs or {}))
+
+
+def _reached(module: nn.Module, x: Tensor) -> tuple[dispatch.Call, str]:
+    """The operator call of ``module(x)``, checked, and the forced back end or ""."""
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps is not to be compiled
+    try:
+        with torch.no_grad(), _UpToOperator():  # type: ignore[no-untyped-call]
+            module.forward(x)
+    except _ReachedError as reached:
+        op, (*operands, forced) = reached.op, reached.arguments
+    else:
+        raise TypeError(f"module: got a {type(module).__name__} that calls no rpg operator")
+    lib.CHECKS[op](*operands)
+    return lib.call(op, operands), forced
+
+
+def _check(call: dispatch.Call, rule: dispatch.Rule) -> None:
+    """Raise what the forced back end would."""
+    op, x, spec, bank, _ = call
+    if rule.backend == "cpu" and op in cpu.LOOKUPS:
+        cpu.check_lookup(op, spec)
+    elif rule.backend == "cpu":
+        cpu.check(op, spec, call.rows, call.groups)
+    elif (rule.package or rule.backend) == "cuda" and x.numel():
+        cuda.check(op, spec, x.device, x.dtype, call.rows, bank)
+
+
+def _because(call: dispatch.Call, rule: dispatch.Rule, forced: str, small: bool) -> Iterator[str]:
+    """What there is to say beside the rule's reason, and why earlier back ends were left."""
+    op, x, spec, bank, _ = call
+    if rule.backend == "cpu":
+        yield cpu.what(op, call.rows, spec)
+    if rule.backend == "reference" and x.device.type == "cuda":
+        yield unsupported(op, x.device, x.dtype)
+    if rule.backend == "reference" and x.device.type == "cpu" and not forced and x.numel():
+        yield cpu.why_reference(op, x.dtype, spec, call.groups)
+    if x.device.type == "cuda" and op in cuda.PRODUCTS and not (forced or small):
+        yield cuda.why_others(op, x, x.dtype, spec, bank)
+    if rule.backend == "vendor" and not forced:
+        yield (
+            "with a sign per element predicted to be faster than fused kernels from batch "
+            f"{vendor.ELEMENT_SIGNS_FROM}"
+        )
