@@ -9,9 +9,10 @@ only some warps run are counted as if all did, so sums are somewhat too high, ne
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
-from cuda_sass import Kernel, Loop, loop_name, name_of, region
+from cuda_sass import Kernel, Loop, loop_name, name_of, never_run, region
 
 WARPS = 8
 STEP = WARPS * 32
@@ -48,7 +49,8 @@ _COMMON = {
     "single runs": [region("entries.h", "for (int i = warp; i < chunks;", until=");")],
     "eighth round": [region("entries.h", "if (s.rounds == kMaxRounds)", until=";")],
     "rows": [region("entries.h", "void row_entries(")],
-    "units": [region("columns.h", "void prepare_chunk("), region("columns.h", "void prepare_columns(")],
+    "units": [region("columns.h", "void prepare_windows(")],
+    "chunks": [region("columns.h", "void prepare_chunks(")],
     "windows": [region("stage.h", "void fill_windows(")],
     "copies": [region("stage.h", "pass + 4 <= layout.passes")],
     "wrapped": [
@@ -104,7 +106,7 @@ INPUT_GRAD = {
     "parts of a sum": [region("input_grad_fma.h", "part < kThreads / pairs; ++part) {")],
 }
 PHASES = {
-    "entries": ("runs", "units", "rows", "prepared", "put rows"),
+    "entries": ("runs", "units", "chunks", "rows", "prepared", "put rows"),
     "products": (
         "fragments",
         "products",
@@ -158,6 +160,7 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
 _WINDOWS = (
     "runs",
     "units",
+    "chunks",
     "windows",
     "copies",
     "each window",
@@ -172,7 +175,6 @@ UNUSED = {
     "ring": (*_NEVER, *_WINDOWS, "prepared", "blocks"),
     "gather": (*_NEVER, *_WINDOWS),
 }
-AHEAD = 4  # columns of which units are found at once, by a thread for 64 rows
 LAW = 90  # instructions of a lone slot by law 1 with 6 rounds, which is a function of its own
 
 
@@ -198,27 +200,43 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
     trips, one_pass = passes(case, kernel), reads(case, kernel)
     phase_of = {part: phase for phase, parts in PHASES.items() for part in parts}
     totals = dict.fromkeys((*PHASES, "column"), 0.0)
+    names = [name_of(instruction, regions) for instruction in kernel.instructions]
+    # What compilers cannot have moved out of a piece says that the code around it belongs to it,
+    # unless it has a condition of its own.
+    fixed = re.compile(r"STS|STG|LDGSTS|BAR|SHFL|LDSM|HMMA|ATOM")
+    unused = never_run(
+        kernel,
+        {
+            i
+            for i, name in enumerate(names)
+            if name in UNUSED[case.fill]
+            and fixed.match(kernel.instructions[i].opcode)
+            and not kernel.instructions[i].text.startswith("@")
+        },
+    )
 
     def unrolled(name: str, loop: Loop) -> float:
         accesses = kernel.count(r"(LDS|STS|LDGSTS)(\.|$)", loop.own)
         return accesses / one_pass[name] if name in one_pass else 1
 
     def add(loop: Loop, times: float, inside: str) -> None:
-        for i in loop.own:
-            name = name_of(kernel.instructions[i], regions)
+        for i in loop.own - unused:
+            name = names[i]
             if name in UNUSED[case.fill]:
                 continue
             here = times
             if name == "terms":  # a term is added in one lap only
                 here = times / trips["laps"]
-            if name == "units":
-                here = times * case.rows / 64 / STEP
+            if name == "units":  # by a warp, for 8 columns
+                here = times / WARPS / 8
+            if name == "chunks":  # by 64 threads, for 4 columns
+                here = times * 64 / STEP / 4
             totals[phase_of.get(inside or name, "column")] += here
         named: dict[str, list[Loop]] = {}
         for inner in loop.nested:
             named.setdefault(loop_name(kernel, inner, regions), []).append(inner)
         for name, loops in named.items():
-            if name in UNUSED[case.fill]:
+            if name in UNUSED[case.fill] or loops[0].header in unused:
                 continue
             if name not in trips:
                 raise LookupError(f"{kernel.name}: a loop of {name!r} at {loops[0].header}")

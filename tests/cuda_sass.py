@@ -268,6 +268,29 @@ def _loops(kernel: Kernel) -> list[Loop]:
     return loops
 
 
+def never_run(kernel: Kernel, known: set[int]) -> set[int]:
+    """Instructions that do not run where the ``known`` ones never do.
+
+    One that is only reached from such, or from which every way leads to such.
+    """
+    count = len(kernel.instructions)
+    after = [list(_successors(kernel, i)) for i in range(count)]
+    before: list[list[int]] = [[] for _ in range(count)]
+    for i, following in enumerate(after):
+        for j in following:
+            before[j].append(i)
+    out, todo = set(known), list(known)
+    while todo:
+        i = todo.pop()
+        near = [j for j in after[i] if all(k in out for k in before[j])]
+        near += [j for j in before[i] if all(k in out for k in after[j])]
+        for j in near:
+            if j not in out:
+                out.add(j)
+                todo.append(j)
+    return out
+
+
 @dataclass(frozen=True)
 class Region:
     """Lines of a source file."""

@@ -65,6 +65,10 @@ class Shared {
   __device__ __forceinline__ T* at(int i, int) const { return data_ + i; }
   // What begins with element i.
   __device__ __forceinline__ Shared from(int i) const { return Shared(data_ + i); }
+  // What begins after so many bytes, of whole elements.
+  __device__ __forceinline__ Shared behind(int bytes) const {
+    return Shared(reinterpret_cast<T*>(reinterpret_cast<char*>(data_) + bytes));
+  }
 
  private:
   __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}

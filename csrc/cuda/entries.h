@@ -25,6 +25,7 @@ struct Lane {
   uint32_t shift, times, plus, key[2];
   uint32_t mask, both;  // of the number of an octet, and of two
   uint32_t octets;      // 0 to 3 and 4 to 7, in two halves
+  uint32_t above;       // bits 30 and 31: number modulo 4 of the octet that it hashes
 };
 
 RPG_FUNCTION Lane lane_of(const WindowBand& law) {
@@ -41,10 +42,11 @@ RPG_FUNCTION Lane lane_of(const WindowBand& law) {
           {kept(key0), kept(key1)},
           kept(mask),
           kept(mask * kTwice),
-          kept(lane / 8 * kTwice + (4 << 16))};
+          kept(lane / 8 * kTwice + (4 << 16)),
+          kept(lane << 30)};
 }
 
-// One row of a tile: row first + of, the slot of its window, and its sign in bit 31.
+// One row of a tile: row first + of, of 32, the slot of its window, and its sign in bit 31.
 struct Row {
   int first, of;
   uint32_t slot, sign;
@@ -64,10 +66,9 @@ RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const Colum
   uint32_t h = hash_word(x, lane.key[0], lane.key[1]);
   const uint32_t f = shuffle(h, c), g = shuffle(h, 8 + c);
   uint32_t a[CHUNKS];
+  a[0] = (chunk[0].address >> 3 & lane.mask) * kTwice + lane.octets;
   RPG_UNROLL
-  for (int i = 0; i < CHUNKS; ++i) {
-    a[i] = (chunk[i].address >> 3 & lane.mask) * kTwice + lane.octets;
-  }
+  for (int i = 1; i < CHUNKS; ++i) a[i] = a[0] + 8 * i * kTwice;
   const auto round = [&](uint32_t r) {
     const uint32_t factor = (f >> (4 * r) & lane.mask) | 1;
     const uint32_t summand = byte_twice(r & 1 ? g >> 4 : g, r / 2);
@@ -84,19 +85,21 @@ RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const Colum
   } else {
     h = 0;
   }
-  const uint32_t odd = h >> 3 | 1;
-  const int first = kept(kChunk * number + 8 * quarter);
+  // Of its octet: what row_of_residue multiplies with and adds, and above, in bits 27 to 31, what it
+  // changes the row with, and the octet's place among four.
+  const uint32_t odd = h >> 3 | 1, word = (h & 7) | (h >> 29) << 27 | lane.above;
   RPG_UNROLL
   for (int i = 0; i < CHUNKS; ++i) {
     const uint32_t slots = 8 * a[i] + c * kTwice;
     RPG_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int from = 16 + 8 * i + 4 * half + quarter;
-      const uint32_t word = shuffle(h, from), times = shuffle(odd, from);
-      const uint32_t r = ((c * times + word) & 7) ^ (word >> 29);  // row_of_residue(c, word)
-      const uint32_t sign = chunk[i].signs[half] << (8 * quarter) << r;
+      const uint32_t w = shuffle(word, from), times = shuffle(odd, from);
+      const uint32_t r = ((c * times + w) & 7) ^ (w >> 27);
       const uint32_t slot = half ? slots >> 16 : slots & 0xFFFF;
-      visit(Row{first + kChunk * i + 32 * half, static_cast<int>(r), slot, sign}, chunk[i]);
+      visit(Row{kChunk * (number + i) + 32 * half, static_cast<int>(r), slot,
+                chunk[i].signs[half] << r},
+            chunk[i]);
     }
   }
 }
@@ -123,7 +126,7 @@ RPG_FUNCTION void visit_rows(const Layer& layer, const Tile& tile, const Column&
 RPG_FUNCTION void window_entries(const Layer& layer, const Tile& tile, const Column& column,
                                  const Lane& lane, const Shared<uint32_t>& entry) {
   visit_rows(layer, tile, column, lane, [&](const Row& row, const Chunk& chunk) {
-    entry.from(row.first)[row.of] = row.slot | chunk.places | (row.sign & 0x80000000u);
+    entry.behind(4 * row.first)[row.of] = row.slot | chunk.places | (row.sign & 0x80000000u);
   });
 }
 

@@ -276,7 +276,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
   int laps = 1;
   if (tile.fill == Fill::kWindows) {
     const int window = static_cast<int>(layer.law.scramble.window);
-    const int windows = static_cast<int>(column.windows[kCount].base);
+    const int windows = static_cast<int>(column.windows[0].count);
     const int swap = kept(chunk_at(slot, chunk, chunks));  // the same 16 slots further on
     laps = static_cast<int>(column.windows[windows].lap);
     RPG_LOOP

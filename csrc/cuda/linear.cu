@@ -152,36 +152,47 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0
   }
 }
 
+// What a lane reads and writes in all products: chunks of the first block of a warp's 16, for four
+// steps of 16 elements; bytes of x; sums of place g, or of g + 8 behind it, of rows 8 n + 2 t and
+// the next.
+template <int TILES>
+struct ProductLane {
+  int at[4], x, to[TILES];
+};
+
+template <class Math, int BATCH>
+RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
+  using Sh = Shape<Math, BATCH>;
+  ProductLane<Sh::kXRows / 8> out;
+  const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
+  const int block = args.layer.block, chunks = block / 8;
+  // Lanes 0 to 15 give rows 0 to 15 of the first 8 elements of a step, the others of the next 8.
+  const int row = lane % 16 * chunks, swap = chunk_at(lane % 16, lane / 16, chunks) - row;
+  RPG_UNROLL
+  for (int k = 0; k < 4; ++k) out.at[k] = kept(row + (swap ^ 2 * k));
+  out.x = kept(lane % 8 * Sh::x_pitch(block) + 16 * (lane / 8));
+  RPG_UNROLL
+  for (int n = 0; n < Sh::kXRows / 8; ++n) {
+    const int place = s_at<4>(2 * n + t / 2, g, args.tiling.places) + 2 * (t % 2);
+    out.to[n] = kept(BATCH == 1 ? g : place);
+  }
+  return out;
+}
+
 // S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch. What lies behind `used`
 // places is multiplied up to a multiple of 16, and never read.
-template <class Math, int BATCH>
-RPG_FUNCTION void products_mma(const LinearKernelArgs& args, int used, const Stage& stage,
-                               const Shared<char>& x, const Shared<float>& s) {
+template <class Math, int BATCH, class ProductLane>
+RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& lane, int used,
+                               const Stage& stage, const Shared<char>& x, const Shared<float>& s) {
   using Sh = Shape<Math, BATCH>;
   constexpr int kTiles = Sh::kXRows / 8;
-  const int block = args.layer.block, chunks = block / 8, places = args.tiling.places;
-  const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
+  const int block = args.layer.block, chunks = block / 8;
   // Elements 32 half ... of x: [tile][half], fragments of two steps of 16.
   uint32_t b[kTiles][2][4];
   RPG_UNROLL
   for (int n = 0; n < kTiles; ++n) {
-    RPG_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      if (32 * half >= block) break;
-      const int row = 8 * n + lane % 8;
-      load_matrices(b[n][half],
-                    x.at(row * Sh::x_pitch(block) + 64 * half + 16 * (lane / 8), 16));
-    }
-  }
-  // Lanes 0 to 15 give rows 0 to 15 of the first 8 elements of a step, the others of the next 8.
-  const int row = lane % 16 * chunks, swap = chunk_at(lane % 16, lane / 16, chunks) - row;
-  const int at[4] = {kept(row + swap), kept(row + (swap ^ 2)), kept(row + (swap ^ 4)),
-                     kept(row + (swap ^ 6))};
-  // Sums of place g, or of g + 8 behind it, of rows 8 n + 2 t and the next.
-  int to[kTiles];
-  RPG_UNROLL
-  for (int n = 0; n < kTiles; ++n) {
-    to[n] = kept(BATCH == 1 ? g : s_at<4>(2 * n + t / 2, g, places) + 2 * (t % 2));
+    load_matrices(b[n][0], x.at(lane.x + 8 * n * Sh::x_pitch(block), 16));
+    if (block == 64) load_matrices(b[n][1], x.at(lane.x + 8 * n * Sh::x_pitch(block) + 64, 16));
   }
   RPG_LOOP
   for (int first = thread() / kWarp * 16; first < used; first += kWarps * 16) {
@@ -190,7 +201,7 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, int used, const Sta
     float c[kTiles][4] = {};
     const auto step = [&](int k) {
       uint32_t a[4];
-      load_matrices(a, blocks.at(at[k], 1));
+      load_matrices(a, blocks.at(lane.at[k], 1));
       RPG_UNROLL
       for (int n = 0; n < kTiles; ++n) multiply(Math{}, {c[n], a, b[n][k / 2] + 2 * (k % 2)});
     };
@@ -205,9 +216,9 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, int used, const Sta
       RPG_UNROLL
       for (int half = 0; half < 2; ++half) {
         if constexpr (BATCH == 1) {
-          if (t == 0) sums[to[n] + 8 * half] = c[n][2 * half];
+          if (thread() % 4 == 0) sums[lane.to[n] + 8 * half] = c[n][2 * half];
         } else {
-          store(sums.at(to[n] + 32 * half, 2),
+          store(sums.at(lane.to[n] + 32 * half, 2),
                 Vector<float, 2>{{c[n][2 * half], c[n][2 * half + 1]}});
         }
       }
@@ -262,6 +273,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
   const int m0 = block_z() * BATCH;
   const int first = static_cast<int>(int64_t{layer.blocks} * block_y() / args.splits);
   const int end = static_cast<int>(int64_t{layer.blocks} * (block_y() + 1) / args.splits);
+  const Range range{first, end};
   const bool ring = tile.fill == Fill::kRing, windows = tile.fill == Fill::kWindows;
 
   const Layout& layout = args.layout;
@@ -285,10 +297,11 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     commit_copies();
   };
   const Lane lane = lane_of(layer.law);
+  [[maybe_unused]] const auto product = product_lane<Math, BATCH>(args);
   float y[Sh::kRows][BATCH] = {};
   // Rows behind the tile's read the first place, and are not written.
   for (int i = tile.rows + thread(); i < kMaxRows; i += kThreads) entry[i] = 0;
-  if (windows) prepare_columns<false>(layer, tile, layout.columns, first, first, end);
+  if (windows) prepare_first<false>(layer, tile, layout.columns, range);
   for (int i = 0; i < kStages; ++i) {
     if (tile.fill == Fill::kGather && first + i < end) {
       prepare_rows(layer, tile, first + i, stage_of(layout, tiling, i));
@@ -312,7 +325,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
       row_entries(layer, tile, b, stage, entry);
     }
     if constexpr (Math::kTensorCores) {
-      products_mma<Math, BATCH>(args, used, stage, x_of(now), s);
+      products_mma<Math, BATCH>(args, product, used, stage, x_of(now), s);
     } else {
       products_fma<BATCH>(args, used, stage, x_of(now), s);
     }
@@ -320,9 +333,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     if (tile.fill == Fill::kGather && b + kStages < end) {
       prepare_rows(layer, tile, b + kStages, stage);
     }
-    if (windows && ((b - first) & (kAhead - 1)) == 0) {
-      prepare_columns<false>(layer, tile, layout.columns, first, b + kAhead, end);
-    }
+    if (windows) prepare_next<false>(layer, tile, layout.columns, range, b - first);
     RPG_UNROLL
     for (int k = 0; k < Sh::kRows; ++k) {
       if (k * kThreads >= tile.rows) break;
@@ -387,7 +398,7 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args) {
   LinearKernelArgs to{};
   to.layer = layer_of(law, args.columns);
   to.tiling = tiling_of(plan);
-  to.bank = {args.ring, law.slots, law.granularity * Sh::kBytes};
+  to.bank = bank_of(args.ring, law.slots, law.granularity * Sh::kBytes);
   to.x_bytes = Sh::kXRows * Sh::x_pitch(law.granularity);
   const SharedPlan at =
       shared_plan(to.layer, to.tiling, to.bank.row_bytes, to.x_bytes, Sh::kPlanes * Sh::kLanes);

@@ -81,6 +81,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const int batch = args.batch - m0 < BATCH ? args.batch - m0 : BATCH;
   const int first = static_cast<int>(int64_t{layer.blocks} * block_y() / args.splits);
   const int end = static_cast<int>(int64_t{layer.blocks} * (block_y() + 1) / args.splits);
+  const Range range{first, end};
   const bool ring = tile.fill == Fill::kRing, windows = tile.fill == Fill::kWindows;
   const int others = ring ? static_cast<int>(args.bank.slots) : tile.rows;  // places, of no windows
 
@@ -103,7 +104,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     commit_copies();
   };
 
-  if (windows) prepare_columns<true>(layer, tile, layout.columns, first, first, end);
+  if (windows) prepare_first<true>(layer, tile, layout.columns, range);
   for (int i = 0; i < kStages; ++i) {
     if (tile.fill == Fill::kGather && first + i < end) {
       prepare_rows(layer, tile, first + i, stage_of(layout, tiling, i));
@@ -141,9 +142,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
       }
       input_grad_products<Math, BATCH>(args, tile, column, share, stage, dy, sums);
     }
-    if (windows && ((b - first) & (kAhead - 1)) == 0) {
-      prepare_columns<true>(layer, tile, layout.columns, first, b + kAhead, end);
-    }
+    if (windows) prepare_next<true>(layer, tile, layout.columns, range, b - first);
     sync();
     if (tile.fill == Fill::kGather && b + kStages < end) {
       prepare_rows(layer, tile, b + kStages, stage);
@@ -183,7 +182,7 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearInputGradArgs& a
   InputGradKernelArgs to{};
   to.layer = layer_of(law, args.columns);
   to.tiling = tiling_of(plan);
-  to.bank = {args.ring, law.slots, law.granularity * kSize};
+  to.bank = bank_of(args.ring, law.slots, law.granularity * kSize);
   to.dy = args.dy, to.dx = args.dx;
   to.partial = args.workspace, to.counters = args.counters;
   to.scale = static_cast<float>(args.scale);

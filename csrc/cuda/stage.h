@@ -22,7 +22,12 @@ struct Bank {
   const void* ring;  // [slots, block] of the bank's dtype, aligned to 16 bytes
   uint32_t slots;
   int row_bytes;  // of a block
+  int64_t bytes;  // of the ring
 };
+
+RPG_HOST Bank bank_of(const void* ring, uint32_t slots, int row_bytes) {
+  return {ring, slots, row_bytes, int64_t{slots} * row_bytes};
+}
 
 struct Stage {
   Shared<uint4> blocks;      // [places, chunks]
@@ -34,7 +39,7 @@ struct Layout {
   int log_chunks;           // of 16 bytes, of a block of the bank
   int passes;               // of all threads, a chunk each, through a window
   int stage;                // from one stage to the next
-  int columns;              // columns.h
+  Columns columns;
   int entries, entry_step;  // of gathered stages
   int end;
 };
@@ -47,8 +52,12 @@ RPG_HOST Layout layout_of(const Layer& layer, const Tiling& tiling, int row_byte
   }
   const int bytes = tiling.places * row_bytes;
   out.stage = tiling.stages == 1 ? 0 : bytes;
-  out.columns = tiling.stages * bytes;
-  out.entries = out.columns + (tiling.fill == Fill::kWindows ? kPrepared * kColumnBytes : 0);
+  out.entries = tiling.stages * bytes;
+  if (tiling.fill == Fill::kWindows) {
+    const int window = static_cast<int>(layer.law.scramble.window);
+    out.columns = columns_of(tiling.places / window, out.entries);
+    out.entries = end_of(out.columns);
+  }
   out.entry_step = 4 * ((tiling.rest + 3) / 4 * 4);
   out.end = out.entries + kStages * out.entry_step;
   return out;
@@ -77,7 +86,7 @@ RPG_FUNCTION void prepare_rows(const Layer& layer, const Tile& tile, int b, cons
 
 // Places that a stage of windows holds.
 RPG_FUNCTION int places_of(const Layer& layer, const Column& column) {
-  return static_cast<int>(column.windows[kCount].base << (layer.law.scramble.bits + 3));
+  return static_cast<int>(column.windows[0].count << (layer.law.scramble.bits + 3));
 }
 
 // This thread's first chunk of each window: in the ring, of a window that begins with slot 0, and in
@@ -103,7 +112,7 @@ RPG_FUNCTION void fill_wrapped(const Layout& layout, const Bank& bank, uint32_t 
   RPG_LOOP
   for (int pass = 0; pass < layout.passes; ++pass, from += kPass) {
     const uint32_t slot = base + ((pass * kThreads + thread()) >> layout.log_chunks);
-    const int64_t back = slot < bank.slots ? 0 : int64_t{bank.slots} * bank.row_bytes;
+    const int64_t back = slot < bank.slots ? 0 : bank.bytes;
     copy_async<0>(stage.blocks.at(to + pass * kThreads, 1), from - back);
   }
 }
@@ -111,7 +120,7 @@ RPG_FUNCTION void fill_wrapped(const Layout& layout, const Bank& bank, uint32_t 
 // Begins the copies of a column's windows.
 RPG_FUNCTION void fill_windows(const Layer& layer, const Layout& layout, const Bank& bank,
                                const Column& column, const Copies& copies, const Stage& stage) {
-  const uint32_t count = column.windows[kCount].base;
+  const uint32_t count = column.windows[0].count;
   int to = copies.to;
   RPG_LOOP
   for (uint32_t i = 0; i < count; ++i, to += layout.passes * kThreads) {

@@ -112,6 +112,8 @@ class Shared {
     out.data_ += i, out.size_ -= i;
     return out;
   }
+  // What begins after so many bytes, of whole elements.
+  Shared behind(int bytes) const { return from(bytes / static_cast<int>(sizeof(T))); }
 
  private:
   void check(int i) const {
