@@ -93,7 +93,11 @@ INPUT_GRAD = {
     "eight laps": [region("input_grad_mma.h", "for (; lap < end; lap += 8) {")],
     "four laps": [region("input_grad_mma.h", "for (; lap + 4 <= end; lap += 4) {")],
     "one lap": [region("input_grad_mma.h", "for (; lap < end; ++lap) {")],
-    "slots": [region("input_grad_mma.h", "at < window; at += 16 * share.parts) {")],
+    "slots": [region("input_grad_mma.h", "for (; i + 4 <= steps; i += 4) {")],
+    "rest of slots": [
+        region("input_grad_mma.h", "for (; i < steps; ++i)", until=";"),
+        region("input_grad_mma.h", "multiply_slots<Math, BATCH, LAPS, 32>", until=";"),
+    ],
     "row slots": [region("input_grad_mma.h", "at < tile.rows; at += 16 * share.parts) {")],
     "clear": [region("input_grad_fma.h", "i < terms * L::kOf; i += kThreads) {")],
     "laps": [region("input_grad_fma.h", "for (int lap = 0; lap < laps; ++lap) {")],
@@ -169,7 +173,7 @@ _WINDOWS = (
     "one lap",
     "slots",
 )
-_NEVER = ("other", "x, not aligned", "single runs", "eighth round", "wrapped", "cut", "whole")
+_NEVER = ("other", "x, not aligned", "single runs", "eighth round", "wrapped", "cut", "whole", "rest of slots")
 UNUSED = {
     "windows": (*_NEVER, "rows", "prepared", "blocks", "put rows", "row slots"),
     "ring": (*_NEVER, *_WINDOWS, "prepared", "blocks"),
@@ -191,6 +195,8 @@ def reads(case: Case, kernel: Kernel) -> dict[str, int]:
         out["steps"] = 1 + case.batch_tile
     if not forward and "Float32" in kernel.name:
         out["products"] = 1 + max(1, case.batch_tile // 4)
+    if not forward and "Float32" not in kernel.name:
+        out["slots"] = {1: 3, 8: 3, 16: 5}[case.batch_tile]
     return out
 
 
@@ -216,7 +222,7 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
     )
 
     def unrolled(name: str, loop: Loop) -> float:
-        accesses = kernel.count(r"(LDS|STS|LDGSTS)(\.|$)", loop.own)
+        accesses = kernel.count(r"(LDS|LDSM|STS|LDGSTS)(\.|$)", loop.own)
         return accesses / one_pass[name] if name in one_pass else 1
 
     def add(loop: Loop, times: float, inside: str) -> None:

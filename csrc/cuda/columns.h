@@ -58,9 +58,9 @@ RPG_HOST int end_of(const Columns& columns) { return columns.chunks + kChunkColu
 
 // Column i of a block of threads.
 RPG_FUNCTION Column column_of(const Columns& columns, int i) {
-  return {Shared<Window>(columns.windows + (i & (kWindowColumns - 1)) * columns.each,
-                         columns.each / 16),
-          Shared<Chunk>(columns.chunks + (i & (kChunkColumns - 1)) * kChunkBytes, kMaxChunks)};
+  const int windows = kept(columns.windows + (i & (kWindowColumns - 1)) * columns.each);
+  const int chunks = kept(columns.chunks + (i & (kChunkColumns - 1)) * kChunkBytes);
+  return {Shared<Window>(windows, columns.each / 16), Shared<Chunk>(chunks, kMaxChunks)};
 }
 
 // A block's columns: from `first` to `end` of the layer.

@@ -152,20 +152,20 @@ RPG_FUNCTION bool arrive(unsigned* counter, unsigned parts) {
 
 // x, which the compiler is to keep in a register instead of finding it again at each use.
 RPG_FUNCTION int kept(int x) {
-  asm volatile("" : "+r"(x));
+  asm("" : "+r"(x));
   return x;
 }
 RPG_FUNCTION uint32_t kept(uint32_t x) {
-  asm volatile("" : "+r"(x));
+  asm("" : "+r"(x));
   return x;
 }
 RPG_FUNCTION int64_t kept(int64_t x) {
-  asm volatile("" : "+l"(x));
+  asm("" : "+l"(x));
   return x;
 }
 template <class T>
 RPG_FUNCTION T* kept(T* x) {
-  asm volatile("" : "+l"(x));
+  asm("" : "+l"(x));
   return x;
 }
 

@@ -178,15 +178,27 @@ RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, in
   sync();
 }
 
-// This warp's 16 elements, and its part of the slots.
+// What a warp and a lane do in all columns: the warp's 16 elements of a block, in parts of the slots.
+// Lanes 8 i ... give rows of matrix i: elements 0 to 7 and 8 to 15, of slots 0 to 7 and 8 to 15.
 struct Share {
-  int elements, part, parts;
+  int part, parts;
+  int slot, chunk;  // that the lane gives
+  int at;           // where they are in a stage: chunks, of the first 16 slots
+  int to;           // where its sums go, of row 2 t of dy: element g
 };
 
+template <int BATCH>
 RPG_FUNCTION Share share_of(const Layer& layer) {
-  const int warp = thread() / kWarp, across = layer.block / 16;
-  return {kept(warp & (across - 1)), kept(layer.block == 64 ? warp >> 2 : warp >> 1),
-          kWarps / across};
+  const int warp = thread() / kWarp, lane = thread() % kWarp, across = layer.block / 16;
+  const int part = layer.block == 64 ? warp >> 2 : warp >> 1, elements = warp & (across - 1);
+  const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * elements + lane / 8 % 2;
+  const int row = part * BATCH + (BATCH == 1 ? 0 : 2 * (lane % 4));
+  return {kept(part),
+          kWarps / across,
+          kept(slot),
+          kept(chunk),
+          kept(chunk_at(slot, chunk, layer.block / 8)),
+          kept(row * kSumPitch + 16 * elements + lane / 4)};
 }
 
 // Bytes at which a lane reads P for LAPS laps from `lap` on, less the first slot's. Lanes give rows of two
@@ -215,24 +227,24 @@ RPG_FUNCTION Operand<BATCH, LAPS> operand(const InputGradKernelArgs& args, int l
 template <int BATCH>
 using Sums = float[2][(BATCH + 7) / 8][4];
 
-// c += blocks of 16 slots times LAPS laps of P; `a` are the blocks, `at` the first slot. At batch 1
-// lanes with `valid` have a lap.
+// c += blocks of 16 slots times LAPS laps of P; `a` are the blocks, the first slot is at byte
+// `at` + `more` of its lap. At batch 1 lanes with `valid` have a lap.
 template <class Math, int BATCH, int LAPS>
 RPG_FUNCTION void multiply_laps(const InputGradMma& from, const Operand<BATCH, LAPS>& operand,
-                                bool valid, const uint32_t (&a)[4], int at, Sums<BATCH>& c) {
-  at *= kEach<BATCH>;
+                                bool valid, const uint32_t (&a)[4], int at, int more,
+                                Sums<BATCH>& c) {
   if constexpr (BATCH == 1) {
     uint32_t b[2] = {0, 0};
     if (valid) {
-      b[0] = load<uint32_t>(from.p.at(operand.at[0] + at, 4));
-      b[1] = load<uint32_t>(from.p.at(operand.at[0] + at + 16, 4));
+      b[0] = load<uint32_t>(from.p.at(operand.at[0] + at + more, 4));
+      b[1] = load<uint32_t>(from.p.at(operand.at[0] + at + more + 16, 4));
     }
     multiply(Math{}, {c[0][0], a, b});
   } else {
     RPG_UNROLL
     for (int i = 0; i < operand.kReads; ++i) {
       uint32_t b[4];
-      load_transposed(b, from.p.at(operand.at[i] + at, 16));
+      load_transposed(b, from.p.at(operand.at[i] + at + more, 16));
       if constexpr (BATCH == 8) {
         multiply(Math{}, {c[0][0], a, b});
         if (2 * i + 1 < LAPS) multiply(Math{}, {c[1][0], a, b + 2});
@@ -244,21 +256,41 @@ RPG_FUNCTION void multiply_laps(const InputGradMma& from, const Operand<BATCH, L
   }
 }
 
-// The same for all slots of a window that are this warp's. `blocks` are the window's; `swap` is the
-// chunk that the lane gives of the first 16.
+// The same for all slots of a window that are this warp's. `blocks` are the window's.
+template <class Math, int BATCH, int LAPS, int BLOCK>
+RPG_FUNCTION void multiply_slots(const InputGradKernelArgs& args, const InputGradMma& from,
+                                 const Shared<uint4>& blocks, const Share& share, int lap, int end,
+                                 Sums<BATCH>& c) {
+  constexpr int kStep = 16 * kWarps / (BLOCK / 16);
+  const auto laps = operand<BATCH, LAPS>(args, lap);
+  const int steps = static_cast<int>(args.layer.law.scramble.window) / kStep;
+  const bool valid = lap + thread() % kWarp / 4 < end;
+  const Shared<uint4> first = blocks.from(16 * share.part * (BLOCK / 8));
+  const auto step = [&](int i, int more) {
+    const Shared<uint4> blocks = first.from(i * kStep * (BLOCK / 8));
+    uint32_t a[4];
+    load_transposed(a, blocks.at(share.at + more * kStep * (BLOCK / 8), 1));
+    const int at = (16 * share.part + i * kStep) * kEach<BATCH>;
+    multiply_laps<Math, BATCH, LAPS>(from, laps, valid, a, at, more * kStep * kEach<BATCH>, c);
+  };
+  int i = 0;
+  RPG_LOOP
+  for (; i + 4 <= steps; i += 4) {
+    RPG_UNROLL
+    for (int more = 0; more < 4; ++more) step(i, more);
+  }
+  RPG_LOOP
+  for (; i < steps; ++i) step(i, 0);
+}
+
 template <class Math, int BATCH, int LAPS>
 RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGradMma& from,
-                                  const Shared<uint4>& blocks, const Share& share, int swap,
-                                  int lap, int end, Sums<BATCH>& c) {
-  const auto laps = operand<BATCH, LAPS>(args, lap);
-  const int window = static_cast<int>(args.layer.law.scramble.window);
-  const int chunks = args.layer.block / 8;
-  const bool valid = lap + thread() % kWarp / 4 < end;
-  RPG_LOOP
-  for (int at = 16 * share.part; at < window; at += 16 * share.parts) {
-    uint32_t a[4];
-    load_transposed(a, blocks.at(at * chunks + swap, 1));
-    multiply_laps<Math, BATCH, LAPS>(from, laps, valid, a, at, c);
+                                  const Shared<uint4>& blocks, const Share& share, int lap, int end,
+                                  Sums<BATCH>& c) {
+  if (args.layer.block == 64) {
+    multiply_slots<Math, BATCH, LAPS, 64>(args, from, blocks, share, lap, end, c);
+  } else {
+    multiply_slots<Math, BATCH, LAPS, 32>(args, from, blocks, share, lap, end, c);
   }
 }
 
@@ -270,14 +302,11 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
   constexpr int kPlanes = (BATCH + 7) / 8;
   const Layer& layer = args.layer;
   const int lane = thread() % kWarp, chunks = layer.block / 8;
-  // Lanes 8 i ... give rows of matrix i: elements 0 to 7 and 8 to 15, of slots 0 to 7 and 8 to 15.
-  const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * share.elements + lane / 8 % 2;
   Sums<BATCH> c = {};
   int laps = 1;
   if (tile.fill == Fill::kWindows) {
     const int window = static_cast<int>(layer.law.scramble.window);
     const int windows = static_cast<int>(column.windows[0].count);
-    const int swap = kept(chunk_at(slot, chunk, chunks));  // the same 16 slots further on
     laps = static_cast<int>(column.windows[windows].lap);
     RPG_LOOP
     for (int i = 0; i < windows; ++i) {
@@ -287,16 +316,16 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
       if constexpr (BATCH == 1) {
         RPG_LOOP
         for (; lap < end; lap += 8) {
-          multiply_window<Math, BATCH, 1>(args, from, blocks, share, swap, lap, end, c);
+          multiply_window<Math, BATCH, 1>(args, from, blocks, share, lap, end, c);
         }
       } else {
         RPG_LOOP
         for (; lap + 4 <= end; lap += 4) {
-          multiply_window<Math, BATCH, 4>(args, from, blocks, share, swap, lap, end, c);
+          multiply_window<Math, BATCH, 4>(args, from, blocks, share, lap, end, c);
         }
         RPG_LOOP
         for (; lap < end; ++lap) {
-          multiply_window<Math, BATCH, 1>(args, from, blocks, share, swap, lap, end, c);
+          multiply_window<Math, BATCH, 1>(args, from, blocks, share, lap, end, c);
         }
       }
     }
@@ -304,14 +333,14 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
     const auto one = operand<BATCH, 1>(args, 0);
     RPG_LOOP
     for (int at = 16 * share.part; at < tile.rows; at += 16 * share.parts) {
-      const int i = at + slot < tile.rows ? at + slot : tile.rows - 1;  // times zeros
+      const int row = at + share.slot, i = row < tile.rows ? row : tile.rows - 1;  // times zeros
       uint32_t a[4];
-      load_transposed(a, stage.blocks.at(chunk_at(from.flag[i], chunk, chunks), 1));
-      multiply_laps<Math, BATCH, 1>(from, one, lane < 4, a, at, c);
+      load_transposed(a, stage.blocks.at(chunk_at(from.flag[i], share.chunk, chunks), 1));
+      multiply_laps<Math, BATCH, 1>(from, one, lane < 4, a, at * kEach<BATCH>, 0, c);
     }
   }
-  const int g = lane / 4, t = lane % 4, e = 16 * share.elements + g;
-  const Shared<float> to = sums.from(share.part * BATCH * kSumPitch);
+  const int t = lane % 4;
+  const Shared<float> to = sums.from(share.to);
   if constexpr (BATCH == 1) {
     RPG_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -320,13 +349,13 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
       float sum = low + (2 * t + 1 < laps ? c[0][0][2 * half + 1] : 0.f);
       sum += as_float(shuffle(as_bits(sum), lane ^ 1));
       sum += as_float(shuffle(as_bits(sum), lane ^ 2));
-      if (t == 0) to[e + 8 * half] = sum;
+      if (t == 0) to[8 * half] = sum;
     }
   } else {
     RPG_UNROLL
     for (int i = 0; i < 4 * kPlanes; ++i) {
-      const int plane = i / 4, m = 8 * plane + 2 * t + i % 2;
-      to[m * kSumPitch + e + i % 4 / 2 * 8] = c[0][plane][i % 4] + c[1][plane][i % 4];
+      const int plane = i / 4, m = 8 * plane + i % 2;  // behind 2 t
+      to[m * kSumPitch + i % 4 / 2 * 8] = c[0][plane][i % 4] + c[1][plane][i % 4];
     }
   }
 }

@@ -297,6 +297,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     commit_copies();
   };
   const Lane lane = lane_of(layer.law);
+  const int unfinished = kept(unfinished_from(layer));
   [[maybe_unused]] const auto product = product_lane<Math, BATCH>(args);
   float y[Sh::kRows][BATCH] = {};
   // Rows behind the tile's read the first place, and are not written.
@@ -318,7 +319,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     const Stage stage = stage_of(layout, tiling, now);
     const Column column = column_of(layout.columns, b - first);
     const int used = windows ? places_of(layer, column) : others;
-    if (unfinished(layer, b)) finish<Number>(layer, tile, used, b, stage);
+    if (b >= unfinished) finish<Number>(layer, tile, used, b, stage);
     if (windows) {
       window_entries(layer, tile, column, lane, entry);
     } else {

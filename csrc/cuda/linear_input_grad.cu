@@ -89,7 +89,8 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const Shared<float> sums(args.sums, parts * BATCH);
   const Copies copies = copies_of(layout, args.bank);
   const Lane lane = lane_of(layer.law);
-  const Share share = share_of(layer);
+  const int unfinished = kept(unfinished_from(layer));
+  const Share share = share_of<BATCH>(layer);
   const Output out = output_of(args, m0);
   // Copies of column b to stage i, in a group of their own even where there are none.
   const auto begin = [&](int b, int i) {
@@ -130,7 +131,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     const Stage stage = stage_of(layout, tiling, now);
     const Column column = column_of(layout.columns, b - first);
     const int places = windows ? places_of(layer, column) : others;
-    if (unfinished(layer, b)) finish<T>(layer, tile, places, b, stage);
+    if (b >= unfinished) finish<T>(layer, tile, places, b, stage);
     if constexpr (kFma) {
       sum_terms<BATCH>(args, tile, column, lane, b, places, stage, dy);
       input_grad_products<BATCH>(args, tile, places, stage, dy, sums);

@@ -200,9 +200,11 @@ RPG_FUNCTION void clear_padding(int places, int valid, int block, const Stage& s
   }
 }
 
-// Whether a stage that has arrived is not yet what products may read: it needs `finish`.
-RPG_FUNCTION bool unfinished(const Layer& layer, int b) {
-  return layer.reflect == Reflect::kElement || layer.columns - b * layer.block < layer.block;
+// The first column whose stage, once it has arrived, is not yet what products may read: from there on
+// each needs `finish`.
+RPG_FUNCTION int unfinished_from(const Layer& layer) {
+  if (layer.reflect == Reflect::kElement) return 0;
+  return layer.columns % layer.block ? layer.blocks - 1 : layer.blocks;
 }
 
 // All threads; with barriers.
