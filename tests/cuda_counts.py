@@ -69,7 +69,7 @@ _COMMON = {
 LINEAR = {
     **_COMMON,
     "x": [region("linear.cu", "void fill_x(")],
-    "x, not aligned": [region("linear.cu", "i < S::kXRows * block;")],
+    "x, not aligned": [region("linear.cu", "i < BATCH * block;")],
     "fragments": [region("linear.cu", "void products_mma(")],
     "products": [
         region("linear.cu", "first < used; first += kWarps * 16) {"),
@@ -102,7 +102,9 @@ INPUT_GRAD = {
     "clear": [region("input_grad_fma.h", "i < terms * L::kOf; i += kThreads) {")],
     "laps": [region("input_grad_fma.h", "for (int lap = 0; lap < laps; ++lap) {")],
     "terms": [
-        region("input_grad_fma.h", "const float sign = sign_of(from.entry[i]);", until="store(at, v);")
+        region(
+            "input_grad_fma.h", "const float sign = sign_of(from.entry[i]);", until="store(at, v);"
+        )
     ],
     "products": [region("input_grad_fma.h", "term < terms; term += parts) {")],
     "whole": [region("linear_input_grad.cu", "T::store(total * args.scale);", until=";")],
@@ -173,7 +175,16 @@ _WINDOWS = (
     "one lap",
     "slots",
 )
-_NEVER = ("other", "x, not aligned", "single runs", "eighth round", "wrapped", "cut", "whole", "rest of slots")
+_NEVER = (
+    "other",
+    "x, not aligned",
+    "single runs",
+    "eighth round",
+    "wrapped",
+    "cut",
+    "whole",
+    "rest of slots",
+)
 UNUSED = {
     "windows": (*_NEVER, "rows", "prepared", "blocks", "put rows", "row slots"),
     "ring": (*_NEVER, *_WINDOWS, "prepared", "blocks"),

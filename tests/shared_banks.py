@@ -24,43 +24,65 @@ from rpg_kernels import native
 WARP = 32
 H200 = (132, 227 * 1024)  # processors, bytes of shared memory that a block may have
 
+_WINDOWS = {
+    "windows: cp.async": [region("stage.h", "void fill_windows(")],
+    "chunks: read": [region("entries.h", "chunk[i] = load<Chunk>", until=";")],
+}
 SITES = {
     "linear": {
-        "windows: cp.async": [region("stage.h", "void fill_windows(")],
-        "x: cp.async": [region("linear.cu", "i < S::kXRows * chunks;")],
-        "entries: write": [
-            region("entries.h", "for (int first = 0; first < count; first += 32) {")
-        ],
+        **_WINDOWS,
+        "x: cp.async": [region("linear.cu", "copy_async(to.at(copy.to, 16)", until=";")],
+        "entries: write": [region("entries.h", "entry.behind(4 * row.first)", until=";")],
         "blocks: ldmatrix": [region("linear.cu", "load_matrices(a,", until=";")],
-        "x: fragments": [
-            region("linear.cu", "b[0] = load", until=";"),
-            region("linear.cu", "b[1] = load", until=";"),
-        ],
+        "x: ldmatrix": [region("linear.cu", "load_matrices(b[n][0],", until="64, 16));")],
         "S: write": [
-            region("linear.cu", "s[place] = c[n]", until=";"),
-            region("linear.cu", "store(s.at(s_at<4>", until=";"),
-            region("linear.cu", "store(s.at(s_at<Sh::kLanes>", until=";"),
+            region("linear.cu", "sums[lane.to[n] + 32 * half]", until=";"),
+            region("linear.cu", "store(sums.at(lane.to[n]", until=";"),
+            region("linear.cu", "s[spread_place(place", until=";"),
+            region("linear.cu", "store(s.at(s_at(plane", until=";"),
         ],
         "blocks: read (fp32)": [region("linear.cu", "const auto w = load", until=";")],
-        "x: read (fp32)": [region("linear.cu", "const auto v = load<Vector<float, 4>>", until=";")],
-        "entries: read": [region("linear.cu", "const float sign = sign_of(entry[i]);", until=";")],
+        "x: read (fp32)": [
+            region("linear.cu", "const auto v = load<Vector<float, 4>>(x", until=";")
+        ],
+        "entries: read": [region("linear.cu", "= entry[thread() + k * kThreads]", until=";")],
         "S: read": [
-            region("linear.cu", "const auto v = load<Vector<float, Sh::kLanes>>", until=";")
+            region("linear.cu", "as_bits(s[place])", until=";"),
+            region("linear.cu", "const auto v = load<Vector<float, 4>>(s", until=";"),
         ],
     },
     "linear_input_grad": {
-        "windows: cp.async": [region("stage.h", "void fill_windows(")],
+        **_WINDOWS,
+        "dy: read": [
+            region("input_grad_mma.h", "const auto v = load<uint16_t>", until=";"),
+            region("input_grad_mma.h", "auto v = load<Vector<uint32_t, 4>>", until=";"),
+        ],
+        "P: write": [
+            region("input_grad_mma.h", "store(to.p.at(to_byte, 2)", until=";"),
+            region("input_grad_mma.h", "store(to.p.at(plane * 16", until=";"),
+        ],
+        "blocks: ldmatrix": [region("input_grad_mma.h", "load_transposed(a, blocks.at", until=";")],
+        "P: read": [
+            region("input_grad_mma.h", "load_transposed(b, from.p", until=";"),
+            region("input_grad_mma.h", "b[0] = load<uint32_t>", until=";"),
+            region("input_grad_mma.h", "b[1] = load<uint32_t>", until=";"),
+        ],
         "T: read": [
-            region("linear_input_grad.cu", "auto v = load<Vector<float, L::kOf>>(at)", until=";")
+            region("input_grad_fma.h", "auto v = load<Vector<float, L::kOf>>(at)", until=";")
         ],
-        "T: write": [region("linear_input_grad.cu", "store(at, v);", until=";")],
-        "blocks: read": [region("linear_input_grad.cu", "const auto bits = load", until=";")],
-        "T: read by all": [region("linear_input_grad.cu", "const auto v = load", until=";")],
+        "T: write": [region("input_grad_fma.h", "store(at, v);", until=";")],
+        "blocks: read (fp32)": [region("input_grad_fma.h", "const auto w = load", until=";")],
+        "T: read by all": [region("input_grad_fma.h", "const auto v =", until=";")],
         "sums: write": [
-            region("linear_input_grad.cu", "= sum[0][m];", until=";"),
-            region("linear_input_grad.cu", "= sum[1][m];", until=";"),
+            region("input_grad_mma.h", "to[8 * half] = sum;", until=";"),
+            region("input_grad_mma.h", "to[m * kSumPitch", until=";"),
+            region("input_grad_fma.h", "= sum[0][m];", until=";"),
+            region("input_grad_fma.h", "= sum[1][m];", until=";"),
         ],
-        "sums: read": [region("linear_input_grad.cu", "total += sums[", until=";")],
+        "sums: read": [
+            region("input_grad_mma.h", "float mma_total("),
+            region("input_grad_fma.h", "total += sums[", until=";"),
+        ],
     },
     "linear_bank_grad": {
         "T: read": [

@@ -1,9 +1,10 @@
 // What columns of a tile read from windows, found once for many lanes.
 //
 // A tile that reads windows lies in one strip of the window law, so rows of a column have
-// consecutive numbers. It begins and ends at multiples of 64, as do laps: 64 rows, a chunk, read one
-// lap of one window. Ahead of the columns that are worked on, a thread for each window evaluates the
-// law of units, for 8 columns at once, and then a thread for each chunk its address and signs, for 4.
+// consecutive numbers. It begins and ends at multiples of 64, as do laps: 64 rows, a chunk, read
+// one lap of one window. Ahead of the columns that are worked on, a thread for each window
+// evaluates the law of units, for 8 columns at once, and then a thread for each chunk its address
+// and signs, for 4.
 //
 // A block of threads counts its columns from 0, its first.
 
@@ -18,9 +19,19 @@ constexpr int kMaxChunks = 1024 / kChunk;
 constexpr int kAhead = 4;  // columns whose chunks are found at once
 constexpr int kChunkColumns = 2 * kAhead, kWindowColumns = 4 * kAhead;  // that are remembered
 
+// What entries of rows are: places, places and laps, or indices of S at batch 1, where each place
+// has four copies, 8 by 8 places: on different banks for rows of four neighbouring octets, of which
+// the law fixes no more than the residues of places modulo 8.
+enum class Entries { kPlaces, kLaps, kSpread };
+
+// Index of copy q modulo 4 of a place.
+RPG_FUNCTION int spread_place(int place, int q) {
+  return (place & ~7) * 4 + (place & 7) + 8 * (q & 3);
+}
+
 struct alignas(16) Chunk {
   uint32_t address;   // of its first row, counted from that of the first cell
-  uint32_t places;    // entry of the window's first slot: place, and lap
+  uint32_t places;    // entry of the window's first slot
   uint32_t signs[2];  // of rows 32 j ...: the first is bit 31
 };
 
@@ -86,8 +97,8 @@ RPG_FUNCTION void prepare_windows(const Layer& layer, const Tile& tile, const Co
   to[window] = {window_base(law, unit.z), unit.z - unit.p + law.offset, lap, count};
 }
 
-// Chunks of columns i ... i + 3, whose windows are there. LAPS: entries are to have laps.
-template <bool LAPS>
+// Chunks of columns i ... i + 3, whose windows are there.
+template <Entries ENTRIES>
 RPG_FUNCTION void prepare_chunks(const Layer& layer, const Tile& tile, const Columns& columns,
                                  const Range& range, int i) {
   const WindowBand& law = layer.law;
@@ -99,7 +110,9 @@ RPG_FUNCTION void prepare_chunks(const Layer& layer, const Tile& tile, const Col
   const uint32_t first = position(tile, b), p = first + kChunk * chunk;
   const uint32_t window = part_of(law, p) - part_of(law, first);
   Chunk out{p + to.windows[window].shift, window << log, {}};
-  if (LAPS) out.places |= (((p + law.offset) >> log) - ((first + law.offset) >> log)) << 24;
+  if (ENTRIES == Entries::kSpread) out.places *= 4;
+  if (ENTRIES == Entries::kLaps)
+    out.places |= (((p + law.offset) >> log) - ((first + law.offset) >> log)) << 24;
   if (layer.reflect == Reflect::kVector) {
     for (int j = 0; j < 2; ++j) {
       out.signs[j] = reversed(hash_word((p >> 5) + j, law.sign_key[0], law.sign_key[1]));
@@ -109,20 +122,20 @@ RPG_FUNCTION void prepare_chunks(const Layer& layer, const Tile& tile, const Col
 }
 
 // Before the loop over columns; ends with a barrier.
-template <bool LAPS>
+template <Entries ENTRIES>
 RPG_FUNCTION void prepare_first(const Layer& layer, const Tile& tile, const Columns& columns,
                                 const Range& range) {
   prepare_windows(layer, tile, columns, range, 0);
   sync();
-  prepare_chunks<LAPS>(layer, tile, columns, range, 0);
+  prepare_chunks<ENTRIES>(layer, tile, columns, range, 0);
   sync();
 }
 
 // Behind a barrier of column i, what columns from i + 4 on will need; visible after the next one.
-template <bool LAPS>
+template <Entries ENTRIES>
 RPG_FUNCTION void prepare_next(const Layer& layer, const Tile& tile, const Columns& columns,
                                const Range& range, int i) {
-  if ((i & 3) == 0) prepare_chunks<LAPS>(layer, tile, columns, range, i + 4);
+  if ((i & 3) == 0) prepare_chunks<ENTRIES>(layer, tile, columns, range, i + 4);
   if ((i & 7) == 2) prepare_windows(layer, tile, columns, range, i + 6);
 }
 

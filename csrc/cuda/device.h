@@ -171,7 +171,9 @@ RPG_FUNCTION T* kept(T* x) {
 
 RPG_FUNCTION uint32_t reversed(uint32_t bits) { return __brev(bits); }
 // Byte i of x in both halves.
-RPG_FUNCTION uint32_t byte_twice(uint32_t x, int i) { return __byte_perm(x, 0, 0x4040 + i * 0x101); }
+RPG_FUNCTION uint32_t byte_twice(uint32_t x, int i) {
+  return __byte_perm(x, 0, 0x4040 + i * 0x101);
+}
 
 RPG_FUNCTION float fused(float a, float b, float c) { return fmaf(a, b, c); }
 

@@ -8,8 +8,8 @@
 // each lane another's, exchanged by shuffles.
 //
 // Budget, as compiled for sm_90a: a warp takes 128 rows, 16 octets, with one set of keys: 50
-// instructions for the keys and 60 for each chunk of 64 rows, so 42 for 32 rows, 0.7 for a weight of
-// blocks of 64 with what columns.h finds.
+// instructions for the keys and 60 for each chunk of 64 rows, so 42 for 32 rows, 0.7 for a weight
+// of blocks of 64 with what columns.h finds.
 
 #pragma once
 
@@ -19,16 +19,17 @@ namespace rpg::RPG_DEVICE {
 
 constexpr uint32_t kTwice = 0x10001;  // times a half: both halves
 
-// What a lane does in all laps. It hashes, for one, factors of its residue, or summands, or the word
-// of an octet.
+// What a lane does in all laps. It hashes, for one, factors of its residue, or summands, or the
+// word of an octet.
 struct Lane {
   uint32_t shift, times, plus, key[2];
-  uint32_t mask, both;  // of the number of an octet, and of two
-  uint32_t octets;      // 0 to 3 and 4 to 7, in two halves
-  uint32_t above;       // bits 30 and 31: number modulo 4 of the octet that it hashes
+  uint32_t mask, both;   // of the number of an octet, and of two
+  uint32_t octets;       // 0 to 3 and 4 to 7, in two halves
+  uint32_t above;        // bits 30 and 31: number modulo 4 of the octet that it hashes
+  uint32_t each, first;  // slot of octet a: each a + first, the latter in two halves
 };
 
-RPG_FUNCTION Lane lane_of(const WindowBand& law) {
+RPG_FUNCTION Lane lane_of(const WindowBand& law, Entries entries) {
   const Scramble& s = law.scramble;
   const uint32_t lane = thread() % kWarp, which = lane < 8 ? 2 : lane < 16 ? 4 : 0;
   const uint32_t mask = (1u << s.bits) - 1;
@@ -43,10 +44,13 @@ RPG_FUNCTION Lane lane_of(const WindowBand& law) {
           kept(mask),
           kept(mask * kTwice),
           kept(lane / 8 * kTwice + (4 << 16)),
-          kept(lane << 30)};
+          kept(lane << 30),
+          entries == Entries::kSpread ? 32u : 8u,
+          kept((entries == Entries::kSpread ? lane : lane & 7) * kTwice)};
 }
 
-// One row of a tile: row first + of, of 32, the slot of its window, and its sign in bit 31.
+// One row of a tile: row first + of, of 32, the slot of its window, or of spread places, and its
+// sign in bit 31.
 struct Row {
   int first, of;
   uint32_t slot, sign;
@@ -85,12 +89,12 @@ RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const Colum
   } else {
     h = 0;
   }
-  // Of its octet: what row_of_residue multiplies with and adds, and above, in bits 27 to 31, what it
-  // changes the row with, and the octet's place among four.
+  // Of its octet: what row_of_residue multiplies with and adds, and above, in bits 27 to 31, what
+  // it changes the row with, and the octet's place among four.
   const uint32_t odd = h >> 3 | 1, word = (h & 7) | (h >> 29) << 27 | lane.above;
   RPG_UNROLL
   for (int i = 0; i < CHUNKS; ++i) {
-    const uint32_t slots = 8 * a[i] + c * kTwice;
+    const uint32_t slots = lane.each * a[i] + lane.first;
     RPG_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int from = 16 + 8 * i + 4 * half + quarter;
@@ -131,13 +135,20 @@ RPG_FUNCTION void window_entries(const Layer& layer, const Tile& tile, const Col
 }
 
 // The same of all other tiles.
+template <Entries ENTRIES>
 RPG_FUNCTION void row_entries(const Layer& layer, const Tile& tile, int b, const Stage& stage,
                               const Shared<uint32_t>& entry) {
   RPG_LOOP
   for (int i = thread(); i < tile.rows; i += kThreads) {
     const uint32_t p = position(layer, tile.row + i, b);
-    entry[i] = tile.fill == Fill::kGather ? i | (stage.entries[i] & 0x80000000u)
-                                          : ring_slot(layer, p) | block_sign(layer, p);
+    uint32_t place = i, sign = 0;
+    if (tile.fill == Fill::kGather) {
+      sign = stage.entries[i] & 0x80000000u;
+    } else {
+      place = ring_slot(layer, p), sign = block_sign(layer, p);
+    }
+    if (ENTRIES == Entries::kSpread) place = spread_place(place, i / 8);
+    entry[i] = place | sign;
   }
 }
 

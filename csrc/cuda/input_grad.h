@@ -1,4 +1,5 @@
-// What the two ways of linear_input_grad.cu share: arguments, and where things are in shared memory.
+// What the two ways of linear_input_grad.cu share: arguments, and where things are in shared
+// memory.
 
 #pragma once
 
@@ -19,8 +20,8 @@ struct InputGradKernelArgs {
   float scale;
   int batch;
   int splits;
-  int positions;  // of a lap, or of a tile that has none
-  int plane;      // positions of 8 rows of dy
+  int positions;                        // of a lap, or of a tile that has none
+  int plane;                            // positions of 8 rows of dy
   int terms, dy_at, entry, sums, last;  // bytes, see InputGradPlan
 };
 

@@ -5,8 +5,8 @@
 //
 // The tile's dy stays in registers, kRows · BATCH of a thread. Rows that read one window in one lap
 // read different places, so a lap's terms are added without atomics, with a barrier between laps:
-// the order of additions is that of the law. Rows of a ring that fits have no such order: there T is
-// row by row.
+// the order of additions is that of the law. Rows of a ring that fits have no such order: there T
+// is row by row.
 
 #pragma once
 
@@ -42,8 +42,8 @@ RPG_HOST InputGradPlan fma_plan(const Layer& layer, const Tiling& tiling, int ro
 
 template <int BATCH>
 struct InputGradFma {
-  Shared<float> t;          // [plane][positions][kOf]
-  Shared<uint32_t> entry;   // [rows]
+  Shared<float> t;         // [plane][positions][kOf]
+  Shared<uint32_t> entry;  // [rows]
   float dy[Lanes<BATCH>::kRows][BATCH];
 };
 
@@ -135,7 +135,7 @@ RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile, c
       clear_unread<BATCH>(args, tile, places, to, stage);
     }
   } else {
-    row_entries(layer, tile, b, stage, to.entry);
+    row_entries<Entries::kLaps>(layer, tile, b, stage, to.entry);
   }
   const int terms = tile.fill == Fill::kRing ? tile.rows : places;
   for (int plane = 0; plane < L::kPlanes; ++plane) {

@@ -127,8 +127,8 @@ RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& to,
   }
 }
 
-// P of a tile of windows. Where laps are cut by the ends of columns, positions that no row fills are
-// zeros, and so are blocks that no row reads: 0 times what they hold need not be 0.
+// P of a tile of windows. Where laps are cut by the ends of columns, positions that no row fills
+// are zeros, and so are blocks that no row reads: 0 times what they hold need not be 0.
 template <int BATCH>
 RPG_FUNCTION void put_windows(const InputGradKernelArgs& args, const Tile& tile,
                               const Column& column, const Lane& lane, const Stage& stage,
@@ -178,8 +178,9 @@ RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, in
   sync();
 }
 
-// What a warp and a lane do in all columns: the warp's 16 elements of a block, in parts of the slots.
-// Lanes 8 i ... give rows of matrix i: elements 0 to 7 and 8 to 15, of slots 0 to 7 and 8 to 15.
+// What a warp and a lane do in all columns: the warp's 16 elements of a block, in parts of the
+// slots. Lanes 8 i ... give rows of matrix i: elements 0 to 7 and 8 to 15, of slots 0 to 7 and 8
+// to 15.
 struct Share {
   int part, parts;
   int slot, chunk;  // that the lane gives
@@ -201,8 +202,9 @@ RPG_FUNCTION Share share_of(const Layer& layer) {
           kept(row * kSumPitch + 16 * elements + lane / 4)};
 }
 
-// Bytes at which a lane reads P for LAPS laps from `lap` on, less the first slot's. Lanes give rows of two
-// fragments at a time: of two laps, or of both planes of one. At batch 1 a lane reads one of 8 laps.
+// Bytes at which a lane reads P for LAPS laps from `lap` on, less the first slot's. Lanes give rows
+// of two fragments at a time: of two laps, or of both planes of one. At batch 1 a lane reads one of
+// 8 laps.
 template <int BATCH, int LAPS>
 struct Operand {
   static constexpr int kReads = BATCH == 8 ? (LAPS + 1) / 2 : LAPS;

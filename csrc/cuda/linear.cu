@@ -49,7 +49,7 @@ struct LinearKernelArgs {
   float scale;
   int batch;
   int splits;
-  bool x_aligned;  // rows of x begin at multiples of 16 bytes
+  bool x_aligned;                     // rows of x begin at multiples of 16 bytes
   int s, entry, x_at, x_bytes, last;  // in shared memory: shared_plan
 };
 
@@ -71,23 +71,22 @@ RPG_FUNCTION void multiply(Mma<Float16>, const MultiplyArgs& args) { multiply_fl
 template <class Math, int BATCH>
 struct Shape {
   static constexpr int kRows = BATCH <= 16 ? 4 : 2;  // of a thread
-  // S: one float for each place, or planes of 4 rows of x.
-  static constexpr int kPlanes = BATCH == 1 ? 1 : BATCH / 4;
-  static constexpr int kLanes = BATCH == 1 ? 1 : 4;
+  static constexpr int kPlanes = BATCH / 4;          // of S, from batch 8 on: of 4 rows of x
   static constexpr int kBytes = sizeof(typename Math::Number::Bits);
-  static constexpr int kXRows = Math::kTensorCores && BATCH < 8 ? 8 : BATCH;
+  // Floats of a place in S: at batch 1 there are four copies, see entries.h.
+  static constexpr int kSums = BATCH == 1 ? 4 : BATCH;
+  static constexpr int kTiles = (BATCH + 7) / 8;  // of 8 rows of x, for tensor cores
 
   // Bytes of a row of x.
   RPG_LAW int x_pitch(int block) { return block * kBytes + kPad; }
 };
 
-// S of one plane: 4 sums of a place, or 1. Four places between planes put two of them, which the
+// S of one plane: 4 sums of a place. Four places between planes put two of them, which the
 // lanes of a store of products write, on different banks.
 constexpr int kBetween = 4;
 
-template <int LANES>
 RPG_FUNCTION int s_at(int plane, int place, int places) {
-  return (plane * (places + kBetween) + place) * LANES;
+  return (plane * (places + kBetween) + place) * 4;
 }
 
 // Where things are in shared memory, behind the stages.
@@ -108,7 +107,7 @@ RPG_HOST SharedPlan shared_plan(const Layer& layer, const Tiling& tiling, int ro
   return out;
 }
 
-// This thread's 16 bytes of a column of x: kXRows rows have no more of them than there are threads.
+// This thread's 16 bytes of a column of x: its rows have no more of them than there are threads.
 struct XCopy {
   const char* from;  // of column 0
   int to;            // in shared memory
@@ -119,10 +118,10 @@ struct XCopy {
 template <class Math, int BATCH>
 RPG_FUNCTION XCopy x_copy(const LinearKernelArgs& args, int m0) {
   using S = Shape<Math, BATCH>;
-  static_assert(S::kXRows * 64 * S::kBytes / 16 <= kThreads, "16 bytes of x for a thread");
+  static_assert(BATCH * 64 * S::kBytes / 16 <= kThreads, "16 bytes of x for a thread");
   const int log = args.layout.log_chunks, m = thread() >> log;
   const int c = thread() & ((1 << log) - 1), e = c * (16 / S::kBytes), block = args.layer.block;
-  const bool any = args.x_aligned && m < S::kXRows, row = any && m0 + m < args.batch;
+  const bool any = args.x_aligned && m < BATCH, row = any && m0 + m < args.batch;
   const int end = row ? (args.layer.columns - e + block - 1) / block : 0;
   const int64_t from = row ? int64_t{m0 + m} * args.layer.columns + e : 0;
   return {kept(static_cast<const char*>(args.x) + from * S::kBytes),
@@ -144,7 +143,7 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0
   const int block = args.layer.block, columns = args.layer.columns, column = b * block;
   const Bits* const x = static_cast<const Bits*>(args.x);
   RPG_LOOP
-  for (int i = thread(); i < S::kXRows * block; i += kThreads) {
+  for (int i = thread(); i < BATCH * block; i += kThreads) {
     const int m = i / block, e = i - m * block;
     const bool valid = m0 + m < args.batch && column + e < columns;
     *reinterpret_cast<Bits*>(to.at(m * S::x_pitch(block) + e * S::kBytes, S::kBytes)) =
@@ -154,7 +153,7 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0
 
 // What a lane reads and writes in all products: chunks of the first block of a warp's 16, for four
 // steps of 16 elements; bytes of x; sums of place g, or of g + 8 behind it, of rows 8 n + 2 t and
-// the next.
+// the next, or at batch 1 copy t.
 template <int TILES>
 struct ProductLane {
   int at[4], x, to[TILES];
@@ -163,29 +162,30 @@ struct ProductLane {
 template <class Math, int BATCH>
 RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
   using Sh = Shape<Math, BATCH>;
-  ProductLane<Sh::kXRows / 8> out;
+  ProductLane<Sh::kTiles> out;
   const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
   const int block = args.layer.block, chunks = block / 8;
   // Lanes 0 to 15 give rows 0 to 15 of the first 8 elements of a step, the others of the next 8.
   const int row = lane % 16 * chunks, swap = chunk_at(lane % 16, lane / 16, chunks) - row;
   RPG_UNROLL
   for (int k = 0; k < 4; ++k) out.at[k] = kept(row + (swap ^ 2 * k));
-  out.x = kept(lane % 8 * Sh::x_pitch(block) + 16 * (lane / 8));
+  // At batch 1 all 8 columns of the product are those of one row.
+  out.x = kept((BATCH == 1 ? 0 : lane % 8 * Sh::x_pitch(block)) + 16 * (lane / 8));
   RPG_UNROLL
-  for (int n = 0; n < Sh::kXRows / 8; ++n) {
-    const int place = s_at<4>(2 * n + t / 2, g, args.tiling.places) + 2 * (t % 2);
-    out.to[n] = kept(BATCH == 1 ? g : place);
+  for (int n = 0; n < Sh::kTiles; ++n) {
+    const int place = s_at(2 * n + t / 2, g, args.tiling.places) + 2 * (t % 2);
+    out.to[n] = kept(BATCH == 1 ? 8 * t + g : place);
   }
   return out;
 }
 
-// S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch. What lies behind `used`
-// places is multiplied up to a multiple of 16, and never read.
+// S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch. What lies behind
+// `used` places is multiplied up to a multiple of 16, and never read.
 template <class Math, int BATCH, class ProductLane>
 RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& lane, int used,
                                const Stage& stage, const Shared<char>& x, const Shared<float>& s) {
   using Sh = Shape<Math, BATCH>;
-  constexpr int kTiles = Sh::kXRows / 8;
+  constexpr int kTiles = Sh::kTiles;
   const int block = args.layer.block, chunks = block / 8;
   // Elements 32 half ... of x: [tile][half], fragments of two steps of 16.
   uint32_t b[kTiles][2][4];
@@ -197,7 +197,7 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& 
   RPG_LOOP
   for (int first = thread() / kWarp * 16; first < used; first += kWarps * 16) {
     const Shared<uint4> blocks = stage.blocks.from(first * chunks);
-    const Shared<float> sums = s.from(BATCH == 1 ? first : 4 * first);
+    const Shared<float> sums = s.from(4 * first);
     float c[kTiles][4] = {};
     const auto step = [&](int k) {
       uint32_t a[4];
@@ -216,7 +216,7 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& 
       RPG_UNROLL
       for (int half = 0; half < 2; ++half) {
         if constexpr (BATCH == 1) {
-          if (thread() % 4 == 0) sums[lane.to[n] + 8 * half] = c[n][2 * half];
+          sums[lane.to[n] + 32 * half] = c[n][2 * half];
         } else {
           store(sums.at(lane.to[n] + 32 * half, 2),
                 Vector<float, 2>{{c[n][2 * half], c[n][2 * half + 1]}});
@@ -244,12 +244,19 @@ RPG_FUNCTION void products_fma(const LinearKernelArgs& args, int used, const Sta
         for (int e = 0; e < 4; ++e) sum[m] = fused(w.of[e], v.of[e], sum[m]);
       }
     }
-    RPG_UNROLL
-    for (int plane = 0; plane < Sh::kPlanes; ++plane) {
-      Vector<float, Sh::kLanes> v;
+    if constexpr (BATCH == 1) {
       RPG_UNROLL
-      for (int m = 0; m < Sh::kLanes; ++m) v.of[m] = sum[plane * Sh::kLanes + m];
-      store(s.at(s_at<Sh::kLanes>(plane, place, args.tiling.places), Sh::kLanes), v);
+      for (int i = 0; i < 4; ++i) {
+        s[spread_place(place, thread() / 8 + i)] = sum[0];
+      }
+    } else {
+      RPG_UNROLL
+      for (int plane = 0; plane < Sh::kPlanes; ++plane) {
+        Vector<float, 4> v;
+        RPG_UNROLL
+        for (int m = 0; m < 4; ++m) v.of[m] = sum[4 * plane + m];
+        store(s.at(s_at(plane, place, args.tiling.places), 4), v);
+      }
     }
   }
 }
@@ -277,7 +284,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
   const bool ring = tile.fill == Fill::kRing, windows = tile.fill == Fill::kWindows;
 
   const Layout& layout = args.layout;
-  const Shared<float> s(args.s, Sh::kPlanes * Sh::kLanes * (tiling.places + kBetween));
+  const Shared<float> s(args.s, Sh::kSums * (tiling.places + kBetween));
   const Shared<uint32_t> entry(args.entry, kMaxRows);
   const auto x_of = [&](int i) { return Shared<char>(args.x_at + i * args.x_bytes, args.x_bytes); };
   const Copies copies = copies_of(layout, args.bank);
@@ -296,13 +303,14 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     }
     commit_copies();
   };
-  const Lane lane = lane_of(layer.law);
+  constexpr Entries kEntries = BATCH == 1 ? Entries::kSpread : Entries::kPlaces;
+  const Lane lane = lane_of(layer.law, kEntries);
   const int unfinished = kept(unfinished_from(layer));
   [[maybe_unused]] const auto product = product_lane<Math, BATCH>(args);
   float y[Sh::kRows][BATCH] = {};
   // Rows behind the tile's read the first place, and are not written.
   for (int i = tile.rows + thread(); i < kMaxRows; i += kThreads) entry[i] = 0;
-  if (windows) prepare_first<false>(layer, tile, layout.columns, range);
+  if (windows) prepare_first<kEntries>(layer, tile, layout.columns, range);
   for (int i = 0; i < kStages; ++i) {
     if (tile.fill == Fill::kGather && first + i < end) {
       prepare_rows(layer, tile, first + i, stage_of(layout, tiling, i));
@@ -323,7 +331,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     if (windows) {
       window_entries(layer, tile, column, lane, entry);
     } else {
-      row_entries(layer, tile, b, stage, entry);
+      row_entries<kEntries>(layer, tile, b, stage, entry);
     }
     if constexpr (Math::kTensorCores) {
       products_mma<Math, BATCH>(args, product, used, stage, x_of(now), s);
@@ -334,25 +342,22 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     if (tile.fill == Fill::kGather && b + kStages < end) {
       prepare_rows(layer, tile, b + kStages, stage);
     }
-    if (windows) prepare_next<false>(layer, tile, layout.columns, range, b - first);
+    if (windows) prepare_next<kEntries>(layer, tile, layout.columns, range, b - first);
     RPG_UNROLL
     for (int k = 0; k < Sh::kRows; ++k) {
       if (k * kThreads >= tile.rows) break;
       const uint32_t at = entry[thread() + k * kThreads];
       const int place = static_cast<int>(at & 0x7FFFFFFF);
-      if constexpr (BATCH == 1) {
+      if (BATCH == 1) {
         y[k][0] += as_float(as_bits(s[place]) ^ (at & 0x80000000u));
-        continue;
       }
       const float sign = sign_of(at);
       RPG_UNROLL
       for (int plane = 0; plane < Sh::kPlanes; ++plane) {
-        const auto v = load<Vector<float, Sh::kLanes>>(
-            s.at(s_at<Sh::kLanes>(plane, place, tiling.places), Sh::kLanes));
+        const auto v = load<Vector<float, 4>>(s.at(s_at(plane, place, tiling.places), 4));
         RPG_UNROLL
-        for (int m = 0; m < Sh::kLanes; ++m) {
-          float& to = y[k][plane * Sh::kLanes + m];
-          to = fused(sign, v.of[m], to);
+        for (int m = 0; m < 4; ++m) {
+          y[k][4 * plane + m] = fused(sign, v.of[m], y[k][4 * plane + m]);
         }
       }
     }
@@ -400,9 +405,8 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args) {
   to.layer = layer_of(law, args.columns);
   to.tiling = tiling_of(plan);
   to.bank = bank_of(args.ring, law.slots, law.granularity * Sh::kBytes);
-  to.x_bytes = Sh::kXRows * Sh::x_pitch(law.granularity);
-  const SharedPlan at =
-      shared_plan(to.layer, to.tiling, to.bank.row_bytes, to.x_bytes, Sh::kPlanes * Sh::kLanes);
+  to.x_bytes = BATCH * Sh::x_pitch(law.granularity);
+  const SharedPlan at = shared_plan(to.layer, to.tiling, to.bank.row_bytes, to.x_bytes, Sh::kSums);
   to.layout = at.layout, to.s = at.s, to.entry = at.entry, to.x_at = at.x, to.last = at.last;
   to.x = args.x, to.bias = args.bias, to.y = args.y;
   to.partial = args.workspace, to.counters = args.counters;
@@ -433,9 +437,8 @@ Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, int64_t column
   const Layer layer = layer_of(law, columns);
   const bool tensor_cores = dtype != Dtype::kFloat32;
   const auto bytes = [&](const Tiling& tiling, int batch_tile) {
-    const int x_rows = tensor_cores && batch_tile < 8 ? 8 : batch_tile;
-    return shared_plan(layer, tiling, block * size, x_rows * (block * size + kPad), batch_tile)
-        .bytes;
+    const int x_bytes = batch_tile * (block * size + kPad), sums = batch_tile == 1 ? 4 : batch_tile;
+    return shared_plan(layer, tiling, block * size, x_bytes, sums).bytes;
   };
   Plan out = plan_tiles(law, block * size, batch, tensor_cores ? 32 : 16, device, bytes);
   if (out.splits > 1) {

@@ -1,8 +1,8 @@
 // linear_input_grad: dx [batch, K] = scale · dy [batch, N] · (G ring), Ŵ = G ring never in memory.
 //
-// The adjoint of linear.cu, and cut in the same way: tiles of rows x splits of the columns x tiles of
-// the batch, 256 threads. For each column of blocks the rows of dy are brought to the stored blocks
-// that their rows of the tile read, and each block is multiplied once:
+// The adjoint of linear.cu, and cut in the same way: tiles of rows x splits of the columns x tiles
+// of the batch, 256 threads. For each column of blocks the rows of dy are brought to the stored
+// blocks that their rows of the tile read, and each block is multiplied once:
 //
 //   dx[m, column] = Σ_place (Σ ± dy[row, m], rows that read the place) block(place)
 //
@@ -88,7 +88,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const int parts = kFma ? 2 * kPitch : kWarps / (layer.block / 16) * kSumPitch;
   const Shared<float> sums(args.sums, parts * BATCH);
   const Copies copies = copies_of(layout, args.bank);
-  const Lane lane = lane_of(layer.law);
+  const Lane lane = lane_of(layer.law, Entries::kLaps);
   const int unfinished = kept(unfinished_from(layer));
   const Share share = share_of<BATCH>(layer);
   const Output out = output_of(args, m0);
@@ -105,7 +105,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     commit_copies();
   };
 
-  if (windows) prepare_first<true>(layer, tile, layout.columns, range);
+  if (windows) prepare_first<Entries::kLaps>(layer, tile, layout.columns, range);
   for (int i = 0; i < kStages; ++i) {
     if (tile.fill == Fill::kGather && first + i < end) {
       prepare_rows(layer, tile, first + i, stage_of(layout, tiling, i));
@@ -143,7 +143,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
       }
       input_grad_products<Math, BATCH>(args, tile, column, share, stage, dy, sums);
     }
-    if (windows) prepare_next<true>(layer, tile, layout.columns, range, b - first);
+    if (windows) prepare_next<Entries::kLaps>(layer, tile, layout.columns, range, b - first);
     sync();
     if (tile.fill == Fill::kGather && b + kStages < end) {
       prepare_rows(layer, tile, b + kStages, stage);

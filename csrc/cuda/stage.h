@@ -34,11 +34,12 @@ struct Stage {
   Shared<uint32_t> entries;  // [rest], for kGather: slot and sign
 };
 
-// Where a block's stages are in shared memory, found on the host: bytes, `end` the first behind them.
+// Where a block's stages are in shared memory, found on the host: bytes, `end` the first behind
+// them.
 struct Layout {
-  int log_chunks;           // of 16 bytes, of a block of the bank
-  int passes;               // of all threads, a chunk each, through a window
-  int stage;                // from one stage to the next
+  int log_chunks;  // of 16 bytes, of a block of the bank
+  int passes;      // of all threads, a chunk each, through a window
+  int stage;       // from one stage to the next
   Columns columns;
   int entries, entry_step;  // of gathered stages
   int end;
@@ -89,8 +90,8 @@ RPG_FUNCTION int places_of(const Layer& layer, const Column& column) {
   return static_cast<int>(column.windows[0].count << (layer.law.scramble.bits + 3));
 }
 
-// This thread's first chunk of each window: in the ring, of a window that begins with slot 0, and in
-// a stage. Its others are kThreads chunks apart in both, and 8 or more blocks, so that they are
+// This thread's first chunk of each window: in the ring, of a window that begins with slot 0, and
+// in a stage. Its others are kThreads chunks apart in both, and 8 or more blocks, so that they are
 // exchanged in one way.
 struct Copies {
   const char* from;
@@ -200,8 +201,8 @@ RPG_FUNCTION void clear_padding(int places, int valid, int block, const Stage& s
   }
 }
 
-// The first column whose stage, once it has arrived, is not yet what products may read: from there on
-// each needs `finish`.
+// The first column whose stage, once it has arrived, is not yet what products may read: from there
+// on each needs `finish`.
 RPG_FUNCTION int unfinished_from(const Layer& layer) {
   if (layer.reflect == Reflect::kElement) return 0;
   return layer.columns % layer.block ? layer.blocks - 1 : layer.blocks;
