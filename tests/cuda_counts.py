@@ -68,26 +68,26 @@ _COMMON = {
 }
 LINEAR = {
     **_COMMON,
-    "x": [region("linear.cu", "void fill_x(")],
-    "x, not aligned": [region("linear.cu", "i < BATCH * block;")],
-    "fragments": [region("linear.cu", "void products_mma(")],
+    "x": [region("linear_products.h", "void fill_x(")],
+    "x, not aligned": [region("linear_products.h", "i < BATCH * block;")],
+    "fragments": [region("linear_products.h", "void products_mma(")],
     "products": [
-        region("linear.cu", "first < used; first += kWarps * 16) {"),
-        region("linear.cu", "place < used; place += kThreads) {"),
+        region("linear_products.h", "first < used; first += kWarps * 16) {"),
+        region("linear_products.h", "place < used; place += kThreads) {"),
     ],
-    "steps": [region("linear.cu", "for (int c = 0; c < chunks; ++c) {")],
+    "steps": [region("linear_products.h", "for (int c = 0; c < chunks; ++c) {")],
     "sums": [region("linear.cu", "for (int k = 0; k < Sh::kRows; ++k) {")],
 }
 INPUT_GRAD = {
     **_COMMON,
     "cut": [
-        region("input_grad_mma.h", "void clear("),
-        region("input_grad_mma.h", "if (cut) {"),
-        region("input_grad_mma.h", "if (cut) to.flag", until=";"),
-        region("input_grad_mma.h", "i < places; i += kThreads) {"),
+        region("input_grad_permute.h", "void clear("),
+        region("input_grad_permute.h", "if (cut) {"),
+        region("input_grad_permute.h", "if (cut) to.flag", until=";"),
+        region("input_grad_permute.h", "i < places; i += kThreads) {"),
         region("input_grad_fma.h", "void clear_unread("),
     ],
-    "put rows": [region("input_grad_mma.h", "void put_rows(")],
+    "put rows": [region("input_grad_permute.h", "void put_rows(")],
     "fragments": [region("input_grad_mma.h", "void input_grad_products(")],
     "each window": [region("input_grad_mma.h", "for (int i = 0; i < windows; ++i) {")],
     "eight laps": [region("input_grad_mma.h", "for (; lap < end; lap += 8) {")],

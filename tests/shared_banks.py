@@ -31,19 +31,19 @@ _WINDOWS = {
 SITES = {
     "linear": {
         **_WINDOWS,
-        "x: cp.async": [region("linear.cu", "copy_async(to.at(copy.to, 16)", until=";")],
+        "x: cp.async": [region("linear_products.h", "copy_async(to.at(copy.to, 16)", until=";")],
         "entries: write": [region("entries.h", "entry.behind(4 * row.first)", until=";")],
-        "blocks: ldmatrix": [region("linear.cu", "load_matrices(a,", until=";")],
-        "x: ldmatrix": [region("linear.cu", "load_matrices(b[n][0],", until="64, 16));")],
+        "blocks: ldmatrix": [region("linear_products.h", "load_matrices(a,", until=";")],
+        "x: ldmatrix": [region("linear_products.h", "load_matrices(b[n][0],", until="64, 16));")],
         "S: write": [
-            region("linear.cu", "sums[lane.to[n] + 32 * half]", until=";"),
-            region("linear.cu", "store(sums.at(lane.to[n]", until=";"),
-            region("linear.cu", "s[spread_place(place", until=";"),
-            region("linear.cu", "store(s.at(s_at(plane", until=";"),
+            region("linear_products.h", "sums[lane.to[n] + 32 * half]", until=";"),
+            region("linear_products.h", "store(sums.at(lane.to[n]", until=";"),
+            region("linear_products.h", "s[spread_place(place", until=";"),
+            region("linear_products.h", "store(s.at(s_at(plane", until=";"),
         ],
-        "blocks: read (fp32)": [region("linear.cu", "const auto w = load", until=";")],
+        "blocks: read (fp32)": [region("linear_products.h", "const auto w = load", until=";")],
         "x: read (fp32)": [
-            region("linear.cu", "const auto v = load<Vector<float, 4>>(x", until=";")
+            region("linear_products.h", "const auto v = load<Vector<float, 4>>(x", until=";")
         ],
         "entries: read": [region("linear.cu", "= entry[thread() + k * kThreads]", until=";")],
         "S: read": [
@@ -54,12 +54,12 @@ SITES = {
     "linear_input_grad": {
         **_WINDOWS,
         "dy: read": [
-            region("input_grad_mma.h", "const auto v = load<uint16_t>", until=";"),
-            region("input_grad_mma.h", "auto v = load<Vector<uint32_t, 4>>", until=";"),
+            region("input_grad_permute.h", "const auto v = load<uint16_t>", until=";"),
+            region("input_grad_permute.h", "auto v = load<Vector<uint32_t, 4>>", until=";"),
         ],
         "P: write": [
-            region("input_grad_mma.h", "store(to.p.at(to_byte, 2)", until=";"),
-            region("input_grad_mma.h", "store(to.p.at(plane * 16", until=";"),
+            region("input_grad_permute.h", "store(to.p.at(to_byte, 2)", until=";"),
+            region("input_grad_permute.h", "store(to.p.at(plane * 16", until=";"),
         ],
         "blocks: ldmatrix": [region("input_grad_mma.h", "load_transposed(a, blocks.at", until=";")],
         "P: read": [

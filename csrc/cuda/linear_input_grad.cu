@@ -24,11 +24,6 @@ namespace rpg::RPG_DEVICE {
 
 namespace {
 
-// Fp32 numbers.
-struct Fma {
-  using Number = Float32;
-};
-
 // The element of dx of each block that this thread writes: of rows m, m + step ... of the batch.
 struct Output {
   int e, m, step;

@@ -1,0 +1,227 @@
+// Products of linear.cu: S = blocks · xᵀ of a column, in shared memory.
+//
+// A warp takes 16 blocks by tensor cores, all of the batch: `ldmatrix` brings 16 x 16 of the bank
+// and x, whose fragments are read once for a column; S is written 8 bytes at a time. In fp32 a
+// thread takes a block. S: planes of 4 sums for each place, or at batch 1 four copies of one.
+
+#pragma once
+
+#include "entries.h"
+#include "multiply.h"
+#include "plan.h"
+
+namespace rpg::RPG_DEVICE {
+
+constexpr int kPad = 16;  // bytes behind a row of x, so that rows begin on different banks
+
+struct LinearKernelArgs {
+  Layer layer;
+  Tiling tiling;
+  Layout layout;
+  Bank bank;
+  const void* x;       // [batch, K]
+  const float* bias;   // [N] or null
+  void* y;             // [batch, N]
+  float* partial;      // [splits, batch, N]
+  unsigned* counters;  // [batch tiles, tiles]
+  float scale;
+  int batch;
+  int splits;
+  bool x_aligned;                     // rows of x begin at multiples of 16 bytes
+  int s, entry, x_at, x_bytes, last;  // in shared memory: shared_plan
+};
+
+template <class Math, int BATCH>
+struct Shape {
+  static constexpr int kRows = BATCH <= 16 ? 4 : 2;  // of a thread
+  static constexpr int kPlanes = BATCH / 4;          // of S, from batch 8 on: of 4 rows of x
+  static constexpr int kBytes = sizeof(typename Math::Number::Bits);
+  // Floats of a place in S: at batch 1 there are four copies, see entries.h.
+  static constexpr int kSums = BATCH == 1 ? 4 : BATCH;
+  static constexpr int kTiles = (BATCH + 7) / 8;  // of 8 rows of x, for tensor cores
+
+  // Bytes of a row of x.
+  RPG_LAW int x_pitch(int block) { return block * kBytes + kPad; }
+};
+
+// S of one plane: 4 sums of a place. Four places between planes put two of them, which the
+// lanes of a store of products write, on different banks.
+constexpr int kBetween = 4;
+
+RPG_FUNCTION int s_at(int plane, int place, int places) {
+  return (plane * (places + kBetween) + place) * 4;
+}
+
+// Where things are in shared memory, behind the stages.
+struct SharedPlan {
+  Layout layout;
+  int s, entry, x, last, bytes;
+};
+
+RPG_HOST SharedPlan shared_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
+                                int x_bytes, int s_floats) {
+  SharedPlan out{};
+  out.layout = layout_of(layer, tiling, row_bytes);
+  out.s = out.layout.end;
+  out.entry = out.s + 4 * s_floats * (tiling.places + kBetween);
+  out.x = out.entry + 4 * kMaxRows;
+  out.last = out.x + kStages * x_bytes;
+  out.bytes = out.last + 16;
+  return out;
+}
+
+// This thread's 16 bytes of a column of x: its rows have no more of them than there are threads.
+struct XCopy {
+  const char* from;  // of column 0
+  int to;            // in shared memory
+  int end;           // columns b < end have them; in all others they are zeros
+  bool any;
+};
+
+template <class Math, int BATCH>
+RPG_FUNCTION XCopy x_copy(const LinearKernelArgs& args, int m0) {
+  using S = Shape<Math, BATCH>;
+  static_assert(BATCH * 64 * S::kBytes / 16 <= kThreads, "16 bytes of x for a thread");
+  const int log = args.layout.log_chunks, m = thread() >> log;
+  const int c = thread() & ((1 << log) - 1), e = c * (16 / S::kBytes), block = args.layer.block;
+  const bool any = args.x_aligned && m < BATCH, row = any && m0 + m < args.batch;
+  const int end = row ? (args.layer.columns - e + block - 1) / block : 0;
+  const int64_t from = row ? int64_t{m0 + m} * args.layer.columns + e : 0;
+  return {kept(static_cast<const char*>(args.x) + from * S::kBytes),
+          kept(m * S::x_pitch(block) + 16 * c), kept(end), any};
+}
+
+// x [rows m0 ..., column b] into shared memory; zeros behind the batch and the end of a row.
+template <class Math, int BATCH>
+RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0, int b,
+                         const Shared<char>& to) {
+  using Bits = typename Math::Number::Bits;
+  using S = Shape<Math, BATCH>;
+  if (copy.any) {
+    const bool valid = b < copy.end;
+    const uint32_t at = valid ? b : 0;
+    copy_async(to.at(copy.to, 16), copy.from + uint64_t{at} * args.bank.row_bytes, valid);
+  }
+  if (args.x_aligned) return;
+  const int block = args.layer.block, columns = args.layer.columns, column = b * block;
+  const Bits* const x = static_cast<const Bits*>(args.x);
+  RPG_LOOP
+  for (int i = thread(); i < BATCH * block; i += kThreads) {
+    const int m = i / block, e = i - m * block;
+    const bool valid = m0 + m < args.batch && column + e < columns;
+    *reinterpret_cast<Bits*>(to.at(m * S::x_pitch(block) + e * S::kBytes, S::kBytes)) =
+        valid ? x[int64_t{m0 + m} * columns + column + e] : Bits{0};
+  }
+}
+
+// What a lane reads and writes in all products: chunks of the first block of a warp's 16, for four
+// steps of 16 elements; bytes of x; sums of place g, or of g + 8 behind it, of rows 8 n + 2 t and
+// the next, or at batch 1 copy t.
+template <int TILES>
+struct ProductLane {
+  int at[4], x, to[TILES];
+};
+
+template <class Math, int BATCH>
+RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
+  using Sh = Shape<Math, BATCH>;
+  ProductLane<Sh::kTiles> out;
+  const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
+  const int block = args.layer.block, chunks = block / 8;
+  // Lanes 0 to 15 give rows 0 to 15 of the first 8 elements of a step, the others of the next 8.
+  const int row = lane % 16 * chunks, swap = chunk_at(lane % 16, lane / 16, chunks) - row;
+  RPG_UNROLL
+  for (int k = 0; k < 4; ++k) out.at[k] = kept(row + (swap ^ 2 * k));
+  // At batch 1 all 8 columns of the product are those of one row.
+  out.x = kept((BATCH == 1 ? 0 : lane % 8 * Sh::x_pitch(block)) + 16 * (lane / 8));
+  RPG_UNROLL
+  for (int n = 0; n < Sh::kTiles; ++n) {
+    const int place = s_at(2 * n + t / 2, g, args.tiling.places) + 2 * (t % 2);
+    out.to[n] = kept(BATCH == 1 ? 8 * t + g : place);
+  }
+  return out;
+}
+
+// S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch. What lies behind
+// `used` places is multiplied up to a multiple of 16, and never read.
+template <class Math, int BATCH, class ProductLane>
+RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& lane, int used,
+                               const Stage& stage, const Shared<char>& x, const Shared<float>& s) {
+  using Sh = Shape<Math, BATCH>;
+  constexpr int kTiles = Sh::kTiles;
+  const int block = args.layer.block, chunks = block / 8;
+  // Elements 32 half ... of x: [tile][half], fragments of two steps of 16.
+  uint32_t b[kTiles][2][4];
+  RPG_UNROLL
+  for (int n = 0; n < kTiles; ++n) {
+    load_matrices(b[n][0], x.at(lane.x + 8 * n * Sh::x_pitch(block), 16));
+    if (block == 64) load_matrices(b[n][1], x.at(lane.x + 8 * n * Sh::x_pitch(block) + 64, 16));
+  }
+  RPG_LOOP
+  for (int first = thread() / kWarp * 16; first < used; first += kWarps * 16) {
+    const Shared<uint4> blocks = stage.blocks.from(first * chunks);
+    const Shared<float> sums = s.from(4 * first);
+    float c[kTiles][4] = {};
+    const auto step = [&](int k) {
+      uint32_t a[4];
+      load_matrices(a, blocks.at(lane.at[k], 1));
+      RPG_UNROLL
+      for (int n = 0; n < kTiles; ++n) multiply(Math{}, {c[n], a, b[n][k / 2] + 2 * (k % 2)});
+    };
+    step(0);
+    step(1);
+    if (block == 64) {
+      step(2);
+      step(3);
+    }
+    RPG_UNROLL
+    for (int n = 0; n < kTiles; ++n) {
+      RPG_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (BATCH == 1) {
+          sums[lane.to[n] + 32 * half] = c[n][2 * half];
+        } else {
+          store(sums.at(lane.to[n] + 32 * half, 2),
+                Vector<float, 2>{{c[n][2 * half], c[n][2 * half + 1]}});
+        }
+      }
+    }
+  }
+}
+
+// The same in fp32: a thread takes a place.
+template <int BATCH>
+RPG_FUNCTION void products_fma(const LinearKernelArgs& args, int used, const Stage& stage,
+                               const Shared<char>& x, const Shared<float>& s) {
+  using Sh = Shape<Fma, BATCH>;
+  const int chunks = args.layer.block / 4, pitch = Sh::x_pitch(args.layer.block);
+  RPG_LOOP
+  for (int place = thread(); place < used; place += kThreads) {
+    float sum[BATCH] = {};
+    for (int c = 0; c < chunks; ++c) {
+      const auto w = load<Vector<float, 4>>(stage.blocks.at(chunk_at(place, c, chunks), 1));
+      RPG_UNROLL
+      for (int m = 0; m < BATCH; ++m) {
+        const auto v = load<Vector<float, 4>>(x.at(m * pitch + 16 * c, 16));
+        RPG_UNROLL
+        for (int e = 0; e < 4; ++e) sum[m] = fused(w.of[e], v.of[e], sum[m]);
+      }
+    }
+    if constexpr (BATCH == 1) {
+      RPG_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        s[spread_place(place, thread() / 8 + i)] = sum[0];
+      }
+    } else {
+      RPG_UNROLL
+      for (int plane = 0; plane < Sh::kPlanes; ++plane) {
+        Vector<float, 4> v;
+        RPG_UNROLL
+        for (int m = 0; m < 4; ++m) v.of[m] = sum[4 * plane + m];
+        store(s.at(s_at(plane, place, args.tiling.places), 4), v);
+      }
+    }
+  }
+}
+
+}  // namespace rpg::RPG_DEVICE
