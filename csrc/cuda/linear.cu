@@ -83,19 +83,19 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
   // Rows behind the tile's read the first place, and are not written.
   for (int i = tile.rows + thread(); i < kMaxRows; i += kThreads) entry[i] = 0;
   if (windows) prepare_first<kEntries>(layer, tile, layout.columns, range);
-  for (int i = 0; i < kStages; ++i) {
+  for (int i = 0; i < layout.depth; ++i) {
     if (tile.fill == Fill::kGather && first + i < end) {
       prepare_rows(layer, tile, first + i, stage_of(layout, tiling, i));
     }
   }
   sync();
-  for (int i = 0; i < kStages - 1; ++i) begin(first + i, i);
+  for (int i = 0; i < layout.depth - 1; ++i) begin(first + i, i);
   int now = 0;  // stage of column b
   RPG_LOOP
-  for (int b = first; b < end; ++b, now = stage_after(now, 1)) {
-    wait_copies<kStages - 2>();
+  for (int b = first; b < end; ++b, now = stage_after(layout, now, 1)) {
+    wait_stage(layout);
     sync();
-    begin(b + kStages - 1, stage_after(now, kStages - 1));
+    begin(b + layout.depth - 1, stage_after(layout, now, layout.depth - 1));
     const Stage stage = stage_of(layout, tiling, now);
     const Column column = column_of(layout.columns, b - first);
     const int used = windows ? places_of(layer, column) : others;
@@ -111,8 +111,8 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
       products_fma<BATCH>(args, used, stage, x_of(now), s);
     }
     sync();
-    if (tile.fill == Fill::kGather && b + kStages < end) {
-      prepare_rows(layer, tile, b + kStages, stage);
+    if (tile.fill == Fill::kGather && b + layout.depth < end) {
+      prepare_rows(layer, tile, b + layout.depth, stage);
     }
     if (windows) prepare_next<kEntries>(layer, tile, layout.columns, range, b - first);
     RPG_UNROLL

@@ -101,7 +101,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   };
 
   if (windows) prepare_first<Entries::kLaps>(layer, tile, layout.columns, range);
-  for (int i = 0; i < kStages; ++i) {
+  for (int i = 0; i < layout.depth; ++i) {
     if (tile.fill == Fill::kGather && first + i < end) {
       prepare_rows(layer, tile, first + i, stage_of(layout, tiling, i));
     }
@@ -116,13 +116,13 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     }
   }();
   sync();
-  for (int i = 0; i < kStages - 1; ++i) begin(first + i, i);
+  for (int i = 0; i < layout.depth - 1; ++i) begin(first + i, i);
   int now = 0;  // stage of column b
   RPG_LOOP
-  for (int b = first; b < end; ++b, now = stage_after(now, 1)) {
-    wait_copies<kStages - 2>();
+  for (int b = first; b < end; ++b, now = stage_after(layout, now, 1)) {
+    wait_stage(layout);
     sync();
-    begin(b + kStages - 1, stage_after(now, kStages - 1));
+    begin(b + layout.depth - 1, stage_after(layout, now, layout.depth - 1));
     const Stage stage = stage_of(layout, tiling, now);
     const Column column = column_of(layout.columns, b - first);
     const int places = windows ? places_of(layer, column) : others;
@@ -140,8 +140,8 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     }
     if (windows) prepare_next<Entries::kLaps>(layer, tile, layout.columns, range, b - first);
     sync();
-    if (tile.fill == Fill::kGather && b + kStages < end) {
-      prepare_rows(layer, tile, b + kStages, stage);
+    if (tile.fill == Fill::kGather && b + layout.depth < end) {
+      prepare_rows(layer, tile, b + layout.depth, stage);
     }
     write_column<Math, BATCH>(args, out, b, batch, share, sums);
   }

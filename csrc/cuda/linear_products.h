@@ -65,7 +65,7 @@ RPG_HOST SharedPlan shared_plan(const Layer& layer, const Tiling& tiling, int ro
   out.s = out.layout.end;
   out.entry = out.s + 4 * s_floats * (tiling.places + kBetween);
   out.x = out.entry + 4 * kMaxRows;
-  out.last = out.x + kStages * x_bytes;
+  out.last = out.x + out.layout.depth * x_bytes;
   out.bytes = out.last + 16;
   return out;
 }

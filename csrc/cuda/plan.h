@@ -43,25 +43,33 @@ static inline int windows_of(const LayerLaw& law, int rows) {
   return rows / cell + 2;
 }
 
-// Rows, fill and places for a stage of at most `most` bytes; `largest` rows.
-static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int most, int largest) {
+// A tiling that reads windows, in stages of at most `most` bytes, `largest` rows at most; fill
+// kGather where there is none.
+static inline Tiling tiling_of_windows(const LayerLaw& law, int row_bytes, int most, int largest) {
   Tiling out{};
   out.fill = Fill::kGather;
-  out.stages = kStages;
   // Signs of elements are put on blocks that belong to one row.
-  const bool shared = law.reflect != Reflect::kElement;
-  if (shared && law.window) {
-    for (int rows = largest; rows >= 64 && !out.first; rows /= 2) {
-      const int64_t windows = windows_of(law, rows), places = windows * law.window;
-      if (places >= rows || places * row_bytes > most || windows > kMaxWindows) continue;
-      if (law.rows / rows * rows * 4 < law.rows * 3) continue;  // a rest of more than a quarter
-      out.fill = Fill::kWindows;
-      out.rows = rows;
-      out.first = static_cast<int>(law.rows / rows);
-      out.places = static_cast<int>(places);
-    }
+  if (law.reflect == Reflect::kElement || !law.window) return out;
+  for (int rows = largest; rows >= 64; rows /= 2) {
+    const int64_t windows = windows_of(law, rows), places = windows * law.window;
+    if (places >= rows || places * row_bytes > most || windows > kMaxWindows) continue;
+    if (law.rows / rows * rows * 4 < law.rows * 3) continue;  // a rest of more than a quarter
+    out.fill = Fill::kWindows;
+    out.rows = rows;
+    out.first = static_cast<int>(law.rows / rows);
+    out.places = static_cast<int>(places);
+    return out;
   }
-  if (!out.first && shared && int64_t{law.slots} * row_bytes <= most * int64_t{kStages}) {
+  return out;
+}
+
+// Rows, fill and places for `stages` of at most `most` bytes; `largest` rows.
+static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int stages, int most,
+                               int largest) {
+  Tiling out = tiling_of_windows(law, row_bytes, most, largest);
+  out.stages = stages;
+  const int64_t all = int64_t{law.slots} * row_bytes;
+  if (!out.first && law.reflect != Reflect::kElement && all <= most * int64_t{stages}) {
     out.fill = Fill::kRing;
     out.rows = largest;
     while (out.rows >= 2 * law.rows && out.rows > 64) out.rows /= 2;
@@ -76,6 +84,7 @@ static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int most, int
     out.rest = out.places < kThreads ? out.places : kThreads;
   }
   const int64_t left = law.rows - int64_t{out.first} * out.rows;
+  if (left <= 0 && out.fill == Fill::kWindows) out.rest = 0;
   out.tiles = out.first + (left > 0 ? static_cast<int>((left + out.rest - 1) / out.rest) : 0);
   return out;
 }
@@ -90,35 +99,59 @@ static inline Tiling tiling_of(const Plan& plan) {
           plan.stages};
 }
 
+// Blocks of threads that share the columns of each of `tiles`, one at a time on a processor: what
+// takes the fewest columns one after the other, counting two for the start of a block.
+static inline int splits_of(int64_t tiles, int64_t columns, int64_t sms) {
+  int64_t best = 1, least = 0;
+  for (int64_t splits = 1; splits <= columns && splits * tiles <= 4 * sms + tiles; ++splits) {
+    const int64_t waves = (splits * tiles + sms - 1) / sms;
+    const int64_t cost = waves * ((columns + splits - 1) / splits + 2);
+    if (splits == 1 || cost < least) best = splits, least = cost;
+  }
+  return static_cast<int>(best);
+}
+
 // The plan of a product: the largest steps, up to `largest` rows of the batch, whose shared memory,
 // bytes(tiling, batch_tile), a block may have. Workspace and counters are the kernel's own.
 template <class Bytes>
 Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
                 const Device& device, const Bytes& bytes) {
   Plan out{};
-  out.batch_tile = batch == 1 ? 1 : batch <= 8 ? 8 : batch <= 16 ? 16 : largest;
-  for (;; out.batch_tile = out.batch_tile == 8 ? 1 : out.batch_tile / 2) {
-    out.batch_tiles = static_cast<int>((batch + out.batch_tile - 1) / out.batch_tile);
+  const auto rows_of = [](int batch_tile) { return batch_tile <= 16 ? kMaxRows : kMaxRows / 2; };
+  const auto fits = [&](int batch_tile, int stages, int most) {
+    const Tiling tiling = tiling_of(law, row_bytes, stages, most, rows_of(batch_tile));
+    out.shared_bytes = bytes(tiling, batch_tile);
+    if (out.shared_bytes > device.shared_bytes) return false;
+    out.fill = static_cast<int>(tiling.fill);
+    out.rows = tiling.rows, out.first = tiling.first, out.tiles = tiling.tiles;
+    out.rest = tiling.rest, out.places = tiling.places, out.stages = tiling.stages;
+    out.batch_tile = batch_tile;
+    out.batch_tiles = static_cast<int>((batch + batch_tile - 1) / batch_tile);
     if (out.batch_tiles > 65535) {  // gridDim.z
       throw std::runtime_error("batch: got " + std::to_string(batch) +
                                " rows, which make more tiles than a launch may have");
     }
-    const int rows = out.batch_tile <= 16 ? kMaxRows : kMaxRows / 2;
-    // First what leaves little for all else, then a quarter of the memory and less.
+    out.splits = splits_of(int64_t{out.tiles} * out.batch_tiles, law.blocks, device.sms);
+    return true;
+  };
+  const int first = batch == 1 ? 1 : batch <= 8 ? 8 : batch <= 16 ? 16 : largest;
+  // Windows, in three stages or in two, in steps of the batch that are not too small.
+  for (int tile = first; tile >= (first < 8 ? first : 8); tile /= 2) {
+    for (int stages = kStages; stages >= 2; --stages) {
+      for (int most = device.shared_bytes / stages; most >= 64 * row_bytes; most /= 2) {
+        const Tiling tiling = tiling_of_windows(law, row_bytes, most, rows_of(tile));
+        if (tiling.fill != Fill::kWindows) break;
+        if (fits(tile, stages, most)) return out;
+      }
+    }
+  }
+  // Anything: first what leaves little for all else, then a quarter of the memory and less.
+  for (int tile = first;; tile = tile == 8 ? 1 : tile / 2) {
     const int all = device.shared_bytes / kStages, quarter = device.shared_bytes / (kStages + 1);
     for (int most = all; most >= 64 * row_bytes; most = most == all ? quarter : most / 2) {
-      const Tiling tiling = tiling_of(law, row_bytes, most, rows);
-      out.shared_bytes = bytes(tiling, out.batch_tile);
-      if (out.shared_bytes > device.shared_bytes) continue;
-      out.fill = static_cast<int>(tiling.fill);
-      out.rows = tiling.rows, out.first = tiling.first, out.tiles = tiling.tiles;
-      out.rest = tiling.rest, out.places = tiling.places, out.stages = tiling.stages;
-      int64_t splits = device.sms / (int64_t{out.tiles} * out.batch_tiles);
-      if (splits > law.blocks) splits = law.blocks;
-      out.splits = splits < 1 ? 1 : static_cast<int>(splits);
-      return out;
+      if (fits(tile, kStages, most)) return out;
     }
-    if (out.batch_tile == 1) break;
+    if (tile == 1) break;
   }
   throw std::runtime_error("shared memory: got " + std::to_string(device.shared_bytes) +
                            " bytes for a block, which hold no stage of 64 blocks");

@@ -1,5 +1,5 @@
-// Stages: blocks of the bank in shared memory, filled by asynchronous copies while the stage before
-// is worked on.
+// Stages: blocks of the bank in shared memory, filled by asynchronous copies while the stages
+// before them are worked on.
 //
 // Block `place` begins at byte place · row_bytes; its chunks of 16 bytes are exchanged so that 8
 // neighbouring blocks' chunks of one number lie in 8 different groups of banks (ldmatrix, and
@@ -37,6 +37,7 @@ struct Stage {
 // Where a block's stages are in shared memory, found on the host: bytes, `end` the first behind
 // them.
 struct Layout {
+  int depth;       // stages of columns; where the blocks need one, x still has these
   int log_chunks;  // of 16 bytes, of a block of the bank
   int passes;      // of all threads, a chunk each, through a window
   int stage;       // from one stage to the next
@@ -47,6 +48,7 @@ struct Layout {
 
 RPG_HOST Layout layout_of(const Layer& layer, const Tiling& tiling, int row_bytes) {
   Layout out{};
+  out.depth = tiling.stages == 1 ? kStages : tiling.stages;
   out.log_chunks = row_bytes == 256 ? 4 : row_bytes == 128 ? 3 : 2;
   if (layer.windows) {
     out.passes = static_cast<int>(layer.law.scramble.window) * row_bytes / (16 * kThreads);
@@ -60,19 +62,28 @@ RPG_HOST Layout layout_of(const Layer& layer, const Tiling& tiling, int row_byte
     out.entries = end_of(out.columns);
   }
   out.entry_step = 4 * ((tiling.rest + 3) / 4 * 4);
-  out.end = out.entries + kStages * out.entry_step;
+  out.end = out.entries + out.depth * out.entry_step;
   return out;
 }
 
-// Stage i of kStages.
+// Stage i.
 RPG_FUNCTION Stage stage_of(const Layout& layout, const Tiling& tiling, int i) {
   return {Shared<uint4>(i * layout.stage, tiling.places << layout.log_chunks),
           Shared<uint32_t>(layout.entries + i * layout.entry_step, tiling.rest)};
 }
 
-// The stage `steps` after stage i; steps up to kStages.
-RPG_FUNCTION int stage_after(int i, int steps) {
-  return i + steps >= kStages ? i + steps - kStages : i + steps;
+// The stage `steps` after stage i; at most as many as there are.
+RPG_FUNCTION int stage_after(const Layout& layout, int i, int steps) {
+  return i + steps >= layout.depth ? i + steps - layout.depth : i + steps;
+}
+
+// Until the copies of the oldest stage that is not yet worked on have arrived.
+RPG_FUNCTION void wait_stage(const Layout& layout) {
+  if (layout.depth == kStages) {
+    wait_copies<kStages - 2>();
+  } else {
+    wait_copies<0>();
+  }
 }
 
 // Slots and signs that column b of a gathered tile reads. Threads share the work; visible after a

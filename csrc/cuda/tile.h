@@ -23,7 +23,7 @@ enum class Fill : int { kWindows = 0, kRing = 1, kGather = 2 };
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kStages = 3;       // in flight; a ring needs one
+constexpr int kStages = 3;       // at most; two where three do not fit, a ring needs one
 constexpr int kMaxWindows = 18;  // of a column of a tile: 1024 rows, cells of 64, and one more
 
 // Of a launch; `law` is that of the only band, of either law.
