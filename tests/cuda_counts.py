@@ -108,7 +108,8 @@ INPUT_GRAD = {
     ],
     "products": [region("input_grad_fma.h", "term < terms; term += parts) {")],
     "whole": [region("linear_input_grad.cu", "T::store(total * args.scale);", until=";")],
-    "parts": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;")],
+    "fours": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;")],
+    "parts": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;", nth=1)],
     "parts of a sum": [region("input_grad_fma.h", "part < kThreads / pairs; ++part) {")],
 }
 PHASES = {
@@ -124,7 +125,7 @@ PHASES = {
         "slots",
         "row slots",
     ),
-    "sums": ("sums", "clear", "laps", "terms", "parts", "parts of a sum"),
+    "sums": ("sums", "clear", "laps", "terms", "fours", "parts", "parts of a sum"),
     "copies": ("windows", "copies", "blocks", "x"),
 }
 
@@ -157,6 +158,7 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
         "row slots": case.rows / 16 / warps,
         "clear": case.places * min(4, case.batch_tile) / STEP,
         "laps": case.laps if case.fill == "windows" else 1,
+        "fours": 1,  # 16 rows of blocks of 64
         "parts": max(1, case.block * case.batch_tile / STEP),
         "parts of a sum": STEP / (case.block / 2),
     }
@@ -198,6 +200,12 @@ def column_loop(kernel: Kernel) -> Loop:
     return max(kernel.loops(), key=lambda loop: (kernel.count("BAR", loop.body), len(loop.body)))
 
 
+def never(case: Case, kernel: Kernel) -> tuple[str, ...]:
+    """Pieces that a column of this kernel does not run."""
+    mma = "Float32" not in kernel.name
+    return (*UNUSED[case.fill], *(("parts",) if mma else ()))
+
+
 def reads(case: Case, kernel: Kernel) -> dict[str, int]:
     """Reads or writes of shared memory in one pass of the loops that compilers unroll."""
     forward = kernel.name.startswith("linear_kernel")
@@ -217,6 +225,7 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
     trips, one_pass = passes(case, kernel), reads(case, kernel)
     phase_of = {part: phase for phase, parts in PHASES.items() for part in parts}
     totals = dict.fromkeys((*PHASES, "column"), 0.0)
+    skipped = never(case, kernel)
     names = [name_of(instruction, regions) for instruction in kernel.instructions]
     # What compilers cannot have moved out of a piece says that the code around it belongs to it,
     # unless it has a condition of its own.
@@ -226,7 +235,7 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
         {
             i
             for i, name in enumerate(names)
-            if name in UNUSED[case.fill]
+            if name in skipped
             and fixed.match(kernel.instructions[i].opcode)
             and not kernel.instructions[i].text.startswith("@")
         },
@@ -239,7 +248,7 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
     def add(loop: Loop, times: float, inside: str) -> None:
         for i in loop.own - unused:
             name = names[i]
-            if name in UNUSED[case.fill]:
+            if name in skipped:
                 continue
             here = times
             if name == "terms":  # a term is added in one lap only
@@ -253,7 +262,7 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
         for inner in loop.nested:
             named.setdefault(loop_name(kernel, inner, regions), []).append(inner)
         for name, loops in named.items():
-            if name in UNUSED[case.fill] or loops[0].header in unused:
+            if name in skipped or loops[0].header in unused:
                 continue
             if name not in trips:
                 raise LookupError(f"{kernel.name}: a loop of {name!r} at {loops[0].header}")

@@ -72,9 +72,10 @@ def test_small_batches_are_theirs(h200: dict[str, str]) -> None:
     for batch in (1, 16, 32):
         assert explained(batch).backend == "cuda"
         assert explained(batch, torch.float32).backend == "cuda"
-    left = explained(33)
+    assert explained(64).backend == "cuda"
+    left = explained(65)
     assert left.backend == "triton"
-    assert "of linear are for batches of 1 to 32, not of 33" in left.reason
+    assert "of linear in torch.bfloat16 are for batches of 1 to 64, not of 65" in left.reason
     left = explained(1, window=None, laps=None)
     assert left.backend == "triton"
     assert "block by block, predicted to be slower" in left.reason

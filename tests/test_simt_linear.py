@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -257,6 +259,81 @@ def test_never_taken_on_cpu_tensors_unless_asked_for() -> None:
         assert rpg.explain(layer, torch.empty(batch, 64)).backend == "cpu"
 
 
+def plan_of(
+    weight: rpg.VirtualWeight,
+    batch: int,
+    shared_kib: int,
+    name: str = "linear",
+    dtype: torch.dtype = torch.bfloat16,
+    sms: int = 132,
+) -> Any:
+    gpu = config.Gpu("simt", sms, shared_kib * 1024)
+    with rpg.scratch_limit(1 << 30):
+        plan, reason = config.plan(name, weight.spec, dtype, batch, gpu, 0)
+    assert not reason
+    return plan
+
+
+def test_windows_take_two_stages_or_less_of_the_batch_before_they_are_gathered() -> None:
+    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
+    whole = bank.place((2048, 1024))
+    bank.place((64, 64))
+    cut = bank.place((2048, 1024))  # begins inside a cell: two windows for each tile
+    for weight, batch, kib, stages, step in (
+        (whole, 16, 227, 3, 16),
+        (whole, 16, 99, 2, 16),
+        (whole, 64, 227, 3, 32),
+        (cut, 1, 227, 3, 1),
+        (cut, 16, 227, 2, 16),
+        (cut, 16, 163, 2, 8),
+    ):
+        plan = plan_of(weight, batch, kib)
+        assert (plan.fill, plan.stages, plan.batch_tile) == (WINDOW, stages, step)
+        assert plan.shared_bytes <= kib * 1024
+    assert plan_of(cut, 1, 99).fill == GATHERED
+
+
+def test_columns_are_shared_so_that_processors_have_as_many() -> None:
+    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
+    for rows, batch in ((4096, 1), (14336, 1), (67 * 1024, 1), (1024, 1), (14336, 64)):
+        plan = plan_of(bank.place((rows, 4096)), batch, 227)
+        blocks = plan.tiles * plan.splits * plan.batch_tiles
+        columns = math.ceil(blocks / 132) * math.ceil(64 / plan.splits)
+        assert columns <= 1.25 * plan.tiles * plan.batch_tiles * 64 / 132 + 2
+
+
+@pytest.mark.parametrize(
+    ("before", "dtype", "small_kib"),
+    [
+        (0, torch.bfloat16, 64),
+        (0, torch.float32, 100),
+        (64, torch.bfloat16, 100),
+        (64, torch.float32, 163),
+    ],
+)
+def test_two_stages_and_three_give_the_same_bits(
+    before: int, dtype: torch.dtype, small_kib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of 256 and 4 laps, from a whole cell on and from inside one."""
+    bank = rpg.ParameterBank(3 * 256 * 32, granularity=32, window=256, laps=4, seed=3)
+    for _ in range(before // 64):
+        bank.place((64, 32))
+    weight = bank.place((1024, 230), scale=0.5)
+    torch.manual_seed(0)
+    x, dy = torch.randn(5, 230).to(dtype), torch.randn(5, 1024).to(dtype)
+    problem = small.Problem(weight, bank.weight.detach().to(dtype), x, dy, None, "simt")
+    results = []
+    for kib in (227, small_kib):
+        monkeypatch.setattr(config, "SIMT", config.Gpu("simt", 2, kib * 1024))
+        assert problem.fill() == WINDOW
+        stages = plan_of(weight, 5, kib, dtype=dtype, sms=2).stages
+        problem.check()
+        results.append((stages, [problem.run(name) for name in config.PRODUCTS[:2]]))
+    (three, a), (two, b) = results
+    assert (three, two) == (3, 2)
+    assert all(one.equal(other) for one, other in zip(a, b, strict=True))
+
+
 def test_where_it_is_predicted_to_win() -> None:
     """As on an H200."""
     windows = rpg.ParameterBank(2_000_000, window=256, laps=4)
@@ -271,11 +348,18 @@ def test_where_it_is_predicted_to_win() -> None:
 
     for batch in (1, 16, 32):
         assert why(weight, batch) == why(small_ring, batch) == ""
+    assert why(weight, 64) == ""
+    assert "batches of 1 to 32 of rings, not of 33" in why(small_ring, 33)
     assert why(weight, 32, torch.float32) == ""  # its copy is 4 MB
     for gathered in (ring, signs):
         assert "block by block, predicted to be slower" in why(gathered, 1)
-    assert "batches of 1 to 32, not of 33" in why(weight, 33)
-    assert "batches of 1 to 32, not of 0" in why(weight, 0)
+    assert "in torch.bfloat16 are for batches of 1 to 64, not of 65" in why(weight, 65)
+    assert "batches of 1 to 64, not of 0" in why(weight, 0)
+    bank = windows.weight.detach()
+    for dtype, most in ((torch.float16, 32), (torch.float32, 8)):
+        for batch, wins in ((1, True), (most, True), (most + 1, False)):
+            given = ("linear_input_grad", weight.spec, dtype, batch, H200, bank.to(dtype))
+            assert (config.why_slower(*given) == "") is wins
     with rpg.scratch_limit(1 << 20):
         assert why(weight, 1) == ""
         assert "wanted at least" in why(weight, 1, torch.float32)

@@ -23,20 +23,27 @@ struct Share {
   int slot, chunk;  // that the lane gives
   int at;           // where they are in a stage: chunks, of the first 16 slots
   int to;           // where its sums go, of row 2 t of dy: element g
+  int row, p;       // bytes at which it reads P in lap 0, of one lap or as Operand has them
 };
 
 template <int BATCH>
-RPG_FUNCTION Share share_of(const Layer& layer) {
+RPG_FUNCTION Share share_of(const InputGradKernelArgs& args) {
+  const Layer& layer = args.layer;
   const int warp = thread() / kWarp, lane = thread() % kWarp, across = layer.block / 16;
   const int part = layer.block == 64 ? warp >> 2 : warp >> 1, elements = warp & (across - 1);
   const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * elements + lane / 8 % 2;
-  const int row = part * BATCH + (BATCH == 1 ? 0 : 2 * (lane % 4));
+  const int sums = part * BATCH + (BATCH == 1 ? 0 : 2 * (lane % 4));
+  const int row = lane % 16, second = lane / 16;
+  int p = row + second * (BATCH == 8 ? args.positions : args.plane);
+  if (BATCH == 1) p = lane / 4 * args.positions + 2 * (lane % 4);
   return {kept(part),
           kWarps / across,
           kept(slot),
           kept(chunk),
           kept(chunk_at(slot, chunk, layer.block / 8)),
-          kept(row * kSumPitch + 16 * elements + lane / 4)};
+          kept(sums * kSumPitch + 16 * elements + lane / 4),
+          kept(row * kEach<BATCH>),
+          kept(p * kEach<BATCH>)};
 }
 
 // Bytes at which a lane reads P for LAPS laps from `lap` on, less the first slot's. Lanes give rows
@@ -49,15 +56,14 @@ struct Operand {
 };
 
 template <int BATCH, int LAPS>
-RPG_FUNCTION Operand<BATCH, LAPS> operand(const InputGradKernelArgs& args, int lap) {
-  const int lane = thread() % kWarp, row = lane % 16, second = lane / 16;
+RPG_FUNCTION Operand<BATCH, LAPS> operand(const InputGradKernelArgs& args, const Share& share,
+                                          int lap) {
+  constexpr int kStep = BATCH == 8 ? 2 : 1;
+  const int lap_bytes = args.positions * kEach<BATCH>;
   Operand<BATCH, LAPS> out;
   RPG_UNROLL
   for (int i = 0; i < out.kReads; ++i) {
-    int at = (lap + i) * args.positions + second * args.plane + row;
-    if (BATCH == 8) at = (lap + 2 * i + (LAPS > 1 ? second : 0)) * args.positions + row;
-    if (BATCH == 1) at = (lap + lane / 4) * args.positions + 2 * (lane % 4);
-    out.at[i] = kept(at * kEach<BATCH>);
+    out.at[i] = (BATCH == 8 && LAPS == 1 ? share.row : share.p) + (lap + kStep * i) * lap_bytes;
   }
   return out;
 }
@@ -101,7 +107,7 @@ RPG_FUNCTION void multiply_slots(const InputGradKernelArgs& args, const InputGra
                                  const Shared<uint4>& blocks, const Share& share, int lap, int end,
                                  Sums<BATCH>& c) {
   constexpr int kStep = 16 * kWarps / (BLOCK / 16);
-  const auto laps = operand<BATCH, LAPS>(args, lap);
+  const auto laps = operand<BATCH, LAPS>(args, share, lap);
   const int steps = static_cast<int>(args.layer.law.scramble.window) / kStep;
   const bool valid = lap + thread() % kWarp / 4 < end;
   const Shared<uint4> first = blocks.from(16 * share.part * (BLOCK / 8));
@@ -169,7 +175,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
       }
     }
   } else {
-    const auto one = operand<BATCH, 1>(args, 0);
+    const auto one = operand<BATCH, 1>(args, share, 0);
     RPG_LOOP
     for (int at = 16 * share.part; at < tile.rows; at += 16 * share.parts) {
       const int row = at + share.slot, i = row < tile.rows ? row : tile.rows - 1;  // times zeros
@@ -199,14 +205,20 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
   }
 }
 
-// Element e of row m of dx, from the sums of parts, in order.
-template <int BATCH>
-RPG_FUNCTION float mma_total(int parts, int m, int e, const Shared<float>& sums) {
-  const Shared<float> of = sums.from(m * kSumPitch + e);
-  float total = of[0] + of[BATCH * kSumPitch];
+// Elements e ... of row m of dx, from the sums of parts, in order.
+template <int BATCH, int OF>
+RPG_FUNCTION Vector<float, OF> mma_total(int parts, int m, int e, const Shared<float>& sums) {
+  const Shared<float> from = sums.from(m * kSumPitch + e);
+  auto total = load<Vector<float, OF>>(from.at(0, OF));
+  const auto add = [&](int part) {
+    const auto more = load<Vector<float, OF>>(from.at(part * BATCH * kSumPitch, OF));
+    RPG_UNROLL
+    for (int i = 0; i < OF; ++i) total.of[i] += more.of[i];
+  };
+  add(1);
   if (parts == 4) {
-    total += of[2 * BATCH * kSumPitch];
-    total += of[3 * BATCH * kSumPitch];
+    add(2);
+    add(3);
   }
   return total;
 }

@@ -24,18 +24,19 @@ namespace rpg::RPG_DEVICE {
 
 namespace {
 
-// The element of dx of each block that this thread writes: of rows m, m + step ... of the batch.
+// What this thread writes of each block: elements e ... e + of - 1 of rows m, m + step ... of the
+// batch. Four at once where they are sums of a tile and their addresses allow for it.
 struct Output {
-  int e, m, step;
+  int of, e, m, step;
   int64_t at;  // of row m of block 0, in dx or in this tile's sums
 };
 
-RPG_FUNCTION Output output_of(const InputGradKernelArgs& args, int m0) {
-  const int log = args.layer.block == 64 ? 6 : 5, e = thread() & (args.layer.block - 1);
-  const int m = thread() >> log;
+RPG_FUNCTION Output output_of(const InputGradKernelArgs& args, int m0, bool fours) {
+  const int of = fours && args.tiling.tiles > 1 && args.layer.columns % 4 == 0 ? 4 : 1;
+  const int across = args.layer.block / of;  // a power of two
+  const int e = (thread() & (across - 1)) * of, m = thread() / across;
   const int64_t tile = args.tiling.tiles == 1 ? 0 : int64_t{block_x()} * args.batch;
-  const int64_t at = (tile + m0 + m) * args.layer.columns + e;
-  return {kept(e), kept(m), kThreads >> log, kept(at)};
+  return {of, kept(e), kept(m), kThreads / across, kept((tile + m0 + m) * args.layer.columns + e)};
 }
 
 // Column b of this tile's sums, or of dx where there is one tile, from the sums of parts.
@@ -43,17 +44,27 @@ template <class Math, int BATCH>
 RPG_FUNCTION void write_column(const InputGradKernelArgs& args, const Output& out, int b, int batch,
                                const Share& share, const Shared<float>& sums) {
   using T = typename Math::Number;
+  constexpr bool kFma = sizeof(typename T::Bits) == 4;
   const int block = args.layer.block, columns = args.layer.columns;
   if (b * block + out.e >= columns) return;
-  const bool one = args.tiling.tiles == 1;
   int64_t at = out.at + b * block;
+  if constexpr (!kFma) {
+    if (out.of == 4) {
+      RPG_LOOP
+      for (int m = out.m; m < batch; m += out.step, at += int64_t{out.step} * columns) {
+        store(args.partial + at, mma_total<BATCH, 4>(share.parts, m, out.e, sums));
+      }
+      return;
+    }
+  }
+  const bool one = args.tiling.tiles == 1;
   RPG_LOOP
   for (int m = out.m; m < batch; m += out.step, at += int64_t{out.step} * columns) {
     float total;
-    if constexpr (sizeof(typename T::Bits) == 4) {
+    if constexpr (kFma) {
       total = fma_total(block, m, out.e, sums);
     } else {
-      total = mma_total<BATCH>(share.parts, m, out.e, sums);
+      total = mma_total<BATCH, 1>(share.parts, m, out.e, sums).of[0];
     }
     if (one) {
       static_cast<typename T::Bits*>(args.dx)[at] = T::store(total * args.scale);
@@ -85,8 +96,8 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const Copies copies = copies_of(layout, args.bank);
   const Lane lane = lane_of(layer.law, Entries::kLaps);
   const int unfinished = kept(unfinished_from(layer));
-  const Share share = share_of<BATCH>(layer);
-  const Output out = output_of(args, m0);
+  const Share share = share_of<BATCH>(args);
+  const Output out = output_of(args, m0, !kFma);
   // Copies of column b to stage i, in a group of their own even where there are none.
   const auto begin = [&](int b, int i) {
     if (b < end) {

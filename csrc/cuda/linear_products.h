@@ -33,7 +33,7 @@ struct LinearKernelArgs {
 
 template <class Math, int BATCH>
 struct Shape {
-  static constexpr int kRows = BATCH <= 16 ? 4 : 2;  // of a thread
+  static constexpr int kRows = kMaxRows / kThreads;  // of a thread
   static constexpr int kPlanes = BATCH / 4;          // of S, from batch 8 on: of 4 rows of x
   static constexpr int kBytes = sizeof(typename Math::Number::Bits);
   // Floats of a place in S: at batch 1 there are four copies, see entries.h.

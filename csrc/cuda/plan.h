@@ -10,7 +10,7 @@
 
 namespace rpg::RPG_DEVICE {
 
-constexpr int kMaxRows = 1024;  // of a tile
+constexpr int kMaxRows = 1024;  // of a tile, 4 of a thread
 
 // One band of a layer.
 static inline Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band = 0) {
@@ -117,9 +117,8 @@ template <class Bytes>
 Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
                 const Device& device, const Bytes& bytes) {
   Plan out{};
-  const auto rows_of = [](int batch_tile) { return batch_tile <= 16 ? kMaxRows : kMaxRows / 2; };
   const auto fits = [&](int batch_tile, int stages, int most) {
-    const Tiling tiling = tiling_of(law, row_bytes, stages, most, rows_of(batch_tile));
+    const Tiling tiling = tiling_of(law, row_bytes, stages, most, kMaxRows);
     out.shared_bytes = bytes(tiling, batch_tile);
     if (out.shared_bytes > device.shared_bytes) return false;
     out.fill = static_cast<int>(tiling.fill);
@@ -139,7 +138,7 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
   for (int tile = first; tile >= (first < 8 ? first : 8); tile /= 2) {
     for (int stages = kStages; stages >= 2; --stages) {
       for (int most = device.shared_bytes / stages; most >= 64 * row_bytes; most /= 2) {
-        const Tiling tiling = tiling_of_windows(law, row_bytes, most, rows_of(tile));
+        const Tiling tiling = tiling_of_windows(law, row_bytes, most, kMaxRows);
         if (tiling.fill != Fill::kWindows) break;
         if (fits(tile, stages, most)) return out;
       }

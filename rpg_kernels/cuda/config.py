@@ -25,13 +25,15 @@ OPERATORS = (*PRODUCTS, "unpack", "pack")
 BLOCKS = (32, 64)
 ALIGNMENT = 16  # bytes, of the bank
 
-# Batches up to which the kernels are predicted to win (docs/cuda.md; no GPU has said so): one
-# instruction for a weight is a few microseconds of a large layer. What is gathered block by block
-# pays for the law of every position, and is predicted to win nowhere.
-MAX_BATCH = {"linear": 32, "linear_input_grad": 4, "linear_bank_grad": 64}
+# Batches up to which the kernels are predicted to win (docs/cuda.md; no GPU has said so), for 16-bit
+# numbers and for fp32, which has no tensor cores here. What is gathered block by block pays for the
+# law of every position, and is predicted to win nowhere.
+MAX_BATCH = {"linear": (64, 32), "linear_input_grad": (32, 8), "linear_bank_grad": (64, 64)}
+# A ring that fits has an entry and, in the input gradient, a product for every row.
+MAX_BATCH_OF_RINGS = {"linear": 32, "linear_input_grad": 16}
 # A window is gone through once for each 256 of its slots.
 MAX_OWNED_WINDOW = 1024
-GATHERED = 2  # Plan.fill
+RING, GATHERED = 1, 2  # Plan.fill
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,9 @@ def why_slower(
     """
     if op not in PRODUCTS:
         return unsupported_weight(op, placement)
-    if not 1 <= batch <= MAX_BATCH[op]:
-        return f"the CUDA kernels of {op} are for batches of 1 to {MAX_BATCH[op]}, not of {batch}"
+    most = MAX_BATCH[op][dtype == torch.float32]
+    if not 1 <= batch <= most:
+        return f"the CUDA kernels of {op} in {dtype} are for batches of 1 to {most}, not of {batch}"
     law = parse(placement).law
     if op == "linear_bank_grad" and isinstance(law, WindowLaw) and law.window > MAX_OWNED_WINDOW:
         return f"the CUDA bank gradient is slow with windows of more than {MAX_OWNED_WINDOW} blocks"
@@ -233,6 +236,9 @@ def why_slower(
         return reason
     if laid_out.fill == GATHERED:
         return "the CUDA kernels would gather this weight block by block, predicted to be slower"
+    if laid_out.fill == RING and batch > MAX_BATCH_OF_RINGS[op]:
+        most = MAX_BATCH_OF_RINGS[op]
+        return f"the CUDA kernels of {op} are for batches of 1 to {most} of rings, not of {batch}"
     return ""
 
 
