@@ -25,9 +25,9 @@ OPERATORS = (*PRODUCTS, "unpack", "pack")
 BLOCKS = (32, 64)
 ALIGNMENT = 16  # bytes, of the bank
 
-# Batches up to which the kernels are predicted to win (docs/cuda.md; no GPU has said so), for 16-bit
-# numbers and for fp32, which has no tensor cores here. What is gathered block by block pays for the
-# law of every position, and is predicted to win nowhere.
+# Batches up to which the kernels are predicted to win (docs/cuda.md; no GPU has said so), for
+# 16-bit numbers and for fp32, which has no tensor cores here. What is gathered block by block pays
+# for the law of every position, and is predicted to win nowhere.
 MAX_BATCH = {"linear": (64, 32), "linear_input_grad": (32, 8), "linear_bank_grad": (64, 64)}
 # A ring that fits has an entry and, in the input gradient, a product for every row.
 MAX_BATCH_OF_RINGS = {"linear": 32, "linear_input_grad": 16}
