@@ -219,8 +219,20 @@ def reads(case: Case, kernel: Kernel) -> dict[str, int]:
     return out
 
 
-def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
-    """Lane-instructions per weight of each phase, and of the code of a column around them."""
+# Of the integer pipe, which takes half as many in a clock as can be issued.
+INTEGERS = re.compile(
+    r"LOP3|SHF|IADD3|VIADD|LEA|ISETP|SEL|PRMT|MOV$|VIMNMX|PLOP3|IABS|FSETP|FSEL|P2R|R2P"
+)
+
+
+def per_weight(kernel: Kernel, case: Case, only: re.Pattern[str] | None = None) -> dict[str, float]:
+    """Lane-instructions per weight of each phase, and of the code of a column around them.
+
+    Args:
+        kernel: a product.
+        case: what it computes.
+        only: opcodes that count; None for all.
+    """
     regions = LINEAR if kernel.name.startswith("linear_kernel") else INPUT_GRAD
     trips, one_pass = passes(case, kernel), reads(case, kernel)
     phase_of = {part: phase for phase, parts in PHASES.items() for part in parts}
@@ -248,7 +260,7 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
     def add(loop: Loop, times: float, inside: str) -> None:
         for i in loop.own - unused:
             name = names[i]
-            if name in skipped:
+            if name in skipped or (only and not only.match(kernel.instructions[i].opcode)):
                 continue
             here = times
             if name == "terms":  # a term is added in one lap only
@@ -273,5 +285,6 @@ def per_weight(kernel: Kernel, case: Case) -> dict[str, float]:
                 add(loop, times * trips[name] / max(1, unrolled(name, loop)), name)
 
     add(column_loop(kernel), 1, "")
-    totals["entries"] += LAW * case.rows / STEP if case.fill != "windows" else 0
+    if case.fill != "windows" and not only:
+        totals["entries"] += LAW * case.rows / STEP
     return {name: total * STEP / case.weights for name, total in totals.items()}

@@ -19,7 +19,7 @@ from typing import Any
 
 import shared_banks as banks
 import torch
-from cuda_counts import Case, column_loop, per_weight
+from cuda_counts import INTEGERS, Case, column_loop, per_weight
 from cuda_sass import ARCHITECTURES, CUDA, ROOT, Kernel, compile_source, kernels, usage_of
 from pages import replaced
 from triton_model import H200, OVERLAP, dense
@@ -211,49 +211,68 @@ def per_clock(bytes_a_second: float) -> float:
     return bytes_a_second / H200.processors / H200.clock
 
 
+def shared_wavefronts(op: str, batch: int, case: Case) -> float:
+    """Of a column: chunks written by copies and read by ldmatrix, and what goes with the rows."""
+    blocks = (1 if case.fill == "ring" else 2) * case.places
+    planes = max(1, batch // 8)  # of 16 bytes for each row and 16-bit number
+    if op == "linear":
+        # Fragments of x for each warp; S written and read, 4 bytes; entries.
+        sums = case.places / 8 + case.rows / 32 if batch == 1 else 0
+        if batch > 1:
+            sums = (case.places + case.rows) / 8 * 2 * planes
+        return blocks + 8 * 2 * planes + sums + 2 * case.rows / 32
+    if batch == 1:  # dy read, P written with conflicts, and read by the four warps of a part
+        return blocks + case.rows / 32 * (1 + 2.7) + 4 * 2 * case.places / 16
+    return blocks + 2 * planes * case.rows / 8 + 4 * planes * case.rows / 8
+
+
 def product_times(kernel: Kernel, batch: int, rows: int, columns: int, fill: str) -> Times:
-    """Of the forward in bf16."""
-    p = plan("linear", rows, columns, batch, 2, fill)
+    """Of the forward or the input gradient in bf16."""
+    op = kernel.name.split("_kernel<")[0]
+    p = plan(op, rows, columns, batch, 2, fill)
     case = case_of(kernel.name, fill)
-    instructions = sum(per_weight(kernel, case).values()) * case.weights
     blocks = p.tiles * p.splits * p.batch_tiles
     at_once = min(H200.processors, blocks)
     copied = 128 * case.places if fill != "ring" else 128 * case.slots * p.splits / 64
-    # Chunks written by copies, read by ldmatrix; x for each 16 blocks; S written and read; entries.
-    per_plane = 1 if batch > 1 else 2.8 / 4
-    planes = max(1, batch // 4)
-    wavefronts = (
-        (1 if fill == "ring" else 2) * case.places
-        + case.places / 16 * 4 * 2 * max(1, batch // 8)
-        + case.places / 8 * planes
-        + case.rows / 8 * planes * per_plane
-        + 2 * case.rows / 32
-    )
+    if op == "linear_input_grad":  # sums of tiles, written and read
+        copied += 2 * 4 * case.block * p.batch_tile
     clocks = {
-        "instructions": instructions / H200.issue,
-        "shared memory": wavefronts,
+        "instructions": sum(per_weight(kernel, case).values()) * case.weights / H200.issue,
+        "integers": sum(per_weight(kernel, case, INTEGERS).values()) * case.weights / 64,
+        "shared memory": shared_wavefronts(op, p.batch_tile, case),
         "second-level cache": copied / per_clock(CACHE) * at_once / H200.processors,
     }
     return Times(clocks, math.ceil(64 / p.splits), math.ceil(blocks / H200.processors))
 
 
+AIMS = {
+    (14336, 1): "3.3",
+    (14336, 16): "2.8",
+    (4096, 1): "2.2",
+    (4096, 16): "1.9",
+    (4096, 64): "1.3",
+}
+
+
 def predicted(of: dict[str, Kernel]) -> str:
-    """Times of the forward with windows, against dense ones."""
+    """Times of both products with windows, against dense ones."""
     lines = [
-        "| layer | batch | instructions, clocks of a column | shared memory | second-level cache "
-        "| columns of a block of threads | predicted, us | dense, us | dense / predicted | aim |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | layer | batch | instructions, clocks of a column | integers | shared memory "
+        "| second-level cache | columns of a processor | predicted, us | dense, us "
+        "| dense / predicted | aim |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    aims = {(14336, 1): "3.3", (14336, 16): "2.8", (4096, 1): "2.2", (4096, 16): "1.9"}
-    for (n, k), batch in itertools.product(LAYERS, (1, 8, 16)):
-        times = product_times(of[f"linear_kernel<Bfloat16, {batch}>"], batch, n, k, "windows")
-        cells = " | ".join(f"{clocks:.0f}" for clocks in times.clocks.values())
-        other, mine = dense(batch, n, k) * 1e6, times.seconds * 1e6
-        aim = aims.get((n, batch), "–")
-        lines.append(
-            f"| {n} x {k} | {batch} | {cells} | {times.columns} | {mine:.1f} | {other:.1f} "
-            f"| {other / mine:.1f} | {aim} |"
-        )
+    for op, batches in (("linear", (1, 8, 16, 64)), ("linear_input_grad", (1, 8, 16))):
+        for (n, k), batch in itertools.product(LAYERS, batches):
+            tile = plan(op, n, k, batch, 2, "windows").batch_tile
+            times = product_times(of[f"{op}_kernel<Bfloat16, {tile}>"], batch, n, k, "windows")
+            cells = " | ".join(f"{clocks:.0f}" for clocks in times.clocks.values())
+            other, mine = dense(batch, n, k) * 1e6, times.seconds * 1e6
+            aim = AIMS.get((n, batch), "–") if op == "linear" else "–"
+            lines.append(
+                f"| {op} | {n} x {k} | {batch} | {cells} | {times.waves * times.columns} "
+                f"| {mine:.1f} | {other:.1f} | {other / mine:.1f} | {aim} |"
+            )
     return "\n".join(lines)
 
 

@@ -80,7 +80,7 @@ SITES = {
             region("input_grad_fma.h", "= sum[1][m];", until=";"),
         ],
         "sums: read": [
-            region("input_grad_mma.h", "float mma_total("),
+            region("input_grad_mma.h", "Vector<float, OF> mma_total("),
             region("input_grad_fma.h", "total += sums[", until=";"),
         ],
     },
