@@ -59,7 +59,8 @@ _COMMON = {
         region("stage.h", "for (; pass < layout.passes;"),
     ],
     "prepared": [region("stage.h", "void prepare_rows(")],
-    "blocks": [region("stage.h", "void fill_places(")],
+    "blocks": [region("stage.h", "void fill_rows("), region("stage.h", "void fill_ring(")],
+    "ring slots": [region("entries.h", "place = ring_slot(layer, p), sign", until=";")],
     "other": [
         region("stage.h", "void reflect_elements("),
         region("stage.h", "void clear_padding("),
@@ -113,7 +114,7 @@ INPUT_GRAD = {
     "parts of a sum": [region("input_grad_fma.h", "part < kThreads / pairs; ++part) {")],
 }
 PHASES = {
-    "entries": ("runs", "units", "chunks", "rows", "prepared", "put rows"),
+    "entries": ("runs", "units", "chunks", "rows", "ring slots", "prepared", "put rows"),
     "products": (
         "fragments",
         "products",
@@ -143,7 +144,7 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
         "rows": case.rows / STEP,
         "prepared": case.rows / STEP,
         "put rows": case.rows / STEP,
-        "blocks": case.places * chunks / STEP,
+        "blocks": case.places * chunks / STEP if case.fill == "gather" else 0,
         "runs": case.rows / 128 / WARPS,
         "units": 2,  # four of the six rounds of the permutation of units at a time
         "windows": case.places / case.window,
@@ -190,7 +191,7 @@ _NEVER = (
 UNUSED = {
     "windows": (*_NEVER, "rows", "prepared", "blocks", "put rows", "row slots"),
     "ring": (*_NEVER, *_WINDOWS, "prepared", "blocks"),
-    "gather": (*_NEVER, *_WINDOWS),
+    "gather": (*_NEVER, *_WINDOWS, "ring slots"),
 }
 LAW = 90  # instructions of a lone slot by law 1 with 6 rounds, which is a function of its own
 
@@ -209,7 +210,7 @@ def never(case: Case, kernel: Kernel) -> tuple[str, ...]:
 def reads(case: Case, kernel: Kernel) -> dict[str, int]:
     """Reads or writes of shared memory in one pass of the loops that compilers unroll."""
     forward = kernel.name.startswith("linear_kernel")
-    out = {"clear": 1, "copies": 1, "parts of a sum": 1}
+    out = {"clear": 1, "copies": 1, "blocks": 1, "parts of a sum": 1}
     if forward and "Float32" in kernel.name:
         out["steps"] = 1 + case.batch_tile
     if not forward and "Float32" in kernel.name:

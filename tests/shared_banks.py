@@ -34,7 +34,7 @@ SITES = {
         "x: cp.async": [region("linear_products.h", "copy_async(to.at(copy.to, 16)", until=";")],
         "entries: write": [region("entries.h", "entry.behind(4 * row.first)", until=";")],
         "blocks: ldmatrix": [region("linear_products.h", "load_matrices(a,", until=";")],
-        "x: ldmatrix": [region("linear_products.h", "load_matrices(b[n][0],", until="64, 16));")],
+        "x: ldmatrix": [region("linear_products.h", "load_matrices(b[n][0],", until="b[n][1]")],
         "S: write": [
             region("linear_products.h", "sums[lane.to[n] + 32 * half]", until=";"),
             region("linear_products.h", "store(sums.at(lane.to[n]", until=";"),

@@ -76,9 +76,10 @@ def test_small_batches_are_theirs(h200: dict[str, str]) -> None:
     left = explained(65)
     assert left.backend == "triton"
     assert "of linear in torch.bfloat16 are for batches of 1 to 64, not of 65" in left.reason
-    left = explained(1, window=None, laps=None)
+    assert explained(16, window=None, laps=None).backend == "cuda"
+    left = explained(17, window=None, laps=None)
     assert left.backend == "triton"
-    assert "block by block, predicted to be slower" in left.reason
+    assert "block by block, predicted to be slower beyond batches of 16" in left.reason
     with rpg.scratch_limit(1 << 20):
         left = explained(1, torch.float32)
         assert left.backend == "triton"

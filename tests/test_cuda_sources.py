@@ -18,7 +18,11 @@ from rpg_kernels.window_law import WindowLaw
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-BUDGETS = {"80": 5.0, "90a": 5.0, "120": 4.8}  # docs/cuda.md; the aim is 2.2
+# Lane-instructions for a weight at batches of 1, 8 and 16 (docs/cuda.md). The budget is 2.2.
+BUDGETS = {
+    "linear": {"80": (2.2, 2.2, 2.25), "90a": (2.2, 2.2, 2.25), "120": (2.2, 2.2, 2.3)},
+    "linear_input_grad": {"90a": (2.3, 2.4, 2.9)},
+}
 POINTS: dict[str, Any] = {
     f"law {number}, {name}": entry
     for number in (1, 2)
@@ -70,28 +74,43 @@ def test_compiles_without_spills_or_local_memory(
 @needs_nvcc
 @needs_native
 @pytest.mark.skipif(sass.nvdisasm() is None, reason="there is no nvdisasm")
-@pytest.mark.parametrize("architecture", BUDGETS)
-def test_the_forward_keeps_its_instructions(architecture: str, built: Any) -> None:
+@pytest.mark.parametrize(
+    ("op", "architecture"), [(op, architecture) for op in BUDGETS for architecture in BUDGETS[op]]
+)
+def test_products_keep_to_their_instructions(op: str, architecture: str, built: Any) -> None:
     import cuda_report as report
 
-    kernels = sass.kernels(built("linear", architecture)[0])
+    kernels = sass.kernels(built(op, architecture)[0])
     page = report.PAGE.read_text("utf-8")
     same_compiler = f"nvcc {report.nvcc_version()}." in page
-    for batch in (1, 8, 16):
-        name = f"linear_kernel<Bfloat16, {batch}>"
+    for batch, budget in zip((1, 8, 16), BUDGETS[op][architecture], strict=True):
+        name = f"{op}_kernel<Bfloat16, {batch}>"
         kernel = kernels[name]
         body = report.column_loop(kernel).body
         parts = report.per_weight(kernel, report.case_of(name))
-        assert sum(parts.values()) <= BUDGETS[architecture]
-        assert parts["products"] + parts["sums"] <= report.LOOP_BUDGET
+        assert sum(parts.values()) <= budget
+        if op == "linear" and architecture == "90a":
+            assert sum(parts.values()) - parts["entries"] <= report.LOOP_BUDGET
+            assert parts["entries"] <= report.TABLE_BUDGET + 0.03
         # Wide accesses: operands, the bank, sums of 4 rows for each of a thread's 4.
-        assert kernel.count(report.KINDS["LDSM x4"], body) == 1
-        assert kernel.count(report.KINDS["LDGSTS.128"], body) >= 2
-        if batch > 1:
-            assert kernel.count(report.KINDS["LDS.128"], body) == batch
+        assert kernel.count(report.KINDS["LDSM x4"], body) >= 4
+        assert kernel.count(report.KINDS["LDGSTS.128"], body) >= 4
+        if op == "linear" and batch > 1:
+            assert kernel.count(report.KINDS["LDS.128"], body) >= batch
         if same_compiler:
             row = report.weight_row(name, architecture, kernel)
             assert row in page, "run python tests/cuda_report.py"
+
+
+def test_what_never_runs_takes_its_surroundings_along() -> None:
+    """0 branches to 3 past 1 and 2; 3 to 6 past 4 and 5; 4 is known not to run."""
+    texts = ["@P0 BRA `(.L_3) ", "NOP ", "NOP ", "@P1 BRA `(.L_6) ", "STS [R0], R1 ", "NOP ", "EXIT "]
+    instructions = [sass.Instruction(text, ()) for text in texts]
+    kernel = sass.Kernel("k", instructions, {".L_3": 3, ".L_6": 6})
+    assert sass.never_run(kernel, {4}) == {4, 5}
+    assert sass.never_run(kernel, {2}) == {1, 2}
+    assert sass.never_run(kernel, set()) == set()
+    assert sass.never_run(kernel, {6}) == set(range(7))  # every way leads there
 
 
 @needs_cuda_build

@@ -347,8 +347,12 @@ def test_where_it_is_predicted_to_win() -> None:
     assert why(weight, 64) == ""
     assert "batches of 1 to 32 of rings, not of 33" in why(small_ring, 33)
     assert why(weight, 32, torch.float32) == ""  # its copy is 4 MB
-    for gathered in (ring, signs):
-        assert "block by block, predicted to be slower" in why(gathered, 1)
+    assert why(ring, 16) == ""
+    slower = "block by block, predicted to be slower"
+    assert f"{slower} beyond batches of 16" in why(ring, 17)
+    assert slower in why(signs, 1)
+    given = ("linear", ring.spec, torch.float32, 1, H200, ring.bank.weight.detach())
+    assert slower in config.why_slower(*given)
     assert "in torch.bfloat16 are for batches of 1 to 64, not of 65" in why(weight, 65)
     assert "batches of 1 to 64, not of 0" in why(weight, 0)
     bank = windows.weight.detach()

@@ -140,11 +140,11 @@ RPG_FUNCTION void row_entries(const Layer& layer, const Tile& tile, int b, const
                               const Shared<uint32_t>& entry) {
   RPG_LOOP
   for (int i = thread(); i < tile.rows; i += kThreads) {
-    const uint32_t p = position(layer, tile.row + i, b);
-    uint32_t place = i, sign = 0;
+    uint32_t place = i, sign;
     if (tile.fill == Fill::kGather) {
       sign = stage.entries[i] & 0x80000000u;
     } else {
+      const uint32_t p = position(layer, tile.row + i, b);
       place = ring_slot(layer, p), sign = block_sign(layer, p);
     }
     if (ENTRIES == Entries::kSpread) place = spread_place(place, i / 8);

@@ -8,21 +8,22 @@
 // so tensor cores multiply what a window holds, not what its `laps` rows make of it, and shared
 // memory is read at random in S, 4 bytes for each row of x, not in 128-byte blocks.
 //
-// Grid: tiles of rows x splits of the columns x tiles of the batch; 256 threads, each with
+// Grid: tiles of 1024 rows x splits of the columns x tiles of the batch; 256 threads, each with
 // kRows rows of y and BATCH sums for each in registers. A block goes from column to column: wait
-// for the stage, begin the copies of the one after the next, entries, products, barrier, sums.
-// Sums of splits go through the workspace; the last block of a tile adds them in order, so results
-// do not depend on who is last.
+// for the stage, begin the copies of a later one, entries, products, barrier, sums. Sums of splits
+// go through the workspace; the last block of a tile adds them in order, so results do not depend
+// on who is last.
 //
 // Shared memory: stages · places · block (3 · 32 KB for windows of 256 slots of 64 bf16 and 4
-// laps), S (places · BATCH · 4), tiles of x. Accesses of 16 bytes by 8 neighbouring threads fall on
-// different banks: rows of a window by the exchange of chunks (stage.h), S by the residues of the
-// window law. Bytes from global memory for a column of a tile: its windows, once.
+// laps), S (places · BATCH · 4, four times that at batch 1), entries, tiles of x. Accesses of 16
+// bytes by 8 neighbouring threads fall on different banks: rows of a window by the exchange of
+// chunks (stage.h), S by the residues of the window law. Bytes from global memory for a column of a
+// tile: its windows, once.
 //
-// Instructions for a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md): 105 for
-// the entry, 12 to 31 for sums, 44 to 55 for products, 45 for copies, 70 to 80 around them.
-// Predicted on an H200, 14336x4096, bf16, windows 256 x 4, batch 1: bound by them, 14 us; 29 MB of
-// windows at 5.5 TB/s from the second-level cache, 5.2 us, beside it.
+// Instructions for a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md): 45 for
+// the entry, 6 at batch 1 to 28 at 16 for sums, 20 to 25 for products, 21 for copies, 25 around
+// them. Predicted on an H200, 14336x4096, bf16, windows 256 x 4, batch 1: 8.8 us, bound by 29 MB of
+// windows from a second-level cache of 5.5 TB/s, instructions a fifth below.
 
 #include <stdexcept>
 
@@ -68,8 +69,10 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
       const Stage stage = stage_of(layout, tiling, i);
       if (windows) {
         fill_windows(layer, layout, args.bank, column_of(layout.columns, b - first), copies, stage);
-      } else if (!ring || b == first) {
-        fill_places(layout, args.bank, tile, others, stage);
+      } else if (!ring) {
+        fill_rows(layout, args.bank, tile, copies, stage);
+      } else if (b == first) {
+        fill_ring(layout, args.bank, stage);
       }
       fill_x<Math, BATCH>(args, x_copy_of, m0, b, x_of(i));
     }
@@ -177,7 +180,7 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args) {
   to.layer = layer_of(law, args.columns);
   to.tiling = tiling_of(plan);
   to.bank = bank_of(args.ring, law.slots, law.granularity * Sh::kBytes);
-  to.x_bytes = BATCH * Sh::x_pitch(law.granularity);
+  to.x_bytes = BATCH * law.granularity * Sh::kBytes;
   const SharedPlan at = shared_plan(to.layer, to.tiling, to.bank.row_bytes, to.x_bytes, Sh::kSums);
   to.layout = at.layout, to.s = at.s, to.entry = at.entry, to.x_at = at.x, to.last = at.last;
   to.x = args.x, to.bias = args.bias, to.y = args.y;
@@ -209,7 +212,7 @@ Plan plan_linear(const LayerLaw& law, Dtype dtype, int64_t batch, int64_t column
   const Layer layer = layer_of(law, columns);
   const bool tensor_cores = dtype != Dtype::kFloat32;
   const auto bytes = [&](const Tiling& tiling, int batch_tile) {
-    const int x_bytes = batch_tile * (block * size + kPad), sums = batch_tile == 1 ? 4 : batch_tile;
+    const int x_bytes = batch_tile * block * size, sums = batch_tile == 1 ? 4 : batch_tile;
     return shared_plan(layer, tiling, block * size, x_bytes, sums).bytes;
   };
   Plan out = plan_tiles(law, block * size, batch, tensor_cores ? 32 : 16, device, bytes);

@@ -104,8 +104,10 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
       const Stage stage = stage_of(layout, tiling, i);
       if (windows) {
         fill_windows(layer, layout, args.bank, column_of(layout.columns, b - first), copies, stage);
-      } else if (!ring || b == first) {
-        fill_places(layout, args.bank, tile, others, stage);
+      } else if (!ring) {
+        fill_rows(layout, args.bank, tile, copies, stage);
+      } else if (b == first) {
+        fill_ring(layout, args.bank, stage);
       }
     }
     commit_copies();

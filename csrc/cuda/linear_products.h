@@ -12,8 +12,6 @@
 
 namespace rpg::RPG_DEVICE {
 
-constexpr int kPad = 16;  // bytes behind a row of x, so that rows begin on different banks
-
 struct LinearKernelArgs {
   Layer layer;
   Tiling tiling;
@@ -41,7 +39,12 @@ struct Shape {
   static constexpr int kTiles = (BATCH + 7) / 8;  // of 8 rows of x, for tensor cores
 
   // Bytes of a row of x.
-  RPG_LAW int x_pitch(int block) { return block * kBytes + kPad; }
+  // Byte of chunk c of row m of a column of x, exchanged as those of blocks are (stage.h) where
+  // ldmatrix reads it; in fp32 all threads read the same.
+  RPG_LAW int x_at(int m, int c, int block) {
+    const int chunks = block * kBytes / 16;
+    return 16 * (Math::kTensorCores ? chunk_at(m, c, chunks) : m * chunks + c);
+  }
 };
 
 // S of one plane: 4 sums of a place. Four places between planes put two of them, which the
@@ -87,8 +90,8 @@ RPG_FUNCTION XCopy x_copy(const LinearKernelArgs& args, int m0) {
   const bool any = args.x_aligned && m < BATCH, row = any && m0 + m < args.batch;
   const int end = row ? (args.layer.columns - e + block - 1) / block : 0;
   const int64_t from = row ? int64_t{m0 + m} * args.layer.columns + e : 0;
-  return {kept(static_cast<const char*>(args.x) + from * S::kBytes),
-          kept(m * S::x_pitch(block) + 16 * c), kept(end), any};
+  return {kept(static_cast<const char*>(args.x) + from * S::kBytes), kept(S::x_at(m, c, block)),
+          kept(end), any};
 }
 
 // x [rows m0 ..., column b] into shared memory; zeros behind the batch and the end of a row.
@@ -109,17 +112,18 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0
   for (int i = thread(); i < BATCH * block; i += kThreads) {
     const int m = i / block, e = i - m * block;
     const bool valid = m0 + m < args.batch && column + e < columns;
-    *reinterpret_cast<Bits*>(to.at(m * S::x_pitch(block) + e * S::kBytes, S::kBytes)) =
+    const int chunk = e * S::kBytes / 16, at = S::x_at(m, chunk, block) + e * S::kBytes % 16;
+    *reinterpret_cast<Bits*>(to.at(at, S::kBytes)) =
         valid ? x[int64_t{m0 + m} * columns + column + e] : Bits{0};
   }
 }
 
 // What a lane reads and writes in all products: chunks of the first block of a warp's 16, for four
-// steps of 16 elements; bytes of x; sums of place g, or of g + 8 behind it, of rows 8 n + 2 t and
-// the next, or at batch 1 copy t.
+// steps of 16 elements; bytes of x, for two steps each; sums of place g, or of g + 8 behind it, of
+// rows 8 n + 2 t and the next, or at batch 1 copy t.
 template <int TILES>
 struct ProductLane {
-  int at[4], x, to[TILES];
+  int at[4], x[2], to[TILES];
 };
 
 template <class Math, int BATCH>
@@ -133,7 +137,11 @@ RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
   RPG_UNROLL
   for (int k = 0; k < 4; ++k) out.at[k] = kept(row + (swap ^ 2 * k));
   // At batch 1 all 8 columns of the product are those of one row.
-  out.x = kept((BATCH == 1 ? 0 : lane % 8 * Sh::x_pitch(block)) + 16 * (lane / 8));
+  RPG_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int c = lane / 8 + (block == 64 ? 4 * half : 0);
+    out.x[half] = kept(Sh::x_at(BATCH == 1 ? 0 : lane % 8, c, block));
+  }
   RPG_UNROLL
   for (int n = 0; n < Sh::kTiles; ++n) {
     const int place = s_at(2 * n + t / 2, g, args.tiling.places) + 2 * (t % 2);
@@ -154,8 +162,8 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& 
   uint32_t b[kTiles][2][4];
   RPG_UNROLL
   for (int n = 0; n < kTiles; ++n) {
-    load_matrices(b[n][0], x.at(lane.x + 8 * n * Sh::x_pitch(block), 16));
-    if (block == 64) load_matrices(b[n][1], x.at(lane.x + 8 * n * Sh::x_pitch(block) + 64, 16));
+    load_matrices(b[n][0], x.at(lane.x[0] + 8 * n * block * Sh::kBytes, 16));
+    if (block == 64) load_matrices(b[n][1], x.at(lane.x[1] + 8 * n * block * Sh::kBytes, 16));
   }
   RPG_LOOP
   for (int first = thread() / kWarp * 16; first < used; first += kWarps * 16) {
@@ -194,7 +202,7 @@ template <int BATCH>
 RPG_FUNCTION void products_fma(const LinearKernelArgs& args, int used, const Stage& stage,
                                const Shared<char>& x, const Shared<float>& s) {
   using Sh = Shape<Fma, BATCH>;
-  const int chunks = args.layer.block / 4, pitch = Sh::x_pitch(args.layer.block);
+  const int chunks = args.layer.block / 4, pitch = 4 * args.layer.block;
   RPG_LOOP
   for (int place = thread(); place < used; place += kThreads) {
     float sum[BATCH] = {};

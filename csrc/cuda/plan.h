@@ -79,9 +79,9 @@ static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int stages, i
     out.stages = 1;
   }
   if (out.fill != Fill::kRing) {
-    if (!out.places) out.places = 256;
+    if (!out.places) out.places = 2 * kThreads;
     while (out.places * row_bytes > most && out.places > 64) out.places /= 2;
-    out.rest = out.places < kThreads ? out.places : kThreads;
+    out.rest = out.places < 2 * kThreads ? out.places : 2 * kThreads;
   }
   const int64_t left = law.rows - int64_t{out.first} * out.rows;
   if (left <= 0 && out.fill == Fill::kWindows) out.rest = 0;

@@ -158,18 +158,38 @@ RPG_FUNCTION void fill_windows(const Layer& layer, const Layout& layout, const B
   }
 }
 
-// Begins the copies of a column that is no windows.
-RPG_FUNCTION void fill_places(const Layout& layout, const Bank& bank, const Tile& tile, int places,
-                              const Stage& stage) {
-  const int chunks = 1 << layout.log_chunks;
+// Begins the copies of a gathered column: the block of row i to place i.
+RPG_FUNCTION void fill_rows(const Layout& layout, const Bank& bank, const Tile& tile,
+                            const Copies& copies, const Stage& stage) {
+  const int step = kThreads >> layout.log_chunks, first = thread() >> layout.log_chunks;
+  const char* const chunk = copies.from - first * bank.row_bytes;
+  const auto from = [&](int row) {
+    const uint32_t slot = stage.entries[row] & 0x7FFFFFFFu;
+    return chunk + uint64_t{slot} * static_cast<uint32_t>(bank.row_bytes);
+  };
+  int row = first, to = copies.to;
   RPG_LOOP
-  for (int i = thread(); i < places << layout.log_chunks; i += kThreads) {
-    const int place = i >> layout.log_chunks, c = i & (chunks - 1);
-    uint32_t slot = place;
-    if (tile.fill == Fill::kGather) slot = stage.entries[place] & 0x7FFFFFFFu;
-    const char* from =
-        static_cast<const char*>(bank.ring) + int64_t{slot} * bank.row_bytes + 16 * c;
-    copy_async<0>(stage.blocks.at(chunk_at(place, c, chunks), 1), from);
+  for (; row + 3 * step < tile.rows; row += 4 * step, to += 4 * kThreads) {
+    uint4* const at = stage.blocks.at(to, 3 * kThreads + 1);
+    copy_async<0>(at, from(row));
+    copy_async<0>(at + kThreads, from(row + step));
+    copy_async<0>(at + 2 * kThreads, from(row + 2 * step));
+    copy_async<0>(at + 3 * kThreads, from(row + 3 * step));
+  }
+  RPG_LOOP
+  for (; row < tile.rows; row += step, to += kThreads) {
+    copy_async<0>(stage.blocks.at(to, 1), from(row));
+  }
+}
+
+// Begins the copies of a whole ring.
+RPG_FUNCTION void fill_ring(const Layout& layout, const Bank& bank, const Stage& stage) {
+  const int log = layout.log_chunks, chunks = 1 << log;
+  RPG_LOOP
+  for (int i = thread(); i < static_cast<int>(bank.slots) << log; i += kThreads) {
+    const int slot = i >> log, c = i & (chunks - 1);
+    copy_async<0>(stage.blocks.at(chunk_at(slot, c, chunks), 1),
+                  static_cast<const char*>(bank.ring) + int64_t{i} * 16);
   }
 }
 

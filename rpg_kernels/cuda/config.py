@@ -26,11 +26,12 @@ BLOCKS = (32, 64)
 ALIGNMENT = 16  # bytes, of the bank
 
 # Batches up to which the kernels are predicted to win (docs/cuda.md; no GPU has said so), for
-# 16-bit numbers and for fp32, which has no tensor cores here. What is gathered block by block pays
-# for the law of every position, and is predicted to win nowhere.
+# 16-bit numbers and for fp32, which has no tensor cores here.
 MAX_BATCH = {"linear": (64, 32), "linear_input_grad": (32, 8), "linear_bank_grad": (64, 64)}
-# A ring that fits has an entry and, in the input gradient, a product for every row.
+# A ring that fits has an entry and, in the input gradient, a product for every row. What is gathered
+# block by block is read for every row too: only 16-bit numbers without signs of elements.
 MAX_BATCH_OF_RINGS = {"linear": 32, "linear_input_grad": 16}
+MAX_BATCH_GATHERED = {"linear": 16, "linear_input_grad": 8}
 # A window is gone through once for each 256 of its slots.
 MAX_OWNED_WINDOW = 1024
 RING, GATHERED = 1, 2  # Plan.fill
@@ -235,7 +236,14 @@ def why_slower(
     if laid_out is None:
         return reason
     if laid_out.fill == GATHERED:
-        return "the CUDA kernels would gather this weight block by block, predicted to be slower"
+        signs = getattr(parse(placement).generator, "reflect", "") == "element"
+        most = 0 if dtype == torch.float32 or signs else MAX_BATCH_GATHERED[op]
+        if batch > most:
+            upto = f" beyond batches of {most}" if most else ""
+            return (
+                "the CUDA kernels would gather this weight block by block, predicted to be "
+                f"slower{upto}"
+            )
     if laid_out.fill == RING and batch > MAX_BATCH_OF_RINGS[op]:
         most = MAX_BATCH_OF_RINGS[op]
         return f"the CUDA kernels of {op} are for batches of 1 to {most} of rings, not of {batch}"
