@@ -43,7 +43,7 @@ struct alignas(16) Window {
   uint32_t count;  // of the first: windows of the column
 };
 
-struct Column {
+struct ColumnReads {
   Shared<Window> windows;  // [windows of a column, at most, and one]
   Shared<Chunk> chunks;    // [kMaxChunks]
 };
@@ -68,7 +68,7 @@ RPG_HOST Columns columns_of(int most_windows, int at) {
 RPG_HOST int end_of(const Columns& columns) { return columns.chunks + kChunkColumns * kChunkBytes; }
 
 // Column i of a block of threads.
-RPG_FUNCTION Column column_of(const Columns& columns, int i) {
+RPG_FUNCTION ColumnReads column_of(const Columns& columns, int i) {
   const int windows = kept(columns.windows + (i & (kWindowColumns - 1)) * columns.each);
   const int chunks = kept(columns.chunks + (i & (kChunkColumns - 1)) * kChunkBytes);
   return {Shared<Window>(windows, columns.each / 16), Shared<Chunk>(chunks, kMaxChunks)};
@@ -106,7 +106,7 @@ RPG_FUNCTION void prepare_chunks(const Layer& layer, const Tile& tile, const Col
   const int column = i + thread() / kMaxChunks, chunk = thread() % kMaxChunks;
   const int b = range.first + column;
   if (thread() >= kAhead * kMaxChunks || b >= range.end || chunk * kChunk >= tile.rows) return;
-  const Column to = column_of(columns, column);
+  const ColumnReads to = column_of(columns, column);
   const uint32_t first = position(tile, b), p = first + kChunk * chunk;
   const uint32_t window = part_of(law, p) - part_of(law, first);
   Chunk out{p + to.windows[window].shift, window << log, {}};

@@ -120,9 +120,9 @@ RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile
 
 // T of column b, whose stage holds `places`.
 template <int BATCH>
-RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile, const Column& column,
-                            const Lane& lane, int b, int places, const Stage& stage,
-                            const InputGradFma<BATCH>& to) {
+RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
+                            const ColumnReads& column, const Lane& lane, int b, int places,
+                            const Stage& stage, const InputGradFma<BATCH>& to) {
   using L = Lanes<BATCH>;
   const Layer& layer = args.layer;
   int laps = 1;

@@ -142,8 +142,9 @@ RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGr
 // dx of the column: sums[part, m, e].
 template <class Math, int BATCH>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile,
-                                      const Column& column, const Share& share, const Stage& stage,
-                                      const InputGradMma& from, const Shared<float>& sums) {
+                                      const ColumnReads& column, const Share& share,
+                                      const Stage& stage, const InputGradMma& from,
+                                      const Shared<float>& sums) {
   constexpr int kPlanes = (BATCH + 7) / 8;
   const Layer& layer = args.layer;
   const int lane = thread() % kWarp, chunks = layer.block / 8;

@@ -115,7 +115,7 @@ RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& to,
 // are zeros, and so are blocks that no row reads: 0 times what they hold need not be 0.
 template <int BATCH>
 RPG_FUNCTION void put_windows(const InputGradKernelArgs& args, const Tile& tile,
-                              const Column& column, const Lane& lane, const Stage& stage,
+                              const ColumnReads& column, const Lane& lane, const Stage& stage,
                               const InputGradMma& to) {
   const Layer& layer = args.layer;
   const uint32_t window = layer.law.scramble.window;

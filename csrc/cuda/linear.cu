@@ -100,7 +100,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     sync();
     begin(b + layout.depth - 1, stage_after(layout, now, layout.depth - 1));
     const Stage stage = stage_of(layout, tiling, now);
-    const Column column = column_of(layout.columns, b - first);
+    const ColumnReads column = column_of(layout.columns, b - first);
     const int used = windows ? places_of(layer, column) : others;
     if (b >= unfinished) finish<Number>(layer, tile, used, b, stage);
     if (windows) {

@@ -44,7 +44,7 @@ struct BankGradKernelArgs {
   int64_t cells;  // of the layer, from that of its first address
 };
 
-// A cell's positions are p, p + 1 ...; (p + shift) is the address, as in Segment (tile.h).
+// A cell's positions are p, p + 1 ...; (p + shift) is the address, as of a window (columns.h).
 struct Cell {
   uint32_t p, count, shift;
 };

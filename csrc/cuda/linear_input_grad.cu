@@ -137,7 +137,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     sync();
     begin(b + layout.depth - 1, stage_after(layout, now, layout.depth - 1));
     const Stage stage = stage_of(layout, tiling, now);
-    const Column column = column_of(layout.columns, b - first);
+    const ColumnReads column = column_of(layout.columns, b - first);
     const int places = windows ? places_of(layer, column) : others;
     if (b >= unfinished) finish<T>(layer, tile, places, b, stage);
     if constexpr (kFma) {

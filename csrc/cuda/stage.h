@@ -97,7 +97,7 @@ RPG_FUNCTION void prepare_rows(const Layer& layer, const Tile& tile, int b, cons
 }
 
 // Places that a stage of windows holds.
-RPG_FUNCTION int places_of(const Layer& layer, const Column& column) {
+RPG_FUNCTION int places_of(const Layer& layer, const ColumnReads& column) {
   return static_cast<int>(column.windows[0].count << (layer.law.scramble.bits + 3));
 }
 
@@ -131,7 +131,8 @@ RPG_FUNCTION void fill_wrapped(const Layout& layout, const Bank& bank, uint32_t 
 
 // Begins the copies of a column's windows.
 RPG_FUNCTION void fill_windows(const Layer& layer, const Layout& layout, const Bank& bank,
-                               const Column& column, const Copies& copies, const Stage& stage) {
+                               const ColumnReads& column, const Copies& copies,
+                               const Stage& stage) {
   const uint32_t count = column.windows[0].count;
   int to = copies.to;
   RPG_LOOP
