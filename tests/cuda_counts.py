@@ -46,7 +46,7 @@ class Case:
 # Phases of the forward, as the tables call them, and the pieces of source in each.
 _COMMON = {
     "runs": [region("entries.h", "i += 2 * kWarps) {")],
-    "single runs": [region("entries.h", "for (int i = warp; i < count;", until=");")],
+    "single runs": [region("entries.h", "for (int i = warp; i < chunks;", until=");")],
     "eighth round": [region("entries.h", "if (s.rounds == kMaxRounds)", until=";")],
     "rows": [region("entries.h", "void row_entries(")],
     "units": [region("columns.h", "void prepare_windows(")],
@@ -189,7 +189,7 @@ _NEVER = (
     "rest of slots",
 )
 UNUSED = {
-    "windows": (*_NEVER, "rows", "prepared", "blocks", "put rows", "row slots"),
+    "windows": (*_NEVER, "rows", "ring slots", "prepared", "blocks", "put rows", "row slots"),
     "ring": (*_NEVER, *_WINDOWS, "prepared", "blocks"),
     "gather": (*_NEVER, *_WINDOWS, "ring slots"),
 }

