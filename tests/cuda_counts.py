@@ -52,7 +52,7 @@ _COMMON = {
     "units": [region("columns.h", "void prepare_windows(")],
     "chunks": [region("columns.h", "void prepare_chunks(")],
     "windows": [region("stage.h", "void fill_windows(")],
-    "copies": [region("stage.h", "pass + 4 <= layout.passes")],
+    "copies": [region("stage.h", "pass + 8 <= layout.passes")],
     "wrapped": [
         region("stage.h", "void fill_wrapped("),
         region("stage.h", "fill_wrapped(layout, bank", until=";"),
@@ -243,6 +243,7 @@ def per_weight(kernel: Kernel, case: Case, only: re.Pattern[str] | None = None) 
     # What compilers cannot have moved out of a piece says that the code around it belongs to it,
     # unless it has a condition of its own.
     fixed = re.compile(r"STS|STG|LDGSTS|BAR|SHFL|LDSM|HMMA|ATOM")
+    guards = re.compile(r"BRA|ISETP|PLOP3|BSSY|BSYNC")
     unused = never_run(
         kernel,
         {
@@ -255,14 +256,18 @@ def per_weight(kernel: Kernel, case: Case, only: re.Pattern[str] | None = None) 
     )
 
     def unrolled(name: str, loop: Loop) -> float:
-        accesses = kernel.count(r"(LDS|LDSM|STS|LDGSTS)(\.|$)", loop.own)
+        # Not those that never run: ptxas puts such before copies.
+        real = {i for i in loop.own if not kernel.instructions[i].text.startswith("@!PT")}
+        accesses = kernel.count(r"(LDS|LDSM|STS|LDGSTS)(\.|$)", real)
         return accesses / one_pass[name] if name in one_pass else 1
 
     def add(loop: Loop, times: float, inside: str) -> None:
         for i in loop.own - unused:
-            name = names[i]
-            if name in skipped or (only and not only.match(kernel.instructions[i].opcode)):
+            name, opcode = names[i], kernel.instructions[i].opcode
+            if (name in skipped and not guards.match(opcode)) or (only and not only.match(opcode)):
                 continue
+            if name in skipped:  # what finds out that the piece is not to run
+                name = ""
             here = times
             if name == "terms":  # a term is added in one lap only
                 here = times / trips["laps"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import replace
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -108,7 +106,7 @@ def test_writes_nothing_but_the_result() -> None:
         (WINDOW, torch.bfloat16),
         (WINDOW, torch.float16),
         *((fill, dtype) for fill in (RING, GATHERED) for dtype in DTYPES),
-    ],  # three windows of fp32 do not fit a stage
+    ],  # of windows in fp32: test_simt_windows.py
 )
 def test_unread_slots_and_padding_may_hold_anything(
     fill: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -257,77 +255,6 @@ def test_never_taken_on_cpu_tensors_unless_asked_for() -> None:
     layer = rpg.nn.Linear(64, 1024, bank=rpg.ParameterBank(64 * 512, window=64, laps=4))
     for batch in (1, 16, 64):
         assert rpg.explain(layer, torch.empty(batch, 64)).backend == "cpu"
-
-
-def plan_of(
-    weight: rpg.VirtualWeight,
-    batch: int,
-    shared_kib: int,
-    name: str = "linear",
-    dtype: torch.dtype = torch.bfloat16,
-    sms: int = 132,
-) -> Any:
-    gpu = config.Gpu("simt", sms, shared_kib * 1024)
-    with rpg.scratch_limit(1 << 30):
-        plan, reason = config.plan(name, weight.spec, dtype, batch, gpu, 0)
-    assert not reason
-    return plan
-
-
-def test_windows_take_two_stages_or_less_of_the_batch_before_they_are_gathered() -> None:
-    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
-    whole = bank.place((2048, 1024))
-    bank.place((64, 64))
-    cut = bank.place((2048, 1024))  # begins inside a cell: two windows for each tile
-    for weight, batch, kib, stages, step in (
-        (whole, 16, 227, 3, 16),
-        (whole, 16, 99, 2, 16),
-        (whole, 64, 227, 3, 32),
-        (cut, 1, 227, 3, 1),
-        (cut, 16, 227, 2, 16),
-        (cut, 16, 163, 2, 8),
-    ):
-        plan = plan_of(weight, batch, kib)
-        assert (plan.fill, plan.stages, plan.batch_tile) == (WINDOW, stages, step)
-        assert plan.shared_bytes <= kib * 1024
-    assert plan_of(cut, 1, 99).fill == GATHERED
-
-
-def test_columns_are_shared_so_that_processors_have_as_many() -> None:
-    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
-    for rows, batch in ((4096, 1), (14336, 1), (67 * 1024, 1), (1024, 1), (14336, 64)):
-        plan = plan_of(bank.place((rows, 4096)), batch, 227)
-        blocks = plan.tiles * plan.splits * plan.batch_tiles
-        columns = math.ceil(blocks / 132) * math.ceil(64 / plan.splits)
-        assert columns <= 1.25 * plan.tiles * plan.batch_tiles * 64 / 132 + 2
-
-
-@pytest.mark.parametrize("name", config.PRODUCTS[:2])
-@pytest.mark.parametrize(
-    ("before", "dtype"), [(0, torch.bfloat16), (0, torch.float32), (64, torch.bfloat16)]
-)
-def test_two_stages_and_three_give_the_same_bits(
-    name: str, before: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Windows of 256 and 4 laps, from a whole cell on and from inside one."""
-    bank = rpg.ParameterBank(8 * 256 * 32, granularity=32, window=256, laps=4, seed=3)
-    for _ in range(before // 64):
-        bank.place((64, 32))
-    weight = bank.place((1024, 230), scale=0.5)
-    torch.manual_seed(0)
-    x, dy = torch.randn(5, 230).to(dtype), torch.randn(5, 1024).to(dtype)
-    problem = small.Problem(weight, bank.weight.detach().to(dtype), x, dy, None, "simt")
-    memory: dict[tuple[int, int], int] = {}  # KiB for which there are so many stages
-    for kib in range(40, 228):
-        plan = plan_of(weight, 5, kib, name, dtype, sms=2)
-        memory[plan.fill, plan.stages] = kib
-    results = []
-    for stages in (2, 3):
-        gpu = config.Gpu("simt", 2, memory[WINDOW, stages] * 1024)
-        monkeypatch.setattr(config, "SIMT", gpu)
-        results.append(problem.run(name))
-        small.close(results[-1], problem.exact()[name], dtype, dtype)
-    assert results[0].equal(results[1])
 
 
 def test_where_it_is_predicted_to_win() -> None:

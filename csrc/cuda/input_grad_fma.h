@@ -131,7 +131,6 @@ RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
     laps = static_cast<int>(column.windows[column.windows[0].count].lap);
     // Where columns end inside laps.
     if (layer.law.offset & (layer.law.scramble.window - 1)) {
-      sync();
       clear_unread<BATCH>(args, tile, places, to, stage);
     }
   } else {

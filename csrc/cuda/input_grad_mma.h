@@ -149,11 +149,21 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
   const Layer& layer = args.layer;
   const int lane = thread() % kWarp, chunks = layer.block / 8;
   Sums<BATCH> c = {};
-  int laps = 1;
+  // At batch 1, of elements g and g + 8: columns are laps, and those of laps that are not there may
+  // be 0 times infinity.
+  float total[2] = {};
+  const int t = lane % 4;
+  const auto add_laps = [&](int laps) {
+    RPG_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      total[half] += 2 * t < laps ? c[0][0][2 * half] : 0.f;
+      total[half] += 2 * t + 1 < laps ? c[0][0][2 * half + 1] : 0.f;
+      c[0][0][2 * half] = c[0][0][2 * half + 1] = 0;
+    }
+  };
   if (tile.fill == Fill::kWindows) {
     const int window = static_cast<int>(layer.law.scramble.window);
     const int windows = static_cast<int>(column.windows[0].count);
-    laps = static_cast<int>(column.windows[windows].lap);
     RPG_LOOP
     for (int i = 0; i < windows; ++i) {
       int lap = static_cast<int>(column.windows[i].lap);
@@ -163,6 +173,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
         RPG_LOOP
         for (; lap < end; lap += 8) {
           multiply_window<Math, BATCH, 1>(args, from, blocks, share, lap, end, c);
+          add_laps(end - lap);
         }
       } else {
         RPG_LOOP
@@ -185,14 +196,12 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
       multiply_laps<Math, BATCH, 1>(from, one, lane < 4, a, at * kEach<BATCH>, 0, c);
     }
   }
-  const int t = lane % 4;
   const Shared<float> to = sums.from(share.to);
   if constexpr (BATCH == 1) {
+    if (tile.fill != Fill::kWindows) add_laps(1);
     RPG_UNROLL
     for (int half = 0; half < 2; ++half) {
-      // Columns of laps that are not there may be 0 times infinity.
-      const float low = 2 * t < laps ? c[0][0][2 * half] : 0.f;
-      float sum = low + (2 * t + 1 < laps ? c[0][0][2 * half + 1] : 0.f);
+      float sum = total[half];
       sum += as_float(shuffle(as_bits(sum), lane ^ 1));
       sum += as_float(shuffle(as_bits(sum), lane ^ 2));
       if (t == 0) to[8 * half] = sum;

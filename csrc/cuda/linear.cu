@@ -114,10 +114,11 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
       products_fma<BATCH>(args, used, stage, x_of(now), s);
     }
     sync();
-    if (tile.fill == Fill::kGather && b + layout.depth < end) {
+    if (windows) {
+      prepare_next<kEntries>(layer, tile, layout.columns, range, b - first);
+    } else if (!ring && b + layout.depth < end) {
       prepare_rows(layer, tile, b + layout.depth, stage);
     }
-    if (windows) prepare_next<kEntries>(layer, tile, layout.columns, range, b - first);
     RPG_UNROLL
     for (int k = 0; k < Sh::kRows; ++k) {
       if (k * kThreads >= tile.rows) break;

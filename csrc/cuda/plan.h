@@ -117,8 +117,8 @@ template <class Bytes>
 Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
                 const Device& device, const Bytes& bytes) {
   Plan out{};
-  const auto fits = [&](int batch_tile, int stages, int most) {
-    const Tiling tiling = tiling_of(law, row_bytes, stages, most, kMaxRows);
+  const auto fits = [&](int batch_tile, int stages, int most, int rows) {
+    const Tiling tiling = tiling_of(law, row_bytes, stages, most, rows);
     out.shared_bytes = bytes(tiling, batch_tile);
     if (out.shared_bytes > device.shared_bytes) return false;
     out.fill = static_cast<int>(tiling.fill);
@@ -134,13 +134,14 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
     return true;
   };
   const int first = batch == 1 ? 1 : batch <= 8 ? 8 : batch <= 16 ? 16 : largest;
-  // Windows, in three stages or in two, in steps of the batch that are not too small.
+  // Windows, in steps of the batch that are not too small, in tiles as large as may be, in three
+  // stages or in two.
   for (int tile = first; tile >= (first < 8 ? first : 8); tile /= 2) {
-    for (int stages = kStages; stages >= 2; --stages) {
-      for (int most = device.shared_bytes / stages; most >= 64 * row_bytes; most /= 2) {
-        const Tiling tiling = tiling_of_windows(law, row_bytes, most, kMaxRows);
-        if (tiling.fill != Fill::kWindows) break;
-        if (fits(tile, stages, most)) return out;
+    for (int rows = kMaxRows; rows >= kMaxRows / 4; rows /= 2) {
+      for (int stages = kStages; stages >= 2; --stages) {
+        const int most = device.shared_bytes / stages;
+        const Tiling tiling = tiling_of_windows(law, row_bytes, most, rows);
+        if (tiling.fill == Fill::kWindows && fits(tile, stages, most, rows)) return out;
       }
     }
   }
@@ -148,7 +149,7 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
   for (int tile = first;; tile = tile == 8 ? 1 : tile / 2) {
     const int all = device.shared_bytes / kStages, quarter = device.shared_bytes / (kStages + 1);
     for (int most = all; most >= 64 * row_bytes; most = most == all ? quarter : most / 2) {
-      if (fits(tile, kStages, most)) return out;
+      if (fits(tile, kStages, most, kMaxRows)) return out;
     }
     if (tile == 1) break;
   }

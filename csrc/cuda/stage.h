@@ -145,12 +145,16 @@ RPG_FUNCTION void fill_windows(const Layer& layer, const Layout& layout, const B
     }
     int pass = 0;
     RPG_LOOP
-    for (; pass + 4 <= layout.passes; pass += 4, from += 4 * kPass) {
-      uint4* const at = stage.blocks.at(to + pass * kThreads, 3 * kThreads + 1);
+    for (; pass + 8 <= layout.passes; pass += 8, from += 8 * kPass) {
+      uint4* const at = stage.blocks.at(to + pass * kThreads, 7 * kThreads + 1);
       copy_async<0>(at, from);
       copy_async<kPass>(at, from);
       copy_async<2 * kPass>(at, from);
       copy_async<3 * kPass>(at, from);
+      copy_async<4 * kPass>(at, from);
+      copy_async<5 * kPass>(at, from);
+      copy_async<6 * kPass>(at, from);
+      copy_async<7 * kPass>(at, from);
     }
     RPG_LOOP
     for (; pass < layout.passes; ++pass, from += kPass) {

@@ -1,0 +1,188 @@
+"""Layers that read windows from shared memory: how they are cut, and what shorter layers do not reach.
+
+The kernels' own sources, run on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import small_batches as small
+import torch
+from small_batches import GATHERED, WINDOW, made
+
+import rpg_kernels as rpg
+from rpg_kernels import native
+from rpg_kernels.cuda import config, launch
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
+
+op = torch.ops.rpg_kernels
+BOTH = config.PRODUCTS[:2]
+
+
+def plan_of(
+    weight: rpg.VirtualWeight,
+    batch: int,
+    shared_kib: int,
+    name: str = "linear",
+    dtype: torch.dtype = torch.bfloat16,
+    sms: int = 132,
+) -> Any:
+    gpu = config.Gpu("simt", sms, shared_kib * 1024)
+    with rpg.scratch_limit(1 << 30):
+        plan, reason = config.plan(name, weight.spec, dtype, batch, gpu, 0)
+    assert not reason
+    return plan
+
+
+def test_windows_take_two_stages_or_less_of_the_batch_before_they_are_gathered() -> None:
+    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
+    whole = bank.place((2048, 1024))
+    bank.place((64, 64))
+    cut = bank.place((2048, 1024))  # begins inside a cell: two windows for each tile
+    for weight, batch, kib, stages, step in (
+        (whole, 16, 227, 3, 16),
+        (whole, 16, 99, 2, 16),
+        (whole, 64, 227, 3, 32),
+        (cut, 1, 227, 3, 1),
+        (cut, 16, 227, 2, 16),
+        (cut, 16, 163, 2, 8),
+    ):
+        plan = plan_of(weight, batch, kib)
+        assert (plan.fill, plan.stages, plan.batch_tile) == (WINDOW, stages, step)
+        assert plan.shared_bytes <= kib * 1024
+    assert plan_of(cut, 1, 99).fill == GATHERED
+
+
+def test_columns_are_shared_so_that_processors_have_as_many() -> None:
+    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
+    for rows, batch in ((4096, 1), (14336, 1), (67 * 1024, 1), (1024, 1), (14336, 64)):
+        plan = plan_of(bank.place((rows, 4096)), batch, 227)
+        blocks = plan.tiles * plan.splits * plan.batch_tiles
+        columns = math.ceil(blocks / 132) * math.ceil(64 / plan.splits)
+        assert columns <= 1.25 * plan.tiles * plan.batch_tiles * 64 / 132 + 2
+
+
+@pytest.mark.parametrize("name", config.PRODUCTS[:2])
+@pytest.mark.parametrize(
+    ("before", "dtype"), [(0, torch.bfloat16), (0, torch.float32), (64, torch.bfloat16)]
+)
+def test_two_stages_and_three_give_the_same_bits(
+    name: str, before: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows of 256 and 4 laps, from a whole cell on and from inside one."""
+    bank = rpg.ParameterBank(8 * 256 * 32, granularity=32, window=256, laps=4, seed=3)
+    for _ in range(before // 64):
+        bank.place((64, 32))
+    weight = bank.place((1024, 230), scale=0.5)
+    torch.manual_seed(0)
+    x, dy = torch.randn(5, 230).to(dtype), torch.randn(5, 1024).to(dtype)
+    problem = small.Problem(weight, bank.weight.detach().to(dtype), x, dy, None, "simt")
+    memory: dict[tuple[int, int], int] = {}  # KiB for which there are so many stages
+    for kib in range(40, 228):
+        plan = plan_of(weight, 5, kib, name, dtype, sms=2)
+        memory[plan.fill, plan.stages] = kib
+    results = []
+    for stages in (2, 3):
+        gpu = config.Gpu("simt", 2, memory[WINDOW, stages] * 1024)
+        monkeypatch.setattr(config, "SIMT", gpu)
+        results.append(problem.run(name))
+        small.close(results[-1], problem.exact()[name], dtype, dtype)
+    assert results[0].equal(results[1])
+
+
+def test_smaller_tiles_before_gathering() -> None:
+    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
+    weight = bank.place((14336, 4096))
+    for batch in (2, 8, 32):
+        plan = plan_of(weight, batch, 99, "linear_input_grad")
+        assert (plan.fill, plan.rows, plan.stages, plan.batch_tile) == (WINDOW, 512, 2, 8)
+
+
+@pytest.mark.parametrize("kib", [64, 227])
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("order", [0, 1, 5])
+def test_a_block_of_threads_that_has_many_columns(
+    order: int, batch: int, name: str, kib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What columns read is remembered for 16 and 8 of them, found 8 and 4 at a time."""
+    monkeypatch.setattr(launch, "simt_order", order)
+    monkeypatch.setattr(config, "SIMT", config.Gpu("simt", 1, kib * 1024))
+    for columns in (19, 41):
+        problem = made(
+            (320, 32 * columns - 5),
+            "simt",
+            granularity=32,
+            slots=513,
+            window=(64, 4),
+            dtype=torch.bfloat16,
+            batch=batch,
+            before=64,
+        )
+        assert problem.fill(name) == WINDOW
+        small.close(problem.run(name), problem.exact()[name], problem.x.dtype, problem.x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("slots", [65, 129, 511])
+def test_windows_that_run_over_the_end_of_the_ring(slots: int, dtype: torch.dtype) -> None:
+    """NaNs lie behind it."""
+    problem = made(
+        (256, 640), "simt", granularity=32, slots=slots, window=(64, 4), dtype=dtype, batch=3
+    )
+    assert problem.fill() == WINDOW
+    problem.check()
+
+
+@pytest.mark.parametrize("batch", [1, 8, 9])
+@pytest.mark.parametrize(("window", "before"), [((64, 16), 0), ((64, 12), 64), ((128, 3), 192)])
+def test_any_number_of_laps(
+    window: tuple[int, int], before: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At batch 1 the input gradient takes 8 laps at a time, at others 4 and then one."""
+    monkeypatch.setattr(config, "SIMT", config.Gpu("simt", 4, 227 * 1024))
+    problem = made(
+        (1024, 90),
+        "simt",
+        granularity=32,
+        slots=513,
+        window=window,
+        dtype=torch.bfloat16,
+        batch=batch,
+        before=before,
+    )
+    assert problem.fill() == problem.fill("linear_input_grad") == WINDOW
+    problem.check()
+
+
+@pytest.mark.parametrize("dtype", small.DTYPES)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_blocks_that_no_row_of_a_tile_reads_may_hold_anything(
+    batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "SIMT", config.Gpu("simt", 4, 227 * 1024))
+    problem = made(
+        (1024, 60),
+        "simt",
+        granularity=32,
+        slots=1100,
+        window=(256, 4),
+        before=192,
+        dtype=dtype,
+        batch=batch,
+    )
+    placement = problem.weight.placement
+    ones, unsigned = torch.ones(placement.shape), replace(placement.generator, reflect="none")
+    spec = replace(placement, generator=unsigned).to_json()
+    read = op.pack(ones, None, spec, torch.float32, "reference")
+    assert (read == 0).any()
+    exact = problem.exact()
+    problem.bank[read == 0] = float("inf")
+    for name in BOTH:
+        assert problem.fill(name) == WINDOW
+        small.close(problem.run(name), exact[name], dtype, dtype)
