@@ -20,8 +20,8 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 # Lane-instructions for a weight at batches of 1, 8 and 16 (docs/cuda.md). The budget is 2.2.
 BUDGETS = {
-    "linear": {"80": (2.2, 2.2, 2.25), "90a": (2.2, 2.2, 2.25), "120": (2.2, 2.2, 2.35)},
-    "linear_input_grad": {"90a": (2.3, 2.5, 2.9)},
+    "linear": {"80": (2.1, 2.2, 2.4), "90a": (2.1, 2.2, 2.4), "120": (2.1, 2.2, 2.5)},
+    "linear_input_grad": {"90a": (2.5, 2.6, 3.05)},
 }
 POINTS: dict[str, Any] = {
     f"law {number}, {name}": entry
@@ -90,8 +90,8 @@ def test_products_keep_to_their_instructions(op: str, architecture: str, built: 
         parts = report.per_weight(kernel, report.case_of(name))
         assert sum(parts.values()) <= budget
         if op == "linear" and architecture == "90a":
-            assert sum(parts.values()) - parts["entries"] <= report.LOOP_BUDGET
-            assert parts["entries"] <= report.TABLE_BUDGET + 0.03
+            assert parts["products"] + parts["sums"] <= report.LOOP_BUDGET
+            assert parts["entries"] <= report.TABLE_BUDGET + 0.01
         # Wide accesses: operands, the bank, sums of 4 rows for each of a thread's 4.
         assert kernel.count(report.KINDS["LDSM x4"], body) >= 4
         assert kernel.count(report.KINDS["LDGSTS.128"], body) >= 4

@@ -23,7 +23,7 @@
 // Instructions for a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md): 45 for
 // the entry, 6 at batch 1 to 28 at 16 for sums, 20 to 25 for products, 21 for copies, 25 around
 // them. Predicted on an H200, 14336x4096, bf16, windows 256 x 4, batch 1: 8.8 us, bound by 29 MB of
-// windows from a second-level cache of 5.5 TB/s, instructions a fifth below.
+// windows from a second-level cache of 5.5 TB/s, instructions a tenth below.
 
 #include <stdexcept>
 
