@@ -28,8 +28,8 @@ ALIGNMENT = 16  # bytes, of the bank
 # Batches up to which the kernels are predicted to win (docs/cuda.md; no GPU has said so), for
 # 16-bit numbers and for fp32, which has no tensor cores here.
 MAX_BATCH = {"linear": (64, 32), "linear_input_grad": (32, 8), "linear_bank_grad": (64, 64)}
-# A ring that fits has an entry and, in the input gradient, a product for every row. What is gathered
-# block by block is read for every row too: only 16-bit numbers without signs of elements.
+# A ring that fits has an entry and, in the input gradient, a product for every row. What is
+# gathered block by block is read for every row too: only 16-bit numbers without signs of elements.
 MAX_BATCH_OF_RINGS = {"linear": 32, "linear_input_grad": 16}
 MAX_BATCH_GATHERED = {"linear": 16, "linear_input_grad": 8}
 # A window is gone through once for each 256 of its slots.
