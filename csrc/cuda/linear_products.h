@@ -41,7 +41,7 @@ struct Shape {
   // Bytes of a row of x.
   // Byte of chunk c of row m of a column of x, exchanged as those of blocks are (stage.h) where
   // ldmatrix reads it; in fp32 all threads read the same.
-  RPG_LAW int x_at(int m, int c, int block) {
+  RPG_FUNCTION int x_at(int m, int c, int block) {
     const int chunks = block * kBytes / 16;
     return 16 * (Math::kTensorCores ? chunk_at(m, c, chunks) : m * chunks + c);
   }
