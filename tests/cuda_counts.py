@@ -45,9 +45,12 @@ class Case:
 
 # Phases of the forward, as the tables call them, and the pieces of source in each.
 _COMMON = {
-    "runs": [region("entries.h", "i += 2 * kWarps) {")],
+    "runs": [
+        region("entries.h", "if (PLAIN) return visit_lap<2, true>", until=";"),
+        region("entries.h", "i += 2 * kWarps) {"),
+    ],
     "single runs": [region("entries.h", "for (int i = warp; i < chunks;", until=");")],
-    "eighth round": [region("entries.h", "if (s.rounds == kMaxRounds)", until=";")],
+    "eighth round": [region("entries.h", "&& s.rounds == kMaxRounds)", until=";")],
     "rows": [region("entries.h", "void row_entries(")],
     "units": [region("columns.h", "void prepare_windows(")],
     "chunks": [region("columns.h", "void prepare_chunks(")],
@@ -196,9 +199,15 @@ UNUSED = {
 LAW = 90  # instructions of a lone slot by law 1 with 6 rounds, which is a function of its own
 
 
-def column_loop(kernel: Kernel) -> Loop:
-    """The loop over columns of blocks: the outermost with the most barriers."""
-    return max(kernel.loops(), key=lambda loop: (kernel.count("BAR", loop.body), len(loop.body)))
+def column_loop(kernel: Kernel, fill: str = "windows") -> Loop:
+    """The loop over columns of blocks, one of the outermost with barriers.
+
+    Where there are two, the shorter is that of the most common tiles, which read windows.
+    """
+    loops = [loop for loop in kernel.loops() if kernel.count("BAR", loop.body) > 1]
+    nested = {id(inner) for loop in loops for inner in loop.nested}
+    outer = sorted((loop for loop in loops if id(loop) not in nested), key=lambda it: len(it.body))
+    return outer[0] if fill == "windows" else outer[-1]
 
 
 def never(case: Case, kernel: Kernel) -> tuple[str, ...]:
@@ -290,7 +299,7 @@ def per_weight(kernel: Kernel, case: Case, only: re.Pattern[str] | None = None) 
             for loop in loops if name == "clear" and not longest.nested else [longest]:
                 add(loop, times * trips[name] / max(1, unrolled(name, loop)), name)
 
-    add(column_loop(kernel), 1, "")
+    add(column_loop(kernel, case.fill), 1, "")
     if case.fill != "windows" and not only:
         totals["entries"] += LAW * case.rows / STEP
     return {name: total * STEP / case.weights for name, total in totals.items()}

@@ -57,7 +57,8 @@ struct Row {
 };
 
 // visit(row, chunk) for this lane's rows of CHUNKS chunks, from chunk `number` on, of one lap.
-template <int CHUNKS, class Visit>
+// PLAIN: permuted in seven rounds.
+template <int CHUNKS, bool PLAIN, class Visit>
 RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const ColumnReads& column,
                             int number, const Visit& visit) {
   const Scramble& s = law.scramble;
@@ -82,10 +83,10 @@ RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const Colum
       a[i] = (y ^ (y >> s.shift)) & lane.both;
     }
   };
-  if (law.permute) {
+  if (PLAIN || law.permute) {
     RPG_UNROLL
     for (uint32_t r = 0; r < kMaxRounds - 1; ++r) round(r);
-    if (s.rounds == kMaxRounds) round(kMaxRounds - 1);
+    if (!PLAIN && s.rounds == kMaxRounds) round(kMaxRounds - 1);
   } else {
     h = 0;
   }
@@ -109,27 +110,29 @@ RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const Colum
 }
 
 // visit(row, chunk) for every row of a tile that reads windows, each by one lane.
-template <class Visit>
+template <bool PLAIN, class Visit>
 RPG_FUNCTION void visit_rows(const Layer& layer, const Tile& tile, const ColumnReads& column,
                              const Lane& lane, const Visit& visit) {
   const WindowBand& law = layer.law;
   const int chunks = tile.rows / kChunk, warp = thread() / kWarp;
+  if (PLAIN) return visit_lap<2, true>(law, lane, column, 2 * warp, visit);
   const bool pairs = chunks > 1 && !((law.scramble.window | law.offset) & kChunk);
   if (pairs) {  // of one lap
     RPG_LOOP
     for (int i = 2 * warp; i < chunks; i += 2 * kWarps) {
-      visit_lap<2>(law, lane, column, i, visit);
+      visit_lap<2, false>(law, lane, column, i, visit);
     }
   } else {
     RPG_LOOP
-    for (int i = warp; i < chunks; i += kWarps) visit_lap<1>(law, lane, column, i, visit);
+    for (int i = warp; i < chunks; i += kWarps) visit_lap<1, false>(law, lane, column, i, visit);
   }
 }
 
 // Entries of all rows of a tile of windows, as tile.h has them; visible after a barrier.
+template <bool PLAIN>
 RPG_FUNCTION void window_entries(const Layer& layer, const Tile& tile, const ColumnReads& column,
                                  const Lane& lane, const Shared<uint32_t>& entry) {
-  visit_rows(layer, tile, column, lane, [&](const Row& row, const Chunk& chunk) {
+  visit_rows<PLAIN>(layer, tile, column, lane, [&](const Row& row, const Chunk& chunk) {
     entry.behind(4 * row.first)[row.of] = row.slot | chunk.places | (row.sign & 0x80000000u);
   });
 }

@@ -127,7 +127,7 @@ RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
   const Layer& layer = args.layer;
   int laps = 1;
   if (tile.fill == Fill::kWindows) {
-    window_entries(layer, tile, column, lane, to.entry);
+    window_entries<false>(layer, tile, column, lane, to.entry);
     laps = static_cast<int>(column.windows[column.windows[0].count].lap);
     // Where columns end inside laps.
     if (layer.law.offset & (layer.law.scramble.window - 1)) {

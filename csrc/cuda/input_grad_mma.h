@@ -101,14 +101,16 @@ RPG_FUNCTION void multiply_laps(const InputGradMma& from, const Operand<BATCH, L
   }
 }
 
-// The same for all slots of a window that are this warp's. `blocks` are the window's.
-template <class Math, int BATCH, int LAPS, int BLOCK>
+// The same for all slots of a window that are this warp's; WINDOW: how many it has, if that is
+// known. `blocks` are the window's.
+template <class Math, int BATCH, int LAPS, int BLOCK, int WINDOW = 0>
 RPG_FUNCTION void multiply_slots(const InputGradKernelArgs& args, const InputGradMma& from,
                                  const Shared<uint4>& blocks, const Share& share, int lap, int end,
                                  Sums<BATCH>& c) {
   constexpr int kStep = 16 * kWarps / (BLOCK / 16);
   const auto laps = operand<BATCH, LAPS>(args, share, lap);
-  const int steps = static_cast<int>(args.layer.law.scramble.window) / kStep;
+  const int window = WINDOW ? WINDOW : static_cast<int>(args.layer.law.scramble.window);
+  const int steps = window / kStep;
   const bool valid = lap + thread() % kWarp / 4 < end;
   const Shared<uint4> first = blocks.from(16 * share.part * (BLOCK / 8));
   const auto step = [&](int i, int more) {
@@ -139,8 +141,8 @@ RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGr
   }
 }
 
-// dx of the column: sums[part, m, e].
-template <class Math, int BATCH>
+// dx of the column: sums[part, m, e]. PLAIN: of the most common tiles (stage.h).
+template <class Math, int BATCH, bool PLAIN>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile,
                                       const ColumnReads& column, const Share& share,
                                       const Stage& stage, const InputGradMma& from,
@@ -161,7 +163,11 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
       c[0][0][2 * half] = c[0][0][2 * half + 1] = 0;
     }
   };
-  if (tile.fill == Fill::kWindows) {
+  if (PLAIN) {  // four laps
+    multiply_slots<Math, BATCH, BATCH == 1 ? 1 : 4, 64, 256>(args, from, stage.blocks, share, 0, 4,
+                                                             c);
+    if constexpr (BATCH == 1) add_laps(4);
+  } else if (tile.fill == Fill::kWindows) {
     const int window = static_cast<int>(layer.law.scramble.window);
     const int windows = static_cast<int>(column.windows[0].count);
     RPG_LOOP
@@ -198,7 +204,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
   }
   const Shared<float> to = sums.from(share.to);
   if constexpr (BATCH == 1) {
-    if (tile.fill != Fill::kWindows) add_laps(1);
+    if (!PLAIN && tile.fill != Fill::kWindows) add_laps(1);
     RPG_UNROLL
     for (int half = 0; half < 2; ++half) {
       float sum = total[half];

@@ -112,21 +112,22 @@ RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& to,
 }
 
 // P of a tile of windows. Where laps are cut by the ends of columns, positions that no row fills
-// are zeros, and so are blocks that no row reads: 0 times what they hold need not be 0.
-template <int BATCH>
+// are zeros, and so are blocks that no row reads: 0 times what they hold need not be 0. PLAIN: none
+// is cut.
+template <int BATCH, bool PLAIN>
 RPG_FUNCTION void put_windows(const InputGradKernelArgs& args, const Tile& tile,
                               const ColumnReads& column, const Lane& lane, const Stage& stage,
                               const InputGradMma& to) {
   const Layer& layer = args.layer;
   const uint32_t window = layer.law.scramble.window;
-  const bool cut = layer.law.offset & (window - 1);
+  const bool cut = !PLAIN && (layer.law.offset & (window - 1));
   const int places = places_of(layer, column);
   if (cut) {
     clear<BATCH>(args, to, 0, args.plane);
     for (int i = thread(); i < places; i += kThreads) to.flag[i] = 0;
     sync();
   }
-  visit_rows(layer, tile, column, lane, [&](const Row& row, const Chunk& chunk) {
+  visit_rows<PLAIN>(layer, tile, column, lane, [&](const Row& row, const Chunk& chunk) {
     const int at = lap_of(chunk.places) * args.positions + static_cast<int>(row.slot);
     const int of = row.first * kEach<BATCH> + row.of * kEach<BATCH>;
     put<BATCH>(args, to, of, at * kEach<BATCH>, row.sign);

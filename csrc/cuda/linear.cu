@@ -63,18 +63,21 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
   const Copies copies = copies_of(layout, args.bank);
   const int others = ring ? static_cast<int>(args.bank.slots) : tile.rows;  // places, of no windows
   const XCopy x_copy_of = x_copy<Math, BATCH>(args, m0);
-  // Copies of column b to stage i, in a group of their own even where there are none.
-  const auto begin = [&](int b, int i) {
+  // Copies of column b to stage i, in a group of their own even where there are none. Here and
+  // below PLAIN leaves out what the most common tiles (stage.h) do not need.
+  const auto begin = [&](auto plain, int b, int i) {
+    constexpr bool kPlain = decltype(plain)::value;
     if (b < end) {
       const Stage stage = stage_of(layout, tiling, i);
-      if (windows) {
-        fill_windows(layer, layout, args.bank, column_of(layout.columns, b - first), copies, stage);
+      if (kPlain || windows) {
+        const ColumnReads column = column_of(layout.columns, b - first);
+        fill_windows<kPlain>(layer, layout, args.bank, column, copies, stage);
       } else if (!ring) {
         fill_rows(layout, args.bank, tile, copies, stage);
       } else if (b == first) {
         fill_ring(layout, args.bank, stage);
       }
-      fill_x<Math, BATCH>(args, x_copy_of, m0, b, x_of(i));
+      fill_x<Math, BATCH, kPlain>(args, x_copy_of, m0, b, x_of(i));
     }
     commit_copies();
   };
@@ -92,51 +95,64 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     }
   }
   sync();
-  for (int i = 0; i < layout.depth - 1; ++i) begin(first + i, i);
-  int now = 0;  // stage of column b
-  RPG_LOOP
-  for (int b = first; b < end; ++b, now = stage_after(layout, now, 1)) {
-    wait_stage(layout);
-    sync();
-    begin(b + layout.depth - 1, stage_after(layout, now, layout.depth - 1));
-    const Stage stage = stage_of(layout, tiling, now);
-    const ColumnReads column = column_of(layout.columns, b - first);
-    const int used = windows ? places_of(layer, column) : others;
-    if (b >= unfinished) finish<Number>(layer, tile, used, b, stage);
-    if (windows) {
-      window_entries(layer, tile, column, lane, entry);
-    } else {
-      row_entries<kEntries>(layer, tile, b, stage, entry);
-    }
-    if constexpr (Math::kTensorCores) {
-      products_mma<Math, BATCH>(args, product, used, stage, x_of(now), s);
-    } else {
-      products_fma<BATCH>(args, used, stage, x_of(now), s);
-    }
-    sync();
-    if (windows) {
-      prepare_next<kEntries>(layer, tile, layout.columns, range, b - first);
-    } else if (!ring && b + layout.depth < end) {
-      prepare_rows(layer, tile, b + layout.depth, stage);
-    }
-    RPG_UNROLL
-    for (int k = 0; k < Sh::kRows; ++k) {
-      if (k * kThreads >= tile.rows) break;
-      const uint32_t at = entry[thread() + k * kThreads];
-      const int place = static_cast<int>(at & 0x7FFFFFFF);
-      if (BATCH == 1) {
-        y[k][0] += as_float(as_bits(s[place]) ^ (at & 0x80000000u));
+  for (int i = 0; i < layout.depth - 1; ++i) begin(No{}, first + i, i);
+  const auto columns = [&](auto plain) {
+    constexpr bool kPlain = decltype(plain)::value;
+    const int depth = kPlain ? kStages : layout.depth;
+    int now = 0;  // stage of column b
+    RPG_LOOP
+    for (int b = first; b < end; ++b, now = stage_after(depth, now, 1)) {
+      wait_stage(depth);
+      sync();
+      begin(plain, b + depth - 1, stage_after(depth, now, depth - 1));
+      const Stage stage = stage_of(layout, tiling, now);
+      const ColumnReads column = column_of(layout.columns, b - first);
+      const int used = kPlain ? 256 : windows ? places_of(layer, column) : others;
+      if (b >= unfinished) finish<Number>(layer, tile, used, b, stage);
+      if (kPlain || windows) {
+        window_entries<kPlain>(layer, tile, column, lane, entry);
+      } else {
+        row_entries<kEntries>(layer, tile, b, stage, entry);
       }
-      const float sign = sign_of(at);
+      if constexpr (Math::kTensorCores) {
+        products_mma<Math, BATCH, kPlain>(args, product, used, stage, x_of(now), s);
+      } else {
+        products_fma<BATCH>(args, used, stage, x_of(now), s);
+      }
+      sync();
+      if (kPlain || windows) {
+        prepare_next<kEntries>(layer, tile, layout.columns, range, b - first);
+      } else if (!ring && b + depth < end) {
+        prepare_rows(layer, tile, b + depth, stage);
+      }
       RPG_UNROLL
-      for (int plane = 0; plane < Sh::kPlanes; ++plane) {
-        const auto v = load<Vector<float, 4>>(s.at(s_at(plane, place, tiling.places), 4));
+      for (int k = 0; k < Sh::kRows; ++k) {
+        if (!kPlain && k * kThreads >= tile.rows) break;
+        const uint32_t at = entry[thread() + k * kThreads];
+        const int place = static_cast<int>(at & 0x7FFFFFFF);
+        if (BATCH == 1) {
+          y[k][0] += as_float(as_bits(s[place]) ^ (at & 0x80000000u));
+        }
+        const float sign = sign_of(at);
         RPG_UNROLL
-        for (int m = 0; m < 4; ++m) {
-          y[k][4 * plane + m] = fused(sign, v.of[m], y[k][4 * plane + m]);
+        for (int plane = 0; plane < Sh::kPlanes; ++plane) {
+          const auto v = load<Vector<float, 4>>(s.at(s_at(plane, place, tiling.places), 4));
+          RPG_UNROLL
+          for (int m = 0; m < 4; ++m) {
+            y[k][4 * plane + m] = fused(sign, v.of[m], y[k][4 * plane + m]);
+          }
         }
       }
     }
+  };
+  if constexpr (Math::kTensorCores) {
+    if (args.x_aligned && plain_tile(layer, tiling, layout, tile)) {
+      columns(Yes{});
+    } else {
+      columns(No{});
+    }
+  } else {
+    columns(No{});
   }
 
   const int batch = args.batch - m0 < BATCH ? args.batch - m0 : BATCH;

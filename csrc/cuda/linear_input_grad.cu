@@ -98,12 +98,15 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const int unfinished = kept(unfinished_from(layer));
   const Share share = share_of<BATCH>(args);
   const Output out = output_of(args, m0, !kFma);
-  // Copies of column b to stage i, in a group of their own even where there are none.
-  const auto begin = [&](int b, int i) {
+  // Copies of column b to stage i, in a group of their own even where there are none. Here and
+  // below PLAIN leaves out what the most common tiles (stage.h) do not need.
+  const auto begin = [&](auto plain, int b, int i) {
+    constexpr bool kPlain = decltype(plain)::value;
     if (b < end) {
       const Stage stage = stage_of(layout, tiling, i);
-      if (windows) {
-        fill_windows(layer, layout, args.bank, column_of(layout.columns, b - first), copies, stage);
+      if (kPlain || windows) {
+        const ColumnReads column = column_of(layout.columns, b - first);
+        fill_windows<kPlain>(layer, layout, args.bank, column, copies, stage);
       } else if (!ring) {
         fill_rows(layout, args.bank, tile, copies, stage);
       } else if (b == first) {
@@ -129,34 +132,47 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     }
   }();
   sync();
-  for (int i = 0; i < layout.depth - 1; ++i) begin(first + i, i);
-  int now = 0;  // stage of column b
-  RPG_LOOP
-  for (int b = first; b < end; ++b, now = stage_after(layout, now, 1)) {
-    wait_stage(layout);
-    sync();
-    begin(b + layout.depth - 1, stage_after(layout, now, layout.depth - 1));
-    const Stage stage = stage_of(layout, tiling, now);
-    const ColumnReads column = column_of(layout.columns, b - first);
-    const int places = windows ? places_of(layer, column) : others;
-    if (b >= unfinished) finish<T>(layer, tile, places, b, stage);
-    if constexpr (kFma) {
-      sum_terms<BATCH>(args, tile, column, lane, b, places, stage, dy);
-      input_grad_products<BATCH>(args, tile, places, stage, dy, sums);
-    } else {
-      if (windows) {
-        put_windows<BATCH>(args, tile, column, lane, stage, dy);
+  for (int i = 0; i < layout.depth - 1; ++i) begin(No{}, first + i, i);
+  const auto columns = [&](auto plain) {
+    constexpr bool kPlain = decltype(plain)::value;
+    const int depth = kPlain ? kStages : layout.depth;
+    int now = 0;  // stage of column b
+    RPG_LOOP
+    for (int b = first; b < end; ++b, now = stage_after(depth, now, 1)) {
+      wait_stage(depth);
+      sync();
+      begin(plain, b + depth - 1, stage_after(depth, now, depth - 1));
+      const Stage stage = stage_of(layout, tiling, now);
+      const ColumnReads column = column_of(layout.columns, b - first);
+      const int places = kPlain ? 256 : windows ? places_of(layer, column) : others;
+      if (b >= unfinished) finish<T>(layer, tile, places, b, stage);
+      if constexpr (kFma) {
+        sum_terms<BATCH>(args, tile, column, lane, b, places, stage, dy);
+        input_grad_products<BATCH>(args, tile, places, stage, dy, sums);
       } else {
-        put_rows<BATCH>(args, tile, b, stage, dy);
+        if (kPlain || windows) {
+          put_windows<BATCH, kPlain>(args, tile, column, lane, stage, dy);
+        } else {
+          put_rows<BATCH>(args, tile, b, stage, dy);
+        }
+        input_grad_products<Math, BATCH, kPlain>(args, tile, column, share, stage, dy, sums);
       }
-      input_grad_products<Math, BATCH>(args, tile, column, share, stage, dy, sums);
+      if (kPlain || windows) {
+        prepare_next<Entries::kLaps>(layer, tile, layout.columns, range, b - first);
+      }
+      sync();
+      if (!kPlain && tile.fill == Fill::kGather && b + depth < end) {
+        prepare_rows(layer, tile, b + depth, stage);
+      }
+      write_column<Math, BATCH>(args, out, b, batch, share, sums);
     }
-    if (windows) prepare_next<Entries::kLaps>(layer, tile, layout.columns, range, b - first);
-    sync();
-    if (tile.fill == Fill::kGather && b + layout.depth < end) {
-      prepare_rows(layer, tile, b + layout.depth, stage);
-    }
-    write_column<Math, BATCH>(args, out, b, batch, share, sums);
+  };
+  if constexpr (kFma) {
+    columns(No{});
+  } else if (plain_tile(layer, tiling, layout, tile)) {
+    columns(Yes{});
+  } else {
+    columns(No{});
   }
   if (tiling.tiles == 1) return;
   const Shared<int> last(args.last, 1);

@@ -95,7 +95,7 @@ RPG_FUNCTION XCopy x_copy(const LinearKernelArgs& args, int m0) {
 }
 
 // x [rows m0 ..., column b] into shared memory; zeros behind the batch and the end of a row.
-template <class Math, int BATCH>
+template <class Math, int BATCH, bool PLAIN>
 RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0, int b,
                          const Shared<char>& to) {
   using Bits = typename Math::Number::Bits;
@@ -105,7 +105,7 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0
     const uint32_t at = valid ? b : 0;
     copy_async(to.at(copy.to, 16), copy.from + uint64_t{at} * args.bank.row_bytes, valid);
   }
-  if (args.x_aligned) return;
+  if (PLAIN || args.x_aligned) return;
   const int block = args.layer.block, columns = args.layer.columns, column = b * block;
   const Bits* const x = static_cast<const Bits*>(args.x);
   RPG_LOOP
@@ -151,13 +151,13 @@ RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
 }
 
 // S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch. What lies behind
-// `used` places is multiplied up to a multiple of 16, and never read.
-template <class Math, int BATCH, class ProductLane>
+// `used` places is multiplied up to a multiple of 16, and never read. PLAIN: blocks of 64.
+template <class Math, int BATCH, bool PLAIN, class ProductLane>
 RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& lane, int used,
                                const Stage& stage, const Shared<char>& x, const Shared<float>& s) {
   using Sh = Shape<Math, BATCH>;
   constexpr int kTiles = Sh::kTiles;
-  const int block = args.layer.block, chunks = block / 8;
+  const int block = PLAIN ? 64 : args.layer.block, chunks = block / 8;
   // Elements 32 half ... of x: [tile][half], fragments of two steps of 16.
   uint32_t b[kTiles][2][4];
   RPG_UNROLL

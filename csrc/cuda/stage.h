@@ -73,13 +73,13 @@ RPG_FUNCTION Stage stage_of(const Layout& layout, const Tiling& tiling, int i) {
 }
 
 // The stage `steps` after stage i; at most as many as there are.
-RPG_FUNCTION int stage_after(const Layout& layout, int i, int steps) {
-  return i + steps >= layout.depth ? i + steps - layout.depth : i + steps;
+RPG_FUNCTION int stage_after(int depth, int i, int steps) {
+  return i + steps >= depth ? i + steps - depth : i + steps;
 }
 
 // Until the copies of the oldest stage that is not yet worked on have arrived.
-RPG_FUNCTION void wait_stage(const Layout& layout) {
-  if (layout.depth == kStages) {
+RPG_FUNCTION void wait_stage(int depth) {
+  if (depth == kStages) {
     wait_copies<kStages - 2>();
   } else {
     wait_copies<0>();
@@ -100,6 +100,22 @@ RPG_FUNCTION void prepare_rows(const Layer& layer, const Tile& tile, int b, cons
 RPG_FUNCTION int places_of(const Layer& layer, const ColumnReads& column) {
   return static_cast<int>(column.windows[0].count << (layer.law.scramble.bits + 3));
 }
+
+// Whether a tile is of the most common kind, for which loops of columns are compiled apart: 1024
+// rows, blocks of 128 bytes, one window of 256 blocks for each column in three stages, no lap cut.
+RPG_FUNCTION bool plain_tile(const Layer& layer, const Tiling& tiling, const Layout& layout,
+                             const Tile& tile) {
+  return tile.fill == Fill::kWindows && tile.rows == 16 * kChunk && layer.block == 64 &&
+         layer.law.permute && layer.law.scramble.window == 256 && tiling.places == 256 &&
+         layout.log_chunks == 3 && layout.depth == kStages && layer.law.offset % 256 == 0;
+}
+
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
 
 // This thread's first chunk of each window: in the ring, of a window that begins with slot 0, and
 // in a stage. Its others are kThreads chunks apart in both, and 8 or more blocks, so that they are
@@ -129,11 +145,25 @@ RPG_FUNCTION void fill_wrapped(const Layout& layout, const Bank& bank, uint32_t 
   }
 }
 
-// Begins the copies of a column's windows.
+// The same of one that ends before, in 8 passes.
+RPG_FUNCTION void fill_whole(const char* from, const Stage& stage, int to) {
+  uint4* const at = stage.blocks.at(to, 7 * kThreads + 1);
+  copy_async<0>(at, from);
+  copy_async<kPass>(at, from);
+  copy_async<2 * kPass>(at, from);
+  copy_async<3 * kPass>(at, from);
+  copy_async<4 * kPass>(at, from);
+  copy_async<5 * kPass>(at, from);
+  copy_async<6 * kPass>(at, from);
+  copy_async<7 * kPass>(at, from);
+}
+
+// Begins the copies of a column's windows; PLAIN: of one, in 8 passes.
+template <bool PLAIN>
 RPG_FUNCTION void fill_windows(const Layer& layer, const Layout& layout, const Bank& bank,
                                const ColumnReads& column, const Copies& copies,
                                const Stage& stage) {
-  const uint32_t count = column.windows[0].count;
+  const uint32_t count = PLAIN ? 1 : column.windows[0].count;
   int to = copies.to;
   RPG_LOOP
   for (uint32_t i = 0; i < count; ++i, to += layout.passes * kThreads) {
@@ -143,18 +173,14 @@ RPG_FUNCTION void fill_windows(const Layer& layer, const Layout& layout, const B
       fill_wrapped(layout, bank, base, from, to, stage);
       continue;
     }
+    if (PLAIN) {
+      fill_whole(from, stage, to);
+      continue;
+    }
     int pass = 0;
     RPG_LOOP
     for (; pass + 8 <= layout.passes; pass += 8, from += 8 * kPass) {
-      uint4* const at = stage.blocks.at(to + pass * kThreads, 7 * kThreads + 1);
-      copy_async<0>(at, from);
-      copy_async<kPass>(at, from);
-      copy_async<2 * kPass>(at, from);
-      copy_async<3 * kPass>(at, from);
-      copy_async<4 * kPass>(at, from);
-      copy_async<5 * kPass>(at, from);
-      copy_async<6 * kPass>(at, from);
-      copy_async<7 * kPass>(at, from);
+      fill_whole(from, stage, to + pass * kThreads);
     }
     RPG_LOOP
     for (; pass < layout.passes; ++pass, from += kPass) {
