@@ -67,32 +67,71 @@ def test_columns_are_shared_so_that_processors_have_as_many() -> None:
         assert columns <= 1.25 * plan.tiles * plan.batch_tiles * 64 / 132 + 2
 
 
-@pytest.mark.parametrize("name", config.PRODUCTS[:2])
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("batch", [1, 5, 16])
 @pytest.mark.parametrize(
-    ("before", "dtype"), [(0, torch.bfloat16), (0, torch.float32), (64, torch.bfloat16)]
+    ("granularity", "before", "dtype"),
+    [
+        (64, 0, torch.bfloat16),  # three stages: the most common tiles, two: any
+        (64, 0, torch.float16),
+        (32, 0, torch.float32),
+        (32, 64, torch.bfloat16),
+    ],
 )
 def test_two_stages_and_three_give_the_same_bits(
-    name: str, before: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    granularity: int,
+    before: int,
+    dtype: torch.dtype,
+    batch: int,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Windows of 256 and 4 laps, from a whole cell on and from inside one."""
-    bank = rpg.ParameterBank(8 * 256 * 32, granularity=32, window=256, laps=4, seed=3)
-    for _ in range(before // 64):
-        bank.place((64, 32))
+    bank = rpg.ParameterBank(
+        8 * 256 * granularity, granularity=granularity, window=256, laps=4, seed=3
+    )
+    if before:
+        bank.place((before, 64))
     weight = bank.place((1024, 230), scale=0.5)
     torch.manual_seed(0)
-    x, dy = torch.randn(5, 230).to(dtype), torch.randn(5, 1024).to(dtype)
+    x, dy = torch.randn(batch, 230).to(dtype), torch.randn(batch, 1024).to(dtype)
     problem = small.Problem(weight, bank.weight.detach().to(dtype), x, dy, None, "simt")
-    memory: dict[tuple[int, int], int] = {}  # KiB for which there are so many stages
+    memory: dict[tuple[int, int, int], int] = {}  # KiB for which there are so many stages
     for kib in range(40, 228):
-        plan = plan_of(weight, 5, kib, name, dtype, sms=2)
-        memory[plan.fill, plan.stages] = kib
+        plan = plan_of(weight, batch, kib, name, dtype, sms=2)
+        memory[plan.fill, plan.stages, plan.rows * plan.batch_tile] = kib
+    most = max(size for fill, stages, size in memory if (fill, stages) == (WINDOW, 3))
     results = []
     for stages in (2, 3):
-        gpu = config.Gpu("simt", 2, memory[WINDOW, stages] * 1024)
+        gpu = config.Gpu("simt", 2, memory[WINDOW, stages, most] * 1024)
         monkeypatch.setattr(config, "SIMT", gpu)
         results.append(problem.run(name))
         small.close(results[-1], problem.exact()[name], dtype, dtype)
     assert results[0].equal(results[1])
+
+
+@pytest.mark.parametrize("reflect", ["vector", "none"])
+@pytest.mark.parametrize("batch", [1, 8, 16, 40])
+def test_the_most_common_tiles_and_others_give_the_same_bits(
+    batch: int, reflect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x at an odd address is not for their loop. Rows past the tiles, and a row's end, are others'."""
+    monkeypatch.setattr(config, "SIMT", config.Gpu("simt", 2, 227 * 1024))
+    bank = rpg.ParameterBank(700 * 64, reflect=reflect, window=256, laps=4, seed=5)
+    weight = bank.place((2048 + 90, 256), scale=0.5)
+    torch.manual_seed(0)
+    x, dy = torch.randn(batch, 256).bfloat16(), torch.randn(batch, 2138).bfloat16()
+    ring = bank.weight.detach().bfloat16()
+    problem = small.Problem(weight, ring, x, dy, None, "simt")
+    assert plan_of(weight, batch, 227).stages == 3
+    problem.check()
+    first = problem.run("linear")
+    problem.x = small.surrounded(x, 1)
+    assert problem.run("linear").equal(first)
+    for order in (1, 2, 3):
+        monkeypatch.setattr(launch, "simt_order", order)
+        assert problem.run("linear").equal(first)
+        problem.check()
 
 
 def test_smaller_tiles_before_gathering() -> None:
