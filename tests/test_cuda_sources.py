@@ -18,11 +18,7 @@ from rpg_kernels.window_law import WindowLaw
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-# Lane-instructions for a weight at batches of 1, 8 and 16 (docs/cuda.md). The budget is 2.2.
-BUDGETS = {
-    "linear": {"80": (2.1, 2.2, 2.4), "90a": (2.1, 2.2, 2.4), "120": (2.1, 2.2, 2.5)},
-    "linear_input_grad": {"90a": (2.5, 2.6, 3.05)},
-}
+BUDGET = 2.2  # lane-instructions for a weight at batches up to 16
 POINTS: dict[str, Any] = {
     f"law {number}, {name}": entry
     for number in (1, 2)
@@ -74,24 +70,23 @@ def test_compiles_without_spills_or_local_memory(
 @needs_nvcc
 @needs_native
 @pytest.mark.skipif(sass.nvdisasm() is None, reason="there is no nvdisasm")
-@pytest.mark.parametrize(
-    ("op", "architecture"), [(op, architecture) for op in BUDGETS for architecture in BUDGETS[op]]
-)
+@pytest.mark.parametrize("architecture", ["80", "90a", "120"])
+@pytest.mark.parametrize("op", ["linear", "linear_input_grad"])
 def test_products_keep_to_their_instructions(op: str, architecture: str, built: Any) -> None:
     import cuda_report as report
 
     kernels = sass.kernels(built(op, architecture)[0])
     page = report.PAGE.read_text("utf-8")
     same_compiler = f"nvcc {report.nvcc_version()}." in page
-    for batch, budget in zip((1, 8, 16), BUDGETS[op][architecture], strict=True):
+    for batch in (1, 8, 16):
         name = f"{op}_kernel<Bfloat16, {batch}>"
         kernel = kernels[name]
         body = report.column_loop(kernel).body
         parts = report.per_weight(kernel, report.case_of(name))
-        assert sum(parts.values()) <= budget
-        if op == "linear" and architecture == "90a":
-            assert parts["products"] + parts["sums"] <= report.LOOP_BUDGET
-            assert parts["entries"] <= report.TABLE_BUDGET + 0.01
+        assert sum(parts.values()) <= BUDGET
+        assert sum(parts.values()) - parts["entries"] <= report.LOOP_BUDGET
+        if op == "linear":  # the other one's entries are what it multiplies with
+            assert parts["entries"] <= report.TABLE_BUDGET
         # Wide accesses: operands, the bank, sums of 4 rows for each of a thread's 4.
         assert kernel.count(report.KINDS["LDSM x4"], body) >= 4
         assert kernel.count(report.KINDS["LDGSTS.128"], body) >= 4

@@ -115,7 +115,7 @@ def test_two_stages_and_three_give_the_same_bits(
 def test_the_most_common_tiles_and_others_give_the_same_bits(
     batch: int, reflect: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """x at an odd address is not for their loop. Rows past the tiles, and a row's end, are others'."""
+    """x at an odd address is not for their loop, nor are rows past the tiles."""
     monkeypatch.setattr(config, "SIMT", config.Gpu("simt", 2, 227 * 1024))
     bank = rpg.ParameterBank(700 * 64, reflect=reflect, window=256, laps=4, seed=5)
     weight = bank.place((2048 + 90, 256), scale=0.5)

@@ -20,10 +20,11 @@
 // chunks (stage.h), S by the residues of the window law. Bytes from global memory for a column of a
 // tile: its windows, once.
 //
-// Instructions for a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md): 45 for
-// the entry, 6 at batch 1 to 28 at 16 for sums, 20 to 25 for products, 21 for copies, 25 around
-// them. Predicted on an H200, 14336x4096, bf16, windows 256 x 4, batch 1: 8.8 us, bound by 29 MB of
-// windows from a second-level cache of 5.5 TB/s, instructions a tenth below.
+// Instructions for a row and a column, 64 weights, as compiled for sm_90a (docs/cuda.md), in the
+// loop of the most common tiles: 40 for the entry, 5 at batch 1 to 24 at 16 for sums, 15 to 19 for
+// products, 14 for copies, 14 to 19 around them.
+// Predicted on an H200, 14336x4096, bf16, windows 256 x 4, batch 1: 8.8 us, bound by 29 MB of
+// windows from a second-level cache of 5.5 TB/s.
 
 #include <stdexcept>
 
