@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rpg_kernels as rpg
 from rpg_kernels import dispatch, native
 from rpg_kernels.cuda import config
+from rpg_kernels.placement import Placement
 from rpg_kernels.triton import config as triton
 
 needs_cuda_build = pytest.mark.skipif(
@@ -120,6 +121,16 @@ def test_libraries_that_do_not_serve_this_gpu(
     config._unsupported_gpu.cache_clear()
     forget_dispatch()
     assert (explained(1).backend == "cuda") is bool(h200["cuda"])
+
+
+@needs_native
+@pytest.mark.parametrize("name", config.PRODUCTS)
+def test_weights_of_tables_are_left_to_others(name: str, h200: dict[str, str]) -> None:
+    table = rpg.TableGenerator(4096, 4096 * 64, "0" * 64)
+    spec = Placement(table, 0, 0, (64, 64), 1.0).to_json()
+    on = config.gpu(GPU)
+    reason = config.why_slower(name, spec, torch.bfloat16, 4, on, None)
+    assert reason == "the CUDA kernels read weights of a packing law, not of a table"
 
 
 @needs_native

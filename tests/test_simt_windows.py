@@ -134,6 +134,40 @@ def test_the_most_common_tiles_and_others_give_the_same_bits(
         problem.check()
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(
+    ("rows", "window", "permute", "before"),
+    [
+        (1024, 64, True, 0),
+        (1024, 128, True, 0),
+        (1024, 256, False, 0),
+        (512, 256, True, 0),
+        (1024, 256, True, 256),  # two windows for each tile, no lap cut
+        (1024, 256, True, 512),
+    ],
+)
+def test_what_the_loop_of_the_most_common_tiles_is_not_for(
+    rows: int,
+    window: int,
+    permute: bool,
+    before: int,
+    batch: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each differs from such tiles in one thing."""
+    monkeypatch.setattr(config, "SIMT", config.Gpu("simt", 4, 227 * 1024))
+    bank = rpg.ParameterBank(1100 * 64, permute=permute, window=window, laps=4, seed=7)
+    if before:
+        bank.place((before, 64))
+    weight = bank.place((rows, 176), scale=0.5)  # x is aligned
+    torch.manual_seed(0)
+    x, dy = torch.randn(batch, 176).bfloat16(), torch.randn(batch, rows).bfloat16()
+    problem = small.Problem(weight, bank.weight.detach().bfloat16(), x, dy, None, "simt")
+    assert problem.fill() == WINDOW
+    for name in BOTH:
+        small.close(problem.run(name), problem.exact()[name], torch.bfloat16, torch.bfloat16)
+
+
 def test_smaller_tiles_before_gathering() -> None:
     bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
     weight = bank.place((14336, 4096))

@@ -38,7 +38,6 @@ struct Shape {
   static constexpr int kSums = BATCH == 1 ? 4 : BATCH;
   static constexpr int kTiles = (BATCH + 7) / 8;  // of 8 rows of x, for tensor cores
 
-  // Bytes of a row of x.
   // Byte of chunk c of row m of a column of x, exchanged as those of blocks are (stage.h) where
   // ldmatrix reads it; in fp32 all threads read the same.
   RPG_FUNCTION int x_at(int m, int c, int block) {

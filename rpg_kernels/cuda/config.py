@@ -224,8 +224,9 @@ def why_slower(
         op, placement, dtype, batch, on: as for ``plan``.
         bank: that the call reads; None where it reads none.
     """
-    if op not in PRODUCTS:
-        return unsupported_weight(op, placement)
+    reason = unsupported_weight(op, placement)
+    if reason or op not in PRODUCTS:
+        return reason
     most = MAX_BATCH[op][dtype == torch.float32]
     if not 1 <= batch <= most:
         return f"the CUDA kernels of {op} in {dtype} are for batches of 1 to {most}, not of {batch}"
