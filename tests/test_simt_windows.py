@@ -118,9 +118,9 @@ def test_the_most_common_tiles_and_others_give_the_same_bits(
     """x at an odd address is not for their loop, nor are rows past the tiles."""
     monkeypatch.setattr(config, "SIMT", config.Gpu("simt", 2, 227 * 1024))
     bank = rpg.ParameterBank(700 * 64, reflect=reflect, window=256, laps=4, seed=5)
-    weight = bank.place((2048 + 90, 256), scale=0.5)
+    weight = bank.place((1024 + 90, 192), scale=0.5)
     torch.manual_seed(0)
-    x, dy = torch.randn(batch, 256).bfloat16(), torch.randn(batch, 2138).bfloat16()
+    x, dy = torch.randn(batch, 192).bfloat16(), torch.randn(batch, 1114).bfloat16()
     ring = bank.weight.detach().bfloat16()
     problem = small.Problem(weight, ring, x, dy, None, "simt")
     assert plan_of(weight, batch, 227).stages == 3
