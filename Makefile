@@ -31,26 +31,26 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## install, train on real images, compare and draw (ARGS="--data PATH" for CIFAR-10)
-	$(BIN)/rpg-kernels demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
-test: $(VENV)/.dev ## run the tests and doctests (ARGS="-x -k law"; TESTS=tests/test_law.py)
+test: $(VENV)/.dev ## run the tests and doctests (ARGS="-x -k law"; TESTS=tests/law)
 	$(BIN)/python -m pytest $(WORKERS) --doctest-modules $(TESTS) $(ARGS)
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy rpg_kernels
-	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*.* csrc/*/* tests/*.cpp)
+	$(BIN)/python -m mypy rpg_kernels benchmarks/harness examples/demo
+	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*.* csrc/*/* tests/*/*/*.cpp)
 
 bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)
-	$(BIN)/rpg-kernels bench --out build/bench.json $(ARGS)
+	$(BIN)/python -m benchmarks.harness --out build/bench.json $(ARGS)
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/rpg-kernels bench --suite cpu --out build/bench_cpu.json
+	$(BIN)/python -m benchmarks.harness --suite cpu --out build/bench_cpu.json
 endif
 	$(BIN)/python -m pytest -q benchmarks $(MICRO)
 
 report: $(VENV)/.dev ## write tables and plots from benchmarks/results (ARGS=--check fails when stale)
-	$(BIN)/python -m rpg_kernels.bench.report $(ARGS)
+	$(BIN)/python -m benchmarks.harness.report $(ARGS)
 
 docs: ## build the documentation (not built yet)
 	$(error make $@ is not built yet)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from examples.demo import data, networks, report, train
 from rpg_kernels import RPGConfig, param_groups
-from rpg_kernels.demo import data, networks, report, train
 
 DOF = 8_192
 LR = 0.2

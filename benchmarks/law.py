@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rpg_kernels.law import LAW_VERSION, LayerLaw
+from rpg_kernels.law.ring import LAW_VERSION, LayerLaw
 
 # rows, blocks
 SHAPES = [(4096, 64), (512, 72), (997, 13), (20011, 32), (20011, 1), (300007, 1)]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rpg_kernels import ParameterBank, native
-from rpg_kernels.law import LayerLaw
+from rpg_kernels.law.ring import LayerLaw
 
 LAW_SHAPES = [(4096, 64), (512, 72), (997, 13), (20011, 32), (20011, 1), (300007, 1)]
 LAYERS = {"tile": (1024, 1024), "layer": (4096, 4096)}

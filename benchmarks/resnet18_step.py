@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import rpg_kernels as rpg
-from rpg_kernels.demo.measure import saved_bytes
-from rpg_kernels.demo.published import share_as_published
-from rpg_kernels.demo.train import Schedule
+from examples.demo.measure import saved_bytes
+from examples.demo.published import share_as_published
+from examples.demo.train import Schedule
 from rpg_kernels.models import resnet18
 
 

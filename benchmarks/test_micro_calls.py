@@ -76,7 +76,7 @@ def test_call_convert(benchmark: Callable[..., object]) -> None:
 
 def test_call_placement_from_text(benchmark: Callable[..., object]) -> None:
     """What an operator does with its placement: parsed once, then looked up."""
-    from rpg_kernels.placement import parse
+    from rpg_kernels.law.placement import parse
 
     text = rpg.ParameterBank(dof=64, granularity=8).place((8, 8)).spec
     benchmark(lambda: parse(text))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rpg_kernels.law import LayerLaw
+from rpg_kernels.law.ring import LayerLaw
 
 POSITIONS = 1 << 16
 # rows, blocks: the shapes decide how the permutation is computed

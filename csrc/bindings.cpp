@@ -1,4 +1,4 @@
-// The Python module rpg_kernels._native. It knows nothing of torch: arguments are integers
+// The Python module rpg_kernels.native._native. It knows nothing of torch: arguments are integers
 // (addresses, sizes, a stream), which rpg_kernels/native.py checks and takes from tensors.
 
 #include "bindings.h"

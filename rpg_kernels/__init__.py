@@ -7,9 +7,10 @@ Optimal Deep Learning with Recurrent Parameter Generators", WACV 2023).
 
 from rpg_kernels import functional, nn
 from rpg_kernels._version import __version__
-from rpg_kernels.bank import ParameterBank
+from rpg_kernels.bank.config import RPGConfig
+from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.checkpoint import load, save
-from rpg_kernels.config import RPGConfig
 from rpg_kernels.conversion import (
     attach,
     convert,
@@ -19,9 +20,8 @@ from rpg_kernels.conversion import (
     summary,
 )
 from rpg_kernels.explanation import explain
-from rpg_kernels.generator import Generator, TableGenerator
+from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.settings import backend, scratch_limit
-from rpg_kernels.virtual_weight import VirtualWeight
 
 __all__ = [
     "Generator",

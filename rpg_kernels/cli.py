@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from rpg_kernels import bench, demo, doctor
+from rpg_kernels import doctor
+from rpg_kernels._extras import MissingExtraError
 from rpg_kernels._version import __version__
-from rpg_kernels.demo.extras import MissingExtraError
 
 MODELS = ("resnet18", "resnet34")
 
@@ -19,17 +19,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the command line without the program's name; None takes ``sys.argv``.
     """
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
+    return said("rpg-kernels", lambda: args.command(args))
+
+
+def said(program: str, command: Callable[[], int | None]) -> int:
+    """The exit status of a command, whose expected errors become one sentence.
+
+    Args:
+        program: the name that the sentence begins with.
+        command: returns an exit status, or None for 0.
+    """
     try:
-        status: int | None = args.command(args)
+        return command() or 0
     except (MissingExtraError, OSError, TypeError, ValueError) as error:
-        print(f"rpg-kernels: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("rpg-kernels: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,25 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rpg-kernels {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    demo_parser = commands.add_parser(
-        "demo",
-        help="train on real images and compare with dense and published networks",
-        description="Train a dense network, a dense one narrowed to the same number of "
-        "parameters, the network as published and ours at several degrees of freedom, on real "
-        "images, with the same code, seeds and schedule. Print accuracy, memory and time.",
-    )
-    demo.add_arguments(demo_parser)
-    demo_parser.set_defaults(command=demo.run)
-
-    bench_parser = commands.add_parser(
-        "bench",
-        help="measure layers of real models: correctness, memory, speed",
-        description="Measure layers of real models against a dense layer and the ways to share "
-        "weights that exist: correctness first, then memory and speed. Write the results as JSON.",
-    )
-    bench.add_arguments(bench_parser)
-    bench_parser.set_defaults(command=bench.run)
 
     doctor_parser = commands.add_parser(
         "doctor",

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rpg_kernels import _checks, dispatch, settings
-from rpg_kernels.cpu import config as cpu
-from rpg_kernels.cuda import config as cuda
+from rpg_kernels import _checks, settings
+from rpg_kernels.backends import dispatch
+from rpg_kernels.backends.cpu import rules as cpu
+from rpg_kernels.backends.cuda import rules as cuda
+from rpg_kernels.backends.triton.rules import unsupported
+from rpg_kernels.backends.vendor import rules as vendor
 from rpg_kernels.ops import _library as lib
-from rpg_kernels.triton.config import unsupported
-from rpg_kernels.vendor import config as vendor
 
 
 def explain(module: nn.Module, x: Tensor) -> dispatch.Explanation:

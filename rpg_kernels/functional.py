@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from rpg_kernels import _checks, ops, settings
 
 if TYPE_CHECKING:
-    from rpg_kernels.virtual_weight import VirtualWeight
+    from rpg_kernels.bank.virtual_weight import VirtualWeight
 
 __all__ = ["conv2d", "embedding", "linear", "pack", "unpack"]
 

@@ -32,8 +32,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "rpg_kernels"
-MODULE = f"{PACKAGE}._native"
-RECORD = "_native_build.json"  # rpg_kernels/native.py reads it
+MODULE = f"{PACKAGE}.native._native"
+RECORD = "_native_build.json"  # rpg_kernels/native reads it
 CMAKE = (3, 24)
 NVCC = (12, 0)
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")  # of a release; the last one also as PTX
@@ -245,7 +245,7 @@ class BuildPython(build_py):
             print(f"rpg-kernels: {line}")
         # What an earlier build left would be another version's.
         if self.editable_mode:
-            folder = Path(self.get_package_dir(PACKAGE))
+            folder = Path(self.get_package_dir(PACKAGE)) / "native"
             for stale in folder.glob("_native.*") if made.cxx is None else ():
                 stale.unlink()
         else:
@@ -253,6 +253,7 @@ class BuildPython(build_py):
             if folder.resolve() == ROOT / PACKAGE:
                 raise BuildError(f"build_lib: got {self.build_lib}, which holds the sources")
             shutil.rmtree(folder, ignore_errors=True)
+            folder /= "native"
         super().run()
         try:
             (folder / RECORD).write_text(json.dumps(made.record()) + "\n", encoding="utf-8")

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from rpg_kernels.law import LAW_VERSION, LayerLaw, keys
-from rpg_kernels.window_law import WINDOW_LAW, WindowLaw, alignment
+from rpg_kernels.law.ring import LAW_VERSION, LayerLaw, keys
+from rpg_kernels.law.window import WINDOW_LAW, WindowLaw, alignment
 
 FOLDER = Path(__file__).parents[1] / "tests" / "golden"
 RING = 2**64 - 1  # the layer number whose keys scramble windows

@@ -56,7 +56,7 @@ def parts(out: Path) -> list[Part]:
     pytest = ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
     # A test file that needs a package which is not there must not keep the others from running.
     pytest += ("--continue-on-collection-errors",)
-    bench = ("-m", "rpg_kernels.cli", "bench", "--suite", "quick", "--device", "cuda")
+    bench = ("-m", "benchmarks.harness", "--suite", "quick", "--device", "cuda")
     return [
         Part("machine", (python, own, "machine"), 40, last_json),
         Part("build", (python, own, "build"), 120, last_line),
@@ -69,7 +69,7 @@ def parts(out: Path) -> list[Part]:
         ),
         Part(
             "repeat",
-            (python, "-m", "rpg_kernels.bench.repeat", "--device", "cuda", "--runs", "20"),
+            (python, "-m", "benchmarks.harness.repeat", "--device", "cuda", "--runs", "20"),
             50,
             repeat,
         ),

@@ -29,7 +29,7 @@ def machine() -> int:
     """Versions, and the GPU's state as nvidia-smi gives it."""
     import torch
 
-    from rpg_kernels.bench.machine import environment
+    from benchmarks.harness.machine import environment
 
     fields = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
     smi = _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"])
@@ -65,7 +65,7 @@ def sanitizer() -> int:
     """memcheck and racecheck over the microbenchmarks and our kernels, a little of each."""
     import torch
 
-    from rpg_kernels.bench.repeat import chosen
+    from benchmarks.harness.repeat import chosen
 
     tool = shutil.which("compute-sanitizer") or _beside_nvcc("compute-sanitizer")
     if tool is None:
@@ -79,7 +79,7 @@ def sanitizer() -> int:
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         commands = [[str(p), "--smoke"] for p in compiled(Path(folder), architecture()) if p]
-        repeat = [sys.executable, "-m", "rpg_kernels.bench.repeat", "--device", "cuda"]
+        repeat = [sys.executable, "-m", "benchmarks.harness.repeat", "--device", "cuda"]
         commands += [[*repeat, "--runs", "1", "--dtype", "bf16", "--backend", n] for n in names]
         for command in commands:
             for name in ("memcheck", "racecheck"):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from rpg_kernels.bench.plot import THEMES
+from benchmarks.harness.plot import THEMES
 
 # Okabe and Ito's colours, in the shades that show on both backgrounds; "" is the text's colour.
 COLOURS = {"light": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "", "#59636e")}

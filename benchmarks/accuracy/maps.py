@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.rows import HASHED, LAW, UNSIGNED, Row
-from rpg_kernels import Generator, ParameterBank, VirtualWeight, window_law
-from rpg_kernels.geometry import VirtualMatrix
-from rpg_kernels.placement import Placement
+from rpg_kernels import Generator, ParameterBank, VirtualWeight
+from rpg_kernels.law import window as window_law
+from rpg_kernels.law.geometry import VirtualMatrix
+from rpg_kernels.law.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from benchmarks.accuracy.maps import MAPS, Entries, Ring
 from benchmarks.accuracy.rows import DENSE, Row
+from examples.demo.networks import Architecture, block_weights, trainable
 from rpg_kernels import ParameterBank
-from rpg_kernels.demo.networks import Architecture, block_weights, trainable
+from rpg_kernels.bank.scales import layer_std
 from rpg_kernels.models.resnet import ResNet, is_block_convolution
-from rpg_kernels.scales import layer_std
 
 DOF_STEP = 128  # whole slots at any granularity
 

@@ -20,8 +20,8 @@ from benchmarks.accuracy.rows import (
 )
 from benchmarks.accuracy.running import RESULTS, ROOT, default_name
 from benchmarks.accuracy.summary import ENOUGH, Summary
-from rpg_kernels.bench.plot import THEMES
-from rpg_kernels.bench.table import NOT_MEASURED, markdown
+from benchmarks.harness.plot import THEMES
+from benchmarks.harness.table import NOT_MEASURED, markdown
 
 Found = Mapping[str, Summary]
 # What a reader of the README chooses between; the page beside the results has every row.

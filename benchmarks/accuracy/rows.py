@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rpg_kernels.config import PAPER_INIT_STD
+from rpg_kernels.bank.config import PAPER_INIT_STD
 
 GRANULARITIES = (1, 8, 16, 64, 128)
 REFLECT = ("element", "vector", "none")

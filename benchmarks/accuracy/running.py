@@ -15,8 +15,8 @@ import rpg_kernels
 from benchmarks.accuracy import records, training
 from benchmarks.accuracy.network import NETWORKS
 from benchmarks.accuracy.rows import Row, plan
+from examples.demo import data, report, train
 from rpg_kernels._extras import require
-from rpg_kernels.demo import data, report, train
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

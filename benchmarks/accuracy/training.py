@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from benchmarks.accuracy.network import Built, build
 from benchmarks.accuracy.rows import Row
+from examples.demo import train
+from examples.demo.data import Images
 from rpg_kernels import param_groups
-from rpg_kernels.demo import train
-from rpg_kernels.demo.data import Images
 
 EPOCH_TEST_IMAGES = 2000  # of the test set, after every epoch; all of it after the last
 

@@ -6,7 +6,7 @@
 // filled with NaNs before every block and checked at every index; asynchronous copies arrive when
 // they are waited for, not before, in odd orders at once. So a missing barrier or wait, an index
 // out of range and a read of what nobody wrote all change results, or stop the launch with an
-// exception (tests/simt_device.cpp has such kernels). On request, accesses to shared memory are
+// exception (tests/backends/cuda/simt_device.cpp has such kernels). On request, accesses to shared memory are
 // written down, so that tests can count conflicts between banks.
 
 #pragma once

@@ -7,15 +7,16 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from rpg_kernels import _checks, window_law
-from rpg_kernels.bank import ParameterBank
-from rpg_kernels.config import RPGConfig, ring_of
+from rpg_kernels import _checks
+from rpg_kernels.bank.config import RPGConfig, ring_of
+from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.bank.scales import layer_std
+from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.conversion.least_squares import fit_bank
 from rpg_kernels.conversion.ownership import BANK_NAME
 from rpg_kernels.conversion.select import Filter, Selection, select
+from rpg_kernels.law import window as window_law
 from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
-from rpg_kernels.scales import layer_std
-from rpg_kernels.virtual_weight import VirtualWeight
 
 INIT = ("random", "least_squares")
 MOST_LAPS = 4  # that convert chooses by itself

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import settings
-from rpg_kernels.bank import ParameterBank
-from rpg_kernels.placement import split
-from rpg_kernels.virtual_weight import VirtualWeight
+from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.law.placement import split
 
 _PART = 1 << 22  # weights of a layer looked at together
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rpg_kernels.bank import ParameterBank
+from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.conversion.select import HOOKS
 from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rpg_kernels import _checks
-from rpg_kernels.bank import ParameterBank
+from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.nn import VirtualLayer
 
 BANK_NAME = "rpg_bank"

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rpg_kernels.bank import ParameterBank
+from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.conversion.ownership import orphans
+from rpg_kernels.law.window import check_laps
 from rpg_kernels.nn import VirtualLayer
-from rpg_kernels.window_law import check_laps
 
 
 @dataclass(frozen=True)

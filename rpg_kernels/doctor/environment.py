@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from rpg_kernels import dispatch, native, settings
+from benchmarks.harness.machine import sources
+from examples.demo.report import commit, cpu_name
+from rpg_kernels import native, settings
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
-from rpg_kernels.bench.machine import sources
-from rpg_kernels.demo.report import commit, cpu_name
+from rpg_kernels.backends import dispatch
 from rpg_kernels.doctor.guard import one_line
-from rpg_kernels.generator import LAWS
-from rpg_kernels.law import LAW_VERSION
+from rpg_kernels.law.generator import LAWS
+from rpg_kernels.law.ring import LAW_VERSION
 
 PACKAGES = ("triton", "numpy", "safetensors", "matplotlib", "pillow", "scikit-learn", "tqdm")
 # Other people's variables that decide what runs here, and how fast.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import native
-from rpg_kernels.law import LayerLaw
-from rpg_kernels.window_law import WindowLaw
+from rpg_kernels.law.ring import LayerLaw
+from rpg_kernels.law.window import WindowLaw
 
 Evaluate = Callable[[LayerLaw, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -158,7 +158,7 @@ def _in_cpp(law: LayerLaw, n: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_cuda(law: LayerLaw, n: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    module = importlib.import_module("rpg_kernels._native")
+    module = importlib.import_module("rpg_kernels.native._native")
     slots = torch.full_like(n, -1)
     words = n.new_full((len(n), 1 if law.reflect == "vector" else law.words), -1)
     with torch.cuda.device(n.device):

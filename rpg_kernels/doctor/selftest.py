@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpg_kernels import dispatch, functional
+from rpg_kernels import functional
 from rpg_kernels._tensors import DTYPES
-from rpg_kernels.bank import ParameterBank
+from rpg_kernels.backends import dispatch
+from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.doctor import law_check
 from rpg_kernels.doctor.environment import torch_devices
 from rpg_kernels.doctor.guard import one_line
-from rpg_kernels.placement import Placement
-from rpg_kernels.virtual_weight import VirtualWeight
+from rpg_kernels.law.placement import Placement
 
 DOF, GRANULARITY = 1280, 64
 REFLECT = ("vector", "element")

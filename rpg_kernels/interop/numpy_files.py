@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpg_kernels import _array_pickle, _checks
-from rpg_kernels import _numpy_arrays as arrays
+from rpg_kernels import _checks
 from rpg_kernels._extras import require
+from rpg_kernels.interop import array_pickle as _array_pickle
+from rpg_kernels.interop import numpy_arrays as arrays
 
 if TYPE_CHECKING:
     import numpy

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
-from rpg_kernels.bank import ParameterBank
+from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.interop.numpy_files import read_object_array
-from rpg_kernels.virtual_weight import VirtualWeight
 
 SIGN_BIT = -(2**31)  # bit 31 of an int32: the sign is minus
 MAX_DOF = 2**31 - 1

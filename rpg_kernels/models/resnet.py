@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from rpg_kernels.config import RPGConfig
+from rpg_kernels.bank.config import RPGConfig
 from rpg_kernels.conversion import convert
 
 STEMS = ("imagenet", "cifar")

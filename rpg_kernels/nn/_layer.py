@@ -10,11 +10,11 @@ from torch import nn
 
 from rpg_kernels import _checks
 from rpg_kernels._tensors import DTYPES
-from rpg_kernels.bank import ParameterBank
-from rpg_kernels.config import RPGConfig
-from rpg_kernels.geometry import VirtualMatrix
-from rpg_kernels.scales import layer_std
-from rpg_kernels.virtual_weight import VirtualWeight
+from rpg_kernels.bank.config import RPGConfig
+from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.bank.scales import layer_std
+from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.law.geometry import VirtualMatrix
 
 
 class VirtualLayer(nn.Module):

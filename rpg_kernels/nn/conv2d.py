@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rpg_kernels import _checks, functional
-from rpg_kernels.bank import ParameterBank
+from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.functional import Pair, pair
-from rpg_kernels.geometry import MAX_ROWS
+from rpg_kernels.law.geometry import MAX_ROWS
 from rpg_kernels.nn._layer import VirtualLayer
-from rpg_kernels.virtual_weight import VirtualWeight
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, functional
-from rpg_kernels.bank import ParameterBank
-from rpg_kernels.geometry import MAX_ROWS
+from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.law.geometry import MAX_ROWS
 from rpg_kernels.nn._layer import VirtualLayer
-from rpg_kernels.virtual_weight import VirtualWeight
 
 
 class Embedding(VirtualLayer):

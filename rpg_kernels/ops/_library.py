@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg_kernels import _checks, dispatch
+from rpg_kernels import _checks
 from rpg_kernels._tensors import DTYPES, LOW_PRECISION
-from rpg_kernels.generator import TableGenerator
-from rpg_kernels.placement import Placement
+from rpg_kernels.backends import dispatch
+from rpg_kernels.law.generator import TableGenerator
+from rpg_kernels.law.placement import Placement
 
 NAMESPACE = "rpg_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rpg_kernels import _checks
 from rpg_kernels._tensors import empty_image
-from rpg_kernels.geometry import conv_output
+from rpg_kernels.law.geometry import conv_output
+from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.ops import _library as lib
-from rpg_kernels.placement import Placement, parse
 
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
+from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.ops import _library as lib
-from rpg_kernels.placement import Placement, parse
 
 
 def _matrix(placement: str) -> tuple[Placement, int, int]:

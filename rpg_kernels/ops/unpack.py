@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
+from rpg_kernels.law.placement import parse
 from rpg_kernels.ops import _library as lib
-from rpg_kernels.placement import parse
 
 
 def _check(bank: Tensor, table: Tensor | None, placement: str) -> None:

@@ -1,0 +1,1 @@
+"""Measurements of rpg-kernels, run from a checkout; nothing here is part of the package."""

@@ -1,0 +1,114 @@
+"""Tables of the result files that older scripts write, each in a format of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.table import NOT_MEASURED, markdown
+
+
+def cifar10_resnet18(results: Path) -> list[str]:
+    """What ``make demo`` measured on CIFAR-10."""
+    record = _load(results / "cifar10_resnet18.json")
+    if record is None:
+        return [NOT_MEASURED]
+    rows = []
+    for network in record["networks"]:
+        bold = "**" if network["kind"] == "rpg" else ""
+        label = {"as published": "RPG as published (tables, materialised)"}.get(
+            network["label"], network["label"]
+        )
+        accuracy = sum(network["accuracy"]) / len(network["accuracy"])
+        rows.append(
+            (
+                f"{bold}{label}{bold}",
+                f"{network['dof']:,}",
+                f"{bold}{network['state_bytes'] / 1e6:.1f} MB{bold}",
+                f"{bold}{network['saved_bytes_beyond_activations'] / 1e6:.2f} MB{bold}",
+                f"{bold}{accuracy:.1f} %{bold}",
+            )
+        )
+    head = (
+        "ResNet-18 on CIFAR-10",
+        "degrees of freedom",
+        "weights + gradients + optimiser",
+        "saved for backward beyond activations",
+        "test accuracy",
+    )
+    return markdown(head, rows)
+
+
+def resnet18_step(results: Path) -> list[str]:
+    """What ``benchmarks/resnet18_step.py`` measured."""
+    record = _load(results / "resnet18_step.json")
+    if record is None:
+        return [NOT_MEASURED]
+    arguments, virtual = record["arguments"], record["virtual_weights"]
+    rows = [
+        (
+            name if name == "dense" else f"{name}, {arguments['dof']:,} DoF",
+            f"{row['median_s']:.2f} s",
+            f"{row['saved_beyond_activations_bytes'] / virtual:.0f} bytes",
+            f"{row['largest_allocation_bytes'] / 1e6:.1f} MB",
+        )
+        for name, row in record["rows"].items()
+    ]
+    threads = record["threads"]
+    head = (
+        f"one training step, ResNet-18, batch {arguments['batch_size']}, fp32, "
+        f"{threads} thread{'s' * (threads > 1)}",
+        "median",
+        "saved beyond activations, per virtual weight",
+        "largest allocation",
+    )
+    return markdown(head, rows)
+
+
+def bank_training(results: Path) -> list[str]:
+    """What ``benchmarks/bank_training.py`` measured: mean and half the range over seeds."""
+    record = _load(results / "bank_training_digits.json")
+    if record is None:
+        return [NOT_MEASURED]
+    rows = [
+        (name, f"{sum(values) / len(values):.1f} ± {(max(values) - min(values)) / 2:.1f}")
+        for name, values in record["accuracy"].items()
+    ]
+    return markdown(("setting of the bank", "accuracy"), rows)
+
+
+def law(results: Path) -> list[str]:
+    """What ``benchmarks/law.py`` measured, in millions per second."""
+    record = _load(results / "law.json")
+    if record is None:
+        return [NOT_MEASURED]
+    rows = [
+        (
+            f"{row['rows']} x {row['blocks']}",
+            row["rounds"],
+            str(row["threads"]),
+            *(
+                f"{row[key] / 1e6:.1f}"
+                for key in ("forward_per_s", "inverse_per_s", "slots_and_signs_per_s")
+            ),
+        )
+        for row in record["rows"]
+    ]
+    head = ("rows x blocks", "permutation", "threads", "forward", "inverse", "slots and signs")
+    return markdown(head, rows)
+
+
+TABLES = {
+    "cifar10-resnet18": cifar10_resnet18,
+    "resnet18-step": resnet18_step,
+    "bank-training": bank_training,
+    "law": law,
+}
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record

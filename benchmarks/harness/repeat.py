@@ -1,0 +1,136 @@
+"""Run-to-run comparison: the same call on the same inputs, bit by bit.
+
+    python -m benchmarks.harness.repeat [--device cuda] [--backend NAME ...] [--runs 20]
+
+Under ``torch.use_deterministic_algorithms(True)`` a difference is an error; otherwise it is
+counted. Prints one JSON object per back end, operator, dtype and mode. One run of it is also what
+sanitizers watch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import baselines
+from benchmarks.harness.cases import Case, Layer
+from benchmarks.harness.problem import Problem
+from benchmarks.harness.timing import Work
+from rpg_kernels import _checks, settings
+
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+# Sizes that no tile divides, and a bank small enough that its elements are used many times.
+CASES = (
+    Case(Layer("linear", ("repeat.linear",), (200, 328)), 67, 5_000, 64, "vector"),
+    Case(Layer("linear", ("repeat.one_token",), (200, 328)), 1, 5_000, 64, "element"),
+    Case(Layer("conv2d", ("repeat.conv2d",), (72, 40, 3, 3), 13, 2), 5, 5_000, 16, "vector"),
+    Case(Layer("embedding", ("repeat.embedding",), (300, 72)), 150, 2_000, 8, "vector"),
+)
+NAMES = ("output", "gradients")
+
+
+DTYPES = ("fp32", "bf16", "amp")
+
+
+def chosen(
+    device: torch.device, names: Sequence[str] = (), dtypes: Sequence[str] = DTYPES
+) -> list[tuple[str, Case]]:
+    """(back end, case) of everything that the dispatch table lets our back ends run on a device.
+
+    Raises:
+        ValueError: an unknown back end or dtype, with those that exist.
+    """
+    for name in names:
+        _checks.choice("backend", name, settings.BACKENDS)
+    return [
+        (name, case)
+        for name in (names or settings.BACKENDS)
+        for dtype in dtypes
+        for case in (replace(case, dtype=dtype) for case in CASES)
+        if not baselines.IMPLEMENTATIONS[f"rpg-{name}"].refuse(case, device)
+    ]
+
+
+def compare(case: Case, backend: str, device: torch.device, runs: int) -> dict[str, int]:
+    """How many of the runs after the first gave other bits, for the output and the gradients."""
+    problem = Problem(case, device)
+    work = Work(problem, baselines.IMPLEMENTATIONS[f"rpg-{backend}"].build(problem, 1))
+    first: list[Tensor] = []
+    differing = dict.fromkeys(NAMES, 0)
+    for _ in range(runs):
+        y = work.stack.forward(0)
+        results = [y.detach(), *work.backward(0, y)]
+        first = first or results
+        same = [torch.equal(_bits(a), _bits(b)) for a, b in zip(first, results, strict=True)]
+        differing["output"] += not same[0]
+        differing["gradients"] += not all(same[1:])
+    return differing
+
+
+def _bits(values: Tensor) -> Tensor:
+    """As integers, so that NaN equals itself and 0 does not equal -0."""
+    return values.contiguous().view(_INTEGER[values.element_size()])
+
+
+@contextlib.contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """torch.use_deterministic_algorithms for a while."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def results(
+    device: torch.device, pairs: Sequence[tuple[str, Case]], runs: int
+) -> Iterator[dict[str, Any]]:
+    """One record for each back end and case, in both modes."""
+    for backend, case in pairs:
+        for on in (False, True):
+            record: dict[str, Any] = {
+                "backend": backend,
+                "case": case.layer.names[0],
+                "dtype": case.dtype,
+                "deterministic": on,
+                "runs": runs,
+            }
+            try:
+                with deterministic(on):
+                    record |= compare(case, backend, device, runs)
+            except Exception as error:  # of one case; the others are still compared
+                record["error"] = f"{type(error).__name__}: {error}"[:300]
+            yield record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 1 when something raised, or differed in deterministic mode."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", nargs="+", default=[])
+    parser.add_argument("--dtype", nargs="+", default=DTYPES)
+    parser.add_argument("--runs", type=int, default=20)
+    args = parser.parse_args(arguments)
+    # cuBLAS is deterministic only with this, and reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    device = torch.device(args.device)
+    bad = 0
+    for record in results(device, chosen(device, args.backend, args.dtype), args.runs):
+        print(json.dumps(record), flush=True)
+        differs = record["deterministic"] and any(record.get(name) for name in NAMES)
+        bad += bool("error" in record or differs)
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Programs that use rpg-kernels, run from a checkout."""

@@ -1,0 +1,1 @@
+"""What runs an operator: the back ends, and the choice between them."""

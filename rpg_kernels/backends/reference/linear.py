@@ -1,0 +1,67 @@
+"""Reference y = x·Ŵᵀ + bias, dx = dy·Ŵ and dw = scale·Gᵀ·(dyᵀ·x), one tile of Ŵ at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpg_kernels.backends.reference.accumulate import (
+    backward_bytes,
+    bank_accumulator,
+    cast_tile,
+    product,
+)
+from rpg_kernels.backends.reference.tiles import pack_tile, tiles
+from rpg_kernels.law.placement import parse
+
+
+def linear(
+    x: Tensor, bank: Tensor, table: Tensor | None, bias: Tensor | None, placement: str
+) -> Tensor:
+    """x ``[..., K]`` -> ``[..., N]``."""
+    p = parse(placement)
+    bank = bank.contiguous()
+    bytes_per_weight, dtype = product(p, bank, x, summed=1)
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_empty((*x.shape[:-1], p.selected_shape[0]), dtype=dtype)
+    out = y.view(-1, y.shape[-1])
+    for tile in tiles(p, x.device, bytes_per_weight):
+        part, operand = out[:, tile.rows], rows[:, tile.columns].to(dtype)
+        added = part if tile.column else None if bias is None else bias[tile.rows].to(dtype)
+        _product(added, operand, cast_tile(bank, table, tile.placement, dtype).t(), part)
+    return y.to(x.dtype)
+
+
+def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement: str) -> Tensor:
+    """dy ``[..., N]`` -> dx ``[..., K]``."""
+    p = parse(placement)
+    bank = bank.contiguous()
+    bytes_per_weight, dtype = product(p, bank, dy, summed=0)
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = dy.new_empty((*dy.shape[:-1], p.selected_shape[1]), dtype=dtype)
+    out = dx.view(-1, dx.shape[-1])
+    for tile in tiles(p, dy.device, bytes_per_weight):
+        part, operand = out[:, tile.columns], rows[:, tile.rows].to(dtype)
+        added = part if tile.row else None
+        _product(added, operand, cast_tile(bank, table, tile.placement, dtype), part)
+    return dx.to(dy.dtype)
+
+
+def linear_bank_grad(
+    dy: Tensor, x: Tensor, table: Tensor | None, placement: str, dtype: torch.dtype
+) -> Tensor:
+    """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]``."""
+    p = parse(placement)
+    dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad = bank_accumulator(p, dy.device, dtype)
+    for tile in tiles(p, dy.device, backward_bytes(p, dy, grad)):
+        pack_tile(grad, dy_rows[:, tile.rows].t() @ x_rows[:, tile.columns], table, tile.placement)
+    return grad.to(dtype)
+
+
+def _product(added: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = added + a · b."""
+    if added is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(added, a, b, out=out)

@@ -1,0 +1,294 @@
+"""Tiles of a virtual weight within the scratch limit, and how one is unpacked and packed.
+
+A tile is a Placement narrowed to some rows and columns. Scratch of one tile::
+
+    positions * position_bytes     law evaluation, positions at a time
+    weights   * bytes_per_weight   the unpacked tile (forward) or its gradient (backward)
+
+Both are given at most their part of the limit before anything is allocated. Callers keep no name
+for a tile: the one before must be gone when the next is unpacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import _checks, native, settings
+from rpg_kernels.law.placement import Placement, split
+from rpg_kernels.law.ring import WORD_BITS, sign_bits
+
+_LAW_BYTES = 96  # per position: twelve int64 tensors alive at once in the law
+_WINDOW_BYTES = 200  # 25 of them in law 2
+_SIGN_BYTES = 20  # per element of a position under "element": its word, its bit, its mask
+_MAX_POSITIONS = 1 << 16
+_FIXED_BYTES = 4096  # small tensors that do not grow with the tile
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of a virtual weight: offsets within the selection, and its placement."""
+
+    row: int
+    column: int
+    placement: Placement
+
+    @property
+    def rows(self) -> slice:
+        """Where the tile lies among the selected rows."""
+        return slice(self.row, self.row + self.placement.selected_shape[0])
+
+    @property
+    def columns(self) -> slice:
+        """Where the tile lies among the selected columns (in-channels)."""
+        return slice(self.column, self.column + self.placement.selected_shape[1])
+
+
+def tiles(
+    p: Placement, device: torch.device, bytes_per_weight: int, groups: int = 1
+) -> Iterator[Tile]:
+    """Cut a virtual weight into tiles that fit the scratch limit, row by row if need be.
+
+    Args:
+        p: the weight.
+        device: whose limit counts.
+        bytes_per_weight: of scratch that the caller needs for each weight of a tile.
+        groups: of a convolution. A tile holds whole groups, or lies within one.
+
+    Raises:
+        RuntimeError: not even the smallest tile fits.
+    """
+    rows, columns = tile_size(p, device, bytes_per_weight)
+    total, channels = p.selected_shape[:2]
+    per_group = total // groups
+    if rows >= per_group:
+        rows -= rows % per_group
+        spans = list(split(total, rows))
+    else:
+        spans = [
+            (group * per_group + offset, length)
+            for group in range(groups)
+            for offset, length in split(per_group, rows)
+        ]
+    for row, height in spans:
+        band = p.narrow(0, row, height)
+        for column, width in split(channels, columns):
+            yield Tile(row, column, band.narrow(1, column, width))
+
+
+def tile_size(p: Placement, device: torch.device, bytes_per_weight: int) -> tuple[int, int]:
+    """(rows, columns) of a tile; columns only fall below all of them when a row does not fit.
+
+    Raises:
+        RuntimeError: not even one block of each run fits, with the limit that would do.
+    """
+    size = fitting_size(p, device, bytes_per_weight)
+    if size is not None:
+        return size
+    _, smallest, _ = _row(p)
+    need = max(4 * _position_bytes(p), -(-smallest * bytes_per_weight * 4 // 3) + 4)
+    limit = settings.scratch_bytes(device.type)
+    raise RuntimeError(
+        f"scratch_limit: got {limit} bytes, wanted at least {need + _FIXED_BYTES} for the "
+        f"reference back end of a virtual weight {list(p.selected_shape)}"
+    )
+
+
+def fitting_size(
+    p: Placement, device: torch.device, bytes_per_weight: int
+) -> tuple[int, int] | None:
+    """tile_size, or None when nothing fits."""
+    law_bytes, tile_bytes = _shares(device)
+    budget = tile_bytes // bytes_per_weight
+    row, smallest, straddle = _row(p)
+    if law_bytes < _position_bytes(p) or smallest > budget:
+        return None
+    rows, channels = p.selected_shape[:2]
+    if row <= budget:
+        return min(rows, budget // row), channels
+    unit = p.matrix.runs * p.matrix.block
+    return 1, (budget // unit - straddle) * p.matrix.block
+
+
+def _row(p: Placement) -> tuple[int, int, int]:
+    """Weights, padding counted, of a row and of the least that a tile can hold; and 1 where the
+    selection begins inside a block, so that a tile of whole widths touches one block more."""
+    matrix = p.matrix
+    if not matrix.by_tap:
+        row = matrix.run_blocks * matrix.block
+        return row, row, 0
+    straddle = int(p.selection[1][0] % matrix.block != 0)
+    run_blocks = min(matrix.run_blocks, -(-p.selected_shape[1] // matrix.block) + straddle)
+    unit = matrix.runs * matrix.block  # one more block in every run
+    return unit * run_blocks, unit * min(run_blocks, 1 + straddle), straddle
+
+
+def _position_bytes(p: Placement) -> int:
+    per_element = getattr(p.generator, "reflect", "") == "element"
+    windows = getattr(p.generator, "window", None) is not None
+    law = _WINDOW_BYTES if windows else _LAW_BYTES
+    return law + (_SIGN_BYTES * p.matrix.block if per_element else 0)
+
+
+def _shares(device: torch.device) -> tuple[int, int]:
+    """(bytes for the law, bytes for the tile): a quarter of the scratch limit, and the rest."""
+    limit = max(0, settings.scratch_bytes(device.type) - _FIXED_BYTES)
+    return limit // 4, limit - limit // 4
+
+
+def unpack_tile(
+    bank: Tensor, table: Tensor | None, p: Placement, lookup: Tensor | None = None
+) -> Tensor:
+    """scale · G · w of one tile, or of some of its rows.
+
+    Args:
+        bank: ``[slots, granularity]``, contiguous.
+        table: int32 ``[entries]`` or None.
+        p: the tile.
+        lookup: int64 ``[count]``, row numbers within the tile; None for all in order.
+
+    Returns:
+        The tile in torch's layout ``[rows, columns, *kernel]`` and the bank's dtype; a view of
+        memory in virtual-matrix order.
+    """
+    block = p.matrix.block
+    ring = bank.view(-1, block)
+    rows = p.selected_shape[0] if lookup is None else lookup.numel()
+    out = bank.new_empty((rows * p.matrix.runs * p.block_columns.count, block))
+    if table is None and native.handles(ring, out):
+        native.unpack(p.law, ring, out, p.scale, _region(p, rows), lookup)
+    else:
+        for offset, n, b in _position_chunks(p, bank.device, lookup):
+            part = out[offset : offset + n.numel()]
+            slot, negative = _read(p, table, n, b)
+            torch.index_select(ring, 0, slot, out=part)
+            _reflect_(part, negative, p.scale)
+    runs = out.view(rows, p.matrix.runs, -1)
+    return _torch_layout(_selected(runs, p), p)
+
+
+def pack_tile(
+    grad: Tensor,
+    dense: Tensor,
+    table: Tensor | None,
+    p: Placement,
+    lookup: Tensor | None = None,
+) -> None:
+    """grad += scale · Gᵀ · dense, for one tile, or for some of its rows.
+
+    Args:
+        grad: the accumulator ``[slots, granularity]``, contiguous, float32 or float64.
+        dense: the tile's gradient in torch's layout; overwritten where that saves a copy.
+        table: int32 ``[entries]`` or None.
+        p: the tile.
+        lookup: int64 ``[count]``, the row that each row of ``dense`` belongs to; None for all.
+    """
+    block = p.matrix.block
+    ring = grad.view(-1, block)
+    runs = dense.view(dense.shape[0], dense.shape[1], -1).transpose(1, 2)  # [rows, taps, columns]
+    width = p.block_columns.count * block
+    if not (p.matrix.by_tap and runs.shape[2] == width and runs.is_contiguous()):
+        padded = runs.new_zeros((runs.shape[0], p.matrix.runs, width))
+        _selected(padded, p).copy_(runs)
+        runs = padded
+    del dense  # the last reference, when the caller keeps none
+    source = runs.view(-1, block)
+    if table is None and native.handles(source, grad):
+        law_bytes, _ = _shares(grad.device)
+        region = _region(p, runs.shape[0])
+        native.pack(p.law, source, ring, p.scale, region, lookup, law_bytes)
+        return
+    for offset, n, b in _position_chunks(p, grad.device, lookup):
+        part = source[offset : offset + n.numel()]
+        slot, negative = _read(p, table, n, b)
+        _reflect_(part, negative, 1.0)
+        part = part.to(grad.dtype)
+        if p.scale != 1.0:  # not by alpha: whether that rounds in between depends on the machine
+            part.mul_(p.scale)
+        if block == 1:  # torch adds scalars several times faster than rows of one
+            ring.view(-1).index_add_(0, slot, part.view(-1))
+        else:
+            ring.index_add_(0, slot, part)
+
+
+def _selected(runs: Tensor, p: Placement) -> Tensor:
+    """``[rows, runs, padded elements]`` -> its selected ``[rows, taps, columns]``, a view."""
+    first = p.block_columns.first
+    elements = runs[:, :, first : first + p.block_columns.length]
+    if p.matrix.by_tap:
+        return elements
+    offset, columns = p.selection[1]
+    by_tap: Tensor = elements.squeeze(1).unflatten(1, (p.matrix.taps, p.matrix.channels))
+    return by_tap[:, :, offset : offset + columns]
+
+
+def _torch_layout(taps: Tensor, p: Placement) -> Tensor:
+    """``[rows, taps, columns]`` -> ``[rows, columns]`` or ``[rows, columns, *kernel]``, a view."""
+    if len(p.shape) == 2:
+        return taps.squeeze(1)
+    kernel: Tensor = taps.transpose(1, 2).unflatten(2, p.shape[2:])
+    return kernel
+
+
+def _region(p: Placement, rows: int) -> tuple[int, int, int, int, int, int]:
+    """The positions of a tile as native.unpack and native.pack take them."""
+    matrix, columns = p.matrix, p.block_columns
+    first_row = p.selection[0][0]
+    return first_row, rows, matrix.runs, matrix.run_blocks, columns.low, columns.count
+
+
+def _position_chunks(
+    p: Placement, device: torch.device, lookup: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(offset, rows n, blocks b) over the positions of a tile, some at a time."""
+    first_row, rows = p.selection[0]
+    matrix, columns = p.matrix, p.block_columns
+    per_row = matrix.runs * columns.count
+    rows = rows if lookup is None else lookup.numel()
+    law_bytes, _ = _shares(device)
+    step = max(1, min(_MAX_POSITIONS, law_bytes // _position_bytes(p)))
+    for offset, count in split(rows * per_row, step):
+        position = torch.arange(offset, offset + count, device=device)
+        row = position.div(per_row, rounding_mode="floor")
+        b = position.sub_(row * per_row)
+        if matrix.runs > 1:
+            run = b.div(columns.count, rounding_mode="floor")
+            b.add_(run.mul_(matrix.run_blocks - columns.count))
+        b.add_(columns.low)
+        if lookup is not None:
+            row = lookup[row]
+        yield offset, row + first_row, b
+
+
+def _read(p: Placement, table: Tensor | None, n: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(slots, signs) of positions: None, bool ``[positions]`` or int32 words ``[positions, W]``."""
+    if table is not None:
+        entry = table[n.mul(p.matrix.blocks).add_(b).add_(p.start)]
+        return entry.bitwise_and(_checks.INT32_MAX), entry < 0
+    law = p.law
+    slot = law.slot(n, b)
+    if law.reflect == "none":
+        return slot, None
+    words = law.sign_words(n, b)
+    if law.reflect == "vector":
+        return slot, words.squeeze(-1) >= 1 << 31
+    return slot, words.to(torch.int32)
+
+
+def _reflect_(part: Tensor, negative: Tensor | None, scale: float) -> None:
+    """In place: scale times the blocks ``[positions, block]``, with their signs."""
+    if negative is not None:
+        if negative.dim() == 1:
+            bit = negative.unsqueeze(1)
+        else:
+            e = torch.arange(part.shape[1], device=part.device)
+            bit = negative[:, e // WORD_BITS].bitwise_right_shift_(sign_bits(e)).bitwise_and_(1)
+        size = part.element_size()
+        mask = bit.to(_INTEGER[size]).bitwise_left_shift_(8 * size - 1)
+        part.view(mask.dtype).bitwise_xor_(mask)
+    if scale != 1.0:
+        part.mul_(scale)  # a Python number, so that every dtype rounds once

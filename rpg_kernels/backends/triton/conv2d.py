@@ -1,0 +1,283 @@
+"""Fused y = conv2d(x, Ŵ) + bias, an implicit product; the gradients are in files of their own.
+
+Ŵ exists only as tiles in shared memory, and x is never unfolded. Signatures are those of the
+reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rpg_kernels._tensors import empty_image
+from rpg_kernels.backends.reference import conv2d as reference
+from rpg_kernels.backends.triton import linear as pointwise
+from rpg_kernels.backends.triton import pixels, plan, weights
+from rpg_kernels.backends.triton.conv2d_bank import conv2d_bank_grad
+from rpg_kernels.backends.triton.conv2d_input import conv2d_input_grad
+from rpg_kernels.backends.triton.rules import Config, dot_precision
+from rpg_kernels.law.placement import Placement, parse
+
+__all__ = ["conv2d", "conv2d_bank_grad", "conv2d_input_grad"]
+
+_weight_tile = weights.weight_tile
+_tile_of = pointwise._tile_of
+_pixel, _inside, _tap_bits = pixels.pixel, pixels.inside, pixels.tap_bits
+_walk, _distance, _rows_of = pixels.walk, pixels.distance, pixels.rows_of
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [B, C, H, W]
+    bank_ptr,  # [slots, G] or [2 * slots, G]
+    law_ptr,  # [128]
+    entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
+    bias_ptr,  # [N] or unused
+    y_ptr,  # [B, N, out_h, out_w]
+    M,
+    N,
+    height,
+    width,
+    out_h,
+    out_w,
+    stride_xb,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_yb,
+    stride_yn,
+    stride_yh,
+    stride_yw,
+    step_h,
+    step_w,
+    start_h,
+    start_w,
+    reach_h,
+    reach_w,
+    per_group,
+    group0,
+    offset,
+    group_channels,
+    channels,
+    column0,
+    entry_stride,
+    row0,
+    blocks,
+    run_blocks,
+    low,
+    count,
+    first,
+    length,
+    tiles_n,
+    scale,
+    G: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SIGN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BY_TAP: tl.constexpr,
+    BITS: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """y[m, n] = scale * sum over taps t and channels c of x[m, t, c] Ŵ[n, c, t] + bias[n].
+
+    m is an output pixel (b, i, j), and x[m, t, c] what it reads at tap t, zero outside of the
+    image. The rows n are those of one launch, ``per_group`` of them for each group of channels.
+    Tile: BLOCK_M pixels x BLOCK_N rows of one group; a step is BLOCK_K padded columns of one tap
+    (of the run of all taps where not BY_TAP), PARTS steps per tap in one loop. Grid: one
+    program per tile, grouped for the L2 cache. Shared memory: a ring of (BLOCK_M + BLOCK_N) *
+    BLOCK_K elements, 146 KiB at 128 x 256 x 64 with 5 stages in 16 bits, of which 3 hold tiles.
+    Budget at that size on sm_90: 2.4 lane-instructions per generated weight with entries in
+    scratch and folded signs, 5.3 with element signs, 0.4 of them for the place in the image and
+    the masks of rows.
+    WHOLE: steps cover the blocks of a row without a gap, and the weight is walked as a matrix's.
+    BITS: a row's valid taps are bits of one word. Otherwise coordinates are compared at every step.
+    """
+    pid = tl.program_id(0)
+    pid_m, pid_n = _tile_of(pid, tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
+    group, offs_n, n_low, n_high = _rows_of(pid_n, N, per_group, offset, BLOCK_N)
+    n = tl.minimum(tl.maximum(offs_n, n_low), n_high - 1)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, i, j = _pixel(tl.minimum(offs_m, M - 1), out_h, out_w)
+    top, left = i * step_h + start_h, j * step_w + start_w
+    x_row = b.to(tl.int64) * stride_xb + top.to(tl.int64) * stride_xh
+    x_row += left.to(tl.int64) * stride_xw
+    index = tl.arange(0, BLOCK_K)
+    x_ptr += (group0 + group).to(tl.int64) * group_channels * stride_xc
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if BY_TAP:
+        column = index.to(tl.int64) * stride_xc
+        if not EVEN_K:
+            column -= tl.full([], 1, tl.int64) * first * stride_xc
+        x_ptrs = x_ptr + x_row[:, None] + column[None, :]
+        if BITS:
+            bits = _tap_bits(top, left, reach_h, reach_w, height, width, TAPS_H, TAPS_W)
+        for step in range(0, TAPS_H * TAPS_W * PARTS):
+            tap, part, down, across = _walk(step, reach_h, reach_w, TAPS_W, PARTS)
+            if WHOLE:
+                w = _weight_tile(
+                    bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, 0, 0,
+                    TAPS_H * TAPS_W * PARTS * BLOCK_K,
+                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+                    x_ptr.dtype.element_ty, scale,
+                )  # fmt: skip
+            else:
+                entry_at = entry_ptr
+                if SOURCE == "scratch":
+                    entry_at += tl.full([], 1, tl.int64) * (tap * count) * entry_stride
+                w = _weight_tile(
+                    bank_ptr, law_ptr, entry_at, entry_stride, n, part, row0, blocks,
+                    low + tap * run_blocks, first, length,
+                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+                    x_ptr.dtype.element_ty, scale,
+                )  # fmt: skip
+            if BITS:
+                valid = ((bits >> tap) & 1 != 0)[:, None]
+            else:
+                valid = (_inside(top + down, height) & _inside(left + across, width))[:, None]
+            if not EVEN_K:
+                k = part * BLOCK_K + index
+                valid = valid & ((k >= first) & (k < first + length))[None, :]
+            shift = _distance(down, across, part * BLOCK_K, stride_xh, stride_xw, stride_xc)
+            x = tl.load(x_ptrs + shift, mask=valid, other=0.0)
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    else:
+        for step in range(0, PARTS):
+            w = _weight_tile(
+                bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first,
+                length, G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+                x_ptr.dtype.element_ty, scale,
+            )  # fmt: skip
+            k = step * BLOCK_K + index
+            tap = k // channels
+            c = k - tap * channels - column0
+            th = tap // TAPS_W
+            down = th * reach_h
+            across = (tap - th * TAPS_W) * reach_w
+            wanted = ((k < length) & (c >= 0) & (c < group_channels))[None, :]
+            valid = _inside(top[:, None] + down[None, :], height) & wanted
+            valid = valid & _inside(left[:, None] + across[None, :], width)
+            column = c.to(tl.int64) * stride_xc + down.to(tl.int64) * stride_xh
+            column += across.to(tl.int64) * stride_xw
+            x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=valid, other=0.0)
+            w = tl.where(wanted, w, tl.zeros_like(w))
+            acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    y = acc
+    if bank_ptr.dtype.element_ty == x_ptr.dtype.element_ty:  # otherwise the tiles hold it
+        y *= scale
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n).to(tl.float32)[None, :]
+    y_row = b.to(tl.int64) * stride_yb + i.to(tl.int64) * stride_yh + j.to(tl.int64) * stride_yw
+    y_ptrs = y_ptr + y_row[:, None] + (offs_n.to(tl.int64) * stride_yn)[None, :]
+    mask = (offs_m < M)[:, None] & ((offs_n >= n_low) & (offs_n < n_high))[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def conv2d(
+    x: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    bias: Tensor | None,
+    placement: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    config: Config | None = None,
+) -> Tensor:
+    """x ``[B, C, H, W]`` -> ``[B, out, H', W']`` in x's memory format."""
+    p = parse(placement)
+    bias = None if bias is None else bias.contiguous()
+    if pixels.is_pointwise(x, p, stride, padding, groups):
+        lines, matrix = x.permute(0, 2, 3, 1), pixels.as_matrix(placement)
+        return pointwise.linear(lines, bank, table, bias, matrix, config).permute(0, 3, 1, 2)
+    rows = p.selected_shape[0]
+    view = pixels.forward_reads(p, stride, padding, dilation)
+    out_h, out_w = (
+        (x.shape[2 + d] - 2 * view.start[d] - view.reach[d] * (view.taps[d] - 1) - 1)
+        // view.step[d] + 1
+        for d in (0, 1)
+    )  # fmt: skip
+    y = empty_image(x, (x.shape[0], rows, out_h, out_w))
+    if y.numel() == 0:
+        return y
+    if pixels.too_large(x, y):
+        return reference.conv2d(x, bank, table, bias, placement, stride, padding, dilation, groups)
+    m = x.shape[0] * out_h * out_w
+    c = config or pixels.choose_tiles("conv2d", m, p, groups, x)
+    with plan.on_device(x):
+        bank_operand = plan.operand(bank, p, x.dtype, tiles=plan.cdiv(m, c.block_m))
+        count = p.matrix.runs * p.block_columns.count
+        at_most = plan.rows_that_fit(bank_operand.left, rows, count, c.block_n)
+        in_scratch = table is None and at_most > 0
+        for band in plan.bands(p, x.device, at_most if in_scratch else plan.INT32_MAX):
+            entries = _entries(p, band, table, bank_operand, in_scratch)
+            part = slice(band.row, band.row + band.rows)
+            added = None if bias is None else bias[part]
+            for image, number in pixels.images(x.shape[0], out_h * out_w):
+                some = slice(image, image + number)
+                _launch(
+                    x[some], bank_operand, entries, added, y[some, part], p, band, view, groups, c
+                )
+            del entries  # before the next band's are made
+    return y
+
+
+def _entries(
+    p: Placement, band: plan.Band, table: Tensor | None, bank: plan.Operand, in_scratch: bool
+) -> plan.Entries:
+    if table is not None:
+        return plan.entries_of_table(table, p, band)
+    if in_scratch:
+        cols = p.block_columns
+        return plan.entries_in_scratch(p, band, cols.low, cols.count, bank.sign)
+    return plan.entries_in_line(band)
+
+
+def _launch(
+    x: Tensor,
+    bank: plan.Operand,
+    entries: plan.Entries,
+    bias: Tensor | None,
+    y: Tensor,
+    p: Placement,
+    band: plan.Band,
+    view: pixels.Reads,
+    groups: int,
+    c: Config,
+) -> None:
+    cols, matrix, columns = p.block_columns, p.matrix, p.selected_shape[1]
+    parts = -(-cols.count * matrix.block // c.block_k)
+    even = cols.first == 0 and cols.length == parts * c.block_k
+    g = pixels.groups_of(p, groups, band.row, band.rows)
+    m = y.shape[0] * y.shape[2] * y.shape[3]
+    tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
+    _forward_kernel[(plan.cdiv(m, c.block_m) * tiles_n,)](
+        x, bank.ring, band.words, entries.tensor, y if bias is None else bias, y,
+        m, band.rows, *x.shape[2:], *y.shape[2:], *x.stride(), *y.stride(), *view.numbers,
+        g.per_group, g.first, g.offset, columns, matrix.channels, p.selection[1][0],
+        entries.stride, band.row0, matrix.blocks, matrix.run_blocks,
+        cols.low, cols.count, cols.first, cols.length, tiles_n, bank.scale,
+        G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs, EVEN_K=even,
+        WHOLE=even and cols.count == matrix.run_blocks, BY_TAP=matrix.by_tap, BITS=view.in_bits,
+        TAPS_H=view.taps[0], TAPS_W=view.taps[1], PARTS=parts,
+        HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype, convolution=True),
+        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
+        num_warps=c.warps, num_stages=pointwise._stages(bank, x, entries, c),
+    )  # fmt: skip

@@ -1,0 +1,274 @@
+"""Which pixels a convolution's rows read: device functions, and the host's arithmetic for them.
+
+`Reads` tells it for the forward and for the input gradient alike. Row (b, i, j) of a grid of
+pixels reads, at tap (th, tw), pixel
+
+    (b, i * step_h + start_h + th * reach_h, j * step_w + start_w + tw * reach_w)
+
+of an image, or zero outside of it. Taps are walked th outermost, and within a tap some *parts*:
+steps of channels in the forward, of the weight's rows in the input gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rpg_kernels.backends.triton.rules import Config, choose, dot_precision, gpu
+from rpg_kernels.law.placement import Placement, parse, split
+
+MOST_PIXELS = 1 << 30  # of one launch, so that their numbers stay int32
+MOST_BITS = 32  # taps that one word of a row's validity holds
+
+
+@triton.jit
+def pixel(m, height, width):
+    """(b, i, j) of pixel number m of a grid [B, height, width]."""
+    line = m // width
+    b = line // height
+    return b, line - b * height, m - line * width
+
+
+@triton.jit
+def inside(at, size):
+    """Whether a coordinate lies in [0, size)."""
+    return (at >= 0) & (at < size)
+
+
+@triton.jit
+def tap_bits(
+    top, left, reach_h, reach_w, height, width, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr
+):
+    """One uint32 per row: bit th * TAPS_W + tw says that the tap lies inside the image.
+
+    Unrolled, so that the bits can be made in the layout of the loads that they mask.
+    """
+    across = tl.zeros_like(left).to(tl.uint32)
+    for tw in tl.static_range(TAPS_W):
+        across |= inside(left + tw * reach_w, width).to(tl.uint32) << tw
+    bits = tl.zeros_like(across)
+    for th in tl.static_range(TAPS_H):
+        line = tl.where(inside(top + th * reach_h, height), across, tl.zeros_like(across))
+        bits |= line << (th * TAPS_W)
+    return bits
+
+
+@triton.jit
+def walk(step, reach_h, reach_w, TAPS_W: tl.constexpr, PARTS: tl.constexpr):
+    """(tap, part, th * reach_h, tw * reach_w) of a step, PARTS of them per tap.
+
+    In closed form: divisions by constants cost less than counters that the loop would carry.
+    """
+    tap = step // PARTS
+    th = tap // TAPS_W
+    return tap, step - tap * PARTS, th * reach_h, (tap - th * TAPS_W) * reach_w
+
+
+@triton.jit
+def distance(down, across, along, stride_h, stride_w, stride):
+    """The address of (down, across, along), int64."""
+    one = tl.full([], 1, tl.int64)
+    return one * down * stride_h + one * across * stride_w + one * along * stride
+
+
+@triton.jit
+def rows_of(number, N, per_group, offset, BLOCK_N: tl.constexpr):
+    """(group, rows [BLOCK_N], its first row, one past its last) of tile ``number`` of a launch.
+
+    Groups are counted from that of the launch's first row, whose row number ``offset`` it is.
+    """
+    tiles = tl.cdiv(per_group, BLOCK_N)
+    group = number // tiles
+    begin = group * per_group - offset
+    n = begin + (number - group * tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return group, n, tl.maximum(begin, 0), tl.minimum(begin + per_group, N)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Taps, steps, starts and reaches, each (vertical, horizontal); see the module.
+
+    Args:
+        first_tap, taps_apart: the weight's tap number at (0, 0), and what th and tw add to it.
+    """
+
+    taps: tuple[int, int]
+    step: tuple[int, int]
+    start: tuple[int, int]
+    reach: tuple[int, int]
+    first_tap: int
+    taps_apart: tuple[int, int]
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Step, start and reach, as the kernels take them."""
+        return (*self.step, *self.start, *self.reach)
+
+    @property
+    def in_bits(self) -> bool:
+        """Whether a row's valid taps fit one word."""
+        return math.prod(self.taps) <= MOST_BITS
+
+
+def forward_reads(
+    p: Placement, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Reads:
+    """Output pixels read input pixels."""
+    kernel_h, kernel_w = p.selected_shape[2:]
+    pair_of = (stride[0], stride[1]), (-padding[0], -padding[1]), (dilation[0], dilation[1])
+    return Reads((kernel_h, kernel_w), *pair_of, 0, (kernel_w, 1))
+
+
+@dataclass(frozen=True)
+class ResidueClass:
+    """The input pixels (first + stride * (i, j)) for i < height, j < width, and what they read."""
+
+    first: tuple[int, int]
+    height: int
+    width: int
+    reads: Reads
+
+
+def _progression(residue: int, kernel: int, stride: int, padding: int, dilation: int) -> range:
+    """The taps that reach input coordinates of a residue modulo the stride."""
+    apart = stride // math.gcd(stride, dilation)
+    for tap in range(min(apart, kernel)):
+        if (residue + padding - tap * dilation) % stride == 0:
+            return range(tap, kernel, apart)
+    return range(0)
+
+
+def residue_classes(
+    p: Placement,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[ResidueClass, ...]:
+    """Input pixels by their residues modulo the stride: each reads its own taps, with stride 1.
+
+    Classes without pixels or without taps are left out. Kept for the next call.
+
+    Args:
+        p: the weight.
+        size: (H, W) of the input.
+        stride, padding, dilation: of the forward.
+    """
+    geometry = (tuple(v) for v in (size, stride, padding, dilation))
+    return _residue_classes(p.selected_shape[2:], *geometry)
+
+
+@lru_cache(maxsize=4096)
+def _residue_classes(
+    kernel: tuple[int, ...],
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[ResidueClass, ...]:
+    classes = []
+    for rh in range(min(stride[0], size[0])):
+        for rw in range(min(stride[1], size[1])):
+            residue = (rh, rw)
+            taps = [
+                _progression(residue[d], kernel[d], stride[d], padding[d], dilation[d])
+                for d in (0, 1)
+            ]
+            if not taps[0] or not taps[1]:
+                continue
+            start = [
+                (residue[d] + padding[d] - taps[d].start * dilation[d]) // stride[d] for d in (0, 1)
+            ]
+            reach = [-taps[d].step * dilation[d] // stride[d] for d in (0, 1)]
+            reads = Reads(
+                taps=(len(taps[0]), len(taps[1])),
+                step=(1, 1),
+                start=(start[0], start[1]),
+                reach=(reach[0], reach[1]),
+                first_tap=taps[0].start * kernel[1] + taps[1].start,
+                taps_apart=(taps[0].step * kernel[1], taps[1].step),
+            )
+            height, width = (
+                (s - r - 1) // t + 1 for s, r, t in zip(size, residue, stride, strict=True)
+            )
+            classes.append(ResidueClass(residue, height, width, reads))
+    return tuple(classes)
+
+
+def images(batch: int, pixels: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of images whose pixels one launch can number, ``pixels`` in each image."""
+    yield from split(batch, max(1, MOST_PIXELS // pixels))
+
+
+def too_large(*tensors: Tensor) -> bool:
+    """Whether a single image has more pixels than a launch can number."""
+    return any(t.shape[2] * t.shape[3] > MOST_PIXELS for t in tensors)
+
+
+def choose_tiles(op: str, m: int, p: Placement, groups: int, image: Tensor) -> Config:
+    """rules.choose for m pixels; steps that divide a padded run where 32 columns do."""
+    matrix, cols = p.matrix, p.block_columns
+    times = groups * matrix.runs if op == "conv2d_bank_grad" else groups
+    rows = p.selected_shape[0] // groups
+    on = gpu(image.device)
+    c = choose(op, m, rows, cols.length, matrix.block, image.dtype, on, times)
+    block_k = c.block_k
+    while block_k > 32 and cols.count * matrix.block % block_k:
+        block_k //= 2
+    whole = cols.count * matrix.block % block_k == 0
+    return replace(c, block_k=block_k) if whole else c
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The rows of a launch in groups.
+
+    Args:
+        per_group: rows of a group; all of the launch's where there is one group.
+        first: group of the launch's first row.
+        offset: of the launch's first row in its group.
+        count: groups that the launch touches.
+    """
+
+    per_group: int
+    first: int
+    offset: int
+    count: int
+
+
+def groups_of(p: Placement, groups: int, row: int, rows: int) -> Groups:
+    """Of ``rows`` rows from the selection's ``row``."""
+    if groups == 1:
+        return Groups(rows, 0, 0, 1)
+    per_group = p.selected_shape[0] // groups
+    first, offset = divmod(row, per_group)
+    return Groups(per_group, first, offset, (row + rows - 1) // per_group - first + 1)
+
+
+@lru_cache(maxsize=4096)
+def as_matrix(placement: str) -> str:
+    """The placement of a 1x1 kernel as that of a matrix: the same blocks, the same law."""
+    p = parse(placement)
+    return replace(p, shape=p.shape[:2]).to_json()
+
+
+def is_pointwise(
+    image: Tensor, p: Placement, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> bool:
+    """Whether a convolution is a product of matrices that are there: image only channels-last."""
+    return (
+        groups == 1
+        and dot_precision(image.dtype) == dot_precision(image.dtype, convolution=True)
+        and p.matrix.taps == 1
+        and tuple(stride) == (1, 1)
+        and tuple(padding) == (0, 0)
+        and image.is_contiguous(memory_format=torch.channels_last)
+        and not image.is_contiguous()
+    )

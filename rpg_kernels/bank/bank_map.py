@@ -1,0 +1,138 @@
+"""What the values of a bank mean: the record that state dicts and checkpoints carry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import _checks
+from rpg_kernels._json import parse_json
+from rpg_kernels.law.generator import Generator, TableGenerator, parse_generator
+from rpg_kernels.law.placement import Placement
+
+_MAX_DIMENSIONS = 64  # torch's; the product of thousands of sizes takes seconds
+_LONGEST_SCALE = len(repr(-2.2250738585072014e-308))
+
+
+@dataclass(frozen=True)
+class BankMap:
+    """A generator and, in order of their numbers, the layers that read the bank.
+
+    Args:
+        generator: what G is.
+        placements: of whole weights: segment, shape and scale of layers 0, 1, ...
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> bank = ParameterBank(dof=640, granularity=64)
+        >>> _ = bank.place((3, 128), scale=0.5)
+        >>> bank.map.record()["placements"]
+        [{'start': 0, 'shape': [3, 128], 'scale': 0.5}]
+        >>> BankMap.from_record(bank.map.record()) == BankMap.from_tensor(bank.map.to_tensor())
+        True
+    """
+
+    generator: Generator | TableGenerator
+    placements: tuple[Placement, ...]
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, ready for JSON."""
+        placements = [
+            {"start": p.start, "shape": list(p.shape), "scale": float(p.scale)}
+            for p in self.placements
+        ]
+        return {"generator": json.loads(self.generator.to_json()), "placements": placements}
+
+    @classmethod
+    def from_record(cls, record: object) -> BankMap:
+        """The inverse of record, for values from anywhere.
+
+        Raises:
+            ValueError: not such a record, or one that no bank can have.
+        """
+        try:
+            generator = None
+            if isinstance(record, dict) and "generator" in record:
+                # Before the names: a law that is not known here may have others.
+                generator = parse_generator(json.dumps(record["generator"]))
+            _, given = _fields(record, "generator", "placements")
+            assert generator is not None
+            placements = []
+            for layer, item in enumerate(_list("placements", given)):
+                start, shape, scale = _fields(item, "start", "shape", "scale")
+                shape = tuple(_list("shape", shape))
+                _checks.integer("dimensions", len(shape), 2, _MAX_DIMENSIONS)
+                placements.append(Placement(generator, layer, start, shape, scale))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"a map that cannot be read ({error})") from error
+        return cls(generator, tuple(placements))
+
+    def to_tensor(self, device: torch.device | str = "cpu") -> Tensor:
+        """As uint8 ``[bytes]``: compact JSON, then blanks.
+
+        The blanks make the length independent of the scales, since
+        ``torch.distributed.checkpoint`` loads into tensors of the same size only.
+        """
+        text = json.dumps(self.record(), separators=(",", ":"))
+        blanks = sum(_LONGEST_SCALE - len(repr(float(p.scale))) for p in self.placements)
+        return torch.tensor(list(text.encode() + b" " * blanks), dtype=torch.uint8, device=device)
+
+    @classmethod
+    def from_tensor(cls, state: object) -> BankMap:
+        """The inverse of to_tensor; of any real dtype, since state dicts are cast as a whole.
+
+        Raises:
+            ValueError: not such a tensor.
+        """
+        if not isinstance(state, Tensor):
+            raise _checks.fail("_extra_state", f"a {type(state).__name__}", "a tensor of bytes")
+        if state.is_meta or state.is_complex():
+            got = f"{state.dtype} on {state.device}"
+            raise _checks.fail("_extra_state", got, "bytes, not on meta")
+        try:
+            values = state.detach().cpu().double().tolist()
+            data = bytes(map(int, values))
+            if list(data) != values:
+                raise ValueError("fractions")
+            record = parse_json(data)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"a map that cannot be read ({error})") from error
+        return cls.from_record(record)
+
+    def difference(self, wanted: BankMap) -> str:
+        """How this map gives the same values another meaning; "" when at most scales differ."""
+        got_fields, wanted_fields = (json.loads(m.generator.to_json()) for m in (self, wanted))
+        names = ["law"] if got_fields["law"] != wanted_fields["law"] else list(wanted_fields)
+        parts = [
+            f"{name}: got {got_fields[name]}, wanted {wanted_fields[name]}"
+            for name in names
+            if got_fields[name] != wanted_fields[name]
+        ]
+        if parts:
+            return "; ".join(parts)
+        if len(self.placements) != len(wanted.placements):
+            return f"layers: got {len(self.placements)}, wanted {len(wanted.placements)}"
+        for theirs, ours in zip(self.placements, wanted.placements, strict=True):
+            for name in ("shape", "start"):
+                got, want = getattr(theirs, name), getattr(ours, name)
+                if got != want:
+                    return f"{name} of layer {ours.layer}: got {got}, wanted {want}"
+        return ""
+
+
+def _fields(record: object, *names: str) -> list[Any]:
+    """The values of a record that has these fields and no others."""
+    if not isinstance(record, dict) or set(record) != set(names):
+        got = sorted(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+        raise ValueError(f"got {got}, wanted a record of {', '.join(names)}")
+    return [record[name] for name in names]
+
+
+def _list(name: str, value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise _checks.fail(name, f"a {type(value).__name__}", "a list")
+    return value

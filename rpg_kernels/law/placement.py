@@ -1,0 +1,208 @@
+"""Where a virtual weight lies on the ring: the record that every operator receives as text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+
+from rpg_kernels import _checks
+from rpg_kernels.law import window as window_law
+from rpg_kernels.law.generator import Generator, TableGenerator, parse_generator
+from rpg_kernels.law.geometry import VirtualMatrix
+from rpg_kernels.law.ring import MAX_BAND, LayerLaw
+
+Range = tuple[int, int]
+_KEYS = ("generator", "layer", "start", "shape", "scale", "rows", "columns")
+
+
+@dataclass(frozen=True)
+class BlockColumns:
+    """In every run of a row: ``count`` blocks from block ``low``; of their elements ``first`` to
+    ``first + length`` are wanted."""
+
+    low: int
+    count: int
+    first: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A generator, a layer number, a segment of the ring, a shape, a scale and a selection.
+
+    Args:
+        generator: what G is.
+        layer: number of the layer, part of its keys.
+        start: where the layer's segment begins: a ring address in elements, a multiple of the
+            layer's block; with windows an address up to 2^62 that is not wrapped, a multiple of
+            ``window_law.alignment(rows)`` blocks; with a table the first entry.
+        shape: torch's shape of the full weight, ``[N, K]`` or ``[out, in/groups, *kernel]``.
+        scale: the layer's multiplier; finite and not zero.
+        rows, columns: the selection along dimensions 0 and 1 of the shape as (offset, length);
+            None for all of it.
+
+    Raises:
+        TypeError, ValueError: a field is out of range.
+
+    Example:
+        >>> p = Placement(Generator(100, 8, "vector"), layer=0, start=0, shape=(6, 20), scale=2.0)
+        >>> p.narrow(0, 2, 3).selected_shape, parse(p.to_json()) == p
+        ((3, 20), True)
+    """
+
+    generator: Generator | TableGenerator
+    layer: int
+    start: int
+    shape: tuple[int, ...]
+    scale: float
+    rows: Range | None = None
+    columns: Range | None = None
+    matrix: VirtualMatrix = field(init=False, repr=False, compare=False)  # the full weight
+    selected_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _checks.integer("layer", self.layer, 0, _checks.INT32_MAX)
+        if _checks.finite("scale", self.scale) == 0:
+            raise _checks.fail("scale", self.scale, "a number other than 0")
+        object.__setattr__(self, "shape", tuple(self.shape))
+        matrix = VirtualMatrix(self.shape, self.generator.granularity)
+        object.__setattr__(self, "matrix", matrix)
+        for name, size in (("rows", self.matrix.rows), ("columns", self.matrix.channels)):
+            selection = getattr(self, name)
+            selection = (0, size) if selection is None else selection
+            if not isinstance(selection, tuple) or len(selection) != 2:
+                raise _checks.fail(name, repr(selection), "a pair (offset, length)")
+            offset, length = selection
+            _checks.integer(f"{name} offset", offset, 0, size - 1)
+            _checks.integer(f"{name} length", length, 1, size - offset)
+            object.__setattr__(self, name, (offset, length))
+        (_, rows), (_, columns) = self.selection
+        object.__setattr__(self, "selected_shape", (rows, columns, *self.shape[2:]))
+        if isinstance(self.generator, TableGenerator):
+            _checks.integer("start", self.start, 0, self.generator.entries - self.matrix.numel)
+        else:
+            if self.generator.dof // matrix.block > MAX_BAND:
+                got = f"a bank of {self.generator.dof} elements read in blocks of {matrix.block}"
+                raise _checks.fail("generator", got, f"at most {MAX_BAND} blocks")
+            if self.generator.window is not None:
+                window_law.check_start(self.start, matrix)
+                return
+            _checks.integer("start", self.start, 0, self.generator.dof - 1)
+            if self.start % matrix.block:
+                raise _checks.fail("start", self.start, f"a multiple of {matrix.block}")
+
+    @cached_property
+    def law(self) -> LayerLaw:
+        """The packing law of this layer, a ``WindowLaw`` with windows; a table has none."""
+        g = self.generator
+        if isinstance(g, TableGenerator):
+            raise TypeError("generator: got a TableGenerator, wanted a Generator with a law")
+        matrix = self.matrix
+        if g.window is not None:
+            assert g.laps is not None
+            return window_law.layer_law(
+                self.shape,
+                slots=g.slots,
+                granularity=g.granularity,
+                window=g.window,
+                laps=g.laps,
+                seed=g.seed,
+                layer=self.layer,
+                start=self.start,
+                reflect=g.reflect,
+                permute=g.permute,
+            )[1]
+        return LayerLaw(
+            seed=g.seed,
+            layer=self.layer,
+            rows=matrix.rows,
+            blocks=matrix.blocks,
+            granularity=matrix.block,
+            slots=g.dof // matrix.block,
+            start=self.start // matrix.block,
+            reflect=g.reflect,
+            permute=g.permute,
+        )
+
+    @property
+    def selection(self) -> tuple[Range, Range]:
+        """Rows and columns as (offset, length), never None."""
+        assert self.rows is not None
+        assert self.columns is not None
+        return self.rows, self.columns
+
+    @property
+    def numel(self) -> int:
+        """Virtual weights of the selected part."""
+        return math.prod(self.selected_shape)
+
+    def narrow(self, dim: int, start: int, length: int) -> Placement:
+        """A part of this placement, as torch.narrow: dim 0 selects rows, dim 1 columns.
+
+        Raises:
+            IndexError: dim is neither 0 nor 1.
+            ValueError: the part is empty or reaches beyond the selection.
+        """
+        if dim not in (0, 1):
+            raise IndexError(f"dim: got {dim}, wanted 0 (rows) or 1 (columns)")
+        offset, size = self.selection[dim]
+        _checks.integer("start", start, 0, size - 1)
+        _checks.integer("length", length, 1, size - start)
+        part = (offset + start, length)
+        return replace(self, rows=part) if dim == 0 else replace(self, columns=part)
+
+    @cached_property
+    def block_columns(self) -> BlockColumns:
+        """The blocks of a row that the selected columns touch.
+
+        Rows whose run holds all taps are taken whole; the caller selects their columns.
+        """
+        matrix = self.matrix
+        offset, length = self.selection[1] if matrix.by_tap else (0, matrix.run)
+        low, high = offset // matrix.block, -(-(offset + length) // matrix.block)
+        return BlockColumns(low, high - low, offset - low * matrix.block, length)
+
+    def to_json(self) -> str:
+        """One line of JSON: the operators' argument, and what a checkpoint keeps."""
+        (rows, columns), shape = self.selection, list(self.shape)
+        # Written out, since torch.compile cannot trace the json module.
+        return (
+            f'{{"generator":{self.generator.to_json()},"layer":{self.layer},"start":{self.start},'
+            f'"shape":{shape},"scale":{float(self.scale)!r},"rows":{list(rows)},'
+            f'"columns":{list(columns)}}}'
+        )
+
+
+@lru_cache(maxsize=65536)
+def parse(text: str) -> Placement:
+    """The placement that a JSON text describes; the inverse of to_json, cached.
+
+    Raises:
+        TypeError, ValueError: not a placement's JSON, or a field out of range.
+    """
+    _checks.text("placement", text)
+    try:
+        record = json.loads(text)
+        given = {name: record[name] for name in _KEYS}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise _checks.fail("placement", repr(text[:80]), "the JSON of a Placement") from error
+    generator = parse_generator(json.dumps(given.pop("generator")))
+    for name in ("shape", "rows", "columns"):
+        if not isinstance(given[name], list):
+            raise _checks.fail(name, repr(given[name]), "a list of ints")
+        given[name] = tuple(given[name])
+    return Placement(generator, **given)
+
+
+def split(length: int, at_most: int) -> Iterator[Range]:
+    """(offset, length) of parts that cover [0, length) in order, none longer than ``at_most``.
+
+    Example:
+        >>> list(split(7, 3))
+        [(0, 3), (3, 3), (6, 1)]
+    """
+    for offset in range(0, length, at_most):
+        yield offset, min(at_most, length - offset)

@@ -1,0 +1,282 @@
+"""Generator, TableGenerator and RPGConfig: frozen, printable, to JSON and back, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import pytest
+
+import rpg_kernels as rpg
+from rpg_kernels.law.generator import parse_generator
+
+LAW = {"slots": 31, "granularity": 16, "reflect": "element", "permute": False, "seed": 2**63 - 1}
+WINDOWS = {
+    "slots": 704, "granularity": 16, "reflect": "none", "permute": True, "window": 256, "laps": 3,
+    "seed": 5,
+}  # fmt: skip
+TABLE = {"slots": 50, "entries": 99, "sha256": "0123456789abcdef" * 4}
+
+
+def test_is_frozen_hashable_and_printable() -> None:
+    made = rpg.Generator(**LAW), rpg.Generator(**WINDOWS), rpg.TableGenerator(**TABLE)
+    for generator in made:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            generator.slots = 3  # type: ignore[misc]
+        assert generator == dataclasses.replace(generator)
+        assert hash(generator) == hash(dataclasses.replace(generator))
+        assert generator != dataclasses.replace(generator, slots=799)
+        for field in (f for f in dataclasses.fields(generator) if f.init):
+            assert f"{field.name}={getattr(generator, field.name)!r}" in repr(generator)
+
+
+def test_dof_is_slots_times_granularity() -> None:
+    assert rpg.Generator(**LAW).dof == 31 * 16
+    table = rpg.TableGenerator(**TABLE)
+    assert (table.dof, table.granularity) == (50, 1)
+
+
+def test_json_holds_every_field_and_the_law() -> None:
+    text = rpg.Generator(**LAW).to_json()
+    assert json.loads(text) == {**LAW, "window": None, "law": 1}
+    assert list(json.loads(text)) == [*[*LAW][:4], "window", "seed", "law"]
+    record = json.loads(rpg.Generator(**WINDOWS).to_json())
+    assert record == {**WINDOWS, "law": 2}
+    record = json.loads(rpg.TableGenerator(**TABLE).to_json())
+    assert record == {**TABLE, "law": "table"}
+
+
+@pytest.mark.parametrize("reflect", ["element", "vector", "none"])
+@pytest.mark.parametrize("granularity", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_json_and_back(granularity: int, reflect: str) -> None:
+    generator = rpg.Generator(slots=2**31 - 1, granularity=granularity, reflect=reflect, seed=9)
+    text = generator.to_json()
+    assert "\n" not in text
+    assert rpg.Generator.from_json(text) == generator
+    assert parse_generator(text) == generator
+
+
+@pytest.mark.parametrize("window", [64, 128, 32768])
+@pytest.mark.parametrize("laps", [1, 3, 64])
+def test_windows_to_json_and_back(window: int, laps: int) -> None:
+    generator = rpg.Generator(32768, 8, "vector", window=window, laps=laps)
+    assert generator.law == 2
+    text = generator.to_json()
+    assert f'"window":{window},"laps":{laps}' in text
+    assert rpg.Generator.from_json(text) == generator == parse_generator(text)
+    assert generator != dataclasses.replace(generator, laps=laps % 64 + 1)
+    assert rpg.Generator(32768, 8, "vector", window=window, laps=laps, law=2) == generator
+
+
+def test_the_text_of_law_1_is_what_it_was() -> None:
+    """Placements and checkpoints of before windows: byte for byte, without a word on laps."""
+    text = (
+        '{"slots":31,"granularity":16,"reflect":"element","permute":false,"window":null,'
+        '"seed":9223372036854775807,"law":1}'
+    )
+    assert rpg.Generator(**LAW).to_json() == text
+    assert rpg.Generator(**LAW, law=1) == rpg.Generator(**LAW) == parse_generator(text)
+    with pytest.raises(ValueError, match=r"Generator: got .*'laps'.*, wanted a JSON object with"):
+        parse_generator(text.replace('"window":null', '"window":null,"laps":null'))
+
+
+def test_table_json_and_back() -> None:
+    table = rpg.TableGenerator(**TABLE)
+    assert rpg.TableGenerator.from_json(table.to_json()) == table
+    assert parse_generator(table.to_json()) == table
+
+
+BAD_LAW: list[tuple[str, Any, type[Exception]]] = [
+    ("slots", 0, ValueError),
+    ("slots", -3, ValueError),
+    ("slots", 2**31, ValueError),
+    ("slots", True, TypeError),
+    ("slots", 4.0, TypeError),
+    ("slots", None, TypeError),
+    ("granularity", 0, ValueError),
+    ("granularity", 3, ValueError),
+    ("granularity", 256, ValueError),
+    ("granularity", -64, ValueError),
+    ("granularity", True, TypeError),
+    ("granularity", 64.0, TypeError),
+    ("granularity", "64", TypeError),
+    ("reflect", "vectors", ValueError),
+    ("reflect", "Vector", ValueError),
+    ("reflect", None, ValueError),
+    ("reflect", True, ValueError),
+    ("permute", 1, TypeError),
+    ("permute", None, TypeError),
+    ("window", 128, ValueError),
+    ("window", 0, ValueError),
+    ("seed", -1, ValueError),
+    ("seed", 2**63, ValueError),
+    ("seed", 1.0, TypeError),
+    ("seed", False, TypeError),
+    ("seed", None, TypeError),
+    ("law", 3, ValueError),
+    ("law", 0, ValueError),
+    ("law", True, ValueError),
+    ("law", "table", ValueError),
+]
+BAD_WINDOWS: list[tuple[str, Any, type[Exception], str]] = [
+    ("window", 0, ValueError, "got 0, wanted a power of two (a multiple of 8) from 64 to 32768"),
+    ("window", 100, ValueError, "got 100, wanted a power of two (a multiple of 8) from 64"),
+    ("window", 96, ValueError, "got 96, wanted a power of two (a multiple of 8) from 64"),
+    ("window", 32, ValueError, "got 32, wanted a power of two (a multiple of 8) from 64"),
+    ("window", 1024, ValueError, "got 1024, wanted at most the ring's 704 slots"),
+    ("window", True, TypeError, "got True (bool), wanted an int"),
+    ("window", 64.0, TypeError, "got 64.0 (float), wanted an int"),
+    ("laps", 0, ValueError, "got 0, wanted an int from 1 to 64"),
+    ("laps", 65, ValueError, "got 65, wanted an int from 1 to 64"),
+    ("laps", 2.0, TypeError, "got 2.0 (float), wanted an int"),
+    ("laps", None, ValueError, "got None, wanted an int from 1 to 64 with a window"),
+    ("slots", 0, ValueError, "got 0, wanted an int from 1 to 2147483647"),
+    ("law", 3, ValueError, "got 3, wanted 1 or 2, the laws known here"),
+    ("law", None, ValueError, "got None, wanted 1 or 2, the laws known here"),
+]
+BAD_TABLE: list[tuple[str, Any, type[Exception]]] = [
+    ("slots", 0, ValueError),
+    ("slots", 2**31, ValueError),
+    ("slots", 1.5, TypeError),
+    ("entries", 0, ValueError),
+    ("entries", True, TypeError),
+    ("sha256", "0" * 63, ValueError),
+    ("sha256", "G" * 64, ValueError),
+    ("sha256", None, ValueError),
+    ("law", 1, ValueError),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "error"), BAD_LAW)
+def test_law_field_that_is_refused(field: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^{field}: got .*, wanted "):
+        rpg.Generator(**{**LAW, field: value})
+    record = json.dumps({**LAW, "law": 1, field: value})
+    with pytest.raises(error, match=rf"^{field}: got .*, wanted "):
+        rpg.Generator.from_json(record)
+
+
+@pytest.mark.parametrize(("field", "value", "error", "message"), BAD_WINDOWS)
+def test_field_of_windows_that_is_refused(
+    field: str, value: Any, error: type[Exception], message: str
+) -> None:
+    match = f"^{field}: {re.escape(message)}"
+    if (field, value) != ("law", None):  # in Python None stands for the law that fits
+        with pytest.raises(error, match=match):
+            rpg.Generator(**{**WINDOWS, field: value})
+    with pytest.raises(error, match=match):
+        rpg.Generator.from_json(json.dumps({**WINDOWS, "law": 2, field: value}))
+
+
+def test_law_and_window_must_agree() -> None:
+    for change, message in (
+        ({"law": 1}, "window: got 256, wanted None with law 1"),
+        ({"window": None, "law": 2}, "law: got 2, wanted 1, as there is no window"),
+        ({"window": None}, "laps: got 3, wanted None without a window"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            rpg.Generator(**{**WINDOWS, **change})
+    for name in ("window", "laps"):
+        record = {key: value for key, value in {**WINDOWS, "law": 2}.items() if key != name}
+        with pytest.raises(
+            ValueError, match=f"Generator of law 2: got .*, wanted at least .*{name}"
+        ):
+            rpg.Generator.from_json(json.dumps(record))
+
+
+@pytest.mark.parametrize(("field", "value", "error"), BAD_TABLE)
+def test_table_field_that_is_refused(field: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^{field}: got .*, wanted "):
+        rpg.TableGenerator(**{**TABLE, field: value})
+
+
+NOT_A_GENERATOR = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "3",
+    '"slots"',
+    "{}",
+    '{"slots":4}',
+    '{"slots":4,"granularity":8,"reflect":"none"}',  # no law
+    '{"granularity":8,"reflect":"none","law":1}',  # no slots
+    '{"slots":4,"granularity":8,"reflect":"none","law":1,"extra":0}',
+    '{"slots":4,"entries":8,"law":"table"}',  # no digest
+    '{"slots":4,"granularity":8,"reflect":"none","law":[1]}',
+]
+
+
+@pytest.mark.parametrize("text", NOT_A_GENERATOR)
+def test_json_that_is_not_a_generator(text: str) -> None:
+    for read in (rpg.Generator.from_json, rpg.TableGenerator.from_json, parse_generator):
+        with pytest.raises(ValueError, match=r": got .*, wanted "):
+            read(text)
+
+
+@pytest.mark.parametrize("text", [None, 3, {"slots": 4}, b"\xff"])
+def test_something_that_is_not_text(text: Any) -> None:
+    for read in (rpg.Generator.from_json, rpg.TableGenerator.from_json, parse_generator):
+        with pytest.raises((TypeError, ValueError), match=r": got .*, wanted "):
+            read(text)
+
+
+def test_another_law_is_named() -> None:
+    for text in (
+        '{"slots":4,"granularity":8,"reflect":"none","law":7}',
+        '{"slots":4,"granularity":8,"reflect":"none","tilt":1,"law":7}',  # fields of its own
+        '{"law":7}',
+    ):
+        for read in (rpg.Generator.from_json, parse_generator):
+            with pytest.raises(ValueError, match="law: got 7, wanted 1 or 2, the laws known here"):
+                read(text)
+
+
+CONFIG: list[tuple[str, Any, type[Exception]]] = [
+    *(("dof", value, ValueError) for value in (0, -1, 2**62 + 1)),
+    *(("dof", value, TypeError) for value in (True, 1.5, "9", None)),
+    *(("granularity", value, ValueError) for value in (0, 3, 129, 256)),
+    *(("granularity", value, TypeError) for value in (False, 8.0, None)),
+    *(("reflect", value, ValueError) for value in ("elements", None, 0)),
+    *(("permute", value, TypeError) for value in (0, "yes", None)),
+    *(("window", value, ValueError) for value in (0, 48, 64)),  # the ring has 10 slots
+    *(("window", value, TypeError) for value in ("all", 64.0, True)),
+    ("laps", 4, ValueError),  # without a window
+    *(("seed", value, ValueError) for value in (-1, 2**63)),
+    *(("seed", value, TypeError) for value in (True, 0.5, None)),
+    *(("init_std", value, ValueError) for value in (0, -1.0, float("inf"), float("nan"))),
+    *(("init_std", value, TypeError) for value in (True, "1", None)),
+    *(("scale", value, ValueError) for value in ("fan", None, 1.0)),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "error"), CONFIG)
+def test_configuration_that_is_refused(field: str, value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"^{field}: got .*, wanted "):
+        rpg.RPGConfig(**{"dof": 640, field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"window": 128}, ValueError, "window: got 128, wanted at most the ring's 100 slots"),
+        ({"window": 65}, ValueError, "window: got 65, wanted a power of two .a multiple of 8."),
+        ({"window": 64, "laps": 0}, ValueError, "laps: got 0, wanted an int from 1 to 64"),
+        ({"window": 64, "laps": 65}, ValueError, "laps: got 65, wanted an int from 1 to 64"),
+        ({"window": 64, "laps": 4.0}, TypeError, "laps: got 4.0"),
+        ({"laps": 4}, ValueError, "laps: got 4, wanted None without a window"),
+        (
+            {"window": 64, "dof": 63},
+            ValueError,
+            "window: got 64, wanted at most the ring's 1 slots",
+        ),
+    ],
+)
+def test_windows_that_are_refused(
+    fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    for make in (rpg.RPGConfig, rpg.ParameterBank):
+        with pytest.raises(error, match=f"^{message}"):
+            make(**{"dof": 6400, "granularity": 64, **fields})

@@ -1,0 +1,1 @@
+"""What builds, checks and describes the package, run from a checkout."""

@@ -1,0 +1,305 @@
+"""Lane-instructions for each weight that a kernel generates, from its machine code.
+
+Of one column of blocks of a whole tile that reads windows: each loop of the machine code is named
+by the source lines in it, and each name has a number of passes of a warp, on average. Code outside
+of loops runs once for a column, without what belongs to other fills or other signs. Pieces that
+only some warps run are counted as if all did, so sums are somewhat too high, never too low.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from tools.reports.cuda_sass import Kernel, Loop, loop_name, name_of, never_run, region
+
+WARPS = 8
+STEP = WARPS * 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A column of a tile: the layer is made of whole cells, and begins with one."""
+
+    batch_tile: int
+    rows: int = 1024
+    block: int = 64
+    window: int = 256
+    laps: int = 4
+    fill: str = "windows"  # or ring, gather
+    slots: int = 704  # of a ring
+
+    @property
+    def places(self) -> int:
+        """Blocks that it multiplies with x."""
+        return {"windows": self.rows // self.laps, "ring": self.slots, "gather": self.rows}[
+            self.fill
+        ]
+
+    @property
+    def weights(self) -> int:
+        """That a column generates."""
+        return self.rows * self.block
+
+
+# Phases of the forward, as the tables call them, and the pieces of source in each.
+_COMMON = {
+    "runs": [
+        region("entries.h", "if (PLAIN) return visit_lap<2, true>", until=";"),
+        region("entries.h", "i += 2 * kWarps) {"),
+    ],
+    "single runs": [region("entries.h", "for (int i = warp; i < chunks;", until=");")],
+    "eighth round": [region("entries.h", "&& s.rounds == kMaxRounds)", until=";")],
+    "rows": [region("entries.h", "void row_entries(")],
+    "units": [region("columns.h", "void prepare_windows(")],
+    "chunks": [region("columns.h", "void prepare_chunks(")],
+    "windows": [region("stage.h", "void fill_windows(")],
+    "copies": [region("stage.h", "pass + 8 <= layout.passes")],
+    "wrapped": [
+        region("stage.h", "void fill_wrapped("),
+        region("stage.h", "fill_wrapped(layout, bank", until=";"),
+        region("stage.h", "for (; pass < layout.passes;"),
+    ],
+    "prepared": [region("stage.h", "void prepare_rows(")],
+    "blocks": [region("stage.h", "void fill_rows("), region("stage.h", "void fill_ring(")],
+    "ring slots": [region("entries.h", "place = ring_slot(layer, p), sign", until=";")],
+    "other": [
+        region("stage.h", "void reflect_elements("),
+        region("stage.h", "void clear_padding("),
+        region("stage.h", "void finish("),
+    ],
+}
+LINEAR = {
+    **_COMMON,
+    "x": [region("linear_products.h", "void fill_x(")],
+    "x, not aligned": [region("linear_products.h", "i < BATCH * block;")],
+    "fragments": [region("linear_products.h", "void products_mma(")],
+    "products": [
+        region("linear_products.h", "first < used; first += kWarps * 16) {"),
+        region("linear_products.h", "place < used; place += kThreads) {"),
+    ],
+    "steps": [region("linear_products.h", "for (int c = 0; c < chunks; ++c) {")],
+    "sums": [region("linear.cu", "for (int k = 0; k < Sh::kRows; ++k) {")],
+}
+INPUT_GRAD = {
+    **_COMMON,
+    "cut": [
+        region("input_grad_permute.h", "void clear("),
+        region("input_grad_permute.h", "if (cut) {"),
+        region("input_grad_permute.h", "if (cut) to.flag", until=";"),
+        region("input_grad_permute.h", "i < places; i += kThreads) {"),
+        region("input_grad_fma.h", "void clear_unread("),
+    ],
+    "put rows": [region("input_grad_permute.h", "void put_rows(")],
+    "fragments": [region("input_grad_mma.h", "void input_grad_products(")],
+    "each window": [region("input_grad_mma.h", "for (int i = 0; i < windows; ++i) {")],
+    "eight laps": [region("input_grad_mma.h", "for (; lap < end; lap += 8) {")],
+    "four laps": [region("input_grad_mma.h", "for (; lap + 4 <= end; lap += 4) {")],
+    "one lap": [region("input_grad_mma.h", "for (; lap < end; ++lap) {")],
+    "slots": [region("input_grad_mma.h", "for (; i + 4 <= steps; i += 4) {")],
+    "rest of slots": [
+        region("input_grad_mma.h", "for (; i < steps; ++i)", until=";"),
+        region("input_grad_mma.h", "multiply_slots<Math, BATCH, LAPS, 32>", until=";"),
+    ],
+    "row slots": [region("input_grad_mma.h", "at < tile.rows; at += 16 * share.parts) {")],
+    "clear": [region("input_grad_fma.h", "i < terms * L::kOf; i += kThreads) {")],
+    "laps": [region("input_grad_fma.h", "for (int lap = 0; lap < laps; ++lap) {")],
+    "terms": [
+        region(
+            "input_grad_fma.h", "const float sign = sign_of(from.entry[i]);", until="store(at, v);"
+        )
+    ],
+    "products": [region("input_grad_fma.h", "term < terms; term += parts) {")],
+    "whole": [region("linear_input_grad.cu", "T::store(total * args.scale);", until=";")],
+    "fours": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;")],
+    "parts": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;", nth=1)],
+    "parts of a sum": [region("input_grad_fma.h", "part < kThreads / pairs; ++part) {")],
+}
+PHASES = {
+    "entries": ("runs", "units", "chunks", "rows", "ring slots", "prepared", "put rows"),
+    "products": (
+        "fragments",
+        "products",
+        "steps",
+        "each window",
+        "eight laps",
+        "four laps",
+        "one lap",
+        "slots",
+        "row slots",
+    ),
+    "sums": ("sums", "clear", "laps", "terms", "fours", "parts", "parts of a sum"),
+    "copies": ("windows", "copies", "blocks", "x"),
+}
+
+
+def passes(case: Case, kernel: Kernel) -> dict[str, float]:
+    """Passes of a warp through each loop's body, for each time that it comes to the loop."""
+    size = 4 if "Float32" in kernel.name else 2
+    chunks = case.block * size // 16
+    forward = kernel.name.startswith("linear_kernel")
+    products = case.places / STEP if size == 4 else case.places / 16 / WARPS
+    if not forward:
+        products = case.places / (STEP / (case.block / 2))
+    warps = WARPS / (case.block / 16)  # that share the slots, in the input gradient
+    return {
+        "rows": case.rows / STEP,
+        "prepared": case.rows / STEP,
+        "put rows": case.rows / STEP,
+        "blocks": case.places * chunks / STEP if case.fill == "gather" else 0,
+        "runs": case.rows / 128 / WARPS,
+        "units": 2,  # four of the six rounds of the permutation of units at a time
+        "windows": case.places / case.window,
+        "copies": case.window * chunks / STEP,
+        "products": products,
+        "steps": chunks,
+        "each window": case.places / case.window,
+        "eight laps": math.ceil(case.laps / 8),
+        "four laps": case.laps // 4,
+        "one lap": case.laps % 4,
+        "slots": case.window / 16 / warps,
+        "row slots": case.rows / 16 / warps,
+        "clear": case.places * min(4, case.batch_tile) / STEP,
+        "laps": case.laps if case.fill == "windows" else 1,
+        "fours": 1,  # 16 rows of blocks of 64
+        "parts": max(1, case.block * case.batch_tile / STEP),
+        "parts of a sum": STEP / (case.block / 2),
+    }
+
+
+# Pieces that a fill does not run, or not for every column.
+_WINDOWS = (
+    "runs",
+    "units",
+    "chunks",
+    "windows",
+    "copies",
+    "each window",
+    "eight laps",
+    "four laps",
+    "one lap",
+    "slots",
+)
+_NEVER = (
+    "other",
+    "x, not aligned",
+    "single runs",
+    "eighth round",
+    "wrapped",
+    "cut",
+    "whole",
+    "rest of slots",
+)
+UNUSED = {
+    "windows": (*_NEVER, "rows", "ring slots", "prepared", "blocks", "put rows", "row slots"),
+    "ring": (*_NEVER, *_WINDOWS, "prepared", "blocks"),
+    "gather": (*_NEVER, *_WINDOWS, "ring slots"),
+}
+LAW = 90  # instructions of a lone slot by law 1 with 6 rounds, which is a function of its own
+
+
+def column_loop(kernel: Kernel, fill: str = "windows") -> Loop:
+    """The loop over columns of blocks, one of the outermost with barriers.
+
+    Where there are two, the shorter is that of the most common tiles, which read windows.
+    """
+    loops = [loop for loop in kernel.loops() if kernel.count("BAR", loop.body) > 1]
+    nested = {id(inner) for loop in loops for inner in loop.nested}
+    outer = sorted((loop for loop in loops if id(loop) not in nested), key=lambda it: len(it.body))
+    return outer[0] if fill == "windows" else outer[-1]
+
+
+def never(case: Case, kernel: Kernel) -> tuple[str, ...]:
+    """Pieces that a column of this kernel does not run."""
+    mma = "Float32" not in kernel.name
+    return (*UNUSED[case.fill], *(("parts",) if mma else ()))
+
+
+def reads(case: Case, kernel: Kernel) -> dict[str, int]:
+    """Reads or writes of shared memory in one pass of the loops that compilers unroll."""
+    forward = kernel.name.startswith("linear_kernel")
+    out = {"clear": 1, "copies": 1, "blocks": 1, "parts of a sum": 1}
+    if forward and "Float32" in kernel.name:
+        out["steps"] = 1 + case.batch_tile
+    if not forward and "Float32" in kernel.name:
+        out["products"] = 1 + max(1, case.batch_tile // 4)
+    if not forward and "Float32" not in kernel.name:
+        out["slots"] = {1: 3, 8: 3, 16: 5}[case.batch_tile]
+    return out
+
+
+# Of the integer pipe, which takes half as many in a clock as can be issued.
+INTEGERS = re.compile(
+    r"LOP3|SHF|IADD3|VIADD|LEA|ISETP|SEL|PRMT|MOV$|VIMNMX|PLOP3|IABS|FSETP|FSEL|P2R|R2P"
+)
+
+
+def per_weight(kernel: Kernel, case: Case, only: re.Pattern[str] | None = None) -> dict[str, float]:
+    """Lane-instructions per weight of each phase, and of the code of a column around them.
+
+    Args:
+        kernel: a product.
+        case: what it computes.
+        only: opcodes that count; None for all.
+    """
+    regions = LINEAR if kernel.name.startswith("linear_kernel") else INPUT_GRAD
+    trips, one_pass = passes(case, kernel), reads(case, kernel)
+    phase_of = {part: phase for phase, parts in PHASES.items() for part in parts}
+    totals = dict.fromkeys((*PHASES, "column"), 0.0)
+    skipped = never(case, kernel)
+    names = [name_of(instruction, regions) for instruction in kernel.instructions]
+    # What compilers cannot have moved out of a piece says that the code around it belongs to it,
+    # unless it has a condition of its own.
+    fixed = re.compile(r"STS|STG|LDGSTS|BAR|SHFL|LDSM|HMMA|ATOM")
+    guards = re.compile(r"BRA|ISETP|PLOP3|BSSY|BSYNC")
+    unused = never_run(
+        kernel,
+        {
+            i
+            for i, name in enumerate(names)
+            if name in skipped
+            and fixed.match(kernel.instructions[i].opcode)
+            and not kernel.instructions[i].text.startswith("@")
+        },
+    )
+
+    def unrolled(name: str, loop: Loop) -> float:
+        # Not those that never run: ptxas puts such before copies.
+        real = {i for i in loop.own if not kernel.instructions[i].text.startswith("@!PT")}
+        accesses = kernel.count(r"(LDS|LDSM|STS|LDGSTS)(\.|$)", real)
+        return accesses / one_pass[name] if name in one_pass else 1
+
+    def add(loop: Loop, times: float, inside: str) -> None:
+        for i in loop.own - unused:
+            name, opcode = names[i], kernel.instructions[i].opcode
+            if (name in skipped and not guards.match(opcode)) or (only and not only.match(opcode)):
+                continue
+            if name in skipped:  # what finds out that the piece is not to run
+                name = ""
+            here = times
+            if name == "terms":  # a term is added in one lap only
+                here = times / trips["laps"]
+            if name == "units":  # by a warp, for 8 columns
+                here = times / WARPS / 8
+            if name == "chunks":  # by 64 threads, for 4 columns
+                here = times * 64 / STEP / 4
+            totals[phase_of.get(inside or name, "column")] += here
+        named: dict[str, list[Loop]] = {}
+        for inner in loop.nested:
+            named.setdefault(loop_name(kernel, inner, regions), []).append(inner)
+        for name, loops in named.items():
+            if name in skipped or loops[0].header in unused:
+                continue
+            if name not in trips:
+                raise LookupError(f"{kernel.name}: a loop of {name!r} at {loops[0].header}")
+            # Of copies of one loop, the longest does what can be divided by its length; but each
+            # plane of T is cleared.
+            longest = max(loops, key=lambda of: len(of.own))
+            for loop in loops if name == "clear" and not longest.nested else [longest]:
+                add(loop, times * trips[name] / max(1, unrolled(name, loop)), name)
+
+    add(column_loop(kernel, case.fill), 1, "")
+    if case.fill != "windows" and not only:
+        totals["entries"] += LAW * case.rows / STEP
+    return {name: total * STEP / case.weights for name, total in totals.items()}
