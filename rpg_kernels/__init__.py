@@ -7,6 +7,7 @@ Optimal Deep Learning with Recurrent Parameter Generators", WACV 2023).
 
 from rpg_kernels import functional, nn
 from rpg_kernels._version import __version__
+from rpg_kernels.backends.dispatch import backend
 from rpg_kernels.bank.config import RPGConfig
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
@@ -21,7 +22,7 @@ from rpg_kernels.conversion import (
 )
 from rpg_kernels.explanation import explain
 from rpg_kernels.law.generator import Generator, TableGenerator
-from rpg_kernels.settings import backend, scratch_limit
+from rpg_kernels.settings import scratch_limit
 
 __all__ = [
     "Generator",

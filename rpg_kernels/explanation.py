@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rpg_kernels import _checks, settings
+from rpg_kernels import _checks
 from rpg_kernels.backends import dispatch
-from rpg_kernels.backends.cpu import rules as cpu
-from rpg_kernels.backends.cuda import rules as cuda
-from rpg_kernels.backends.triton.rules import unsupported
-from rpg_kernels.backends.vendor import rules as vendor
+from rpg_kernels.backends.call import Call
 from rpg_kernels.ops import _library as lib
 
 
@@ -42,16 +39,7 @@ def explain(module: nn.Module, x: Tensor) -> dispatch.Explanation:
     if not isinstance(getattr(module, "rpg_operator", None), str):
         got = type(module).__name__
         raise TypeError(f"module: got {got}, wanted an rpg layer (rpg.nn.Linear, Conv2d, ...)")
-    call, forced = _reached(module, _checks.tensor("x", x))
-    device, dtype = call.x.device, call.x.dtype
-    size = dispatch.Size() if forced else dispatch.size_of(call)
-    rule = dispatch.decide(call.op, device, dtype, forced, *size)
-    if forced:
-        _check(call, rule)
-    more = _because(call, rule, forced, size.small)
-    reason = "; ".join(filter(None, (rule.reason, *more)))
-    limit = settings.scratch_bytes(device.type)
-    return dispatch.Explanation(call.op, rule.backend, reason, str(device), str(dtype), limit)
+    return dispatch.explain(_reached(module, _checks.tensor("x", x)))
 
 
 class _ReachedError(Exception):
@@ -77,8 +65,8 @@ class _UpToOperator(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _reached(module: nn.Module, x: Tensor) -> tuple[dispatch.Call, str]:
-    """The operator call of ``module(x)``, checked, and the forced back end or ""."""
+def _reached(module: nn.Module, x: Tensor) -> Call:
+    """The operator call of ``module(x)``, checked."""
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps is not to be compiled
     try:
         with torch.no_grad(), _UpToOperator():  # type: ignore[no-untyped-call]
@@ -88,33 +76,4 @@ def _reached(module: nn.Module, x: Tensor) -> tuple[dispatch.Call, str]:
     else:
         raise TypeError(f"module: got a {type(module).__name__} that calls no rpg operator")
     lib.CHECKS[op](*operands)
-    return lib.call(op, operands), forced
-
-
-def _check(call: dispatch.Call, rule: dispatch.Rule) -> None:
-    """Raise what the forced back end would."""
-    op, x, spec, bank, _ = call
-    if rule.backend == "cpu" and op in cpu.LOOKUPS:
-        cpu.check_lookup(op, spec)
-    elif rule.backend == "cpu":
-        cpu.check(op, spec, call.rows, call.groups)
-    elif (rule.package or rule.backend) == "cuda" and x.numel():
-        cuda.check(op, spec, x.device, x.dtype, call.rows, bank)
-
-
-def _because(call: dispatch.Call, rule: dispatch.Rule, forced: str, small: bool) -> Iterator[str]:
-    """What there is to say beside the rule's reason, and why earlier back ends were left."""
-    op, x, spec, bank, _ = call
-    if rule.backend == "cpu":
-        yield cpu.what(op, call.rows, spec)
-    if rule.backend == "reference" and x.device.type == "cuda":
-        yield unsupported(op, x.device, x.dtype)
-    if rule.backend == "reference" and x.device.type == "cpu" and not forced and x.numel():
-        yield cpu.why_reference(op, x.dtype, spec, call.groups)
-    if x.device.type == "cuda" and op in cuda.PRODUCTS and not (forced or small):
-        yield cuda.why_others(op, x, x.dtype, spec, bank)
-    if rule.backend == "vendor" and not forced:
-        yield (
-            "with a sign per element predicted to be faster than fused kernels from batch "
-            f"{vendor.ELEMENT_SIGNS_FROM}"
-        )
+    return lib.call(op, operands, forced)

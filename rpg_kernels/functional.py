@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rpg_kernels import _checks, ops, settings
-
-if TYPE_CHECKING:
-    from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.bank.virtual_weight import VirtualWeight
 
 __all__ = ["conv2d", "embedding", "linear", "pack", "unpack"]
 
@@ -43,7 +38,7 @@ def linear(x: Tensor, weight: VirtualWeight, bias: Tensor | None = None) -> Tens
         >>> linear(torch.randn(4, 20), weight).shape
         torch.Size([4, 30])
     """
-    bank, table = _source(weight)
+    bank, table = _checked(weight).operands()
     _checks.tensor("x", x)
     return _tensor(_op.linear(x, bank, table, bias, weight.spec, settings.forced_backend()))
 
@@ -80,7 +75,7 @@ def conv2d(
         >>> conv2d(torch.randn(2, 3, 9, 9), weight, padding="same").shape
         torch.Size([2, 8, 9, 9])
     """
-    bank, table = _source(weight)
+    bank, table = _checked(weight).operands()
     if len(weight.shape) != 4:
         wanted = "a virtual weight [out, in/groups, kh, kw]"
         raise _checks.fail("weight", f"shape {list(weight.shape)}", wanted)
@@ -138,7 +133,7 @@ def embedding(indices: Tensor, weight: VirtualWeight, padding_idx: int | None = 
         >>> embedding(torch.tensor([[1, 2], [9, 0]]), weight).shape
         torch.Size([2, 2, 32])
     """
-    bank, table = _source(weight)
+    bank, table = _checked(weight).operands()
     _checks.tensor("indices", indices)
     y = _tensor(_op.embedding(bank, table, indices, weight.spec, settings.forced_backend()))
     if padding_idx is None:
@@ -162,8 +157,7 @@ def unpack(weight: VirtualWeight) -> Tensor:
         >>> unpack(ParameterBank(dof=256, granularity=16).place((10, 32))).shape
         torch.Size([10, 32])
     """
-    bank, table = _source(weight)
-    return _tensor(_op.unpack(bank, table, weight.spec, settings.forced_backend()))
+    return _checked(weight).unpack()
 
 
 def pack(dense: Tensor, weight: VirtualWeight) -> Tensor:
@@ -186,23 +180,13 @@ def pack(dense: Tensor, weight: VirtualWeight) -> Tensor:
         >>> pack(torch.ones(10, 32), weight).shape
         torch.Size([16, 16])
     """
-    bank, table = _source(weight)
-    if _checks.tensor("dense", dense).device != bank.device:
-        raise _checks.fail("dense", f"device {dense.device}", f"device {bank.device}")
-    backend = settings.forced_backend()
-    return _tensor(_op.pack(dense, table, weight.spec, bank.dtype, backend))
+    return _checked(weight).pack(dense)
 
 
-def _source(weight: VirtualWeight) -> tuple[Tensor, Tensor | None]:
-    """The bank's parameter and table."""
-    bank = getattr(weight, "bank", None)
-    if bank is None:
-        got = f"{type(weight).__name__}"
-        raise TypeError(f"weight: got a {got}, wanted a VirtualWeight")
-    if forward_ad._current_level >= 0:
-        # torch.library's derivatives are silently dropped there.
-        raise RuntimeError("forward-mode differentiation of rpg operators is not supported")
-    return bank.weight, bank.table
+def _checked(weight: object) -> VirtualWeight:
+    if not isinstance(weight, VirtualWeight):
+        raise TypeError(f"weight: got a {type(weight).__name__}, wanted a VirtualWeight")
+    return weight
 
 
 def _tensor(result: object) -> Tensor:

@@ -12,7 +12,6 @@ from types import TracebackType
 from rpg_kernels import _checks
 
 ENVIRONMENT_BACKEND = "RPG_KERNELS_BACKEND"
-BACKENDS = ("reference", "cpu", "triton", "vendor", "cuda", "simt")
 
 _MIB = 1 << 20
 _scratch_bytes = {"cpu": 4 * _MIB, "cuda": 16 * _MIB}
@@ -20,7 +19,7 @@ _forced = ""
 _ENVIRONMENT = os.environ.get(ENVIRONMENT_BACKEND, "")
 
 
-class _Restore:
+class Restore:
     """What a setter returns: ignored, the setting stays; used in ``with``, it is taken back."""
 
     def __init__(self, undo: dict[str, int] | str) -> None:
@@ -42,14 +41,14 @@ class _Restore:
             _scratch_bytes.update(self._undo)
 
 
-def scratch_limit(limit: int, device_type: str | None = None) -> _Restore:
+def scratch_limit(limit: int, device_type: str | None = None) -> Restore:
     """Set how many bytes one operator call may use and free again before it returns.
 
     The default is 4 MiB on CPU and 16 MiB on CUDA. 0 forbids scratch; an operator that cannot
     run within the limit raises and says how much it needs. Not scratch are inputs and results, the
     fp32 accumulator of a bank gradient, a copy of the bank in the dtype of a product (at most 4
     bytes per degree of freedom in 16 bits; none when scratch is forbidden), copies of activations
-    (in another dtype, or in pieces), and what the vendor library packs for itself. The back end
+    (in another dtype, or in pieces), and what the library packs for itself. The back end
     ``cuda`` counts its copy of the bank. The setting is process-wide.
 
     Args:
@@ -75,7 +74,7 @@ def scratch_limit(limit: int, device_type: str | None = None) -> _Restore:
     kinds = tuple(_scratch_bytes) if device_type is None else (device_type,)
     undo = {kind: _scratch_bytes[kind] for kind in kinds}
     _scratch_bytes.update(dict.fromkeys(kinds, limit))
-    return _Restore(undo)
+    return Restore(undo)
 
 
 def scratch_bytes(device_type: str) -> int:
@@ -83,47 +82,23 @@ def scratch_bytes(device_type: str) -> int:
     return _scratch_bytes["cpu" if device_type == "cpu" else "cuda"]
 
 
-def backend(name: str) -> _Restore:
-    """Force one back end for every operator, or ``"auto"`` to choose by the dispatch table.
-
-    A forced back end that cannot run raises. What a forward pass ran on is kept for its backward.
-    ``RPG_KERNELS_BACKEND`` in the environment does the same for a whole process, and raises a
-    ValueError at the first operator where it names none; a call of this function wins over it. The
-    setting is process-wide.
-
-    Args:
-        name: ``"auto"``; ``"reference"``, plain PyTorch; ``"cpu"``, compiled kernels for CPU
-            tensors; ``"triton"``, fused kernels only, so that no weight is ever in memory;
-            ``"vendor"``, unpacked within the scratch limit and multiplied by the vendor's library;
-            ``"cuda"``, compiled kernels for linear layers and small batches on CUDA tensors;
-            ``"simt"``, the sources of these on CPU tensors, a thread at a time, for tests.
-
-    Returns:
-        A context manager that restores the earlier setting; ignore it to keep the new one.
-
-    Raises:
-        ValueError: unknown name.
-
-    Example:
-        >>> with backend("reference"):
-        ...     forced_backend()
-        'reference'
-    """
+def force_backend(name: str) -> Restore:
+    """What ``rpg.backend`` does with a name that it has checked."""
     global _forced
     undo = _forced
-    _forced = _checks.choice("name", name, ("auto", *BACKENDS))
-    return _Restore(undo)
+    _forced = name
+    return Restore(undo)
 
 
 def forced_backend() -> str:
-    """The back end in force: one of the names, or "" when the dispatch table chooses.
+    """The name of the back end in force, or "" when each call chooses.
 
-    Raises:
-        ValueError: RPG_KERNELS_BACKEND names none, and ``backend`` was not called. Raised here and
-            not by the import, which a mistake in the environment should not prevent.
+    A name from the environment may be unknown: the first operator says so.
     """
     name = _forced or _ENVIRONMENT
-    if name not in ("", "auto", *BACKENDS):
-        wanted = ", ".join(("auto", *BACKENDS))
-        raise ValueError(f"{ENVIRONMENT_BACKEND}: got {name!r}, wanted one of {wanted}")
     return "" if name == "auto" else name
+
+
+def from_environment(name: str) -> bool:
+    """Whether a forced back end's name is what RPG_KERNELS_BACKEND holds."""
+    return not _forced and name == _ENVIRONMENT

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from rpg_kernels import _checks, functional
+from rpg_kernels import _checks, settings
 from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.law.placement import Placement, parse
 
@@ -105,15 +106,36 @@ class VirtualWeight:
 
     def unpack(self) -> Tensor:
         """Ŵ itself: torch's layout, scale included, the bank's dtype; differentiable."""
-        return functional.unpack(self)
+        bank, table = self.operands()
+        result: Tensor = torch.ops.rpg_kernels.unpack(
+            bank, table, self.spec, settings.forced_backend()
+        )
+        return result
 
     def pack(self, dense: Tensor) -> Tensor:
         """The adjoint of unpack, scale · Gᵀ · dŴ: ``[slots, granularity]``, the bank's dtype.
 
         Raises:
-            ValueError: dense is not of this weight's shape, dtype and device.
+            TypeError, ValueError: dense is not of this weight's shape, dtype and device.
         """
-        return functional.pack(dense, self)
+        bank, table = self.operands()
+        if _checks.tensor("dense", dense).device != bank.device:
+            raise _checks.fail("dense", f"device {dense.device}", f"device {bank.device}")
+        result: Tensor = torch.ops.rpg_kernels.pack(
+            dense, table, self.spec, bank.dtype, settings.forced_backend()
+        )
+        return result
+
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """What operators read: the bank's parameter, and its table or None.
+
+        Raises:
+            RuntimeError: in forward-mode differentiation, where torch.library's derivatives are
+                silently dropped.
+        """
+        if forward_ad._current_level >= 0:
+            raise RuntimeError("forward-mode differentiation of rpg operators is not supported")
+        return self.bank.weight, self.bank.table
 
     def to_json(self) -> str:
         """The placement as one line of JSON, law version included; the bank's values are not."""

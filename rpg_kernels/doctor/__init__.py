@@ -36,7 +36,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rpg_kernels import settings
+from rpg_kernels.backends import dispatch
 from rpg_kernels.doctor import environment, report, selftest
 from rpg_kernels.doctor.guard import one_line
 
@@ -92,7 +92,7 @@ def examine(show: Callable[[str], None] | None = None) -> dict[str, Any]:
                 record[name] = None
                 failures[name] = one_line(error)
             if name == "settings" and name in failures:  # so that the rest can be examined
-                until_the_end.enter_context(settings.backend("auto"))
+                until_the_end.enter_context(dispatch.backend("auto"))
             if show is not None:
                 show(report.section(name, record[name], failures.get(name, "")))
     tests = record["self_tests"] or []

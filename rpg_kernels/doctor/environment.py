@@ -5,6 +5,7 @@ Each function makes one part of the report; ``rpg_kernels.doctor`` documents the
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -24,7 +25,8 @@ from examples.demo.report import commit, cpu_name
 from rpg_kernels import native, settings
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
-from rpg_kernels.backends import dispatch
+from rpg_kernels.backends import dispatch, registry
+from rpg_kernels.backends.call import OPERATORS, Call
 from rpg_kernels.doctor.guard import one_line
 from rpg_kernels.law.generator import LAWS
 from rpg_kernels.law.ring import LAW_VERSION
@@ -236,10 +238,15 @@ def _advice(info: dict[str, Any], covered: list[bool | None]) -> str:
 
 
 def settings_in_force() -> dict[str, Any]:
-    """Scratch limits, the forced back end, and the environment variables that matter here."""
+    """Scratch limits, the forced back end, and the environment variables that matter here.
+
+    Raises:
+        ValueError: RPG_KERNELS_BACKEND names no back end.
+    """
+    forced = settings.forced_backend()
     return {
         "scratch_limit": {kind: settings.scratch_bytes(kind) for kind in ("cpu", "cuda")},
-        "backend": settings.forced_backend() or "auto",
+        "backend": registry.find(forced).name if forced else "auto",
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -255,27 +262,33 @@ def torch_devices() -> list[torch.device]:
 
 
 def backends() -> list[dict[str, Any]]:
-    """What dispatch chooses for every operator, device and dtype, and why."""
+    """What is chosen for every operator, device and dtype, and why."""
     forced = settings.forced_backend()
     chosen: list[dict[str, Any]] = []
     for device in torch_devices():
         for dtype in DTYPES:
-            for op in dispatch.OPERATORS:
+            x = torch.empty(0, dtype=dtype, device=device)
+            for op in OPERATORS:
                 line: dict[str, Any] = {
                     "op": op,
                     "device": str(device),
                     "dtype": str(dtype).split(".")[1],
                 }
                 try:
-                    rule = dispatch.decide(op, device, dtype, forced)
-                    reason = rule.reason
-                    if not (forced or dispatch.why_not("cuda", op, device, dtype)):
-                        reason += "; small batches, and unpack and pack, by cuda where it can"
-                    if rule.backend == "reference" and not (
-                        forced or dispatch.why_not("cpu", op, device, dtype)
-                    ):
-                        reason += "; by cpu where the weight and the batch make it faster"
-                    chosen.append({**line, "backend": rule.backend, "reason": reason})
+                    backend, reason = _chosen(Call(op, x, forced=forced))
+                    chosen.append({**line, "backend": backend, "reason": reason})
                 except Exception as error:
                     chosen.append({**line, "backend": None, "reason": one_line(error)})
     return chosen
+
+
+def _chosen(call: Call) -> tuple[str, str]:
+    """The back end for calls of a kind with any weight, and what it is; those that are asked
+    before it may take some."""
+    backend = dispatch.choose(call)
+    able = (b for b in registry.backends() if b.automatic and not b.unsupported(call))
+    before = [b.name for b in itertools.takewhile(lambda b: b is not backend, able)]
+    if call.forced or not before:
+        return backend.name, backend.summary
+    others = " or ".join(before)
+    return backend.name, f"{backend.summary}; by {others} where that is faster for the weight"

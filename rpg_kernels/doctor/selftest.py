@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rpg_kernels import functional
 from rpg_kernels._tensors import DTYPES
-from rpg_kernels.backends import dispatch
+from rpg_kernels.backends.call import OPERATORS
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.doctor import law_check
@@ -108,9 +108,7 @@ def self_tests() -> list[dict[str, Any]]:
                         for record in _judge(problem, device, dtype):
                             key = (record["test"], device, dtype)
                             worst[key] = max(worst.get(key, record), record, key=_badness)
-    order = [
-        (op, device, dtype) for device in devices for op in dispatch.OPERATORS for dtype in DTYPES
-    ]
+    order = [(op, device, dtype) for device in devices for op in OPERATORS for dtype in DTYPES]
     return records + [worst[key] for key in order if key in worst]
 
 

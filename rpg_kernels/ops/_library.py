@@ -11,6 +11,7 @@ from torch import Tensor
 from rpg_kernels import _checks
 from rpg_kernels._tensors import DTYPES, LOW_PRECISION
 from rpg_kernels.backends import dispatch
+from rpg_kernels.backends.call import Call
 from rpg_kernels.law.generator import TableGenerator
 from rpg_kernels.law.placement import Placement
 
@@ -43,11 +44,7 @@ def define(
         check(*operands)
         if values is not None:
             values(*operands)
-        first: Tensor = operands[0]
-        how: tuple[Any, ...] = (name, first.device, first.dtype, backend)
-        if not backend:
-            how += dispatch.size_of(call(name, operands))
-        return dispatch.implementation(*how)(*operands)
+        return dispatch.implementation(call(name, operands, backend))(*operands)
 
     def trace(*args: Any) -> Tensor:
         check(*args[:-1])
@@ -57,12 +54,12 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=LIBRARY)
 
 
-def call(name: str, operands: Sequence[Any]) -> dispatch.Call:
-    """What of an operator's arguments, less the back end, decides where it runs."""
+def call(name: str, operands: Sequence[Any], forced: str) -> Call:
+    """The call of an operator with these arguments, less the back end, which may be forced."""
     at = next(i for i, argument in enumerate(operands) if isinstance(argument, str))
     reads = name.startswith(("linear", "conv2d")) and not name.endswith("bank_grad")
     bank = operands[1] if reads else None
-    return dispatch.Call(name, operands[0], operands[at], bank, operands[at + 1 :])
+    return Call(name, operands[0], operands[at], bank, operands[at + 1 :], forced)
 
 
 def differentiate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rpg_kernels.backends.triton.rules import Config
+from rpg_kernels.backends.triton.config import Config
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton_aot as aot
 
-from rpg_kernels.backends.triton.rules import choose
+from rpg_kernels.backends.triton.config import choose
 from tools.reports import triton_model as model
 from tools.reports.pages import replaced
 

@@ -50,7 +50,9 @@ def embedding_bank_grad(
 
 
 def _checked(op: str, placement: str) -> Placement:
-    rules.check_lookup(op, placement)
+    reason = rules.unsupported_lookup(placement)
+    if reason:
+        raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
     return parse(placement)
 
 

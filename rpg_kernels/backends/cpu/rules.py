@@ -10,11 +10,13 @@ import torch
 
 from rpg_kernels import native, settings
 from rpg_kernels._tensors import LOW_PRECISION
+from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.registry import Backend
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import parse
 from rpg_kernels.law.window import STRIP, WindowLaw
 
-OPERATORS = ("linear", "linear_input_grad", "linear_bank_grad", "conv2d")
+PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad", "conv2d")
 LOOKUPS = ("embedding", "embedding_bank_grad")  # read rows of any weight of a law, block by block
 BLOCKS = (32, 64)  # each takes ten seconds to compile, for every instruction set
 MAX_WINDOW = 2**15  # blocks: a table's entries have 15 bits for the place
@@ -35,15 +37,15 @@ _ALIGNMENT = 64
 _TILES = ((16, 4), (16, 2), (16, 1), (8, 1), (4, 1), (1, 1))
 
 
-def unsupported(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why an operator call cannot run here, or "".
+def unsupported_kind(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why no call of a kind can run here, or "".
 
     Args:
         op: operator name.
         device, dtype: of the call's first tensor.
 
     Example:
-        >>> unsupported("unpack", torch.device("cpu"), torch.float32)
+        >>> unsupported_kind("unpack", torch.device("cpu"), torch.float32)
         'the CPU kernels have no unpack'
     """
     if device.type != "cpu":
@@ -52,7 +54,7 @@ def unsupported(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return "" if native.available() else native.why_not()
     if op.startswith("conv2d_"):
         return "the CPU kernels leave the gradients of a convolution to the reference"
-    if op not in OPERATORS:
+    if op not in PRODUCTS:
         return f"the CPU kernels have no {op}"
     if dtype != torch.float32 and dtype not in LOW_PRECISION:
         return f"the CPU kernels compute in float32, bfloat16 and float16, not in {dtype}"
@@ -129,7 +131,7 @@ def unsupported_groups(groups: int) -> str:
     return f"the CPU kernels convolve all channels together, not in {groups} groups"
 
 
-def preferred(op: str, dtype: torch.dtype, batch: int, placement: str, groups: int = 1) -> bool:
+def faster(op: str, dtype: torch.dtype, batch: int, placement: str, groups: int = 1) -> bool:
     """Whether a call is faster here than in the reference (measured: docs/cpu.md).
 
     Args:
@@ -163,27 +165,11 @@ def _convolves(dtype: torch.dtype, pixels: int, shared: float) -> bool:
     return many_laps or (few and shared >= CONV_GAIN)
 
 
-def why_reference(op: str, dtype: torch.dtype, placement: str, groups: int = 1) -> str:
-    """Why a call was left to the reference.
-
-    Example:
-        >>> from rpg_kernels.law.placement import Placement
-        >>> p = Placement(Generator(100, 64, "element"), 0, 0, (6, 64), 1.0)
-        >>> why_reference("linear", torch.float32, p.to_json())
-        'the CPU kernels have one sign for a slot use, not one for each element'
-    """
-    reason = unsupported(op, torch.device("cpu"), dtype)
-    if op in LOOKUPS:
-        return reason or unsupported_lookup(placement)
-    reason = reason or unsupported_weight(placement) or unsupported_groups(groups)
-    return reason or "the CPU kernels would be slower, or have too little scratch"
-
-
 def what(op: str, batch: int, placement: str) -> str:
     """What these kernels do in a call that they can run.
 
     Args:
-        op, batch, placement: as for ``preferred``.
+        op, batch, placement: as for ``faster``.
     """
     if op in LOOKUPS:
         return "rows written where they are wanted, without scratch"
@@ -293,14 +279,39 @@ def check(op: str, placement: str, batch: int, groups: int = 1) -> Steps:
     return step
 
 
-def check_lookup(op: str, placement: str) -> None:
-    """Raise a RuntimeError where rows of the weight cannot be looked up here."""
-    reason = unsupported_lookup(placement)
-    if reason:
-        raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
-
-
 def workspace(step: Steps) -> torch.Tensor:
     """uint8, aligned as the kernels want it."""
     memory = torch.empty(step.workspace + _ALIGNMENT, dtype=torch.uint8, device="cpu")
     return memory[-memory.data_ptr() % _ALIGNMENT :]
+
+
+class Cpu(Backend):
+    """The compiled kernels for CPU tensors."""
+
+    name = "cpu"
+    summary = "compiled CPU kernels"
+
+    def unsupported(self, call: Call) -> str:
+        """See ``unsupported_kind`` and ``unsupported_weight``."""
+        reason = unsupported_kind(call.op, call.device, call.dtype)
+        if reason or not call.placement:
+            return reason
+        if call.op in LOOKUPS:
+            return unsupported_lookup(call.placement)
+        return unsupported_weight(call.placement) or unsupported_groups(call.groups)
+
+    def preferred(self, call: Call) -> bool:
+        """See ``faster``; not of any weight."""
+        if not call.placement:
+            return False
+        return faster(call.op, call.dtype, call.rows, call.placement, call.groups)
+
+    def explain(self, call: Call) -> str:
+        """How many rows share a product, or why the call was left."""
+        if self.takes(call):
+            return f"{self.summary}; {what(call.op, call.rows, call.placement)}"
+        if call.device.type != "cpu" or not call.x.numel():
+            return ""
+        return self.unsupported(call) or (
+            "the CPU kernels would be slower, or have too little scratch"
+        )

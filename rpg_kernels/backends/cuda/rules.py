@@ -15,6 +15,8 @@ from torch import Tensor
 
 from rpg_kernels import native, settings
 from rpg_kernels._tensors import LOW_PRECISION
+from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.registry import Backend
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import parse
 from rpg_kernels.law.ring import MAX_BAND
@@ -71,8 +73,10 @@ def kernels(on: Gpu) -> Any:
     return getattr(native.module(), on.backend)
 
 
-def unsupported(op: str, device: torch.device, dtype: torch.dtype, backend: str = "cuda") -> str:
-    """Why an operator call cannot run here, or "".
+def unsupported_kind(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str = "cuda"
+) -> str:
+    """Why no call of a kind can run here, or "".
 
     Args:
         op: operator name.
@@ -80,9 +84,9 @@ def unsupported(op: str, device: torch.device, dtype: torch.dtype, backend: str 
         backend: ``"cuda"`` or ``"simt"``.
 
     Example:
-        >>> unsupported("linear", torch.device("cpu"), torch.float32)
+        >>> unsupported_kind("linear", torch.device("cpu"), torch.float32)
         'the CUDA kernels work on CUDA tensors, not on cpu; there the back end simt runs them'
-        >>> unsupported("linear", torch.device("cpu"), torch.float64, "simt")
+        >>> unsupported_kind("linear", torch.device("cpu"), torch.float64, "simt")
         'the CUDA kernels compute in float32, bfloat16 and float16, not in torch.float64'
     """
     if backend == "simt" and device.type != "cpu":
@@ -251,28 +255,6 @@ def why_slower(
     return ""
 
 
-def preferred(op: str, x: Tensor, dtype: torch.dtype, placement: str, bank: Tensor | None) -> bool:
-    """Whether a call on a CUDA tensor is predicted to be faster here than in the others.
-
-    Args:
-        op: operator name.
-        x: the operator's first tensor.
-        dtype: that x will be cast to.
-        placement: of the weight.
-        bank: that the call reads; None where it reads none.
-    """
-    return not why_others(op, x, dtype, placement, bank)
-
-
-def why_others(op: str, x: Tensor, dtype: torch.dtype, placement: str, bank: Tensor | None) -> str:
-    """Why a call on a CUDA tensor was left to other back ends."""
-    reason = unsupported(op, x.device, dtype)
-    if reason:
-        return reason
-    batch = x.numel() // x.shape[-1]
-    return why_slower(op, placement, dtype, batch, gpu(x.device), bank)
-
-
 def check(
     op: str,
     placement: str,
@@ -293,3 +275,43 @@ def check(
     if reason:
         raise RuntimeError(f"backend: got {on.backend!r} for {op}, which cannot run: {reason}")
     return laid_out if batch else None
+
+
+class Cuda(Backend):
+    """The compiled kernels for small batches, on CUDA tensors or, as ``simt``, on CPU tensors."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.automatic = name == "cuda"
+        self.summary = (
+            "compiled CUDA kernels; for small batches, products of slots shared by the rows that "
+            "read them"
+            if self.automatic
+            else "the CUDA kernels' sources on the CPU, a thread at a time: for tests"
+        )
+
+    def unsupported(self, call: Call) -> str:
+        """See ``unsupported_kind`` and ``unsupported_weight``."""
+        reason = unsupported_kind(call.op, call.device, call.dtype, self.name)
+        if reason or not call.placement:
+            return reason
+        return unsupported_weight(call.op, call.placement)
+
+    def preferred(self, call: Call) -> bool:
+        """See ``why_slower``; not of any weight."""
+        return bool(call.placement) and not self._why_slower(call)
+
+    def explain(self, call: Call) -> str:
+        """Why a product on a CUDA device was left."""
+        if self.takes(call):
+            if call.forced and call.x.numel():
+                given = (call.op, call.placement, call.device, call.dtype, call.rows, call.bank)
+                check(*given)
+            return self.summary
+        if call.device.type != "cuda" or call.op not in PRODUCTS:
+            return ""
+        return self.unsupported(call) or self._why_slower(call)
+
+    def _why_slower(self, call: Call) -> str:
+        on = gpu(call.device)
+        return why_slower(call.op, call.placement, call.dtype, call.rows, on, call.bank)

@@ -1,12 +1,16 @@
-"""Dtypes and bytes of the reference: what a tile costs, and where bank gradients add up."""
+"""Dtypes and bytes of the reference: its tiles, what one costs, where bank gradients add up."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from rpg_kernels._tensors import LOW_PRECISION
-from rpg_kernels.backends.reference.tiles import fitting_size, unpack_tile
+from rpg_kernels.backends.reference import lent
+from rpg_kernels.backends.reference.tiles import Tile, fitting_size, tiles, unpack_tile
+from rpg_kernels.backends.registry import TileKernels
 from rpg_kernels.law.placement import Placement
 
 
@@ -43,14 +47,64 @@ def product(p: Placement, bank: Tensor, x: Tensor, summed: int) -> tuple[int, to
     return bytes_per_weight, x.dtype
 
 
+def product_tiles(
+    p: Placement,
+    bank: Tensor,
+    x: Tensor,
+    summed: int,
+    kernels: TileKernels | None,
+    groups: int = 1,
+) -> tuple[Iterator[Tile], torch.dtype]:
+    """(tiles, dtype) of the products with x; arguments as for ``product``.
+
+    Args:
+        kernels: that unpack the tiles, lent by another back end; None for PyTorch.
+        groups: of a convolution.
+    """
+    if kernels is not None:
+        cut = lent.column_tiles if summed == 0 else lent.row_tiles
+        return cut(p, x.dtype, x.device, groups), x.dtype
+    bytes_per_weight, dtype = product(p, bank, x, summed)
+    return tiles(p, x.device, bytes_per_weight, groups), dtype
+
+
+def gradient_tiles(
+    p: Placement,
+    dy: Tensor,
+    bytes_per_weight: int,
+    kernels: TileKernels | None,
+    groups: int = 1,
+) -> Iterator[Tile]:
+    """Tiles of the weight's gradient; arguments as for ``product_tiles``."""
+    if kernels is not None:
+        return lent.row_tiles(p, dy.dtype, dy.device, groups)
+    return tiles(p, dy.device, bytes_per_weight, groups)
+
+
 def backward_bytes(p: Placement, dy: Tensor, grad: Tensor) -> int:
     """Scratch per weight of a tile's gradient; its cast to the accumulator is part of the law's."""
     cast = grad.element_size() if dy.dtype != grad.dtype else 0
     return _copies(p) * dy.element_size() + cast
 
 
-def cast_tile(bank: Tensor, table: Tensor | None, p: Placement, dtype: torch.dtype) -> Tensor:
-    """A tile of the weight in torch's layout, in the dtype of the product."""
+def cast_tile(
+    bank: Tensor,
+    table: Tensor | None,
+    p: Placement,
+    dtype: torch.dtype,
+    kernels: TileKernels | None,
+    channels_last: bool = False,
+) -> Tensor:
+    """A tile of the weight in torch's layout, in the dtype of the product.
+
+    Args:
+        bank, table, p: as for ``unpack_tile``.
+        dtype: of the product.
+        kernels: that unpack it; None for PyTorch.
+        channels_last: columns innermost in memory, where lent kernels write it.
+    """
+    if kernels is not None:
+        return kernels.unpack_tile(bank, table, p, dtype, channels_last)
     return unpack_tile(bank, table, p).to(dtype)
 
 

@@ -1,7 +1,8 @@
 """Reference convolution and its gradients, one tile of Ŵ at a time.
 
 A tile of one group convolves that group's channels; a tile of whole groups convolves theirs.
-Padding is explicit here: ``functional.conv2d`` resolves "same" and "valid".
+Padding is explicit here: ``functional.conv2d`` resolves "same" and "valid". Tiles are unpacked and
+packed by PyTorch, or by ``kernels`` that another back end lends.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from rpg_kernels.backends.reference.accumulate import (
     backward_bytes,
     bank_accumulator,
     cast_tile,
-    product,
+    gradient_tiles,
+    product_tiles,
 )
-from rpg_kernels.backends.reference.tiles import Tile, pack_tile, tiles
+from rpg_kernels.backends.reference.tiles import Tile, pack_tile
+from rpg_kernels.backends.registry import TileKernels
 from rpg_kernels.law.placement import Placement, parse
 
 
@@ -66,6 +69,10 @@ def _groups_of(tile: Tile, p: Placement, groups: int) -> tuple[int, slice]:
     return 1, slice(base + tile.columns.start, base + tile.columns.stop)
 
 
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def _in_format_of(x: Tensor, part: Tensor) -> Tensor:
     """part with exactly the strides that the operator's fake promises."""
     if part.stride() == empty_image(x, part.shape, device="meta").stride():
@@ -83,19 +90,20 @@ def conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    kernels: TileKernels | None = None,
 ) -> Tensor:
     """x ``[B, C, H, W]`` -> ``[B, out, H', W']`` in x's memory format."""
     p = parse(placement)
     window = _Window(stride, padding, dilation)
     bank = bank.contiguous()
-    bytes_per_weight, dtype = product(p, bank, x, summed=1)
+    cut, dtype = product_tiles(p, bank, x, 1, kernels, groups)
     y: Tensor | None = None
-    for tile in tiles(p, x.device, bytes_per_weight, groups):
+    for tile in cut:
         count, channels = _groups_of(tile, p, groups)
         added = None if bias is None or tile.column else bias[tile.rows].to(dtype)
         part = window.forward(
             x[:, channels].to(dtype),
-            cast_tile(bank, table, tile.placement, dtype),
+            cast_tile(bank, table, tile.placement, dtype, kernels, _channels_last(x)),
             added,
             count,
         )
@@ -122,21 +130,22 @@ def conv2d_input_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    kernels: TileKernels | None = None,
 ) -> Tensor:
     """dy ``[B, out, H', W']`` -> dx of ``input_size`` in dy's memory format."""
     p = parse(placement)
     window = _Window(stride, padding, dilation)
     bank = bank.contiguous()
-    bytes_per_weight, dtype = product(p, bank, dy, summed=0)
+    cut, dtype = product_tiles(p, bank, dy, 0, kernels, groups)
     dx: Tensor | None = None
-    for tile in tiles(p, dy.device, bytes_per_weight, groups):
+    for tile in cut:
         count, channels = _groups_of(tile, p, groups)
         size = (input_size[0], channels.stop - channels.start, *input_size[2:])
         like = dy.new_empty(1, dtype=dtype).expand(size)
         part, _, _ = window.backward(
             dy[:, tile.rows].to(dtype),
             like,
-            cast_tile(bank, table, tile.placement, dtype),
+            cast_tile(bank, table, tile.placement, dtype, kernels, _channels_last(dy)),
             count,
             [True, False, False],
         )
@@ -159,6 +168,7 @@ def conv2d_bank_grad(
     dilation: Sequence[int],
     groups: int,
     dtype: torch.dtype,
+    kernels: TileKernels | None = None,
 ) -> Tensor:
     """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]``."""
     p = parse(placement)
@@ -167,11 +177,12 @@ def conv2d_bank_grad(
     bytes_per_weight = backward_bytes(p, dy, grad)
     if dy.dtype not in (torch.float32, torch.bfloat16):
         bytes_per_weight += dy.element_size()  # torch's plain path copies the placeholder below
-    for tile in tiles(p, dy.device, bytes_per_weight, groups):
+    pack = pack_tile if kernels is None else kernels.pack_tile
+    for tile in gradient_tiles(p, dy, bytes_per_weight, kernels, groups):
         count, channels = _groups_of(tile, p, groups)
         like = dy.new_empty(1).expand(tile.placement.selected_shape)
         mask = [False, True, False]
-        pack_tile(
+        pack(
             grad,
             window.backward(dy[:, tile.rows], x[:, channels], like, count, mask)[1],
             table,

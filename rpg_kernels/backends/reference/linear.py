@@ -1,4 +1,7 @@
-"""Reference y = x·Ŵᵀ + bias, dx = dy·Ŵ and dw = scale·Gᵀ·(dyᵀ·x), one tile of Ŵ at a time."""
+"""Reference y = x·Ŵᵀ + bias, dx = dy·Ŵ and dw = scale·Gᵀ·(dyᵀ·x), one tile of Ŵ at a time.
+
+Tiles are unpacked and packed by PyTorch, or by ``kernels`` that another back end lends.
+"""
 
 from __future__ import annotations
 
@@ -9,53 +12,72 @@ from rpg_kernels.backends.reference.accumulate import (
     backward_bytes,
     bank_accumulator,
     cast_tile,
-    product,
+    gradient_tiles,
+    product_tiles,
 )
-from rpg_kernels.backends.reference.tiles import pack_tile, tiles
+from rpg_kernels.backends.reference.tiles import pack_tile
+from rpg_kernels.backends.registry import TileKernels
 from rpg_kernels.law.placement import parse
 
 
 def linear(
-    x: Tensor, bank: Tensor, table: Tensor | None, bias: Tensor | None, placement: str
+    x: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    bias: Tensor | None,
+    placement: str,
+    kernels: TileKernels | None = None,
 ) -> Tensor:
     """x ``[..., K]`` -> ``[..., N]``."""
     p = parse(placement)
     bank = bank.contiguous()
-    bytes_per_weight, dtype = product(p, bank, x, summed=1)
+    cut, dtype = product_tiles(p, bank, x, 1, kernels)
     rows = x.reshape(-1, x.shape[-1])
     y = x.new_empty((*x.shape[:-1], p.selected_shape[0]), dtype=dtype)
     out = y.view(-1, y.shape[-1])
-    for tile in tiles(p, x.device, bytes_per_weight):
+    for tile in cut:
         part, operand = out[:, tile.rows], rows[:, tile.columns].to(dtype)
         added = part if tile.column else None if bias is None else bias[tile.rows].to(dtype)
-        _product(added, operand, cast_tile(bank, table, tile.placement, dtype).t(), part)
+        _product(added, operand, cast_tile(bank, table, tile.placement, dtype, kernels).t(), part)
     return y.to(x.dtype)
 
 
-def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement: str) -> Tensor:
+def linear_input_grad(
+    dy: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    placement: str,
+    kernels: TileKernels | None = None,
+) -> Tensor:
     """dy ``[..., N]`` -> dx ``[..., K]``."""
     p = parse(placement)
     bank = bank.contiguous()
-    bytes_per_weight, dtype = product(p, bank, dy, summed=0)
+    cut, dtype = product_tiles(p, bank, dy, 0, kernels)
     rows = dy.reshape(-1, dy.shape[-1])
     dx = dy.new_empty((*dy.shape[:-1], p.selected_shape[1]), dtype=dtype)
     out = dx.view(-1, dx.shape[-1])
-    for tile in tiles(p, dy.device, bytes_per_weight):
+    for tile in cut:
         part, operand = out[:, tile.columns], rows[:, tile.rows].to(dtype)
         added = part if tile.row else None
-        _product(added, operand, cast_tile(bank, table, tile.placement, dtype), part)
+        _product(added, operand, cast_tile(bank, table, tile.placement, dtype, kernels), part)
     return dx.to(dy.dtype)
 
 
 def linear_bank_grad(
-    dy: Tensor, x: Tensor, table: Tensor | None, placement: str, dtype: torch.dtype
+    dy: Tensor,
+    x: Tensor,
+    table: Tensor | None,
+    placement: str,
+    dtype: torch.dtype,
+    kernels: TileKernels | None = None,
 ) -> Tensor:
     """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]``."""
     p = parse(placement)
     dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     grad = bank_accumulator(p, dy.device, dtype)
-    for tile in tiles(p, dy.device, backward_bytes(p, dy, grad)):
-        pack_tile(grad, dy_rows[:, tile.rows].t() @ x_rows[:, tile.columns], table, tile.placement)
+    pack = pack_tile if kernels is None else kernels.pack_tile
+    for tile in gradient_tiles(p, dy, backward_bytes(p, dy, grad), kernels):
+        pack(grad, dy_rows[:, tile.rows].t() @ x_rows[:, tile.columns], table, tile.placement)
     return grad.to(dtype)
 
 

@@ -16,9 +16,9 @@ from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.reference import conv2d as reference
 from rpg_kernels.backends.triton import linear as pointwise
 from rpg_kernels.backends.triton import pixels, plan, weights
+from rpg_kernels.backends.triton.config import Config, dot_precision
 from rpg_kernels.backends.triton.conv2d_bank import conv2d_bank_grad
 from rpg_kernels.backends.triton.conv2d_input import conv2d_input_grad
-from rpg_kernels.backends.triton.rules import Config, dot_precision
 from rpg_kernels.law.placement import Placement, parse
 
 __all__ = ["conv2d", "conv2d_bank_grad", "conv2d_input_grad"]

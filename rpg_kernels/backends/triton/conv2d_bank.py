@@ -15,7 +15,7 @@ from rpg_kernels.backends.reference import conv2d as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
 from rpg_kernels.backends.triton import gather, linear_bank, pixels, plan, weights
 from rpg_kernels.backends.triton import law as device_law
-from rpg_kernels.backends.triton.rules import Config, dot_precision
+from rpg_kernels.backends.triton.config import Config, dot_precision
 from rpg_kernels.law.placement import Placement, parse, split
 
 _scatter = weights.scatter

@@ -14,7 +14,7 @@ from rpg_kernels.backends.reference import conv2d as reference
 from rpg_kernels.backends.triton import entries, pixels, plan, weights
 from rpg_kernels.backends.triton import law as device_law
 from rpg_kernels.backends.triton import linear as pointwise
-from rpg_kernels.backends.triton.rules import Config, dot_precision
+from rpg_kernels.backends.triton.config import Config, dot_precision
 from rpg_kernels.law.placement import Placement, parse
 
 _weight_tile, _slot_and_sign = weights.weight_tile, entries.slot_and_sign

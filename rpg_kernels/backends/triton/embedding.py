@@ -14,7 +14,7 @@ from torch import Tensor
 from rpg_kernels.backends.reference import embedding as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
 from rpg_kernels.backends.triton import entries, plan, weights
-from rpg_kernels.backends.triton.rules import Config, choose
+from rpg_kernels.backends.triton.config import Config, choose
 from rpg_kernels.law.placement import Placement, parse
 
 _locate, _flip = weights.locate, entries.flip

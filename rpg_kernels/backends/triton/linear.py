@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rpg_kernels.backends.triton import plan, weights
+from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gpu
 from rpg_kernels.backends.triton.linear_bank import linear_bank_grad
-from rpg_kernels.backends.triton.rules import Config, choose, dot_precision, gpu
 from rpg_kernels.law.placement import Placement, parse, split
 
 __all__ = ["linear", "linear_bank_grad", "linear_input_grad"]

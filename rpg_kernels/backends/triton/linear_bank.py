@@ -11,7 +11,7 @@ from rpg_kernels import settings
 from rpg_kernels.backends.reference import linear as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
 from rpg_kernels.backends.triton import gather, plan, weights
-from rpg_kernels.backends.triton.rules import Config, choose, dot_precision, gpu
+from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gpu
 from rpg_kernels.law.placement import Placement, parse, split
 
 _scatter = weights.scatter

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.backends.triton.rules import Config, choose, dot_precision, gpu
+from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gpu
 from rpg_kernels.law.placement import Placement, parse, split
 
 MOST_PIXELS = 1 << 30  # of one launch, so that their numbers stay int32

@@ -18,7 +18,8 @@ from torch import Tensor
 from rpg_kernels import _checks, settings
 from rpg_kernels.backends.triton import law as law_1
 from rpg_kernels.backends.triton import slots, window_law
-from rpg_kernels.backends.triton.rules import interpreted, products_read_shared
+from rpg_kernels.backends.triton.config import products_read_shared
+from rpg_kernels.backends.triton.rules import interpreted
 from rpg_kernels.law.generator import TableGenerator
 from rpg_kernels.law.placement import Placement
 from rpg_kernels.law.ring import LayerLaw

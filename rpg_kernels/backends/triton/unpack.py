@@ -9,10 +9,11 @@ from torch import Tensor
 
 from rpg_kernels import _checks
 from rpg_kernels._checks import INT32_MAX as _INT32_MAX
+from rpg_kernels.backends.reference import tiles
 from rpg_kernels.backends.reference import unpack as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
 from rpg_kernels.backends.triton import entries, gather, plan, weights
-from rpg_kernels.backends.triton.rules import Config, choose
+from rpg_kernels.backends.triton.config import Config, choose
 from rpg_kernels.law.placement import Placement, parse
 
 _locate, _flip = weights.locate, entries.flip
@@ -114,7 +115,7 @@ def _unpack_kernel(
     tl.store(at, w.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def tile(
+def unpack_tile(
     bank: Tensor,
     table: Tensor | None,
     p: Placement,
@@ -176,11 +177,19 @@ def add(grad: Tensor, dense: Tensor, p: Placement) -> None:
             gather.add(grad.view(-1, p.matrix.block), part, p, band)
 
 
+def pack_tile(grad: Tensor, dense: Tensor, table: Tensor | None, p: Placement) -> None:
+    """As ``add``; a table has no inverse, so the reference adds there."""
+    if table is None:
+        add(grad, dense, p)
+    else:
+        tiles.pack_tile(grad, dense.contiguous(), table, p)
+
+
 def unpack(
     bank: Tensor, table: Tensor | None, placement: str, config: Config | None = None
 ) -> Tensor:
     """bank ``[slots, granularity]`` -> ``[rows, columns, *kernel]``, contiguous, no scratch."""
-    return tile(bank, table, parse(placement), bank.dtype, config=config)
+    return unpack_tile(bank, table, parse(placement), bank.dtype, config=config)
 
 
 def pack(dense: Tensor, table: Tensor | None, placement: str, dtype: torch.dtype) -> Tensor:

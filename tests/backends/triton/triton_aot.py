@@ -26,7 +26,7 @@ from rpg_kernels.backends.triton import (
     slots,
     unpack,
 )
-from rpg_kernels.backends.triton.rules import Config, Gpu, choose
+from rpg_kernels.backends.triton.config import Config, Gpu, choose
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100, 120)

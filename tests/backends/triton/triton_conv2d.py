@@ -14,7 +14,7 @@ from triton_process import DEVICE, INTERPRETED
 import rpg_kernels as rpg
 from rpg_kernels import _tensors
 from rpg_kernels.backends.triton import conv2d as kernels
-from rpg_kernels.backends.triton.rules import Config
+from rpg_kernels.backends.triton.config import Config
 
 REFLECT = ("element", "vector", "none")
 GRANULARITY = (1, 2, 4, 8, 16, 32, 64, 128)

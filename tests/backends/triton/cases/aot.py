@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton_aot as aot
 
-from rpg_kernels.backends.triton.rules import choose
+from rpg_kernels.backends.triton.config import choose
 
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 # Lane-instructions per generated weight in the loop of the large-batch tile. On sm_80 and sm_120,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton_aot as aot
 
-from rpg_kernels.backends.triton.rules import choose
+from rpg_kernels.backends.triton.config import choose
 
 NAMES = ("conv2d", "conv2d_input_grad", "conv2d_bank_grad")
 INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}

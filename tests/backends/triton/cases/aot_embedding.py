@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton_aot as aot
 
-from rpg_kernels.backends.triton.rules import choose
+from rpg_kernels.backends.triton.config import choose
 
 ATOMIC = re.compile(r"(?:atom|red)\.global\.gpu[\w.]*")  # red where the result is not used
 

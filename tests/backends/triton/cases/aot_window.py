@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton_aot as aot
 
-from rpg_kernels.backends.triton.rules import choose
+from rpg_kernels.backends.triton.config import choose
 from rpg_kernels.backends.triton.window_law import IN_ORDER
 
 # Lane-instructions per entry of the kernel that tabulates a layer, at 8 entries a thread: a vector

@@ -22,7 +22,7 @@ import rpg_kernels as rpg
 from rpg_kernels import _tensors
 from rpg_kernels.backends.triton import conv2d as kernels
 from rpg_kernels.backends.triton import conv2d_input, pixels, plan
-from rpg_kernels.backends.triton.rules import Config
+from rpg_kernels.backends.triton.config import Config
 from rpg_kernels.law.placement import Placement
 
 

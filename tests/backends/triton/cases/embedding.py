@@ -16,7 +16,7 @@ import rpg_kernels as rpg
 from rpg_kernels.backends.reference import embedding as reference
 from rpg_kernels.backends.reference import unpack as unpacked
 from rpg_kernels.backends.triton import embedding as kernels
-from rpg_kernels.backends.triton.rules import Config
+from rpg_kernels.backends.triton.config import Config
 from rpg_kernels.law.placement import Placement
 
 # The law without rounds, where a test is not about the law: the interpreter takes long over them.

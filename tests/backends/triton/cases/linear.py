@@ -18,7 +18,7 @@ from triton_process import DEVICE, INTERPRETED
 import rpg_kernels as rpg
 from rpg_kernels.backends.triton import linear as kernels
 from rpg_kernels.backends.triton import plan
-from rpg_kernels.backends.triton.rules import Config, Gpu, choose
+from rpg_kernels.backends.triton.config import Config, Gpu, choose
 from rpg_kernels.law.placement import Placement
 
 REFLECT = ("element", "vector", "none")

@@ -14,7 +14,7 @@ from triton_process import DEVICE, INTERPRETED
 import rpg_kernels as rpg
 from rpg_kernels.backends.reference import unpack as reference
 from rpg_kernels.backends.triton import unpack as kernels
-from rpg_kernels.backends.triton.rules import Config
+from rpg_kernels.backends.triton.config import Config
 from rpg_kernels.law.placement import Placement
 
 REFLECT = ("element", "vector", "none")

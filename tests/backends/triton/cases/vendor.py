@@ -14,7 +14,7 @@ from triton_process import DEVICE, INTERPRETED
 
 import rpg_kernels as rpg
 from rpg_kernels.backends import dispatch
-from rpg_kernels.backends.triton.rules import dot_precision
+from rpg_kernels.backends.triton.config import dot_precision
 from rpg_kernels.backends.vendor import chunks, conv2d, linear
 
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else brute.ALL[1:]

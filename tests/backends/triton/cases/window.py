@@ -25,7 +25,7 @@ from rpg_kernels.backends.triton import (
     unpack,
     window_law,
 )
-from rpg_kernels.backends.triton.rules import Config
+from rpg_kernels.backends.triton.config import Config
 from rpg_kernels.law.placement import Placement
 from rpg_kernels.law.window import WindowLaw, alignment
 

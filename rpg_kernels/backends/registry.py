@@ -1,0 +1,147 @@
+"""Back ends and their order: the one protocol that dispatch, explain and the doctor know.
+
+A back end is an object of a class below ``Backend``. It is registered once, see
+``rpg_kernels/backends/__init__.py``; nothing else names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import settings
+from rpg_kernels.backends.call import OPERATORS, Call
+from rpg_kernels.law.placement import Placement
+
+
+class TileKernels(Protocol):
+    """Kernels for a tile of a weight, which a back end lends to the reference."""
+
+    def unpack_tile(
+        self,
+        bank: Tensor,
+        table: Tensor | None,
+        p: Placement,
+        dtype: torch.dtype,
+        channels_last: bool,
+    ) -> Tensor:
+        """scale · G · w of the tile p: ``[rows, columns, *kernel]`` of ``dtype``."""
+
+    def pack_tile(self, grad: Tensor, dense: Tensor, table: Tensor | None, p: Placement) -> None:
+        """grad ``[slots, granularity]`` += scale · Gᵀ · dense, for the tile p."""
+
+
+class Backend(ABC):
+    """What runs operator calls.
+
+    Attributes:
+        name: what users force it by.
+        summary: what it is, for people.
+        automatic: False for one that is taken only when it is forced.
+    """
+
+    name: str
+    summary: str
+    automatic = True
+
+    @abstractmethod
+    def unsupported(self, call: Call) -> str:
+        """Why the call cannot run here, or "". Of a call without a placement, why no call of its
+        kind can. Scratch is no reason: operators say what they lack."""
+
+    @abstractmethod
+    def preferred(self, call: Call) -> bool:
+        """Whether a supported call is taken here, when nobody forced a back end, before those that
+        are registered later. Of a call without a placement, whether all of its kind are."""
+
+    @abstractmethod
+    def explain(self, call: Call) -> str:
+        """How the call runs where this back end is forced or prefers it; otherwise why it is left
+        to others, or "" where there is nothing to say.
+
+        Raises:
+            RuntimeError: what the operator would, such as too little scratch.
+        """
+
+    def operator(self, call: Call) -> Callable[..., Tensor]:
+        """What runs the call; its arguments are the operator's, less the back end. By default the
+        function of that name in the operator's file beside the module that defines this class."""
+        package = type(self).__module__.rpartition(".")[0]
+        module = importlib.import_module(f"{package}.{OPERATORS[call.op]}")
+        function: Callable[..., Tensor] = getattr(module, call.op)
+        return function
+
+    def tile_kernels(self, call: Call) -> TileKernels | None:
+        """Kernels that the reference may unpack and pack this call's tiles with."""
+        return None
+
+    def takes(self, call: Call) -> bool:
+        """Whether the call is run here: supported, and forced or preferred."""
+        if call.forced:
+            return call.forced == self.name and not self.unsupported(call)
+        return self.automatic and not self.unsupported(call) and self.preferred(call)
+
+
+_backends: dict[str, Backend] = {}  # in the order in which they are asked
+
+
+def register(backend: Backend, before: str = "") -> None:
+    """Add a back end.
+
+    Args:
+        backend: its name must be new, and no word that forces none.
+        before: the back end that it is asked before; "" asks it last.
+
+    Raises:
+        ValueError: the name is taken, or ``before`` is not registered.
+    """
+    if backend.name in (*_backends, "auto", ""):
+        raise ValueError(f"backend.name: got {backend.name!r}, wanted a name that is not taken")
+    names = list(_backends)
+    at = names.index(_known("before", before)) if before else len(names)
+    ordered = [*_backends.values()]
+    ordered.insert(at, backend)
+    _backends.clear()
+    _backends.update((each.name, each) for each in ordered)
+
+
+def unregister(name: str) -> None:
+    """Take a back end out again.
+
+    Raises:
+        ValueError: it is not registered.
+    """
+    del _backends[_known("name", name)]
+
+
+def names() -> tuple[str, ...]:
+    """All registered names, in the order in which the back ends are asked."""
+    return tuple(_backends)
+
+
+def backends() -> Iterator[Backend]:
+    """All registered back ends, in the order in which they are asked."""
+    yield from _backends.values()
+
+
+def find(name: str) -> Backend:
+    """The back end of a name that was forced.
+
+    Raises:
+        ValueError: there is none. What is wrong in the environment is said here, at the first
+            operator, and not by the import of the package.
+    """
+    argument = settings.ENVIRONMENT_BACKEND if settings.from_environment(name) else "backend"
+    return _backends[_known(argument, name, "auto")]
+
+
+def _known(argument: str, name: str, *others: str) -> str:
+    if name not in _backends:
+        wanted = ", ".join((*others, *_backends))
+        raise ValueError(f"{argument}: got {name!r}, wanted one of {wanted}")
+    return name
