@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import rpg_kernels as rpg
 from examples.demo.measure import saved_bytes
 from examples.demo.published import share_as_published
 from examples.demo.train import Schedule
+from rpg_kernels.doctor.machine import commit
 from rpg_kernels.models import resnet18
 
 
@@ -61,14 +61,6 @@ def largest_allocation(step: Step) -> int:
         step()
     events = profile.profiler.kineto_results.events()
     return max(event.nbytes() for event in events if event.name() == "[memory]")
-
-
-def commit() -> str:
-    """The commit that is checked out, or "unknown"."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sys
@@ -13,11 +12,10 @@ from typing import Any
 
 import torch
 
-from examples.demo.report import commit, cpu_name
 from rpg_kernels import native
 from rpg_kernels._version import __version__
+from rpg_kernels.doctor.machine import commit, cpu_name, sources
 
-PACKAGE = Path(__file__).resolve().parents[1]
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEMINFO = Path("/proc/meminfo")
 _UNKNOWN_CACHE = 32 << 20
@@ -109,16 +107,6 @@ def available_bytes(device: torch.device) -> int:
     except (OSError, ValueError):
         pass  # No control groups, or of the first version.
     return max(0, free)
-
-
-def sources() -> str:
-    """SHA-256 over the package's sources: says what ran where there is no git, or a dirty tree."""
-    digest = hashlib.sha256()
-    compiled = PACKAGE.parent / "csrc"
-    for path in sorted([*PACKAGE.rglob("*.py"), *compiled.rglob("*.*")]):
-        digest.update(str(path.relative_to(PACKAGE.parent)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _native() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from examples.demo.measure import SavedBytes, StateBytes
 from rpg_kernels._extras import require
+from rpg_kernels.doctor.machine import commit, cpu_name
 
 # Okabe and Ito's colours, told apart with any colour vision; the markers differ as well.
 STYLES = {
@@ -133,45 +133,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "commit": commit(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # There is no such file outside Linux.
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this file is tracked in, else None.
-
-    It ends in ``-dirty`` when tracked files differ from it.
-    """
-    here = Path(__file__)
-    output = ""
-    for arguments in (
-        ["ls-files", "--error-unmatch", here.name],
-        ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-    ):
-        try:
-            done = subprocess.run(
-                ["git", *arguments],
-                cwd=here.parent,
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode != 0:
-            return None
-        output = done.stdout.strip()
-    return output
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

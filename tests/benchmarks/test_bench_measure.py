@@ -165,22 +165,6 @@ def test_environment_is_json_and_names_the_machine() -> None:
     assert record["cache_bytes"] >= 1 << 16
 
 
-def test_the_digest_of_the_sources_changes_with_them(
-    tmp_path: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pathlib import Path
-
-    folder = Path(str(tmp_path))
-    (folder / "a.py").write_text("1")
-    monkeypatch.setattr(machine, "PACKAGE", folder)
-    before = machine.sources()
-    assert machine.sources() == before
-    (folder / "a.py").write_text("2")
-    changed = machine.sources()
-    (folder / "a.py").rename(folder / "b.py")
-    assert len({before, changed, machine.sources()}) == 3
-
-
 def test_where_the_system_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from pathlib import Path
 
