@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.harness.cases import Case
 from benchmarks.harness.problem import Problem, Stack, images_last, spec
-from rpg_kernels import _checks, functional, settings
-from rpg_kernels.backends import dispatch
-from rpg_kernels.backends.cpu import rules as cpu
+from rpg_kernels import _checks, functional
+from rpg_kernels.backends import dispatch, registry
+from rpg_kernels.backends.call import Call
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
 _BACKWARD = {
@@ -131,21 +131,19 @@ def _call(problem: Problem, weight: VirtualWeight) -> Tensor:
 def _ours(backend: str) -> Implementation:
     def refuse(case: Case, device: torch.device) -> str:
         dtype = case.bank_dtype if case.op == "embedding" else case.x_dtype
+        x = torch.empty(0, dtype=dtype, device=device)
         try:
             for op in (case.op, *_BACKWARD[case.op]):
-                dispatch.decide(op, device, dtype, backend)
+                dispatch.choose(Call(op, x, spec(case), None, case.layer.geometry, backend))
         except RuntimeError as error:
             return str(error)
-        if backend != "cpu":
-            return ""
-        lookup = case.op in cpu.LOOKUPS
-        return (cpu.unsupported_lookup if lookup else cpu.unsupported_weight)(spec(case))
+        return ""
 
     def build(problem: Problem, copies: int) -> Stack:
         weights = problem.placed(copies)
 
         def forward(i: int) -> Tensor:
-            with settings.backend(backend):
+            with dispatch.backend(backend):
                 return _call(problem, weights[i])
 
         return Stack(copies, forward, lambda i: [problem.bank.weight])
@@ -245,7 +243,7 @@ BASELINES = (
         _rz,
     ),
 )
-OURS = tuple(_ours(backend) for backend in settings.BACKENDS)
+OURS = tuple(_ours(backend) for backend in registry.names())
 IMPLEMENTATIONS = {made.name: made for made in (*BASELINES, *OURS)}
 # What is run when nothing is chosen: compiling takes longer than a quick run has, and simt is
 # thousands of times slower than what it imitates.

@@ -19,6 +19,7 @@ from benchmarks.harness.problem import Problem, copies, spec, turns
 from benchmarks.harness.schema import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
 from benchmarks.harness.timing import COLD, WARM, Sample, Work, figure, quoted
 from rpg_kernels.backends import dispatch
+from rpg_kernels.backends.call import Call
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
 Row = dict[str, Any]
@@ -119,9 +120,7 @@ def _blank(case: Case, implementation: Implementation, plan: Plan) -> Row:
     # What is copied of a bank counts as scratch, so its dtype can decide.
     slots = case.dof // case.granularity
     bank = torch.empty(slots, case.granularity, dtype=case.bank_dtype, device="meta")
-    call = dispatch.Call(case.op, x, spec(case), bank, case.layer.geometry)
-    size = dispatch.size_of(call)
-    chosen = dispatch.decide(case.op, plan.device, dtype, "", *size).backend
+    chosen = dispatch.choose(Call(case.op, x, spec(case), bank, case.layer.geometry)).name
     return {
         "case": case.name,
         "op": case.op,

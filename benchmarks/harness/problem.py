@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.cases import Case
-from rpg_kernels import settings
+from rpg_kernels.backends import dispatch
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
@@ -147,7 +147,7 @@ class Problem:
                 torch.arange(1, probe.dof + 1, device=self.device).view_as(probe.weight)
             )
         whole = VirtualWeight(probe, replace(self.weight.placement, scale=1.0))
-        with torch.no_grad(), settings.backend("reference"):
+        with torch.no_grad(), dispatch.backend("reference"):
             if rows is not None:
                 number = torch.ops.rpg_kernels.embedding(probe.weight, None, rows, whole.spec, "")
                 return number.abs().long().sub_(1), number.sign().to(torch.int8)

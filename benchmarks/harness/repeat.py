@@ -25,7 +25,8 @@ from benchmarks.harness import baselines
 from benchmarks.harness.cases import Case, Layer
 from benchmarks.harness.problem import Problem
 from benchmarks.harness.timing import Work
-from rpg_kernels import _checks, settings
+from rpg_kernels import _checks
+from rpg_kernels.backends import registry
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 # Sizes that no tile divides, and a bank small enough that its elements are used many times.
@@ -50,10 +51,10 @@ def chosen(
         ValueError: an unknown back end or dtype, with those that exist.
     """
     for name in names:
-        _checks.choice("backend", name, settings.BACKENDS)
+        _checks.choice("backend", name, registry.names())
     return [
         (name, case)
-        for name in (names or settings.BACKENDS)
+        for name in (names or registry.names())
         for dtype in dtypes
         for case in (replace(case, dtype=dtype) for case in CASES)
         if not baselines.IMPLEMENTATIONS[f"rpg-{name}"].refuse(case, device)

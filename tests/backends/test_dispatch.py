@@ -1,13 +1,11 @@
-"""The dispatch table: forced back ends, the environment, explain, and the backward's choice."""
+"""The choice of a back end: registry, forced back ends, environment, explain, backward."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import brute_force as brute
 import pytest
@@ -16,8 +14,11 @@ from torch import Tensor
 
 import rpg_kernels as rpg
 from rpg_kernels import native, settings
-from rpg_kernels.backends import dispatch
+from rpg_kernels.backends import dispatch, registry
+from rpg_kernels.backends.call import OPERATORS, Call
 from rpg_kernels.backends.reference import conv2d, embedding, linear, unpack
+from rpg_kernels.backends.registry import Backend
+from rpg_kernels.doctor import environment
 
 MODULES = {"linear": linear, "conv2d": conv2d, "embedding": embedding, "unpack": unpack}
 
@@ -27,50 +28,122 @@ def weight() -> rpg.VirtualWeight:
     return brute.bank_of(640, torch.float32, granularity=16).place((9, 20))
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """In place of "simt" a back end for everything that records what it is asked for."""
-    seen: list[str] = []
+class Recorder(Backend):
+    """A back end for everything, by the reference, that records what it is asked for."""
 
-    def recorder(name: str, module: types.ModuleType) -> types.SimpleNamespace:
+    name = "recorder"
+    summary = "a recorder"
+
+    def __init__(self, wanted: Callable[[Call], bool] = lambda call: False) -> None:
+        self.wanted = wanted
+        self.seen: list[str] = []
+
+    def unsupported(self, call: Call) -> str:
+        return "no recorder works in float16" if call.dtype == torch.float16 else ""
+
+    def preferred(self, call: Call) -> bool:
+        return self.wanted(call)
+
+    def explain(self, call: Call) -> str:
+        return self.summary if self.takes(call) else self.unsupported(call) or "not wanted"
+
+    def operator(self, call: Call) -> Callable[..., Tensor]:
         def record(*arguments: object) -> Tensor:
-            seen.append(name)
-            result: Tensor = getattr(module, name)(*arguments)
+            self.seen.append(call.op)
+            result: Tensor = getattr(MODULES[OPERATORS[call.op]], call.op)(*arguments)
             return result
 
-        return types.SimpleNamespace(**{name: record})
-
-    for name, file in dispatch.OPERATORS.items():
-        path = f"rpg_kernels.simt.{file}"
-        module = sys.modules.get(path, types.ModuleType(path))
-        setattr(module, name, getattr(recorder(name, MODULES[file]), name))
-        monkeypatch.setitem(sys.modules, path, module)
-    package = types.ModuleType("rpg_kernels.backends.simt")
-    package.__path__ = []  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "rpg_kernels.backends.simt", package)
-    rule = dispatch.Rule("simt", lambda op, device, dtype: True, "a recorder")
-    others = (rule for rule in dispatch.RULES if rule.backend != "simt")
-    monkeypatch.setattr(dispatch, "RULES", (*others, rule))
-    dispatch.decide.cache_clear()
-    dispatch.implementation.cache_clear()
-    yield seen
-    dispatch.decide.cache_clear()
-    dispatch.implementation.cache_clear()
+        return record
 
 
-def test_every_operator_has_a_reference(weight: rpg.VirtualWeight) -> None:
+@pytest.fixture
+def calls() -> Iterator[list[str]]:
+    """What a back end "recorder" is asked for, which is never taken unless it is forced."""
+    recorder = Recorder()
+    registry.register(recorder)
+    yield recorder.seen
+    registry.unregister("recorder")
+
+
+def test_every_operator_has_a_reference() -> None:
     registered = {
         name.split("::")[1].split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("rpg_kernels::")
     }
-    assert registered == set(dispatch.OPERATORS)
-    for name, file in dispatch.OPERATORS.items():
-        function = dispatch.implementation(name, torch.device("cpu"), torch.float32, "")
-        assert function is getattr(MODULES[file], name)
+    assert registered == set(OPERATORS)
+    for name, file in OPERATORS.items():
+        call = Call(name, torch.empty(0), forced="reference")
+        assert dispatch.implementation(call) is getattr(MODULES[file], name)
 
 
-@pytest.mark.parametrize("name", ["triton", "vendor", "cuda"])
+def test_a_back_end_of_one_file_is_chosen_explained_and_forced(weight: rpg.VirtualWeight) -> None:
+    """All that a new back end needs is an object and a registration."""
+    recorder = Recorder(lambda call: call.op == "linear" and call.rows >= 3)
+    layer = rpg.nn.Linear(20, 9, bank=weight.bank)
+    few, many = torch.randn(2, 20), torch.randn(3, 20)
+    wanted = layer(many)
+    registry.register(recorder, before=registry.names()[0])
+    try:
+        assert torch.equal(layer(many), wanted)
+        assert recorder.seen == ["linear"]
+        layer(few)
+        assert recorder.seen == ["linear"]
+        assert rpg.explain(layer, many).backend == "recorder"
+        assert rpg.explain(layer, many).reason == "a recorder"
+        left = rpg.explain(layer, few)
+        assert left.backend != "recorder"
+        assert "not wanted" in left.reason.split("; ")
+        with rpg.backend("recorder"):
+            assert rpg.explain(layer, few).backend == "recorder"
+            layer(few)
+            assert recorder.seen == ["linear", "linear"]
+            refused = r"backend: got 'recorder' for linear on cpu in torch.float16, which cannot "
+            refused += r"run: no recorder works in float16; wanted one of: (?!.*recorder)"
+            for call in (lambda x: layer(x), lambda x: rpg.explain(layer, x)):
+                with pytest.raises(RuntimeError, match=refused):
+                    call(few.half())
+        with rpg.backend("reference"):
+            layer(many)
+            assert rpg.explain(layer, many).backend == "reference"
+        assert recorder.seen == ["linear", "linear"]
+        lines = [line for line in environment.backends() if line["dtype"] == "float32"]
+        assert all("recorder" in line["reason"] for line in lines if line["device"] == "cpu")
+    finally:
+        registry.unregister("recorder")
+    assert "recorder" not in registry.names()
+    with pytest.raises(ValueError, match="name: got 'recorder', wanted one of 'auto'"):
+        rpg.backend("recorder")
+    assert torch.equal(layer(many), wanted)
+
+
+def test_order_and_names_of_the_registry() -> None:
+    before = registry.names()
+    assert before[-1] == "reference"  # it takes everything
+    for taken in (*before, "auto", ""):
+        other = Recorder()
+        other.name = taken
+        with pytest.raises(ValueError, match=r"backend\.name: got .*, wanted a name"):
+            registry.register(other)
+    with pytest.raises(ValueError, match="before: got 'nobody', wanted one of"):
+        registry.register(Recorder(), before="nobody")
+    with pytest.raises(ValueError, match="name: got 'recorder', wanted one of"):
+        registry.unregister("recorder")
+    assert registry.names() == before
+    registry.register(Recorder(), before="cpu")
+    at = before.index("cpu")
+    assert registry.names() == (*before[:at], "recorder", *before[at:])
+    registry.unregister("recorder")
+    assert registry.names() == before
+
+
+def test_an_operator_that_is_forced_to_an_unknown_name(weight: rpg.VirtualWeight) -> None:
+    """As an exported program may be, that was made where the back end was registered."""
+    with pytest.raises(ValueError, match="backend: got 'nobody', wanted one of auto, "):
+        torch.ops.rpg_kernels.unpack(weight.bank.weight, None, weight.spec, "nobody")
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_forced_back_end_that_cannot_run_raises(name: str, weight: rpg.VirtualWeight) -> None:
     x = torch.randn(2, 20)
     kernel = weight.bank.place((4, 3, 3, 3))
@@ -115,7 +188,7 @@ def test_the_choice_of_the_forward_is_kept_for_its_backward(
     weight: rpg.VirtualWeight, calls: list[str]
 ) -> None:
     x = torch.randn(2, 20, requires_grad=True)
-    with rpg.backend("simt"):
+    with rpg.backend("recorder"):
         y = rpg.functional.linear(x, weight)
     assert calls == ["linear"]
     y.sum().backward()  # outside, and on the threads of autograd
@@ -123,7 +196,7 @@ def test_the_choice_of_the_forward_is_kept_for_its_backward(
 
     calls.clear()
     y = rpg.functional.linear(x, weight)
-    with rpg.backend("simt"):
+    with rpg.backend("recorder"):
         y.sum().backward()
     assert not calls
 
@@ -133,7 +206,7 @@ def test_the_choice_is_kept_through_double_backward_and_by_every_operator(
 ) -> None:
     kernel = weight.bank.place((4, 3, 3, 3))
     x, image = torch.randn(2, 20, requires_grad=True), torch.randn(1, 3, 5, 5, requires_grad=True)
-    with rpg.backend("simt"):
+    with rpg.backend("recorder"):
         results = [
             rpg.functional.linear(x, weight),
             rpg.functional.conv2d(image, kernel, padding="same"),
@@ -144,7 +217,7 @@ def test_the_choice_is_kept_through_double_backward_and_by_every_operator(
     loss = sum((result**3).sum() for result in results)
     bank = weight.bank.weight
     first = torch.autograd.grad(loss, (bank, x, image), create_graph=True)
-    assert set(calls) == set(dispatch.OPERATORS)
+    assert set(calls) == set(OPERATORS)
     calls.clear()
     sum((grad**2).sum() for grad in first).backward()  # type: ignore[union-attr]
     wanted = {"linear", "linear_input_grad", "conv2d", "conv2d_bank_grad", "unpack", "pack"}
@@ -196,7 +269,7 @@ with rpg.backend("auto"):
 """
     done = run_python(code, RPG_KERNELS_BACKEND="cudnn")
     assert done.returncode == 0, done.stderr
-    wanted = ", ".join(("auto", *settings.BACKENDS))
+    wanted = ", ".join(("auto", *registry.names()))
     sentence = f"RPG_KERNELS_BACKEND: got 'cudnn', wanted one of {wanted}"
     assert done.stdout.splitlines() == [sentence] * 3 + ["(2, 3)"]
 
@@ -248,13 +321,13 @@ def test_explain_knows_autocast_and_low_precision() -> None:
         assert rpg.explain(lookup, torch.tensor([1])).dtype == "torch.float32"
 
 
-def test_explain_says_what_simt_would_do_when_forced(
+def test_explain_says_what_a_forced_back_end_would_do(
     weight: rpg.VirtualWeight, calls: list[str]
 ) -> None:
     layer = rpg.nn.Linear(20, 9, bank=weight.bank)
-    with rpg.backend("simt"):
+    with rpg.backend("recorder"):
         e = rpg.explain(layer, torch.randn(2, 20))
-    assert (e.backend, e.reason) == ("simt", "a recorder")
+    assert (e.backend, e.reason) == ("recorder", "a recorder")
     assert not calls
 
 
@@ -304,20 +377,20 @@ def test_explain_takes_what_the_layer_takes(
 ) -> None:
     """Unbatched images, every padding; what it says is what runs, and it runs nothing."""
     layer = rpg.nn.Conv2d(3, 4, (2, 3), padding=padding, padding_mode=mode, bank=weight.bank)
-    asked: list[tuple[object, ...]] = []
+    asked: list[Call] = []
     real = dispatch.implementation
 
-    def implementation(*how: Any) -> Any:
-        asked.append(how)
-        return real(*how)
+    def implementation(call: Call) -> Callable[..., Tensor]:
+        asked.append(call)
+        return real(call)
 
     monkeypatch.setattr(dispatch, "implementation", implementation)
     for x in (torch.randn(2, 3, 6, 7), torch.randn(3, 6, 7), torch.randn(0, 3, 6, 7)):
         explained = rpg.explain(layer, x)
         assert not asked
         layer(x)
-        assert [how[0] for how in asked] == [explained.op]
-        assert dispatch.decide(*asked.pop()).backend == explained.backend
+        assert [call.op for call in asked] == [explained.op]
+        assert dispatch.choose(asked.pop()).name == explained.backend
         with rpg.backend("reference"):
             assert rpg.explain(layer, x).backend == "reference"
 

@@ -17,6 +17,8 @@ from benchmarks.harness.cases import Case, Layer
 from benchmarks.harness.problem import Problem, Stack
 from rpg_kernels import native
 from rpg_kernels.backends import dispatch
+from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.registry import Backend
 
 NAMES = ("dense", "published", "unpack", "rpg-reference")
 
@@ -97,14 +99,15 @@ def test_lookups_of_every_weight_run_on_the_back_end_that_is_marked() -> None:
 
 def test_the_mark_is_of_the_call_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Geometry, dtypes and the bank: on a GPU a copy of it may be too much for the scratch."""
-    asked: list[dispatch.Call] = []
-    real = dispatch.size_of
+    asked: list[Call] = []
+    real = dispatch.choose
 
-    def size_of(call: dispatch.Call) -> dispatch.Size:
-        asked.append(call)
+    def choose(call: Call) -> Backend:
+        if not call.forced:
+            asked.append(call)
         return real(call)
 
-    monkeypatch.setattr(dispatch, "size_of", size_of)
+    monkeypatch.setattr(dispatch, "choose", choose)
     for op, dtype in (("conv2d", "fp32"), ("conv2d", "amp"), ("linear", "bf16")):
         asked.clear()
         tools.run("unpack", cases=[tools.case(op, dtype=dtype)])

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from rpg_kernels import cli
-from rpg_kernels.backends import dispatch
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -25,12 +24,6 @@ def run_json(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
 
 def failing(record: dict[str, Any]) -> set[str]:
     return {test["test"] for test in record["self_tests"] if not test["passed"]}
-
-
-def forget_dispatch() -> None:
-    """Dispatch remembers rules and functions; before and after they are replaced it must not."""
-    dispatch.decide.cache_clear()
-    dispatch.implementation.cache_clear()
 
 
 def tool(path: Path, script: str) -> Path:

@@ -6,20 +6,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import brute_force as brute
 import pytest
 import torch
-from doctor_tools import failing, forget_dispatch, run, run_json
+from doctor_tools import failing, run, run_json
 from torch import Tensor
 
 import rpg_kernels as rpg
 from rpg_kernels import cli, doctor, native, settings
 from rpg_kernels._tensors import DTYPES
-from rpg_kernels.backends import dispatch
+from rpg_kernels.backends import dispatch, registry
+from rpg_kernels.backends.call import OPERATORS, Call
 from rpg_kernels.backends.reference import tiles
 from rpg_kernels.doctor import law_check, report, selftest
 from rpg_kernels.law.ring import LayerLaw
@@ -48,11 +49,9 @@ KEYS = {
 }
 
 
-@pytest.fixture
-def fresh_dispatch() -> Iterator[None]:
-    forget_dispatch()
-    yield
-    forget_dispatch()
+def implementation(op: str, backend: str) -> Callable[..., Tensor]:
+    """The function of an operator in a back end."""
+    return dispatch.implementation(Call(op, torch.empty(0), forced=backend))
 
 
 def test_json_is_one_object_of_the_documented_shape(capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,19 +83,21 @@ def test_what_it_says_of_this_installation(capsys: pytest.CaptureFixture[str]) -
     assert record["build"]["in_use"] is native.available()
     assert record["settings"]["scratch_limit"] == {"cpu": 4 << 20, "cuda": 16 << 20}
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    wanted = {(op, dtype) for op in dispatch.OPERATORS for dtype in names}
+    wanted = {(op, dtype) for op in OPERATORS for dtype in names}
     for part, key in (("backends", "op"), ("self_tests", "test")):
         found = [(t[key], t["dtype"]) for t in record[part] if t["device"] == "cpu" and t["dtype"]]
         assert set(found) == wanted
         assert len(found) == len(wanted)
     for line in record["backends"]:
         device, dtype = torch.device(line["device"]), getattr(torch, line["dtype"])
-        rule = dispatch.decide(line["op"], device, dtype, "")
-        assert line["backend"] == rule.backend
-        assert line["reason"].startswith(rule.reason)
-        others = [n for n in ("cpu", "cuda") if not dispatch.why_not(n, line["op"], device, dtype)]
-        assert line["reason"].count("; ") == len(others)
-        assert all(f" by {name} where" in line["reason"] for name in others)
+        call = Call(line["op"], torch.empty(0, dtype=dtype, device=device))
+        chosen = dispatch.choose(call)
+        assert line["backend"] == chosen.name
+        head, _, others = line["reason"].removeprefix(chosen.summary).partition(" where ")
+        assert line["reason"].startswith(chosen.summary)
+        able = [n for n in ("cpu", "cuda") if not registry.find(n).unsupported(call)]
+        assert head.removeprefix("; by ") == " or ".join(able)
+        assert bool(others) is bool(able)
     laws = [test["test"] for test in record["self_tests"] if test["dtype"] is None]
     assert laws[:2] == ["law in PyTorch", "law in C++"][: 1 + native.available()]
 
@@ -117,7 +118,7 @@ def test_text_has_every_part_and_every_operator(capsys: pytest.CaptureFixture[st
     assert status == 0
     for title in report.TITLES.values():
         assert f"{title}\n  " in out
-    for op in dispatch.OPERATORS:
+    for op in OPERATORS:
         assert f"\n  {op} " in out
     assert "FAIL" not in out
     assert "None" not in out
@@ -180,15 +181,14 @@ def wrong(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-@pytest.mark.usefixtures("fresh_dispatch")
-@pytest.mark.parametrize("op", dispatch.OPERATORS)
+@pytest.mark.parametrize("op", OPERATORS)
 def test_an_operator_that_computes_something_else_fails(
     op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    looks_up = int(op.startswith("embedding"))  # rows that the compiled kernels take, if there are
-    function = dispatch.implementation(op, torch.device("cpu"), torch.float32, "", looks_up)
+    # The compiled kernels take rows that are looked up, if they are there.
+    compiled = op.startswith("embedding") and native.available()
+    function = implementation(op, "cpu" if compiled else "reference")
     monkeypatch.setattr(sys.modules[function.__module__], op, wrong(function))
-    dispatch.implementation.cache_clear()
     status, record = run_json(capsys)
     assert status == 1
     assert record["ok"] is False
@@ -201,7 +201,6 @@ def test_an_operator_that_computes_something_else_fails(
         assert test["message"] == "the error exceeds the bound"
 
 
-@pytest.mark.usefixtures("fresh_dispatch")
 @pytest.mark.parametrize(
     ("replace", "message"),
     [
@@ -217,10 +216,9 @@ def test_results_that_are_not_numbers_or_not_of_the_right_kind_fail(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    function = dispatch.implementation("unpack", torch.device("cpu"), torch.float32, "reference")
+    function = implementation("unpack", "reference")
     module = sys.modules[function.__module__]
     monkeypatch.setattr(module, "unpack", lambda *arguments: replace(function(*arguments)))
-    dispatch.implementation.cache_clear()
     status, record = run_json(capsys)  # not a number is no JSON
     assert status == 1
     bad = [t for t in record["self_tests"] if t["test"] == "unpack" and t["device"] == "cpu"]
@@ -229,16 +227,14 @@ def test_results_that_are_not_numbers_or_not_of_the_right_kind_fail(
     assert all(message in test["message"] for test in bad)
 
 
-@pytest.mark.usefixtures("fresh_dispatch")
 def test_an_operator_that_raises_is_reported_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*arguments: object) -> Tensor:
         raise RuntimeError("the kernel did not start\nCompile with this and that")
 
-    function = dispatch.implementation("conv2d", torch.device("cpu"), torch.float32, "reference")
+    function = implementation("conv2d", "reference")
     monkeypatch.setattr(sys.modules[function.__module__], "conv2d", broken)
-    dispatch.implementation.cache_clear()
     status, out = run(capsys)
     assert status == 1
     # Gradients of a forward that does not run are not there either.
@@ -267,7 +263,7 @@ def test_a_wrong_compiled_unpack_or_pack_fails(
     status, record = run_json(capsys)
     assert status == 1
     forward = {"linear", "linear_input_grad", "conv2d", "conv2d_input_grad", "embedding", "unpack"}
-    assert failing(record) == (forward if name == "unpack" else set(dispatch.OPERATORS) - forward)
+    assert failing(record) == (forward if name == "unpack" else set(OPERATORS) - forward)
     monkeypatch.setattr(native, "_enabled", False)  # then it is not used
     assert run(capsys, "--json")[0] == 0
 
@@ -320,7 +316,7 @@ def test_wrong_signs_of_the_pytorch_path_fail(
     monkeypatch.setattr(tiles, "sign_bits", lambda element: 31 - element % 32)
     status, record = run_json(capsys)
     assert status == 1
-    assert failing(record) == set(dispatch.OPERATORS)  # by the cases that reflect elements
+    assert failing(record) == set(OPERATORS)  # by the cases that reflect elements
 
 
 @ON_CPU_ONLY
@@ -348,21 +344,18 @@ def test_a_torch_that_cannot_do_it_is_told_apart(
     assert bad[0]["message"].startswith('torch itself: NotImplementedError: "addmm"')
 
 
-@pytest.mark.usefixtures("fresh_dispatch")
 @pytest.mark.parametrize("name", ["triton", "cuda", "simt"])
 def test_a_forced_back_end_that_cannot_run(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rules = tuple(rule for rule in dispatch.RULES if rule.backend != name)
-    monkeypatch.setattr(dispatch, "RULES", rules)
-    forget_dispatch()
+    monkeypatch.setattr(type(registry.find(name)), "unsupported", lambda self, call: "not today")
     with rpg.backend(name):
         status, record = run_json(capsys)
     assert status == 1
     assert record["settings"]["backend"] == name
     assert all(line["backend"] is None for line in record["backends"])
     assert f"backend: got '{name}' for linear on cpu" in record["backends"][0]["reason"]
-    assert failing(record) >= set(dispatch.OPERATORS)
+    assert failing(record) >= set(OPERATORS)
 
 
 @pytest.mark.parametrize("part", doctor.PARTS)
@@ -436,5 +429,5 @@ def test_every_cuda_device_is_tested(capsys: pytest.CaptureFixture[str]) -> None
     assert status == 0, [test for test in record["self_tests"] if not test["passed"]]
     for index in range(torch.cuda.device_count()):
         tests = {t["test"] for t in record["self_tests"] if t["device"] == f"cuda:{index}"}
-        assert tests >= {"law in PyTorch", *dispatch.OPERATORS}
+        assert tests >= {"law in PyTorch", *OPERATORS}
         assert ("law in CUDA" in tests) is bool(record["build"]["cuda"])

@@ -13,8 +13,9 @@ from benchmarks.harness.cases import DTYPES, Case
 from benchmarks.harness.cpu.grid import GRANULARITY, REFERENCE, Bank, Group, Point
 from benchmarks.harness.gate import Accuracy, Quantity, quantity
 from benchmarks.harness.problem import MAX_COPIES, images_last
-from rpg_kernels import functional, settings
+from rpg_kernels import functional
 from rpg_kernels.backends import dispatch
+from rpg_kernels.backends.call import Call
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
@@ -122,13 +123,13 @@ class Subject:
         def call(i: int) -> Tensor:
             if forced is None:
                 return ours(i)
-            with settings.backend(forced):
+            with dispatch.backend(forced):
                 return ours(i)
 
-        how = dispatch.Call(layer.op, x, weights[0].spec, weights[0].bank.weight, layer.geometry)
-        size = dispatch.size_of(how)
-        rule = dispatch.decide(layer.op, x.device, x.dtype, forced or "", *size)
-        return Job(point, call, len(weights), rule.backend, weights[0], *self._sizes)
+        bank = weights[0].bank.weight
+        how = Call(layer.op, x, weights[0].spec, bank, layer.geometry, forced or "")
+        chosen = dispatch.choose(how).name
+        return Job(point, call, len(weights), chosen, weights[0], *self._sizes)
 
     @property
     def _sizes(self) -> tuple[int, int, str]:
@@ -158,7 +159,7 @@ class Subject:
         exact: list[Tensor] = []
         same: dict[int, list[Tensor]] = {batch: [] for batch in batches}
         for first in range(0, shape[0], step):
-            with torch.no_grad(), settings.backend("reference"):
+            with torch.no_grad(), dispatch.backend("reference"):
                 part = whole.narrow(0, first, min(step, shape[0] - first)).unpack()
             exact.append(self.apply(x, part))
             rounded = images_last(part.to(self.dtype))

@@ -222,7 +222,7 @@ def test_steps_of_many_threads_and_little_scratch() -> None:
         for threads in (1, 2, 8, 64):
             torch.set_num_threads(threads)
             for weight in (windows, ring):
-                for op in rules.OPERATORS:
+                for op in rules.PRODUCTS:
                     for batch in (1, 3, 16, 64):
                         step = rules.steps(op, batch, weight.spec)
                         assert step is not None

@@ -10,7 +10,6 @@ from unittest import mock
 import pytest
 import small_batches as small
 import torch
-from doctor_tools import forget_dispatch
 from small_batches import DTYPES, GATHERED, RING, WINDOW, WINDOWS, drawn, made, of_fill
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -42,21 +41,18 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     # Layouts are those of the sources for the CPU: the same code.
     monkeypatch.setattr(rules, "kernels", lambda on: native.module().simt)
-    monkeypatch.setattr(triton, "unsupported", lambda *call: "")
-    monkeypatch.setattr(dispatch, "unsupported", lambda *call: "")
+    monkeypatch.setattr(triton, "unsupported_kind", lambda *call: "")
     remembered = (rules._cuda_gpu, rules._unsupported_gpu, rules._plan)
-    forget_dispatch()
     for function in remembered:
         function.cache_clear()
     yield build
-    forget_dispatch()
     for function in remembered:
         function.cache_clear()
 
 
 def explained(
     batch: int, dtype: torch.dtype = torch.bfloat16, **bank: object
-) -> rpg.dispatch.Explanation:
+) -> dispatch.Explanation:
     """Of a layer on a CUDA device that need not be there."""
     with FakeTensorMode():
         options = {"window": 256, "laps": 4, "dtype": dtype, "device": GPU, **bank}
@@ -120,7 +116,6 @@ def test_libraries_that_do_not_serve_this_gpu(
     assert sentence in str(error.value)
     h200["cuda_architectures"] += " 90-virtual"  # PTX serves it
     rules._unsupported_gpu.cache_clear()
-    forget_dispatch()
     assert (explained(1).backend == "cuda") is bool(h200["cuda"])
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from triton_process import DEVICE, INTERPRETED
 
 import rpg_kernels as rpg
+from rpg_kernels.backends import dispatch
+from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.triton import linear as kernels
 from rpg_kernels.backends.triton import plan
 from rpg_kernels.backends.triton.config import Config, Gpu, choose
@@ -336,7 +338,7 @@ def test_through_dispatch_and_autograd() -> None:
 )
 def test_forced_where_it_cannot_run(op: str, dtype: torch.dtype, reason: str) -> None:
     with pytest.raises(RuntimeError, match=f"backend: got 'triton' for {op} .*{reason}"):
-        rpg.dispatch.decide(op, DEVICE, dtype, "triton")
+        dispatch.choose(Call(op, torch.empty(0, dtype=dtype, device=DEVICE), forced="triton"))
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 20])

@@ -353,8 +353,7 @@ def test_bands() -> None:
     close(dx, dy.double() @ w, torch.float32, "dx")
 
 
-@pytest.mark.parametrize("name", ["triton", "vendor"])
-def test_through_dispatch_and_autograd(name: str) -> None:
+def test_through_dispatch_and_autograd() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Embedding(20, 16), torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 5)
@@ -363,10 +362,10 @@ def test_through_dispatch_and_autograd(name: str) -> None:
     rpg.convert(model, config).to(DEVICE)
     tokens = torch.tensor([[1, 5, 5], [19, 0, 2]], device=DEVICE)
     grads = {}
-    for backend in (name, "reference"):
+    for backend in ("triton", "reference"):
         with rpg.backend(backend):
             assert rpg.explain(model[1], torch.randn(3, 16, device=DEVICE)).backend == backend
             loss = model(tokens).square().sum()
             grads[backend] = (loss, *torch.autograd.grad(loss, list(model.parameters())))
-    for ours, theirs in zip(grads[name], grads["reference"], strict=True):
+    for ours, theirs in zip(grads["triton"], grads["reference"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""cases/vendor.py in Triton's interpreter, and compiled where there is a GPU."""
+"""cases/reference.py in Triton's interpreter, and compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ pytestmark = process.needs_triton
 
 
 def test_interpreted() -> None:
-    process.run("vendor.py", interpreted=True)
+    process.run("reference.py", interpreted=True)
 
 
 @pytest.mark.gpu
 def test_compiled() -> None:
-    process.run("vendor.py", interpreted=False)
+    process.run("reference.py", interpreted=False)

@@ -1,9 +1,11 @@
-"""Weights unpacked in chunks and multiplied by the library, against float64 and the reference."""
+"""The reference with tiles by Triton's kernels, against float64 and the reference in PyTorch."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import weakref
+from collections.abc import Iterator
 from unittest import mock
 
 import brute_force as brute
@@ -13,9 +15,12 @@ from torch import Tensor
 from triton_process import DEVICE, INTERPRETED
 
 import rpg_kernels as rpg
-from rpg_kernels.backends import dispatch
+from rpg_kernels.backends import dispatch, registry
+from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.reference import conv2d, lent, linear
+from rpg_kernels.backends.triton import rules
+from rpg_kernels.backends.triton import unpack as kernels
 from rpg_kernels.backends.triton.config import dot_precision
-from rpg_kernels.backends.vendor import chunks, conv2d, linear
 
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else brute.ALL[1:]
 REFLECT = ("element", "vector", "none")
@@ -47,9 +52,9 @@ def test_linear(seed: int) -> None:
     column = w.shape[0] * dtype.itemsize
     for limit in (3 * max(row, column), 1 << 20):
         with rpg.scratch_limit(limit):
-            y = linear.linear(a, on, None, bias.to(DEVICE), spec)
-            dx = linear.linear_input_grad(d, on, None, spec)
-            dw = linear.linear_bank_grad(d, a, None, spec, bank_dtype)
+            y = linear.linear(a, on, None, bias.to(DEVICE), spec, kernels)
+            dx = linear.linear_input_grad(d, on, None, spec, kernels)
+            dw = linear.linear_bank_grad(d, a, None, spec, bank_dtype, kernels)
         same = [t.to(dtype) for t in (x, w, bias, dy)]
         check("y", y, x.double() @ w.t() + bias, torch.addmm(same[2], x, same[1].t()), dtype)
         check("dx", dx, dy.double() @ w, dy @ same[1], dtype)
@@ -68,8 +73,8 @@ def test_table() -> None:
         ("linear_input_grad", (dy, on, table, weight.spec)),
         ("linear_bank_grad", (dy, x, table, weight.spec, torch.float32)),
     ):
-        operator = getattr(torch.ops.rpg_kernels, name)
-        got, wanted = (operator(*arguments, backend) for backend in ("vendor", "reference"))
+        got = getattr(linear, name)(*arguments, kernels)
+        wanted = getattr(torch.ops.rpg_kernels, name)(*arguments, "reference")
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -89,10 +94,14 @@ def test_conv2d(shape: tuple[int, ...], groups: int, last: bool) -> None:
     one = max(shape[1:][0] * shape[2] * shape[3], shape[0] // groups * shape[2] * shape[3]) * 4
     for limit in (2 * one, 1 << 20):
         with rpg.scratch_limit(limit):
-            y = conv2d.conv2d(x, on, None, None, weight.spec, *geometry)
+            y = conv2d.conv2d(x, on, None, None, weight.spec, *geometry, kernels)
             dy = torch.randn(y.shape, device=DEVICE, generator=None).to(memory_format=kind)
-            ours["dx"] = conv2d.conv2d_input_grad(dy, on, None, x.shape, weight.spec, *geometry)
-            ours["dw"] = conv2d.conv2d_bank_grad(dy, x, None, weight.spec, *geometry, torch.float32)
+            ours["dx"] = conv2d.conv2d_input_grad(
+                dy, on, None, x.shape, weight.spec, *geometry, kernels
+            )
+            ours["dw"] = conv2d.conv2d_bank_grad(
+                dy, x, None, weight.spec, *geometry, torch.float32, kernels
+            )
         ours["y"] = y
         op = torch.ops.rpg_kernels
         theirs["y"] = op.conv2d(x, on, None, None, weight.spec, *geometry, "reference")
@@ -112,7 +121,7 @@ def test_weights_in_memory_stay_within_the_limit() -> None:
     bank = weight.bank.weight.detach().to(DEVICE)
     x, limit = torch.randn(3, 64, device=DEVICE), 64 * 4 * 7
     held: list[weakref.ref[Tensor]] = []
-    make = chunks.tile
+    make = kernels.unpack_tile
 
     def counted(*arguments: object) -> Tensor:
         tile = make(*arguments)  # type: ignore[arg-type]
@@ -120,71 +129,115 @@ def test_weights_in_memory_stay_within_the_limit() -> None:
         assert sum(t.nbytes for t in (r() for r in held) if t is not None) <= limit
         return tile
 
-    with rpg.scratch_limit(limit), mock.patch.object(chunks, "tile", counted):
-        linear.linear(x, bank, None, None, weight.spec)
+    with rpg.scratch_limit(limit), mock.patch.object(kernels, "unpack_tile", counted):
+        linear.linear(x, bank, None, None, weight.spec, kernels)
     assert len(held) == 6
 
 
-def test_no_room_for_one_row() -> None:
-    weight = brute.bank_of(500, torch.float32, granularity=8).place((40, 64))
-    bank = weight.bank.weight.detach().to(DEVICE)
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Kernels that are interpreted are taken, and lent, as compiled ones are."""
     with (
-        rpg.scratch_limit(255),
-        pytest.raises(RuntimeError, match="scratch_limit: got 255 bytes, wanted at least 256 for"),
+        mock.patch.object(rules, "interpreted", return_value=False),
+        mock.patch.object(rules, "unsupported_kind", return_value=""),
     ):
-        linear.linear(torch.randn(3, 64, device=DEVICE), bank, None, None, weight.spec)
+        yield
 
 
 def test_through_autograd_with_every_kind_of_layer() -> None:
+    """Large products of signs per element are the reference's, with kernels of Triton's."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Embedding(20, 16), torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 5)
     )
-    rpg.convert(model, rpg.RPGConfig(dof=300, granularity=8)).to(DEVICE)
-    tokens = torch.tensor([[1, 5, 5], [19, 0, 2]], device=DEVICE)
-    grads = {}
-    for name in ("vendor", "reference"):
-        with rpg.backend(name):
-            loss = model(tokens).square().sum()
-            grads[name] = torch.autograd.grad(loss, list(model.parameters()))
-    for ours, theirs in zip(grads["vendor"], grads["reference"], strict=True):
+    config = rpg.RPGConfig(dof=300, granularity=8, reflect="element")
+    rpg.convert(model, config).to(DEVICE)
+    tokens = torch.randint(20, (700, 3), device=DEVICE)  # 2100 rows
+    grads, tiles = {}, []
+    make = kernels.unpack_tile
+
+    def counted(*arguments: object) -> Tensor:
+        tiles.append(arguments)
+        return make(*arguments)  # type: ignore[arg-type]
+
+    for name in ("auto", "reference"):
+        with as_on_a_gpu(), mock.patch.object(kernels, "unpack_tile", counted), rpg.backend(name):
+            grads[name] = torch.autograd.grad(
+                model(tokens).square().mean(), list(model.parameters())
+            )
+        assert bool(tiles) is (name == "auto")  # forced, it is PyTorch alone: the way out
+        tiles.clear()
+    for ours, theirs in zip(grads["auto"], grads["reference"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("op", "batch", "reflect", "wanted"),
+    ("op", "rows", "reflect", "wanted"),
     [
-        ("linear", 4096, "element", "vendor"),
-        ("linear", 1024, "element", "triton"),
+        ("linear", 4096, "element", "reference"),
+        ("linear", 2048, "element", "reference"),
+        ("linear", 2047, "element", "triton"),
         ("linear", 4096, "vector", "triton"),
+        ("linear_input_grad", 4096, "element", "reference"),
         ("linear_bank_grad", 4096, "element", "triton"),
-        ("conv2d", 4096, "element", "vendor"),
-        ("embedding", 4096, "element", "triton"),
+        ("conv2d", 4096, "element", "reference"),
+        ("conv2d_input_grad", 4096, "element", "reference"),
+        ("conv2d_bank_grad", 4096, "element", "triton"),
+        ("unpack", 4096, "element", "triton"),
     ],
 )
-def test_choice_by_size(op: str, batch: int, reflect: str, wanted: str) -> None:
+def test_choice_by_size(op: str, rows: int, reflect: str, wanted: str) -> None:
     """As on a GPU, where nobody forces a back end."""
-    device = torch.device("cuda", 0)
-    dispatch.decide.cache_clear()
-    with (
-        mock.patch.object(dispatch, "interpreted", return_value=False),
-        mock.patch.object(dispatch, "why_not", return_value=""),
-    ):
-        rule = dispatch.decide(op, device, torch.float16, "", batch, reflect)
-        forced = dispatch.decide(op, device, torch.float16, "triton", batch, reflect)
-    dispatch.decide.cache_clear()
-    assert rule.backend == wanted
-    assert forced.backend == "triton"
+    shape = (40, 64, 1, 1) if op.startswith("conv2d") else (40, 64)
+    weight = brute.bank_of(500, torch.float16, granularity=8, reflect=reflect).place(shape)
+    width = 40 if op.endswith("input_grad") else 64
+    size = (rows // 4096 or 1, width, 64, 64) if op.startswith("conv2d") else (rows, width)
+    x = torch.empty(size, dtype=torch.float16, device="meta")
+    geometry = ((1, 1), (0, 0), (1, 1), 1) if op == "conv2d" else ()
+    call = Call(op, x, weight.spec, None, geometry)
+    with as_on_a_gpu():
+        assert dispatch.choose(call).name == wanted
+        assert dispatch.choose(call._replace(forced="triton")).name == "triton"
+        lent_by_triton = " by a kernel of triton " in registry.find("reference").explain(call)
+        assert lent_by_triton is op.startswith(("linear", "conv2d"))
+
+
+def test_a_table_counts_as_a_sign_for_each_element() -> None:
+    bank = brute.table_bank(50, entries=40 * 64, dtype=torch.float16)
+    call = Call("linear", torch.empty(4096, 64, device="meta"), bank.place((40, 64)).spec)
+    with as_on_a_gpu():
+        assert dispatch.choose(call).name == "reference"
 
 
 def test_not_chosen_where_scratch_has_no_room() -> None:
     weight = brute.bank_of(500, torch.float32, granularity=8, reflect="element").place((40, 64))
-    x = torch.empty(4096, 64, device="meta")  # a CPU has rules of its own
-    call = dispatch.Call("linear", x, weight.spec)
-    assert dispatch.size_of(call) == (4096, "element", False)
-    for limit in (0, 255):
+    call = Call("linear", torch.empty(4096, 64, device="meta"), weight.spec)
+    with as_on_a_gpu():
+        for limit, wanted in ((0, "triton"), (639, "triton"), (640, "reference")):
+            with rpg.scratch_limit(limit):
+                assert dispatch.choose(call).name == wanted
+                explained = registry.find("reference").explain(call)
+                assert (" by a kernel of triton " in explained) is (wanted == "reference")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("limit", [1, 200, 700, 5000])
+def test_lent_tiles_cover_a_weight_once(groups: int, limit: int) -> None:
+    """Whole groups or parts of one; along rows for forwards, along columns for input gradients."""
+    p = brute.bank_of(500, torch.float32, granularity=8).place((12, 20, 3, 1)).placement
+    for cut in (lent.row_tiles, lent.column_tiles):
+        seen = torch.zeros(12, 20, dtype=torch.int32)
         with rpg.scratch_limit(limit):
-            assert dispatch.size_of(call) == (0, "element", False)
+            for tile in cut(p, torch.float32, torch.device("cpu"), groups):
+                seen[tile.rows, tile.columns] += 1
+                rows, columns = tile.placement.selected_shape[:2]
+                assert (tile.placement.selection[0][0], rows) == (tile.row, rows)
+                within = tile.row // (12 // groups) == (tile.row + rows - 1) // (12 // groups)
+                assert within or rows % (12 // groups) == 0
+                alone = rows == 1 if cut is lent.row_tiles else columns <= 8
+                assert rows * columns * 3 * 4 <= limit or alone
+                assert columns == 20 if cut is lent.row_tiles else rows == 12 // groups
+        assert (seen == 1).all()
 
 
 def test_convolutions_follow_their_own_tf32_switch() -> None:
