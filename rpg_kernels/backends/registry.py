@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cache
+from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -42,12 +44,13 @@ class Backend(ABC):
     Attributes:
         name: what users force it by.
         summary: what it is, for people.
-        automatic: False for one that is taken only when it is forced.
+        device_types: where it may be taken without being forced; None is everywhere. Others are
+            passed over before anything else is asked, since every call of an operator asks.
     """
 
     name: str
     summary: str
-    automatic = True
+    device_types: tuple[str, ...] | None = None
 
     @abstractmethod
     def unsupported(self, call: Call) -> str:
@@ -71,9 +74,7 @@ class Backend(ABC):
     def operator(self, call: Call) -> Callable[..., Tensor]:
         """What runs the call; its arguments are the operator's, less the back end. By default the
         function of that name in the operator's file beside the module that defines this class."""
-        package = type(self).__module__.rpartition(".")[0]
-        module = importlib.import_module(f"{package}.{OPERATORS[call.op]}")
-        function: Callable[..., Tensor] = getattr(module, call.op)
+        function: Callable[..., Tensor] = getattr(_beside(type(self).__module__, call.op), call.op)
         return function
 
     def tile_kernels(self, call: Call) -> TileKernels | None:
@@ -84,7 +85,15 @@ class Backend(ABC):
         """Whether the call is run here: supported, and forced or preferred."""
         if call.forced:
             return call.forced == self.name and not self.unsupported(call)
-        return self.automatic and not self.unsupported(call) and self.preferred(call)
+        if self.device_types is not None and call.device.type not in self.device_types:
+            return False
+        return not self.unsupported(call) and self.preferred(call)
+
+
+@cache
+def _beside(module: str, op: str) -> ModuleType:
+    """The operator's file beside a module, imported when it is first needed."""
+    return importlib.import_module(f"{module.rpartition('.')[0]}.{OPERATORS[op]}")
 
 
 _backends: dict[str, Backend] = {}  # in the order in which they are asked

@@ -285,8 +285,8 @@ def _chosen(call: Call) -> tuple[str, str]:
     """The back end for calls of a kind with any weight, and what it is; those that are asked
     before it may take some."""
     backend = dispatch.choose(call)
-    able = (b for b in registry.backends() if b.automatic and not b.unsupported(call))
-    before = [b.name for b in itertools.takewhile(lambda b: b is not backend, able)]
+    asked = itertools.takewhile(lambda b: b is not backend, registry.backends())
+    before = [b.name for b in asked if b.device_types != () and not b.unsupported(call)]
     if call.forced or not before:
         return backend.name, backend.summary
     others = " or ".join(before)

@@ -290,6 +290,7 @@ class Cpu(Backend):
 
     name = "cpu"
     summary = "compiled CPU kernels"
+    device_types = ("cpu",)
 
     def unsupported(self, call: Call) -> str:
         """See ``unsupported_kind`` and ``unsupported_weight``."""

@@ -282,11 +282,11 @@ class Cuda(Backend):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.automatic = name == "cuda"
+        self.device_types = ("cuda",) if name == "cuda" else ()
         self.summary = (
             "compiled CUDA kernels; for small batches, products of slots shared by the rows that "
             "read them"
-            if self.automatic
+            if name == "cuda"
             else "the CUDA kernels' sources on the CPU, a thread at a time: for tests"
         )
 

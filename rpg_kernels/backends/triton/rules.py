@@ -86,6 +86,7 @@ class Triton(Backend):
 
     name = "triton"
     summary = "fused Triton kernels, weights unpacked inside the tiles of the product"
+    device_types = ("cuda",)
 
     def unsupported(self, call: Call) -> str:
         """See ``unsupported_kind``: all weights are supported."""

@@ -140,6 +140,7 @@ def as_on_a_gpu() -> Iterator[None]:
     with (
         mock.patch.object(rules, "interpreted", return_value=False),
         mock.patch.object(rules, "unsupported_kind", return_value=""),
+        mock.patch.object(rules.Triton, "device_types", None),
     ):
         yield
 
