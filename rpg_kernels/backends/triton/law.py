@@ -1,6 +1,6 @@
 """The packing law, version 1, in Triton: device functions, and the words that they read.
 
-docs/law.md is its specification, rpg_kernels/law.py its definition. Everything on positions is
+docs/law.md is its specification, rpg_kernels/law/ring.py its definition. Everything on positions is
 uint32 arithmetic; keys and the layer's numbers come from one int32 vector of LAW_WORDS words,
 because integer arguments of a kernel would be specialised, and so compiled anew, layer by layer.
 About 8 instructions per Feistel round, 9 per swap-or-not round, 11 per sign word.
