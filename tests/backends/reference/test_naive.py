@@ -11,10 +11,10 @@ import torch
 from naive_calls import F64, KERNELS
 
 import rpg_kernels as rpg
-from rpg_kernels import native
+from rpg_kernels.backends import registry
+from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.reference import naive
 
-needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
 op = torch.ops.rpg_kernels
 
 
@@ -74,13 +74,14 @@ def test_the_reference(seed: int) -> None:
         brute.assert_exact(got, naive.OPERATORS[name](*operands), name)
 
 
-@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, (64, 3)])
 @pytest.mark.parametrize("backend", ["cpu", "simt"])
 def test_the_compiled_back_ends(
     backend: str, window: tuple[int, int] | None, dtype: torch.dtype
 ) -> None:
+    if reason := registry.find(backend).unsupported(Call("linear", torch.empty(1))):
+        pytest.skip(reason)
     rng = random.Random(str((backend, window, dtype)))
     weights = [calls.drawn(rng, (70, 64), granularity=32, reflect="vector", window=window)]
     if backend == "cpu":
