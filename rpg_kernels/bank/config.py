@@ -28,9 +28,9 @@ class RPGConfig:
         permute: False reads the ring in order (an ablation of the paper).
         window: slots of a window (law 2, ``docs/window_law.md``), a power of two (a multiple of
             8) from 64 to 32768 and at most the ring; None draws from the whole ring (law 1).
-        laps: times that a unit reads its window, 1 to 64 and at most the compression (weights,
-            padding counted, / dof); None for the largest power of two up to 4 that is. Memory is
-            read that many times less often.
+        laps: times that a unit reads each slot of its window, 1 to 64 and at most the compression
+            (weights, padding counted, / dof); None for the largest power of two up to 4 that this
+            allows. Memory is read that many times less often.
         seed: of the generating matrix and nothing else, 0 to 2^63 - 1.
         init_std: standard deviation of the bank at initialisation.
         scale: the rule for each layer's standard deviation at initialisation: ``"match"`` (the

@@ -23,7 +23,7 @@ EXTRA_STATE = "_extra_state"  # torch's suffix for what get_extra_state returns
 
 
 class ParameterBank(nn.Module):
-    """The *model ring* w of Ŵ = scale · G · w, and the book of who reads which segment of it.
+    """The bank w of Ŵ = scale · G · w, and the list of which layer reads which segment of it.
 
     ``weight`` is a parameter ``[slots, granularity]``; a bank made by ``from_table`` also has
     the buffer ``table``, int32 ``[entries]``. Layers hold the bank unregistered; the model
@@ -37,8 +37,8 @@ class ParameterBank(nn.Module):
         permute: False reads the ring in order.
         window: slots of a window (law 2), a power of two (a multiple of 8) from 64 to 32768 and at
             most the ring; None, the whole ring.
-        laps: times that a unit reads its window, 1 to 64; None for 4. More laps than the finished
-            model compresses leave windows that nothing reads, see ``rpg.summary``.
+        laps: times that a unit reads each slot of its window, 1 to 64; None for 4. Where the
+            finished model compresses less than that, nothing reads some windows: ``rpg.summary``.
         seed: of the generating matrix, not of the initial values.
         init_std: standard deviation of the normal distribution that initialises the bank.
         device, dtype: of the weight; floating point.

@@ -1,4 +1,4 @@
-"""VirtualWeight: a weight that has a shape and a place on the ring, and no storage."""
+"""VirtualWeight: a weight that has a bank and a placement, and no storage."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Generator:
         permute: False reads the ring in order.
         window: None, the whole ring (law 1), or slots of a window (law 2): a power of two from 64
             to 32768, at most the ring.
-        laps: times that a unit reads its window, 1 to 64; None without a window.
+        laps: times that a unit reads each slot of its window, 1 to 64; None without a window.
         seed: 0 to 2^63 - 1.
         law: version of the packing law; None for the one that the window implies.
 

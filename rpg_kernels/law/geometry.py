@@ -1,4 +1,4 @@
-"""A weight seen as a virtual matrix [N, K], its rows cut into blocks; what a convolution gives."""
+"""A weight as a virtual matrix of rows, runs and blocks; and what size a convolution gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rpg_kernels import _checks
 from rpg_kernels.law.ring import MAX_BAND
 
 MAX_ROWS = 2**62
-_VECTOR = 8  # elements; 16 bytes of bf16, the narrowest gather worth aligning taps for
+_VECTOR = 8  # elements: 16 bytes of bf16, below which it does not pay to give each tap blocks
 
 
 def divisor(length: int, granularity: int) -> int:
@@ -79,7 +79,7 @@ class VirtualMatrix:
     granularity: int
     rows: int = _derived()  # N
     channels: int = _derived()  # K of a matrix, in/groups of a convolution
-    taps: int = _derived()  # kernel positions; 1 for a matrix
+    taps: int = _derived()  # of the convolution's kernel; 1 for a matrix
     by_tap: bool = _derived()  # each tap is a run of its own: no block straddles two taps
     run: int = _derived()  # elements of a run before padding
     runs: int = _derived()  # runs per row

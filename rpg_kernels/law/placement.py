@@ -1,4 +1,4 @@
-"""Where a virtual weight lies on the ring: the record that every operator receives as text."""
+"""Placements: all that an operator must know about a virtual weight, as a record and as text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _KEYS = ("generator", "layer", "start", "shape", "scale", "rows", "columns")
 
 @dataclass(frozen=True)
 class BlockColumns:
-    """In every run of a row: ``count`` blocks from block ``low``; of their elements ``first`` to
-    ``first + length`` are wanted."""
+    """What selected columns need of each run of a row: ``count`` blocks from block ``low``, and
+    ``length`` of their elements from element ``first``."""
 
     low: int
     count: int

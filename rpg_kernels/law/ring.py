@@ -1,15 +1,15 @@
 """The packing law, version 1: which bank slot, and with which sign, a virtual weight reads.
 
-The law maps a logical position of a virtual matrix ``[N, blocks * granularity]``, that is
-(layer, row n, block b, element e), to (slot, element, sign). It knows nothing of tiles, devices
-or dtypes. This file is its definition in PyTorch: int64 tensors that hold uint32 values, so that
+The law gives each position of a layer's virtual matrix, row n and block b, a slot, and each element
+of the block a sign. It knows nothing of tiles, devices or dtypes. ``docs/law.md`` is its
+specification, and this file is its definition in PyTorch: int64 tensors hold uint32 values, so that
 the same steps can be written in 32-bit arithmetic elsewhere and give the same bits.
 
 For one layer::
 
     band  = n // rows_per_band                     # a band has at most 2^31 positions
     q     = (n - band * rows_per_band) * blocks + b
-    q'    = P(q)                                    # a keyed bijection of [0, Q), see Permutation
+    q'    = π(q)                                    # a keyed bijection of [0, Q), see Permutation
     slot  = (start + band * rows_per_band * blocks + q') mod slots
     sign  = bit of sign_word(q)                     # see sign_bits; never looks at the slot
 
@@ -74,7 +74,7 @@ def most_square_factors(size: int) -> tuple[int, int]:
 
 
 def _round(x: Tensor, key: int, size: int) -> Tensor:
-    """``umulhi(f(x, key), size)``: a value in [0, size) from a uint32 hash of x."""
+    """The round function f of docs/law.md: a value in [0, size) from a uint32 hash of x."""
     h = x.bitwise_xor(key)
     h.mul_(0x7FEB352D).bitwise_and_(_M32)
     h.bitwise_xor_(h >> 15)
@@ -91,15 +91,15 @@ def _wrap_(x: Tensor, size: int) -> Tensor:
 class Permutation:
     """A keyed bijection of ``[0, size)``, the same on every machine.
 
-    Positions are written as two digits ``q = i * B + j`` of the most square product
-    ``A * B == size`` and sent through an alternating mixed-radix Feistel network. Two positions
+    Numbers are written with two digits, ``q = i * B + j``, of the most square product
+    ``A * B == size``, and sent through an alternating mixed-radix Feistel network. Two numbers
     keep their difference with probability B^(-rounds/2), which must stay well below 1/size: 6
     rounds when A <= 2B (8 when B is below 128), 10 up to A = B^2, 12 up to A = B^3. With a more
     lopsided product, or B below 12 (so for every prime size), swap-or-not, exact on any size:
-    24 rounds up to 2^16 positions, 48 above.
+    24 rounds up to a size of 2^16, 48 above.
 
     Args:
-        size: number of positions, 1 to 2^31.
+        size: how many numbers are permuted, 1 to 2^31.
         seed, layer, band: what the keys are derived from.
 
     Example:
@@ -131,7 +131,7 @@ class Permutation:
         return 24 if self.size <= 1 << 16 else 48
 
     def forward(self, q: Tensor) -> Tensor:
-        """q' = P(q) for int64 positions of any shape."""
+        """q' = π(q) for int64 numbers of positions, of any shape."""
         if not self.rounds:
             return self._swap_or_not(q, reverse=False)
         major, minor = most_square_factors(self.size)
@@ -145,7 +145,7 @@ class Permutation:
         return i.mul_(minor).add_(j)
 
     def inverse(self, q: Tensor) -> Tensor:
-        """The q with P(q) == the given position."""
+        """The numbers q whose π(q) is given."""
         if not self.rounds:
             return self._swap_or_not(q, reverse=True)
         major, minor = most_square_factors(self.size)
@@ -173,7 +173,7 @@ class Permutation:
 
 
 def sign_word(q: Tensor, seed: int, layer: int, band: int, word: int) -> Tensor:
-    """32 sign bits of block position q: word ``word`` covers elements 32*word to 32*word + 31."""
+    """32 sign bits of position q of a band: ``word`` covers elements 32*word to 32*word + 31."""
     k0, k1 = keys(seed, layer, band, _SIGN_KEY + 2 * word, 2)
     h = q.bitwise_xor(k0)
     h.bitwise_xor_(h >> 17)
@@ -188,9 +188,9 @@ def sign_word(q: Tensor, seed: int, layer: int, band: int, word: int) -> Tensor:
 def sign_bits(element: Tensor) -> Tensor:
     """Which bit of its sign word belongs to each element (reflect ``"element"``).
 
-    Neighbours share a shift: bits 15 - p and 31 - p are those of pair p, so that packed 16-bit
-    kernels get both signs at once as ``(word << p) & 0x80008000``. ``"vector"`` uses bit 31 of
-    word 0 for the whole block.
+    Neighbours share a shift: bits 15 - i and 31 - i are those of pair i, so that kernels that pack
+    two 16-bit numbers get both signs at once as ``(word << i) & 0x80008000``. With ``"vector"``
+    bit 31 of word 0 is the sign of the whole block.
 
     Example:
         >>> sign_bits(torch.tensor([0, 1, 2, 3, 31, 32])).tolist()
@@ -238,7 +238,7 @@ class LayerLaw:
         return -(-self.granularity // WORD_BITS)
 
     def permutation(self, band: int) -> Permutation:
-        """The bijection of one row band."""
+        """The bijection π of one band."""
         rows = min(self.rows_per_band, self.rows - band * self.rows_per_band)
         return Permutation(rows * self.blocks, self.seed, self.layer, band)
 
@@ -255,7 +255,7 @@ class LayerLaw:
         """Slot of each position.
 
         Args:
-            n, b: int64 row and block numbers, broadcast against each other.
+            n, b: int64 numbers of rows and blocks, broadcast against each other.
 
         Returns:
             int64 slots in [0, slots), of the broadcast shape.
@@ -310,7 +310,7 @@ class LayerLaw:
         """The inverse: every position that reads a slot.
 
         Returns:
-            int64 [uses, 2] of (row, block), in the order of the ring's laps.
+            int64 [uses, 2] of (row, block), in the order of passes around the ring.
 
         Raises:
             IndexError: slot is not in [0, slots).

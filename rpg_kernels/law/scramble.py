@@ -1,4 +1,4 @@
-"""How the window law (``window_law.py``) reads a window: a permutation of its slots in each lap."""
+"""How the window law (``window.py``) reads a window: a permutation of its places in each lap."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rpg_kernels.law.ring import sign_word
 
-OCTET = 8  # rows of a block whose slots differ modulo 8
+OCTET = 8  # rows of a block column whose places differ modulo 8
 
 _M32 = 0xFFFFFFFF
 _RING = 2**64 - 1  # the "layer" whose keys scramble the ring; real layers stay below 2^63
@@ -18,17 +18,17 @@ _OCTET_WORD, _FACTOR_WORD, _SUMMAND_WORD = 0, 1, 2
 
 @dataclass(frozen=True)
 class Scramble:
-    """The permutation of the window in each lap, keyed by the number of the lap on the ring.
+    """The permutation of a window in each lap, with keys from the lap's number.
 
-    A lap's position ``j = 8 o + r`` is row r of octet o. With words of 32 bits from the octet and
-    from the pair (lap, c)::
+    ``j = 8 o + r`` counts the addresses of a lap: r is a row of octet o. With words of 32 bits from
+    the octet and from the pair (lap, c)::
 
         c = ((r ^ t) - k) * m mod 8                         # t, k, m odd: bits of the octet's word
         A = o; in each round: A = A * m' + k' mod 2^bits; A ^= A >> shift     # m', k': of (lap, c)
-        local slot = 8 A + c
+        place = 8 A + c
 
-    So an octet has all residues modulo 8, its pairs of rows both parities, and the octets of a
-    lap meet every slot once.
+    So the places of an octet have all residues modulo 8, those of a pair of its rows both parities,
+    and the octets of a lap meet every place once.
 
     Args:
         window: blocks of a window, a power of two from 64.
@@ -38,8 +38,8 @@ class Scramble:
         >>> import torch
         >>> s = Scramble(window=64, seed=0)
         >>> j = torch.arange(64)
-        >>> slot = s.forward(torch.tensor(5), j)
-        >>> slot.sort().values.equal(j), s.inverse(torch.tensor(5), slot).equal(j)
+        >>> place = s.forward(torch.tensor(5), j)
+        >>> place.sort().values.equal(j), s.inverse(torch.tensor(5), place).equal(j)
         (True, True)
     """
 
@@ -48,7 +48,7 @@ class Scramble:
 
     @property
     def bits(self) -> int:
-        """Of an octet's number."""
+        """Bits of an octet's number."""
         return (self.window // OCTET).bit_length() - 1
 
     @property
@@ -72,7 +72,7 @@ class Scramble:
             yield (factors >> 4 * r).bitwise_or_(1), summands >> 4 * r
 
     def forward(self, lap: Tensor, j: Tensor) -> Tensor:
-        """Local slot of position j of a lap; int64 tensors, broadcast."""
+        """The place that address j of a lap reads; int64 tensors, broadcast."""
         mask, shift = self.window // OCTET - 1, max(1, self.bits // 2)
         o, r = j >> 3, j & 7
         t, m, k = self._residue(lap, o)
@@ -83,10 +83,10 @@ class Scramble:
             a.bitwise_xor_(a >> shift)
         return a * OCTET + c
 
-    def inverse(self, lap: Tensor, slot: Tensor) -> Tensor:
-        """Position j of a lap that reads a local slot; int64 tensors, broadcast."""
+    def inverse(self, lap: Tensor, place: Tensor) -> Tensor:
+        """The address j of a lap that reads a place; int64 tensors, broadcast."""
         mask, shift = self.window // OCTET - 1, max(1, self.bits // 2)
-        a, c = slot >> 3, slot & 7
+        a, c = place >> 3, place & 7
         for factor, summand in reversed(list(self._keys(lap, c))):
             high = a
             for _ in range(shift, self.bits, shift):  # undoes a ^= a >> shift from the top down

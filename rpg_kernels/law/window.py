@@ -1,21 +1,22 @@
 """The window law: the packing law for banks that are read window by window.
 
-A window is a run of slots that fits a GPU's shared memory or a CPU's first-level cache. A *unit* of
-the virtual matrix, ``laps * window`` neighbouring blocks, draws all its slots from one window, so
-that memory is read ``laps`` times less often than in law 1, and at random only inside a window.
-``docs/window_law.md`` is the specification, this file the definition in PyTorch: int64 tensors
-that hold uint32 values. For one layer::
+A window is consecutive slots, few enough for a GPU's shared memory or a CPU's first-level cache. A
+*unit* of the virtual matrix, ``laps * window`` consecutive positions, draws all its slots from one
+window. So memory is read ``laps`` times less often than in law 1, and at random only inside a
+window. ``docs/window_law.md`` is the specification, and this file is the definition in PyTorch:
+int64 tensors hold uint32 values. For one layer::
 
-    p    = order(n, b)         # up to 4096 rows of a column, then the next: runs of p are units
-    z    = start + P(p)        # whole units change places among the layer's whole cells
+    p    = order(n, b)         # up to 4096 rows of a column, then those of the next column
+    z    = address(p)          # each unit of consecutive p gets a cell of consecutive z
     cell, lap, j = z / (laps * window), z / window, z mod window
     slot = (cell * window + scramble(lap, j)) mod slots
     sign = a bit of sign_word(p)
 
-Layers follow each other on one address line z that is never wrapped: each cell of ``laps * window``
-addresses is one window read ``laps`` times, and consecutive cells are consecutive windows of the
-ring. ``scramble`` is a permutation of the window, another one in each lap; it makes slot mod 8
-distinct in each 8 rows of a block, which is what keeps shared memory free of bank conflicts.
+Addresses z count the uses of the ring through all layers and are never wrapped. The ``laps *
+window`` addresses of a cell read one window ``laps`` times, and consecutive cells read consecutive
+windows of the ring. ``scramble`` is a permutation of the window, another one in each lap. The
+places that 8 neighbouring rows of a column read differ modulo 8, which is what keeps shared memory
+free of bank conflicts.
 
 This is law version 2, fixed by golden vectors: its values never change.
 """
@@ -35,7 +36,7 @@ from rpg_kernels.law.scramble import Scramble
 
 WINDOW_LAW = 2  # version of this law
 STRIP = 4096  # most rows of a strip, which is cut column by column
-ALIGN = 64  # layers start at multiples of it
+ALIGN = 64  # rows of a stretch; layers start at multiples of it
 MIN_WINDOW, MAX_WINDOW = ALIGN, 2**15
 MAX_LAPS = 64
 MAX_START = 2**62  # in elements
@@ -107,7 +108,7 @@ def check_laps(laps: int, dof: int, span: int) -> None:
 
 
 def alignment(rows: int) -> int:
-    """What a layer's start must be a multiple of, in blocks, for 64 rows to stay inside a lap.
+    """What a layer's start must be a multiple of, in blocks, so that laps hold stretches whole.
 
     Example:
         >>> alignment(4096), alignment(100), alignment(10)
@@ -117,7 +118,7 @@ def alignment(rows: int) -> int:
 
 
 def place(shape: Sequence[int], granularity: int, cursor: int) -> tuple[int, int]:
-    """Where a layer starts and ends on the address line, in elements; the next cursor is the end.
+    """The addresses in elements where a layer starts and ends; the next cursor is the end.
 
     Example:
         >>> place((100, 64), 64, cursor=0), place((10, 100), 64, cursor=6400)
@@ -178,12 +179,12 @@ class WindowLaw(LayerLaw):
 
     @property
     def cell(self) -> int:
-        """Addresses of a window's laps: positions of a whole unit."""
+        """Addresses of a cell, and positions of a unit."""
         return self.laps * self.window
 
     @property
     def scramble(self) -> Scramble:
-        """The permutations of laps."""
+        """The permutation of a window in each lap."""
         return Scramble(self.window, self.seed)
 
     def rows_in(self, band: int) -> int:
@@ -195,28 +196,28 @@ class WindowLaw(LayerLaw):
         return self.start + band * self.rows_per_band * self.blocks
 
     def head(self, band: int) -> int:
-        """Positions of a band before its first whole unit: they finish the cell before."""
+        """Positions of a band before its first unit: they finish a cell that began before."""
         return min(-self.first(band) % self.cell, self.rows_in(band) * self.blocks)
 
     def units(self, band: int) -> int:
-        """Whole units of a band."""
+        """Units of a band."""
         return (self.rows_in(band) * self.blocks - self.head(band)) // self.cell
 
     def permutation(self, band: int) -> Permutation:
-        """The bijection of a band's whole units, or the trivial one of a band without."""
+        """The bijection of a band's units; the trivial one where a band has none."""
         return Permutation(max(1, self.units(band)), self.seed, self.layer, band)
 
     def order(self, n: Tensor, b: Tensor, band: int) -> Tensor:
-        """p: position of row n of a band and block b in the order in which units are cut.
+        """p: the number of the position of row n of a band and block b.
 
-        Strips of 4096 rows follow each other, then strips of 2048, 1024 ... rows, the binary digits
-        of what is left; inside a strip columns, inside a column rows.
+        First come strips of 4096 rows, then strips of 2048, 1024 ... rows, the binary digits of
+        what is left. A strip is numbered column by column, and a column row by row.
         """
         height = _strip_height(n, self.rows_in(band))
         return (n - n % height) * self.blocks + b * height + n % height
 
     def from_order(self, p: Tensor, band: int) -> tuple[Tensor, Tensor]:
-        """Row of the band and block at position p: the inverse of ``order``."""
+        """Row of the band and block of number p: the inverse of ``order``."""
         rows = self.rows_in(band)
         height = torch.full_like(p, STRIP)
         base = p // (STRIP * self.blocks) * STRIP
@@ -229,7 +230,7 @@ class WindowLaw(LayerLaw):
         return base + rest % height, rest // height
 
     def address(self, p: Tensor, band: int, *, inverse: bool = False) -> Tensor:
-        """z - first(band) of position p, both inside the band; or p of an address."""
+        """z - first(band) of number p, or with ``inverse`` p of such an address."""
         if not self.permute or self.units(band) == 0:
             return p.clone()
         unit = (p - self.head(band)).div_(self.cell, rounding_mode="floor")
@@ -237,7 +238,7 @@ class WindowLaw(LayerLaw):
         permutation = self.permutation(band)
         change = permutation.inverse if inverse else permutation.forward
         out = p.clone()
-        # Units hold many positions: each is permuted once.
+        # A unit holds many positions: its number is permuted once for all of them.
         unit, of_position = unit[whole].unique(return_inverse=True)
         out[whole] += ((change(unit) - unit) * self.cell)[of_position]
         return out
@@ -258,15 +259,15 @@ class WindowLaw(LayerLaw):
             p = self.order(n[chosen] - band * self.rows_per_band, b[chosen], band)
             z = self.address(p, band).add_(self.first(band))
             lap, j = z // self.window, z % self.window
-            local = self.scramble.forward(lap, j) if self.permute else j
-            out[chosen] = (lap // self.laps * self.window + local) % self.slots
+            place = self.scramble.forward(lap, j) if self.permute else j
+            out[chosen] = (lap // self.laps * self.window + place) % self.slots
         return out
 
     def sign_words(self, n: Tensor, b: Tensor) -> Tensor:
         """uint32 sign words (in int64) of each position: broadcast shape + [words].
 
-        With reflect ``"vector"`` bit 31 of the only word is the sign; it is bit ``p mod 32`` of a
-        word that 32 positions share.
+        With reflect ``"vector"`` there is one word, and its bit 31 is the sign: bit ``p mod 32`` of
+        a word that 32 positions share.
         """
         n, b = torch.broadcast_tensors(n, b)
         words = 1 if self.reflect == "vector" else self.words
@@ -300,8 +301,8 @@ class WindowLaw(LayerLaw):
         nearest = low + (slot - low) % self.slots
         ring = torch.arange(nearest, max(nearest, high), self.slots)
         laps = (ring // self.window)[:, None] * self.laps + torch.arange(self.laps)
-        local = (ring % self.window)[:, None].expand_as(laps)
-        j = self.scramble.inverse(laps, local) if self.permute else local
+        place = (ring % self.window)[:, None].expand_as(laps)
+        j = self.scramble.inverse(laps, place) if self.permute else place
         z = (laps * self.window + j).flatten()
         z = z[(z >= self.start) & (z < self.start + total)].sort().values
         per_band = self.rows_per_band * self.blocks

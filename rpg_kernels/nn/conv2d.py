@@ -109,7 +109,7 @@ class Conv2d(VirtualLayer):
         return sides
 
     def extra_repr(self) -> str:
-        """Geometry, bias, place on the ring."""
+        """Geometry, bias, number of the layer and scale."""
         p = self.virtual_weight.placement
         text = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
@@ -121,5 +121,5 @@ class Conv2d(VirtualLayer):
             text += f", groups={self.groups}"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode!r}"
-        place = f"layer={p.layer}, scale={self.virtual_weight.scale:.4g}"
-        return f"{text}, bias={self.bias is not None}, {place}"
+        where = f"layer={p.layer}, scale={self.virtual_weight.scale:.4g}"
+        return f"{text}, bias={self.bias is not None}, {where}"

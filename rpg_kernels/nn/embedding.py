@@ -65,7 +65,7 @@ class Embedding(VirtualLayer):
         return functional.embedding(indices, self.virtual_weight, self.padding_idx)
 
     def extra_repr(self) -> str:
-        """Sizes, padding row, place on the ring."""
+        """Sizes, padding row, number of the layer and scale."""
         p = self.virtual_weight.placement
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return (

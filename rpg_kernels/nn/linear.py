@@ -67,7 +67,7 @@ class Linear(VirtualLayer):
         return functional.linear(x, self.virtual_weight, self.bias)
 
     def extra_repr(self) -> str:
-        """Sizes, bias, place on the ring."""
+        """Sizes, bias, number of the layer and scale."""
         p = self.virtual_weight.placement
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "

@@ -7,6 +7,7 @@ import math
 import torch
 
 from rpg_kernels import native
+from rpg_kernels.backends.reference import naive
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from tools.reports import cuda_report as report
 from tools.reports import shared_banks as banks
@@ -15,6 +16,7 @@ from tools.reports.cuda_report import CACHE, LAYERS, Times, case_of, per_clock, 
 from tools.reports.cuda_sass import Kernel
 from tools.reports.triton_model import H200, dense
 
+NAIVE = "0. naive, loops: `rpg_kernels/backends/reference/naive.py`"
 FILLS = {3: "gather", 4: "ring", 5: "windows"}
 NAMES = {
     1: "a thread for each row, law 1",
@@ -28,7 +30,10 @@ BANKS = {1: 32768, 2: 32768, 3: 32768, 4: 704, 5: 16384}
 
 
 def run(step: int, weight: VirtualWeight, x: torch.Tensor, order: int = 0) -> torch.Tensor:
-    """y [N] of x [K], both bf16, by the kernels' own source on the CPU."""
+    """y [N] of x [K], both bf16, by the kernels' own source on the CPU; step 0 gives float64."""
+    if step == 0:
+        elements = weight.bank.weight.detach().double()
+        return naive.OPERATORS["linear"](x.double(), elements, None, None, weight.spec)
     simt = native._load()[0].simt  # type: ignore[union-attr]
     placement = weight.placement
     rows, columns = placement.shape
@@ -102,6 +107,7 @@ def table(of: dict[str, Kernel]) -> str:
         f"| step | DRAM, MB | second-level cache, MB of {LAYERS[0][0]} x {LAYERS[0][1]} "
         f"| lane-instructions for a weight | {head} | measured |",
         "|---|---|---|---|---|---|---|",
+        f"| {NAIVE} | | | | | | not timed: it says what is right |",
     ]
     for step, name in NAMES.items():
         cells = []

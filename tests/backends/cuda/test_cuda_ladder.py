@@ -1,4 +1,4 @@
-"""The five steps of docs/ladder.md compute the same layer, as the SIMT shim runs them."""
+"""The steps of docs/ladder.md compute the same layer, as the SIMT shim runs them."""
 
 from __future__ import annotations
 
@@ -48,11 +48,19 @@ def test_every_step_computes_the_layer(fill: str, rows: int, columns: int, refle
             assert torch.all((y.double() - wanted).abs() <= bound), step
 
 
+@pytest.mark.parametrize("fill", ["ring", "windows"])
+def test_step_0_computes_the_layer(fill: str) -> None:
+    weight = weight_of(fill, 65, 130, "vector")
+    x = torch.randn(130).bfloat16()
+    wanted = weight.unpack().detach().double() @ x.double()
+    torch.testing.assert_close(ladder.run(0, weight, x), wanted)
+
+
 def test_steps_that_are_none_are_refused() -> None:
     weight = weight_of("ring", 64, 64, "vector")
     x = torch.zeros(64).bfloat16()
     with pytest.raises(ValueError, match="step: wanted 1 or 2"):
-        ladder.run(0, weight, x)
+        ladder.run(-1, weight, x)
     element = weight_of("ring", 64, 64, "element")
     with pytest.raises(ValueError, match="reflect: wanted none or vector"):
         ladder.run(1, element, x)

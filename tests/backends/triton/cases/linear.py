@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import brute_force as brute
+import naive_calls as calls
 import pytest
 import torch
 from torch import Tensor
@@ -129,6 +130,18 @@ def test_random(seed: int) -> None:
     else:
         with rpg.scratch_limit(limit):
             check(weight, x, dy, bias, tiles)
+
+
+@pytest.mark.parametrize("window", [None, (64, 3)])
+def test_naive(window: tuple[int, int] | None) -> None:
+    rng = random.Random(str(window))
+    weight = calls.part(rng, calls.drawn(rng, (40, 48), granularity=16, window=window))
+    arguments = calls.arguments(weight, rng, torch.float32)
+    for name in ("linear", "linear_input_grad", "linear_bank_grad"):
+        operands = calls.cast(arguments[name], torch.float32)
+        operands = [a.to(DEVICE) if isinstance(a, Tensor) else a for a in operands]
+        got = getattr(kernels, name)(*operands)
+        calls.compare(name, arguments[name], got, torch.float32)
 
 
 @pytest.mark.parametrize(("g", "reflect"), [(4, "vector"), (32, "vector"), (32, "element")])

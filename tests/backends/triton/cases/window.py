@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import brute_force as brute
@@ -31,6 +33,7 @@ from rpg_kernels.law.window import WindowLaw, alignment
 
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else brute.ALL[1:]
 REFLECT = ("element", "vector", "none")
+GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "law2.json").read_text())["entries"]
 TILES = Config(16, 16, 16, 4, 2, 2)
 
 _position, _vector_sign = entries.position, entries.vector_sign
@@ -139,6 +142,22 @@ def draw(rng: random.Random, **fixed: object) -> WindowLaw:
     step = alignment(fields["rows"])
     fields.setdefault("start", step * rng.choice([0, 1, rng.randrange(1000), 2**55 // step]))
     return WindowLaw(**fields)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in GOLDEN.items() if "points" in entry])
+def test_golden_points(name: str) -> None:
+    entry = GOLDEN[name]
+    law = WindowLaw(**entry["config"])
+    rows, blocks = torch.tensor(entry["points"]).t()
+    bands = rows // law.rows_per_band
+    for band in bands.unique().tolist():
+        here = bands == band
+        got = evaluate(law, band, rows[here] - band * law.rows_per_band, blocks[here])
+        assert torch.equal(got[1], torch.tensor(entry["slots"])[here])
+        if law.reflect != "none":
+            words = torch.tensor(entry["sign words"])[here, :2]
+            signs = got[2:3] << 31 if law.reflect == "vector" else got[3 : 3 + words.shape[1]]
+            assert torch.equal(signs.t(), words & (1 << 31) if law.reflect == "vector" else words)
 
 
 @pytest.mark.parametrize("seed", range(16))
