@@ -1,7 +1,7 @@
 """Images for the demo: scikit-learn's digits, CIFAR-10's folder, or JPEGs in an ``.npz`` file.
 
-Nothing read here can run code: the CIFAR-10 pickles go through a reader that knows NumPy arrays and
-built-in containers only, and ``.npz`` files are opened with ``allow_pickle=False``.
+Nothing read here can run code: the CIFAR-10 pickles go through an unpickler that knows NumPy arrays
+and plain values only, and ``.npz`` files are opened with ``allow_pickle=False``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels._extras import require
-from rpg_kernels.interop import array_pickle as _array_pickle
+from rpg_kernels.interop import pickled_arrays
 
 CIFAR_SIDE = 32
 CIFAR_CLASSES = (
@@ -125,7 +125,7 @@ def _cifar_batches(files: Iterable[Path], limit: int | None) -> tuple[Tensor, Te
 def _cifar_batch(file: Path) -> tuple[Tensor, Tensor]:
     numpy = require("numpy", "numpy", "CIFAR-10")
     try:
-        batch = _array_pickle.loads(file.read_bytes())
+        batch = pickled_arrays.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: got a file that cannot be read ({error})") from error
     if not isinstance(batch, dict):

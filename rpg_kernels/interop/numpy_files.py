@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpg_kernels import _checks
 from rpg_kernels._extras import require
-from rpg_kernels.interop import array_pickle as _array_pickle
-from rpg_kernels.interop import numpy_arrays as arrays
+from rpg_kernels.interop import pickled_arrays
 
 if TYPE_CHECKING:
     import numpy
@@ -22,9 +21,8 @@ def read_object_array(path: str | os.PathLike[str]) -> numpy.ndarray[Any, Any]:
     """Read a ``.npy`` file that holds numbers or, pickled, arrays of numbers.
 
     ``numpy.load`` runs whatever such a pickle asks for (``allow_pickle=True``) or refuses it. Here
-    nothing of the file is run: its opcodes are interpreted, and only those that make arrays of
-    numbers from the file's own bytes are known. Memory is bounded by the file's size plus a
-    constant.
+    nothing that the file names is run or imported, and it may name only what makes arrays of
+    numbers from its own bytes. Memory is bounded by the file's size plus a constant.
 
     Args:
         path: a file that ``numpy.save`` of NumPy 1 or 2 wrote, format version 1.0 or 2.0.
@@ -59,15 +57,15 @@ def read_object_array(path: str | os.PathLike[str]) -> numpy.ndarray[Any, Any]:
         shape, fortran, dtype = getattr(reader, _HEADERS[version])(stream)
     # A damaged header fails in whichever of Python's own parsers the damage reaches.
     except Exception as error:
-        reason = arrays.shorten(str(error) or type(error).__name__)
+        reason = pickled_arrays.shorten(str(error) or type(error).__name__)
         raise _checks.fail(
             name, f"a header that cannot be read ({reason})", "a .npy file"
         ) from error
     start = stream.tell()
     try:
         if not dtype.hasobject:
-            return arrays.numeric_array(data[start:], dtype, shape, fortran)  # type: ignore[no-any-return]
-        array = _array_pickle.loads(data, start)
+            return pickled_arrays.numeric_array(data[start:], dtype, shape, fortran)  # type: ignore[no-any-return]
+        array = pickled_arrays.loads(data, start)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     got = f"a {type(array).__name__}"

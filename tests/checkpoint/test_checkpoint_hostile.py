@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import build, forge, join, split, values
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rpg_kernels as rpg
@@ -79,7 +80,7 @@ def test_truncated_and_continued_files(path: Path) -> None:
         refused(path, "truncated")
     for tail in (b"\0", b" ", good):
         path.write_bytes(good + tail)
-        refused(path, f"truncated or continued: got {len(good + tail)} bytes, wanted {len(good)}")
+        refused(path, "truncated or continued")
 
 
 class Weapon:
@@ -107,20 +108,19 @@ def test_impossible_lengths_of_the_header(length: int, path: Path) -> None:
 
 
 def test_a_foreign_file_and_how_to_load_it_all_the_same(path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
     model, other = build(0), build(1)
     for metadata in ({"format": "pt"}, None):
         state = {k: v.clone().contiguous() for k, v in model.state_dict().items()}
-        safetensors.save_file(state, path, metadata)
+        save_file(state, path, metadata)
         refused(
             path, r"not written by rpg\.save.*model\.load_state_dict\(safetensors\.torch\.load_f"
         )
-    other.load_state_dict(safetensors.load_file(path))
+    other.load_state_dict(load_file(path))
     assert torch.equal(other.rpg_bank.weight, model.rpg_bank.weight)
 
 
 def test_forging_nothing_changes_nothing(path: Path) -> None:
-    forge(path, lambda header, data: None)
+    forge(path, lambda header, data: header["mix.bias"].update(more=1))  # a format of tomorrow
     model = rpg.load(build(1), path)
     assert torch.equal(model.rpg_bank.weight, build(0).rpg_bank.weight)
 
@@ -135,63 +135,70 @@ def test_a_change_without_the_digest(path: Path) -> None:
     refused(path, "damaged: .*wanted None")
 
 
-RAW_HEADERS: dict[str, tuple[bytes, str]] = {
-    "nested deeply": (b"[" * 200_000, "nested too deeply"),
-    "objects nested deeply": (b'{"a":' * 200_000, "nested too deeply"),
-    "no UTF-8": (b'{"\xff\xfe": 1}', "utf-8"),
-    "UTF-16": ('{"a": 1}'.encode("utf-16"), "utf-8"),
-    "a key twice": (b'{"__metadata__": {}, "__metadata__": {}}', "given twice"),
-    "5000 digits": (b'{"a": 1' + b"0" * 5000 + b"}", "4300 digits"),
-    "NaN": (b'{"a": NaN}', "NaN is not a JSON number"),
-    "infinity": (b'{"a": -Infinity}', "-Infinity is not a JSON number"),
-    "a list": (b"[]", "a list, not an object"),
-    "null": (b"null", "a NoneType, not an object"),
-    "nothing": (b"", "Expecting value"),
-    "two values": (b"{} {}", "Extra data"),
-    "metadata of numbers": (b'{"__metadata__": {"rpg_format": 1}}', "not an object of texts"),
-    "metadata as text": (b'{"__metadata__": "rpg_format"}', "not an object of texts"),
+DAMAGED = r"not a safetensors file, or damaged, truncated or continued \(.+\)"
+RAW_HEADERS: dict[str, bytes] = {
+    "nested deeply": b"[" * 200_000,
+    "objects nested deeply": b'{"a":' * 200_000,
+    "no UTF-8": b'{"\xff\xfe": 1}',
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "a key twice": b'{"__metadata__": {}, "__metadata__": {}}',
+    "5000 digits": b'{"a": 1' + b"0" * 5000 + b"}",
+    "NaN": b'{"a": NaN}',
+    "infinity": b'{"a": -Infinity}',
+    "a list": b"[]",
+    "null": b"null",
+    "nothing": b"",
+    "two values": b"{} {}",
+    "metadata of numbers": b'{"__metadata__": {"rpg_format": 1}}',
+    "metadata as text": b'{"__metadata__": "rpg_format"}',
 }
 
 
 @pytest.mark.parametrize("name", RAW_HEADERS)
 def test_headers_that_are_no_headers(name: str, path: Path) -> None:
-    text, message = RAW_HEADERS[name]
-    path.write_bytes(join(text, split(path.read_bytes())[1]))
-    refused(path, f"not a safetensors file, or damaged .*{message}")
+    path.write_bytes(join(RAW_HEADERS[name], split(path.read_bytes())[1]))
+    refused(path, DAMAGED)
 
 
-ENTRIES: dict[str, tuple[Any, str]] = {
-    "no entry": (3, "has not dtype, shape"),
-    "a field too many": ({"more": 1}, "has not dtype, shape"),
-    "unknown dtype": ({"dtype": "F4"}, "unknown dtype"),
-    "dtype as a list": ({"dtype": ["F32"]}, "unknown dtype"),
-    "negative shape": ({"shape": [-4, -4]}, "no sizes"),
-    "shape of fractions": ({"shape": [16.0]}, "no sizes"),
-    "shape of booleans": ({"shape": [True, 16]}, "no sizes"),
-    "shape as text": ({"shape": "16"}, "no short list"),
-    "2000 dimensions": ({"shape": [1] * 2000}, "no short list"),
-    "400 digits": ({"shape": [10**400]}, "no sizes"),
-    "another shape": ({"shape": [15]}, "do not fit its shape"),
-    "another dtype": ({"dtype": "F64"}, "do not fit its shape"),
-    "one offset": ({"data_offsets": [0]}, "do not fit its shape"),
-    "offsets backwards": ({"data_offsets": [64, 0]}, "do not fit its shape"),
-    "negative offsets": ({"data_offsets": [-64, 0]}, "no sizes"),
-    "an overlap": ({"data_offsets": [0, 64]}, "begins at byte"),
-    "beyond the end": ({"data_offsets": [10**6, 10**6 + 64]}, "begins at byte"),
-    "empty but huge": (
-        {"shape": [0, 2**40, 2**40], "data_offsets": [0, 0]}, "more than torch can hold",
-    ),
-}  # fmt: skip
+ENTRIES: dict[str, Any] = {
+    "no entry": 3,
+    "unknown dtype": {"dtype": "F5"},
+    "dtype of half a byte": {"dtype": "F4", "shape": [128]},
+    "dtype as a list": {"dtype": ["F32"]},
+    "negative shape": {"shape": [-4, -4]},
+    "shape of fractions": {"shape": [16.0]},
+    "shape of booleans": {"shape": [True, 16]},
+    "shape as text": {"shape": "16"},
+    "400 digits": {"shape": [10**400]},
+    "another shape": {"shape": [15]},
+    "another dtype": {"dtype": "F64"},
+    "one offset": {"data_offsets": [0]},
+    "offsets backwards": {"data_offsets": [64, 0]},
+    "negative offsets": {"data_offsets": [-64, 0]},
+    "an overlap": {"data_offsets": [0, 64]},
+    "terabytes": {"shape": [2**40], "data_offsets": [0, 2**42]},
+    "beyond the end": {"data_offsets": [10**6, 10**6 + 64]},
+}
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_entries_that_no_tensor_has(name: str, path: Path) -> None:
-    changes, message = ENTRIES[name]
+    changes = ENTRIES[name]
     header, data = split(path.read_bytes())
     entry = header["mix.bias"]
     header["mix.bias"] = {**entry, **changes} if isinstance(changes, dict) else changes
     path.write_bytes(join(header, data))
-    refused(path, f"damaged.*{message}")
+    refused(path, DAMAGED)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**40, 2**40], [2**40, 2**40, 0]])
+def test_a_shape_that_holds_nothing_and_is_too_large_for_torch(
+    shape: list[int], path: Path
+) -> None:
+    header, data = split(path.read_bytes())
+    header["empty"]["shape"] = shape
+    path.write_bytes(join(header, data))
+    refused(path, DAMAGED)
 
 
 def in_record(key: str, change: Callable[[Any], Any]) -> Change:
@@ -287,6 +294,8 @@ FORGERIES: dict[str, tuple[Change, str]] = {
                          r"tensors: got none of mix\.bias, and more, which the model lacks"),
     "a tensor's shape": (entry(lambda h: h["mix.bias"].update(shape=[4, 4])),
                          r"mix\.bias: got shape \[4, 4\], wanted shape \[16\]"),
+    "a shape of 1000 dimensions": (entry(lambda h: h["mask"].update(shape=[1] * 999 + [3])),
+                                   r"mask: got shape \[1, 1, 1"),
     "bytes above 1": (bool_bytes, "mask: got bytes above 1, wanted bool"),
 }  # fmt: skip
 

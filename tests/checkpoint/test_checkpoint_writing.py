@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +45,22 @@ def test_a_file_is_written_whole_or_not_at_all(path: Path, monkeypatch: pytest.M
         assert [p.name for p in path.parent.iterdir()] == [path.name]
         if isinstance(error, OSError):
             assert "cannot be written (No space left on device)" in str(caught.value)
+
+
+def test_a_file_that_outgrows_its_place(path: Path) -> None:
+    """What the library says of the system's error becomes that error."""
+    rpg.save(nn.Linear(2, 2), path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written") as caught:
+            rpg.save(nn.Linear(64, 64), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert path.read_bytes() == before
 
 
 def test_the_file_reaches_the_disk_before_its_name(

@@ -12,6 +12,7 @@ import brute_force as brute
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel
@@ -267,13 +268,12 @@ def test_a_bank_on_meta_states_its_map_and_is_loaded_by_assignment() -> None:
 
 
 def test_plain_safetensors_keep_the_map(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "model.safetensors"
-    safetensors.save_file(build(0.7).state_dict(), path)
+    save_file(build(0.7).state_dict(), path)
     model = build(2.0)
-    model.load_state_dict(safetensors.load_file(path))
+    model.load_state_dict(load_file(path))
     assert model[0].virtual_weight.scale == 0.7
-    refused(build(seed=3), safetensors.load_file(path), "seed: got 0, wanted 3")
+    refused(build(seed=3), load_file(path), "seed: got 0, wanted 3")
 
 
 def test_compiled_averaged_and_functional_models() -> None:

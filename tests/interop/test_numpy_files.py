@@ -17,7 +17,7 @@ import pytest
 from hostile_arrays import HEADERS, HOSTILE, LAYERS, Call, npy, objects
 
 from rpg_kernels._extras import MissingExtraError
-from rpg_kernels.interop import array_pickle as _array_pickle
+from rpg_kernels.interop import pickled_arrays
 from rpg_kernels.interop.numpy_files import read_object_array
 
 # Text with a wrong escape, which pickletools decodes before anything can refuse it; old names of
@@ -98,24 +98,37 @@ def test_every_protocol_of_both_numpys(value: Any, flavour: str, protocol: int) 
         content = as_numpy_1(content)
         assert b"numpy.core" in content
         assert b"_core" not in content
-    assert_same(_array_pickle.loads(content), value)
+    assert_same(pickled_arrays.loads(content), value)
 
 
-def test_memo_and_containers() -> None:
+def test_plain_values_beside_arrays() -> None:
     shared = np.arange(3)
-    value = {b"a": [shared, shared], "b": (1, -2.5, None, True, 2**40, "é", b"\x00\xff"), "c": {}}
+    plain = [1, -2.5, None, True, 2**40, "é", b"\x00\xff", b""]
+    value = {
+        b"a": shared,
+        "b": shared,
+        "c": plain,
+        "d": [],
+        **dict(zip("efgh", plain, strict=False)),
+    }
     for protocol in PROTOCOLS:
-        result = _array_pickle.loads(pickle.dumps(value, protocol))
+        result = pickled_arrays.loads(pickle.dumps(value, protocol))
         assert list(result) == list(value)
-        assert result["b"] == value["b"]
-        assert result[b"a"][0] is result[b"a"][1]
-        assert_same(result[b"a"][0], shared)
+        assert all(result[key] == value[key] for key in "cdef")
+        assert result[b"a"] is result["b"]
+        assert_same(result["b"], shared)
+
+
+def test_as_many_opcodes_as_a_batch_of_cifar_has() -> None:
+    names = [f"image_s_{i:06}.png".encode() for i in range(10_000)]
+    value = {b"labels": [i % 10 for i in range(10_000)], b"filenames": names}
+    assert pickled_arrays.loads(pickle.dumps(value, 4)) == value
 
 
 def test_arrays_come_in_native_order_and_read_only(tmp_path: Path) -> None:
     big_endian = objects(np.arange(3, dtype=">i4"), np.array([1.5], dtype=">f8"))
     native = objects(np.arange(3, dtype=np.int32), np.array([1.5]))
-    assert_same(_array_pickle.loads(pickle.dumps(big_endian)), native)
+    assert_same(pickled_arrays.loads(pickle.dumps(big_endian)), native)
     array = read(tmp_path, NUMPY_1_FILE)
     for part in (array, array[0]):
         with pytest.raises(ValueError, match="read-only"):
@@ -200,20 +213,20 @@ def test_bit_flips(tmp_path: Path, name: str) -> None:
     content = files()[name]
     generator = random.Random(name)
     read_at_all = 0
-    for _ in range(600):
+    for _ in range(250):
         damaged = bytearray(content)
         for _ in range(generator.choice((1, 1, 1, 2, 5))):
             damaged[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
         read_at_all += assert_valid_or_refused(tmp_path, bytes(damaged))
     # Flips among the numbers themselves are valid files.
-    assert 0 < read_at_all < 600
+    assert 0 < read_at_all < 250
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_opcodes_in_another_order(tmp_path: Path, protocol: int) -> None:
     content = pickle.dumps(LAYERS, protocol)
     generator = random.Random(protocol)
-    for _ in range(300):
+    for _ in range(120):
         start, end, to = sorted(generator.randrange(len(content)) for _ in range(3))
         moved = content[:start] + content[end:to] + content[start:end] + content[to:]
         assert_valid_or_refused(tmp_path, npy(moved))
@@ -240,4 +253,4 @@ def test_without_numpy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(MissingExtraError, match=r"a \.npy file needs numpy: pip install numpy"):
         read_object_array(tmp_path / "layers.npy")
     with pytest.raises(MissingExtraError, match="pip install numpy"):
-        _array_pickle.loads(b"N.")
+        pickled_arrays.loads(b"N.")

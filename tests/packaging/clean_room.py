@@ -229,8 +229,8 @@ def headers(text: bytes) -> Message:
 
 
 def with_torch(wheel: Path, folder: Path) -> Room:
-    """Installed beside torch and what torch requires; no index, so it asks for nothing else."""
-    room = Room(folder).link("torch")
+    """Installed beside what it requires; no index, so it asks for nothing else."""
+    room = Room(folder).link("safetensors", "torch")
     room.install(wheel)
     return room
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 # Needed by extras or by other back ends, so never by the import.
-OPTIONAL = ("matplotlib", "numpy", "PIL", "safetensors", "sklearn", "tqdm", "triton")
+OPTIONAL = ("matplotlib", "numpy", "PIL", "sklearn", "tqdm", "triton")
 
 
 def run_python(code: str) -> str:

@@ -127,7 +127,7 @@ def test_metadata(pure: Path) -> None:
     assert metadata["License-Expression"] == "BSD-3-Clause"
     assert metadata["Requires-Python"] == ">=3.11"
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert required == ["torch>=2.11"]
+    assert required == ["safetensors>=0.8", "torch>=2.11"]
     assert "rpg-kernels = rpg_kernels.cli:main" in files[f"{INFO}/entry_points.txt"].decode()
 
 
