@@ -10,50 +10,19 @@ from collections.abc import Callable, Iterator
 import brute_force as brute
 import pytest
 import torch
+from recorder import MODULES, Recorder
 from torch import Tensor
 
 import rpg_kernels as rpg
 from rpg_kernels import native, settings
 from rpg_kernels.backends import dispatch, registry
 from rpg_kernels.backends.call import OPERATORS, Call
-from rpg_kernels.backends.reference import conv2d, embedding, linear, unpack
-from rpg_kernels.backends.registry import Backend
 from rpg_kernels.doctor import environment
-
-MODULES = {"linear": linear, "conv2d": conv2d, "embedding": embedding, "unpack": unpack}
 
 
 @pytest.fixture
 def weight() -> rpg.VirtualWeight:
     return brute.bank_of(640, torch.float32, granularity=16).place((9, 20))
-
-
-class Recorder(Backend):
-    """A back end for everything, by the reference, that records what it is asked for."""
-
-    name = "recorder"
-    summary = "a recorder"
-
-    def __init__(self, wanted: Callable[[Call], bool] = lambda call: False) -> None:
-        self.wanted = wanted
-        self.seen: list[str] = []
-
-    def unsupported(self, call: Call) -> str:
-        return "no recorder works in float16" if call.dtype == torch.float16 else ""
-
-    def preferred(self, call: Call) -> bool:
-        return self.wanted(call)
-
-    def explain(self, call: Call) -> str:
-        return self.summary if self.takes(call) else self.unsupported(call) or "not wanted"
-
-    def operator(self, call: Call) -> Callable[..., Tensor]:
-        def record(*arguments: object) -> Tensor:
-            self.seen.append(call.op)
-            result: Tensor = getattr(MODULES[OPERATORS[call.op]], call.op)(*arguments)
-            return result
-
-        return record
 
 
 @pytest.fixture

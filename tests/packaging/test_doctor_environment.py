@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from doctor_tools import forget_dispatch, run, run_json, tool
+from doctor_tools import run, run_json, tool
+from recorder import Recorder
 
 import rpg_kernels as rpg
 from rpg_kernels import native, settings
-from rpg_kernels.backends import dispatch
+from rpg_kernels.backends import registry
 from rpg_kernels.doctor import environment, report
 
 
@@ -216,23 +217,22 @@ def test_an_environment_that_names_no_back_end(
     status, out = run(capsys)
     assert out.count("FAIL") == 1
     assert out.endswith("pass; could not be examined: settings in force\n")
-    with pytest.raises(ValueError, match="cudnn"):  # nothing is left forced
-        settings.forced_backend()
+    assert settings.forced_backend() == "cudnn"  # nothing else is left forced
 
 
 def test_back_ends_of_a_table_with_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fast = dispatch.Rule("simt", lambda op, d, t: op == "linear" and t == torch.bfloat16, "fast")
-    monkeypatch.setattr(dispatch, "RULES", (fast, *dispatch.RULES))
+    recorder = Recorder(lambda call: call.op == "linear" and call.dtype == torch.bfloat16)
     monkeypatch.setattr(native, "_enabled", False)
-    forget_dispatch()
+    registry.register(recorder, before="reference")
     try:
         text = report.section("backends", environment.backends(), "")
     finally:
-        forget_dispatch()
-    assert f"  {'cpu':<20} simt for linear in bfloat16\n  {'':<20} fast" in text
-    assert "reference for every operator in float64, float32, float16\n" in text
+        registry.unregister("recorder")
+    assert f"  {'cpu':<20} recorder for linear in bfloat16\n  {'':<20} a recorder" in text
+    assert "reference for every operator in float64, float32\n" in text
+    assert "reference for every operator in float16\n" in text  # which no recorder takes
     assert "reference for linear_input_grad, linear_bank_grad, conv2d" in text
 
 

@@ -27,7 +27,7 @@ from rpg_kernels.law.placement import Placement, parse
 
 
 @dataclass(frozen=True)
-class _Window:
+class _Geometry:
     """Geometry of a convolution, as torch takes it."""
 
     stride: Sequence[int]
@@ -94,14 +94,14 @@ def conv2d(
 ) -> Tensor:
     """x ``[B, C, H, W]`` -> ``[B, out, H', W']`` in x's memory format."""
     p = parse(placement)
-    window = _Window(stride, padding, dilation)
+    geometry = _Geometry(stride, padding, dilation)
     bank = bank.contiguous()
     cut, dtype = product_tiles(p, bank, x, 1, kernels, groups)
     y: Tensor | None = None
     for tile in cut:
         count, channels = _groups_of(tile, p, groups)
         added = None if bias is None or tile.column else bias[tile.rows].to(dtype)
-        part = window.forward(
+        part = geometry.forward(
             x[:, channels].to(dtype),
             cast_tile(bank, table, tile.placement, dtype, kernels, _channels_last(x)),
             added,
@@ -134,7 +134,7 @@ def conv2d_input_grad(
 ) -> Tensor:
     """dy ``[B, out, H', W']`` -> dx of ``input_size`` in dy's memory format."""
     p = parse(placement)
-    window = _Window(stride, padding, dilation)
+    geometry = _Geometry(stride, padding, dilation)
     bank = bank.contiguous()
     cut, dtype = product_tiles(p, bank, dy, 0, kernels, groups)
     dx: Tensor | None = None
@@ -142,7 +142,7 @@ def conv2d_input_grad(
         count, channels = _groups_of(tile, p, groups)
         size = (input_size[0], channels.stop - channels.start, *input_size[2:])
         like = dy.new_empty(1, dtype=dtype).expand(size)
-        part, _, _ = window.backward(
+        part, _, _ = geometry.backward(
             dy[:, tile.rows].to(dtype),
             like,
             cast_tile(bank, table, tile.placement, dtype, kernels, _channels_last(dy)),
@@ -172,7 +172,7 @@ def conv2d_bank_grad(
 ) -> Tensor:
     """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]``."""
     p = parse(placement)
-    window = _Window(stride, padding, dilation)
+    geometry = _Geometry(stride, padding, dilation)
     grad = bank_accumulator(p, dy.device, dtype)
     bytes_per_weight = backward_bytes(p, dy, grad)
     if dy.dtype not in (torch.float32, torch.bfloat16):
@@ -184,7 +184,7 @@ def conv2d_bank_grad(
         mask = [False, True, False]
         pack(
             grad,
-            window.backward(dy[:, tile.rows], x[:, channels], like, count, mask)[1],
+            geometry.backward(dy[:, tile.rows], x[:, channels], like, count, mask)[1],
             table,
             tile.placement,
         )
