@@ -31,3 +31,18 @@ def memory(tensor: Tensor) -> memoryview:
     if not size:
         return memoryview(bytearray())
     return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+
+
+def for_strided_pointwise(x: Tensor) -> Tensor:
+    """The input of a strided 1x1 convolution, copied where oneDNN's backward cannot be trusted.
+
+    Of images on a CPU, channels last and of fewer channels than it takes at a time (8, or 16 with
+    AVX-512), that of oneDNN 3.12 gives wrong weight gradients, or writes past its own memory
+    (uxlfoundation/oneDNN, issue 6035). Of contiguous images it does neither.
+
+    Args:
+        x: ``[B, C, H, W]``.
+    """
+    if x.device.type != "cpu" or x.shape[1] >= 16 or x.stride(1) > 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -7,13 +7,14 @@ packed by PyTorch, or by ``kernels`` that another back end lends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rpg_kernels._tensors import empty_image
+from rpg_kernels._tensors import empty_image, for_strided_pointwise
 from rpg_kernels.backends.reference.accumulate import (
     backward_bytes,
     bank_accumulator,
@@ -41,6 +42,8 @@ class _Geometry:
         self, dy: Tensor, x: Tensor, weight: Tensor, groups: int, mask: list[bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dweight, dbias) of what mask asks for."""
+        if mask[1] and math.prod(weight.shape[2:]) == 1 and max(self.stride) > 1:
+            x = for_strided_pointwise(x)
         result: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
             dy,
             x,
