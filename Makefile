@@ -3,7 +3,7 @@
 # The interpreter that .venv is made with; by default the first of CANDIDATES that is recent enough.
 PYTHON ?=
 CANDIDATES := python3.11 python3.12 python3.13 python3
-# Passed on: to `rpg-kernels demo` by `make demo`, to pytest by `make test`, and so on.
+# Passed on: to `python -m examples.demo` by `make demo`, to pytest by `make test`, and so on.
 ARGS ?=
 # What `make test` collects: doctests of the package, and the tests.
 TESTS ?= rpg_kernels tests

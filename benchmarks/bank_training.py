@@ -1,6 +1,6 @@
 """Learning rate, weight decay, initial spread and gradient clipping of a bank, on real images.
 
-    python benchmarks/bank_training.py [--seeds 3] [--out FILE.json]
+    python -m benchmarks.bank_training [--seeds 3] [--out FILE.json]
 
 Trains the demo's small network on scikit-learn's digits, one setting changed at a time, and prints
 the test accuracy: mean over seeds, and half their range. docs/training.md shows the result.

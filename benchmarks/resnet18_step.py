@@ -1,6 +1,6 @@
 """One training step of ResNet-18 on CIFAR-sized images: dense, as published, and ours.
 
-    python benchmarks/resnet18_step.py [--out FILE.json]
+    python -m benchmarks.resnet18_step [--out FILE.json]
 
 Prints, and writes as JSON: the median time of a step (interleaved, so that all three see the same
 machine), the largest single allocation of a step from the profiler's memory events, and the bytes

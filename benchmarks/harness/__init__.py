@@ -1,7 +1,7 @@
 """The benchmark harness: correctness first, then memory and speed, results as data.
 
-``rpg-kernels bench`` runs it; this module holds its options. docs/benchmarks.md says how to read
-what it writes.
+``python -m benchmarks.harness`` runs it; this module holds its options. docs/benchmarks.md says how
+to read what it writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPU_SUITES = ("cpu", "cpu-full", "decoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options of ``rpg-kernels bench`` on ``parser``."""
+    """Define the options of ``python -m benchmarks.harness`` on ``parser``."""
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--suite",

@@ -51,7 +51,7 @@ class Setting:
 
 
 def experiment(args: argparse.Namespace) -> list[report.Result]:
-    """Train and compare the networks; ``args`` are those of ``rpg-kernels demo``.
+    """Train and compare the networks; ``args`` are those of ``python -m examples.demo``.
 
     Raises:
         MissingExtraError: a package that the demo needs is not installed.
