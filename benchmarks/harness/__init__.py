@@ -130,12 +130,11 @@ def _refuse(wrong: list[str]) -> None:
 
 def _cpu(args: argparse.Namespace) -> None:
     """Run a suite of CPU kernels."""
-    from benchmarks.harness import cases
     from benchmarks.harness.cpu import decoder, grid, report, run
-    from rpg_kernels import _checks
+    from rpg_kernels import _checks, timing
 
     choice = {
-        "case": args.case, "batch": args.batch, "dof": [cases.count(text) for text in args.dof],
+        "case": args.case, "batch": args.batch, "dof": [timing.count(text) for text in args.dof],
     }  # fmt: skip
     others = ["op", "granularity", "reflect", "impl", "memory", "eager"]
     if args.suite == "decoder":
@@ -165,11 +164,11 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], str | None]:
     import torch
 
     from benchmarks.harness import cases
-    from rpg_kernels import _checks
+    from rpg_kernels import _checks, timing
 
     on_gpu = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
     dtypes = args.dtype or ["bf16" if on_gpu else "fp32"]
-    dofs = [cases.count(text) for text in args.dof]
+    dofs = [timing.count(text) for text in args.dof]
     picky = args.case or args.op or args.batch or dofs or args.granularity or args.reflect
     if args.suite or not picky:
         if picky:

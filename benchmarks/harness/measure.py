@@ -17,9 +17,10 @@ from benchmarks.harness.baselines import Implementation
 from benchmarks.harness.cases import PASSES, Case
 from benchmarks.harness.problem import Problem, copies, spec, turns
 from benchmarks.harness.schema import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
-from benchmarks.harness.timing import COLD, WARM, Sample, Work, figure, quoted
+from benchmarks.harness.timing import COLD, WARM, Sample, Work, quoted
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
+from rpg_kernels.timing import figure
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
 Row = dict[str, Any]

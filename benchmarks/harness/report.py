@@ -26,6 +26,7 @@ from benchmarks.harness.machine import BUSY_SPREAD
 from benchmarks.harness.table import NOT_MEASURED
 from benchmarks.harness.timing import COLD
 from rpg_kernels import _checks
+from rpg_kernels.timing import seconds
 
 RESULTS, IMAGES = Path("benchmarks/results"), Path("docs/images")
 PAGES = ("README.md", "docs/*.md")
@@ -148,7 +149,7 @@ def _time(row: Mapping[str, Any] | None, clock: str) -> str:
         return NOT_MEASURED
     found = table.median(row, "full", COLD, clock)
     if found is not None:
-        return table.seconds(found) + _doubt(row, clock)
+        return seconds(found) + _doubt(row, clock)
     return row["status"] if row["status"] not in (schema.OK, schema.SKIPPED) else NOT_MEASURED
 
 

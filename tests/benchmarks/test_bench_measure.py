@@ -71,14 +71,6 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
     assert 3 <= len(calls) <= 10
 
 
-def test_figures() -> None:
-    figure = timing.figure([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert (figure.median_s, figure.samples) == (3.0, 5)
-    assert (figure.q10_s, figure.q90_s) == pytest.approx((1.4, 4.6))
-    assert figure.spread == pytest.approx(3.2 / 3)
-    assert timing.figure([7.0]) == timing.Figure(7.0, 7.0, 7.0, 1)
-
-
 @pytest.mark.parametrize(
     ("name", "saved"), [("dense", 0), ("published", 16), ("unpack", 4), ("rpg-reference", 0)]
 )
@@ -299,7 +291,7 @@ def test_what_cannot_be_captured_is_timed_as_launched(
     assert set(clock.sample(made, "full", timing.WARM)) == {"eager"}
     assert clock.note(made) == f"timed as launched, no graph: {str(error).splitlines()[0]}"
     assert set(cuda_clock.CudaClock(graphs=False).sample(made, "full", "cold")) == {"eager"}
-    figures = {"eager": timing.figure([1.0])}
+    figures = {"eager": 1.0}
     assert timing.quoted(figures, clock.headline) == figures["eager"]
 
 

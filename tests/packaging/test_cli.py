@@ -82,6 +82,21 @@ def test_bench_times_the_shapes_that_are_asked_for(
     assert {row.split()[-1] for row in rows} <= set(settings.BACKENDS)
 
 
+def test_figures() -> None:
+    figure = timing.figure([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (figure.median_s, figure.samples) == (3.0, 5)
+    assert (figure.q10_s, figure.q90_s) == pytest.approx((1.4, 4.6))
+    assert figure.spread == pytest.approx(3.2 / 3)
+    assert timing.figure([7.0]) == timing.Figure(7.0, 7.0, 7.0, 1)
+
+
+@pytest.mark.parametrize("text", ["", "M", "0", "-5", "1.5K", "4x"])
+def test_counts_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="dof: got"):
+        timing.count(text)
+    assert [timing.count(t) for t in ("45K", "2M", "7", "3k")] == [45_000, 2_000_000, 7, 3_000]
+
+
 def test_bench_reads_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_ROUNDS", (1, 1))
     lines = [*timing.run(["8x64"], ["2"], dof="16384", laps=2, device="cpu")]
