@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.demo import data, measure, networks, report, train
+from benchmarks.harness import memory
+from examples.demo import data, networks, report, train
 from rpg_kernels import RPGConfig, explain
 from rpg_kernels._extras import require
 from rpg_kernels.models.resnet import ResNet
@@ -190,7 +191,7 @@ def _train_row(
         model = setting.build(row, seed)
         trained = train.train(model, pixels, setting.schedule, seed, on_step)
         if seed == 0:
-            result.state = measure.state_bytes(model, trained.optimizer)
+            result.state = memory.of_model(model, trained.optimizer)
         result.accuracy.append(trained.accuracy)
         result.seconds.append(trained.seconds)
         result.loss.append(trained.loss)
@@ -212,7 +213,7 @@ def _measured(row: networks.Network, setting: Setting, pixels: train.Pixels) -> 
         dof=networks.degrees_of_freedom(model, weights),
         virtual_weights=weights,
         trainable=networks.trainable(model),
-        saved=measure.saved_bytes(model, batch, setting.schedule),
+        saved=memory.saved_by_model(model, batch, setting.schedule.bfloat16),
     )
 
 

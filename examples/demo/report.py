@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from examples.demo.measure import SavedBytes, StateBytes
+from benchmarks.harness.memory import Persistent, SavedBytes
 from rpg_kernels._extras import require
 from rpg_kernels.doctor.machine import commit, cpu_name
 
@@ -39,7 +39,7 @@ class Result:
     dof: int
     virtual_weights: int
     trainable: int
-    state: StateBytes | None = None
+    state: Persistent | None = None
     saved: SavedBytes | None = None
     accuracy: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)

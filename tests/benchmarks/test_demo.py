@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from examples.demo import data, measure, networks, train
+from benchmarks.harness import memory
+from examples.demo import data, networks, train
 from examples.demo.__main__ import main as demo_main
 from examples.demo.published import PublishedConv2d, share_as_published
 from rpg_kernels import RPGConfig
@@ -249,10 +250,10 @@ def test_measured_bytes_of_dense_and_published_networks() -> None:
     dense, published = small(), share_as_published(small(), 100, is_block_convolution)
     weights = sum(m.sign.numel() for m in published.modules() if isinstance(m, PublishedConv2d))
 
-    saved = measure.saved_bytes(dense, batch, SCHEDULE)
+    saved = memory.saved_by_model(dense, batch)
     assert saved.beyond_activations == 0
     assert saved.activations > 4 * 8 * 64 * 4
-    kept = measure.saved_bytes(published, batch, SCHEDULE)
+    kept = memory.saved_by_model(published, batch)
     assert kept.activations == saved.activations
     # int64 index and fp32 sign, and the materialised weight: 16 bytes per virtual weight.
     assert kept.tables == 12 * weights
@@ -263,7 +264,7 @@ def test_measured_bytes_of_dense_and_published_networks() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         model(batch).sum().backward()
         optimizer.step()
-        state = measure.state_bytes(model, optimizer)
+        state = memory.of_model(model, optimizer)
         size = 4 * networks.trainable(model)
         assert (state.parameters, state.gradients, state.optimizer) == (size, size, size)
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -274,7 +275,7 @@ def test_measured_bytes_of_dense_and_published_networks() -> None:
 def test_measuring_leaves_the_model_alone() -> None:
     model = small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    measure.saved_bytes(model, torch.randn(4, 1, 8, 8), SCHEDULE)
+    memory.saved_by_model(model, torch.randn(4, 1, 8, 8))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
