@@ -39,7 +39,7 @@ test: $(VENV)/.dev ## run the tests and doctests (ARGS="-x -k law"; TESTS=tests/
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy rpg_kernels benchmarks/harness examples/demo
+	$(BIN)/python -m mypy rpg_kernels benchmarks/harness benchmarks/accuracy examples/demo
 	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*.* csrc/*/* tests/*/*/*.cpp)
 
 bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from examples.demo import data, networks, report, train
+from benchmarks.harness import machine
+from examples.demo import data, networks, train
 from rpg_kernels import RPGConfig, param_groups
 
 DOF = 8_192
@@ -67,7 +68,7 @@ def main() -> None:
     if args.out:
         record = {
             "benchmark": "bank_training",
-            "environment": report.environment(device),
+            "environment": machine.environment(device),
             "dof": DOF,
             "accuracy": rows,
         }

@@ -114,6 +114,32 @@ def shape(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def device(name: str | None) -> torch.device:
+    """The device of a name; None is for CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+
+    Example:
+        >>> device("cpu")
+        device(type='cpu')
+    """
+    usable = torch.cuda.is_available()
+    if name is None:
+        return torch.device("cuda" if usable else "cpu")
+    try:
+        found = torch.device(name)
+        right = found.type == "cpu" or (
+            found.type == "cuda" and (found.index or 0) < torch.cuda.device_count()
+        )
+    except RuntimeError:
+        right = False
+    if not right:
+        wanted = "cpu or cuda" if usable else "cpu, as torch sees no CUDA device"
+        raise _checks.fail("device", repr(name), wanted)
+    return found
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Cells as lines of text: the first column to the left, the others to the right.
 
@@ -201,7 +227,7 @@ def run(
     dtype: str = "fp32",
     dof: str = "2M",
     laps: int | None = None,
-    device: str | None = None,
+    device_name: str | None = None,
 ) -> Iterator[str]:
     """Lines for a terminal from the options of ``rpg-kernels bench``, written as there.
 
@@ -211,7 +237,7 @@ def run(
     """
     weights = [shape(text) for text in shapes]
     sizes = [count(text, "batch") for text in batches]
-    place = _device(device)
+    place = device(device_name)
     bank = ParameterBank(
         count(dof),
         window=None if laps is None else WINDOW,
@@ -233,20 +259,3 @@ def run(
     ]  # fmt: skip
     yield from aligned([head, *rows])
     yield HINT
-
-
-def _device(name: str | None) -> torch.device:
-    usable = torch.cuda.is_available()
-    if name is None:
-        return torch.device("cuda" if usable else "cpu")
-    try:
-        device = torch.device(name)
-        right = device.type == "cpu" or (
-            device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
-        )
-    except RuntimeError:
-        right = False
-    if not right:
-        wanted = "cpu or cuda" if usable else "cpu, as torch sees no CUDA device"
-        raise _checks.fail("device", repr(name), wanted)
-    return device

@@ -31,9 +31,6 @@ TINY = ("rpg 17x g1 element", "narrow 17x")
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NETWORKS, "tiny", Network(Architecture((1, 1), 16, ()), stride=2))
-    # oneDNN's fp32 convolutions of 4 channels, channels-last, damage the heap on some processors
-    # (torch 2.13; a network of torch alone does so).
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
 
 
 @pytest.fixture
@@ -223,7 +220,7 @@ def test_a_run_that_is_interrupted_leaves_nothing(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("benchmarks.accuracy.training._right", stop)
+    monkeypatch.setattr("examples.demo.train.right", stop)
     with pytest.raises(KeyboardInterrupt):
         running.run(runs(0), RECIPE, pixels, out)
     assert out.read_bytes() == before

@@ -279,6 +279,18 @@ def test_measuring_leaves_the_model_alone() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("width", "sound"), [(4, False), (16, True)])
+def test_training_leaves_out_convolutions_that_damage_memory(width: int, sound: bool) -> None:
+    used: list[bool] = []
+    pixels = train.Pixels(data.load(None, 16, 4), torch.device("cpu"))
+    model = ResNet((1, 1), 10, "cifar", width, 1)
+    before = torch.backends.mkldnn.enabled
+    train.fit(model, pixels, SCHEDULE, 0, lambda _: used.append(torch.backends.mkldnn.enabled))
+    assert used
+    assert set(used) == {before and sound}
+    assert torch.backends.mkldnn.enabled == before
+
+
 def test_plan_narrows_to_the_parameters_of_the_smallest() -> None:
     architecture = networks.ARCHITECTURES["small"]
     config = RPGConfig(dof=1)

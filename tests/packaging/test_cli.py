@@ -99,7 +99,7 @@ def test_counts_that_are_none(text: str) -> None:
 
 def test_bench_reads_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "_ROUNDS", (1, 1))
-    lines = [*timing.run(["8x64"], ["2"], dof="16384", laps=2, device="cpu")]
+    lines = [*timing.run(["8x64"], ["2"], dof="16384", laps=2, device_name="cpu")]
     assert "window=256, laps=2" in lines[1]
 
 
