@@ -3,7 +3,7 @@
 # The interpreter that .venv is made with; by default the first of CANDIDATES that is recent enough.
 PYTHON ?=
 CANDIDATES := python3.11 python3.12 python3.13 python3
-# Passed on: to `rpg-kernels demo` by `make demo`, to pytest by `make test`, and so on.
+# Passed on: to `python -m examples.demo` by `make demo`, to pytest by `make test`, and so on.
 ARGS ?=
 # What `make test` collects: doctests of the package, and the tests.
 TESTS ?= rpg_kernels tests
@@ -39,7 +39,7 @@ test: $(VENV)/.dev ## run the tests and doctests (ARGS="-x -k law"; TESTS=tests/
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy rpg_kernels benchmarks/harness examples/demo
+	$(BIN)/python -m mypy rpg_kernels benchmarks/harness benchmarks/accuracy examples/demo
 	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*.* csrc/*/* tests/*/*/*.cpp)
 
 bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)

@@ -1,6 +1,6 @@
 """Learning rate, weight decay, initial spread and gradient clipping of a bank, on real images.
 
-    python benchmarks/bank_training.py [--seeds 3] [--out FILE.json]
+    python -m benchmarks.bank_training [--seeds 3] [--out FILE.json]
 
 Trains the demo's small network on scikit-learn's digits, one setting changed at a time, and prints
 the test accuracy: mean over seeds, and half their range. docs/training.md shows the result.
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from examples.demo import data, networks, report, train
+from benchmarks.harness import machine
+from examples.demo import data, networks, train
 from rpg_kernels import RPGConfig, param_groups
 
 DOF = 8_192
@@ -67,7 +68,7 @@ def main() -> None:
     if args.out:
         record = {
             "benchmark": "bank_training",
-            "environment": report.environment(device),
+            "environment": machine.environment(device),
             "dof": DOF,
             "accuracy": rows,
         }

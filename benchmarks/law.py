@@ -1,6 +1,6 @@
 """Slots per second of the packing law in PyTorch, and of its inverse, on 1 and 2 threads.
 
-    python benchmarks/law.py [--out FILE.json]
+    python -m benchmarks.law [--out FILE.json]
 
 Evaluates a layer in chunks, as the reference operators do, and reports millions of slots per second
 (median of several passes; nothing is kept between them). The inverse is that of the permutation;

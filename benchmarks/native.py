@@ -1,6 +1,6 @@
 """The compiled law, unpack and pack: slots per second, and bytes per second beside a copy.
 
-    python benchmarks/native.py [--out FILE.json]
+    python -m benchmarks.native [--out FILE.json]
 
 The law evaluates a layer's slots from a list of rows and blocks. unpack writes, and pack reads, a
 whole layer of granularity g; the copy moves as many bytes as the layer has. Best of several passes

@@ -1,6 +1,6 @@
 """One training step of ResNet-18 on CIFAR-sized images: dense, as published, and ours.
 
-    python benchmarks/resnet18_step.py [--out FILE.json]
+    python -m benchmarks.resnet18_step [--out FILE.json]
 
 Prints, and writes as JSON: the median time of a step (interleaved, so that all three see the same
 machine), the largest single allocation of a step from the profiler's memory events, and the bytes
@@ -21,9 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import rpg_kernels as rpg
-from examples.demo.measure import saved_bytes
+from benchmarks.harness import memory
 from examples.demo.published import share_as_published
-from examples.demo.train import Schedule
 from rpg_kernels.doctor.machine import commit
 from rpg_kernels.models import resnet18
 
@@ -55,14 +54,6 @@ class Step:
         self.optimizer.step()
 
 
-def largest_allocation(step: Step) -> int:
-    """Bytes of the largest single allocation in one step."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    events = profile.profiler.kineto_results.events()
-    return max(event.nbytes() for event in events if event.name() == "[memory]")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dof", type=int, default=2_000_000)
@@ -85,14 +76,13 @@ def main() -> None:
             step()
             if round_ >= 2:
                 seconds[name].append(time.perf_counter() - begin)
-    schedule = Schedule(epochs=1, batch_size=args.batch_size, lr=0.01)
     rows = {}
     for name, step in steps.items():
-        saved = saved_bytes(step.model, x, schedule)
+        saved = memory.saved_by_model(step.model, x)
         rows[name] = {
             "median_s": statistics.median(seconds[name]),
             "min_s": min(seconds[name]),
-            "largest_allocation_bytes": largest_allocation(step),
+            "largest_allocation_bytes": memory.peak(lambda step=step: step, x.device).largest,
             "saved_beyond_activations_bytes": saved.beyond_activations,
             "saved_activations_bytes": saved.activations,
         }

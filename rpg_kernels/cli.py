@@ -66,6 +66,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     _summary_arguments(summary_parser)
     summary_parser.set_defaults(command=_summary)
+
+    bench_parser = commands.add_parser(
+        "bench",
+        help="time layers of your own shapes beside torch's dense layer",
+        description="A quick look: time linear layers that read one bank beside torch.nn.Linear, "
+        "forward and forward with backward, in turn, and say which back end ran. Correctness, "
+        "memory, convolutions, embeddings and other baselines are in the full suite: `python -m "
+        "benchmarks.harness` in a source checkout.",
+    )
+    _bench_arguments(bench_parser)
+    bench_parser.set_defaults(command=_bench)
+
+    # No prefix means an option: whatever follows, the answer is the same.
+    demo_parser = commands.add_parser(
+        "demo", help="say where the demo is", add_help=False, prefix_chars="\0"
+    )
+    demo_parser.add_argument("options", nargs="*")
+    demo_parser.set_defaults(command=_demo)
     return parser
 
 
@@ -94,6 +112,40 @@ def _summary(args: argparse.Namespace) -> None:
     with torch.device("meta"):
         model = getattr(models, args.model)(args.num_classes, stem=args.stem, rpg=config)
     print(summary(model))
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "shapes", nargs="+", metavar="ROWSxCOLUMNS", help="of a weight, such as 4096x1024"
+    )
+    parser.add_argument(
+        "--batch", default="1,16,256", metavar="N,N,...", help="rows of x (default: 1,16,256)"
+    )
+    parser.add_argument("--dtype", default="fp32", help="fp32 or bf16 (default: fp32)")
+    parser.add_argument("--dof", default="2M", help="elements of the bank (default: 2M)")
+    parser.add_argument(
+        "--laps",
+        type=int,
+        metavar="N",
+        help="windows of 256 slots, each read N times (default: no windows)",
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from rpg_kernels import timing
+
+    for line in timing.run(
+        args.shapes, args.batch.split(","), args.dtype, args.dof, args.laps, args.device
+    ):
+        print(line, flush=True)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    raise ValueError(
+        "the demo is in the source checkout and not in the package: run `make demo` or `python -m "
+        "examples.demo` there"
+    )
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ def law(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:
 
 def _windows(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:
     row = ring.row
+    assert row.window is not None
+    assert row.laps is not None
     start, end = window_law.place(shape, row.granularity, start)
     index, sign = window_law.window_map(
         shape,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from benchmarks.accuracy import chart, records, summary
+from benchmarks.accuracy import records, summary
 from benchmarks.accuracy.records import Record
 from benchmarks.accuracy.rows import (
     DENSE,
@@ -20,7 +21,8 @@ from benchmarks.accuracy.rows import (
 )
 from benchmarks.accuracy.running import RESULTS, ROOT, default_name
 from benchmarks.accuracy.summary import ENOUGH, Summary
-from benchmarks.harness.plot import THEMES
+from benchmarks.harness.chart import THEMES, Chart, Point, Series
+from benchmarks.harness.report import stale_charts, write
 from benchmarks.harness.table import NOT_MEASURED, markdown
 
 Found = Mapping[str, Summary]
@@ -62,25 +64,20 @@ def main(args: argparse.Namespace) -> int:
     if not runs:
         raise ValueError(f"results: got {args.results} without runs, wanted a file that has some")
     page = "\n".join(tables(runs))
-    files = {args.results.with_suffix(".md"): page + "\n"}
-    files |= {args.images / name: text for name, text in plots(runs, args.results.stem).items()}
+    texts = {args.results.with_suffix(".md"): page + "\n"}
     if args.results.resolve() == RESULTS / default_name("small", "cifar10"):
         found = summary.summaries(runs)
         for path, names in PAGES.items():
-            files[path] = between_marks(path.read_text(encoding="utf-8"), names, found)
-    stale = [
-        path
-        for path, text in files.items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
+            texts[path] = between_marks(path.read_text(encoding="utf-8"), names, found)
+    stale = stale_charts(
+        {args.images / name: plot for name, plot in plots(runs, args.results.stem).items()}
+    )
+    for path, text in texts.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale[path] = partial(str, text)
     if not args.check:
         print(page)
-        for path in stale:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(files[path], encoding="utf-8")
-    for path in stale:
-        print(f"{path}: {'stale' if args.check else 'written'}")
-    return int(args.check and bool(stale))
+    return write(stale, args.check)
 
 
 def tables(runs: Sequence[Record]) -> list[str]:
@@ -191,46 +188,47 @@ def fit(found: Found) -> list[str]:
     ]
 
 
-def plots(runs: Sequence[Record], stem: str) -> dict[str, str]:
-    """Every plot that the runs give, by file name, for a light and a dark page."""
+def plots(runs: Sequence[Record], stem: str) -> dict[str, tuple[Chart, str]]:
+    """By file name, every plot that the runs give and its theme: a light and a dark page."""
     found = summary.summaries(runs)
-    made: dict[str, str] = {}
-    for theme in THEMES:
-        drawn = {"dof": _against_dof(found, theme), "curves": _curves(found, theme)}
-        for compression in sorted({s.compression for s in _design(found)}, reverse=True):
-            drawn[f"design_{compression:g}x"] = _designs(found, compression, theme)
-        made |= {f"{stem}_{name}_{theme}.svg": text for name, text in drawn.items() if text}
-    return made
-
-
-def _against_dof(found: Found, theme: str) -> str:
-    groups = {
-        "granularity 64, signs per slot": summary.sweep(found),
-        "granularity 1, signs per element": _plain(found, LAW, granularity=1, reflect="element"),
-        "HashedNet-style": _plain(found, HASHED),
-        "unsigned random": _plain(found, UNSIGNED),
-        "dense, and narrowed": _plain(found, DENSE),
+    drawn = {"dof": _against_dof(found), "curves": _curves(found)}
+    for compression in sorted({s.compression for s in _design(found)}, reverse=True):
+        drawn[f"design_{compression:g}x"] = _designs(found, compression)
+    return {
+        f"{stem}_{name}_{theme}.svg": (chart, theme)
+        for name, chart in drawn.items()
+        for theme in THEMES
+        if chart.series
     }
-    marks = ("circle", "diamond", "square", "square", "triangle")
+
+
+def _against_dof(found: Found) -> Chart:
+    sweep = summary.sweep(found)
     series = [
-        chart.Series(label, [_point(s, s.dof) for s in rows], line, mark)
-        for (label, rows), mark, line in zip(
-            groups.items(), marks, ("none", "none", "none", "none", "dashed"), strict=True
-        )
+        _series("granularity 64, signs per slot", sweep, "circle"),
+        _series(
+            "granularity 1, signs per element",
+            _plain(found, LAW, granularity=1, reflect="element"),
+            "diamond",
+        ),
+        _series("HashedNet-style", _plain(found, HASHED), "square"),
+        _series("unsigned random", _plain(found, UNSIGNED), "square"),
+        _series("dense, and narrowed", _plain(found, DENSE), "triangle", "dashed"),
     ]
-    law = summary.power_law(groups["granularity 64, signs per slot"])
+    law = summary.power_law(sweep)
     if law:
         steps = [law.sizes[0] * (law.sizes[-1] / law.sizes[0]) ** (i / 40) for i in range(41)]
-        curve = [chart.Point(dof, law.accuracy(dof)) for dof in steps]
-        label = f"error = a · DoF^{law.exponent:.3f}"
-        series.append(chart.Series(label, curve, "solid", ""))
-    series = [one for one in series if one.points]
-    if not series:
-        return ""
-    ticks = [(x, name) for x, name in _SIZES if _near(x, series)]
-    title = "Test accuracy against degrees of freedom"
-    labels = ("degrees of freedom of the block convolutions", "test accuracy (%)")
-    return chart.svg(title, *labels, series, theme, ticks, log_x=True)
+        curve = [Point(dof, law.accuracy(dof)) for dof in steps]
+        series.append(Series(f"error = a · DoF^{law.exponent:.3f}", curve, mark=""))
+    sizes = [point.x for one in series for point in one.points]
+    return Chart(
+        "Test accuracy against degrees of freedom",
+        "degrees of freedom of the block convolutions",
+        "test accuracy (%)",
+        [one for one in series if one.points],
+        [(x, name) for x, name in _SIZES if sizes and min(sizes) / 1.3 <= x <= max(sizes) * 1.3],
+        log_x=True,
+    )
 
 
 _SIZES = [
@@ -238,45 +236,37 @@ _SIZES = [
 ]
 
 
-def _near(x: float, series: Sequence[chart.Series]) -> bool:
-    sizes = [point.x for one in series for point in one.points]
-    return min(sizes) / 1.3 <= x <= max(sizes) * 1.3
-
-
-def _curves(found: Found, theme: str) -> str:
+def _curves(found: Found) -> Chart:
     shown = [found[name] for name in CURVES if name in found]
-    if not shown:
-        return ""
+    label = ""
+    if shown:
+        run = shown[0].any
+        count = min(run["epoch_test_images"], run["data"]["test_images"])
+        label = f"accuracy on {count:,} test images (%)"
     series = [
-        chart.Series(one.row, [chart.Point(i, y) for i, y in enumerate(one.curve, 1)], "solid", "")
-        for one in shown
+        Series(one.row, [Point(i, y) for i, y in enumerate(one.curve, 1)], mark="") for one in shown
     ]
-    epochs = max(len(one.curve) for one in shown)
-    ticks = [(float(i), str(i)) for i in range(1, epochs + 1)]
-    run = shown[0].any
-    count = min(run["epoch_test_images"], run["data"]["test_images"])
-    label = f"accuracy on {count:,} test images (%)"
-    return chart.svg("Convergence, means over seeds", "epoch", label, series, theme, ticks)
+    epochs = range(1, 1 + max((len(one.points) for one in series), default=0))
+    ticks = [(float(i), str(i)) for i in epochs]
+    return Chart("Convergence, means over seeds", "epoch", label, series, ticks)
 
 
-def _designs(found: Found, compression: float, theme: str) -> str:
+def _designs(found: Found, compression: float) -> Chart:
     series = []
-    marks = ("circle", "square", "diamond")
-    for number, (reflect, mark) in enumerate(zip(REFLECT, marks, strict=True)):
+    for number, (reflect, mark) in enumerate(
+        zip(REFLECT, ("circle", "square", "diamond"), strict=True)
+    ):
         names = [(g, law_name(compression, g, reflect)) for g in GRANULARITIES]
         # Side by side, so that error bars can be told apart.
         shift = 1.06 ** (number - 1)
         points = [_point(found[name], g * shift) for g, name in names if name in found]
-        series.append(chart.Series(f"signs: {reflect}", points, "dashed", mark))
-    ticks = [(float(g), str(g)) for g in GRANULARITIES]
-    title = f"Granularity and signs at {compression:g}x compression"
-    return chart.svg(
-        title,
+        series.append(Series(f"signs: {reflect}", points, "dashed", mark))
+    return Chart(
+        f"Granularity and signs at {compression:g}x compression",
         "granularity",
         "test accuracy (%)",
         [one for one in series if one.points],
-        theme,
-        ticks,
+        [(float(g), str(g)) for g in GRANULARITIES],
         log_x=True,
     )
 
@@ -308,9 +298,15 @@ def _plain(found: Found, kind: str, **settings: object) -> list[Summary]:
     return sorted(rows, key=lambda s: s.dof)
 
 
-def _point(one: Summary, x: float) -> chart.Point:
-    about = f"{one.row}: {one.accuracy} (n = {one.accuracy.count})"
-    return chart.Point(float(x), one.accuracy.mean, one.accuracy.error, about)
+def _series(label: str, rows: Sequence[Summary], mark: str, line: str = "none") -> Series:
+    return Series(label, [_point(one, one.dof) for one in rows], line, mark)
+
+
+def _point(one: Summary, x: float) -> Point:
+    mean, error = one.accuracy.mean, one.accuracy.error
+    if error is None:
+        return Point(float(x), mean)
+    return Point(float(x), mean, mean - error, mean + error)
 
 
 def _signed(value: summary.Estimate) -> str:

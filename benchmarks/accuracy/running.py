@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-import rpg_kernels
 from benchmarks.accuracy import records, training
 from benchmarks.accuracy.network import NETWORKS
 from benchmarks.accuracy.rows import Row, plan
-from examples.demo import data, report, train
+from benchmarks.harness import machine
+from examples.demo import data, train
 from rpg_kernels._extras import require
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +107,7 @@ def run(
     common = {"recipe": asdict(recipe), "data": _data(pixels.data)}
     todo = _missing(runs, common, out)
     print(f"{out}: {len(runs) - len(todo)} of {len(runs)} runs are there", flush=True)
-    environment = _environment(pixels.device)
+    environment = machine.environment(pixels.device)
     begin, slowest, trained = time.perf_counter(), 0.0, 0
     tqdm = require("tqdm", "tqdm", "the progress bar")
     steps = training.steps_of(recipe, pixels.data)
@@ -176,7 +176,3 @@ def _data(images: data.Images) -> dict[str, Any]:
         "train_images": len(images.train_labels),
         "test_images": len(images.test_labels),
     }
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    return {**report.environment(device), "rpg_kernels": rpg_kernels.__version__}

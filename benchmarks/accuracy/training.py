@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.accuracy.network import Built, build
 from benchmarks.accuracy.rows import Row
@@ -59,8 +57,7 @@ class Outcome:
 
 def steps_of(recipe: Recipe, data: Images) -> int:
     """Optimiser steps of one run; an incomplete last batch of an epoch is left out."""
-    count = len(data.train_labels)
-    return recipe.epochs * (count // min(recipe.batch_size, count))
+    return train.steps_of(len(data.train_labels), _schedule(recipe))
 
 
 def run(
@@ -74,50 +71,29 @@ def run(
 
     The seed also gives the order of images and the augmentation, the same for every row.
     """
-    data, device = pixels.data, pixels.device
+    data = pixels.data
     built = build(row, recipe.network, data.channels, len(data.classes), seed)
-    model = built.model.to(device)
-    optimizer = torch.optim.SGD(
-        _groups(model, row, recipe), momentum=recipe.momentum, nesterov=True
-    )
-    one_cycle = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        [group["lr"] for group in optimizer.param_groups],
-        total_steps=steps_of(recipe, data),
-        cycle_momentum=False,
-    )
-    count = len(data.train_labels)
-    size = min(recipe.batch_size, count)
-    generator = torch.Generator().manual_seed(seed)
-    accuracy: list[float] = []
+    model = built.model.to(pixels.device)
+    schedule = _schedule(recipe)
+    rights: list[Tensor] = []
     losses: list[float] = []
+    sums: list[Tensor] = []
+
+    def step(loss: Tensor) -> None:
+        sums.append(loss + sums.pop() if sums else loss)
+        on_step()
+
+    def epoch() -> None:
+        losses.append(float(sums.pop()) / (steps_of(recipe, data) // recipe.epochs))
+        last = len(losses) == recipe.epochs
+        rights.append(train.right(model, pixels, schedule, None if last else EPOCH_TEST_IMAGES))
+
     begin, process_begin = time.perf_counter(), time.process_time()
-    for epoch in range(recipe.epochs):
-        model.train()
-        order = torch.randperm(count, generator=generator)
-        total = torch.zeros((), device=device)
-        for start in range(0, count - size + 1, size):
-            chosen = order[start : start + size]
-            x = data.train_pixels[chosen]
-            if recipe.augment:
-                x = train.augment(x, generator)
-            with _autocast(device, recipe):
-                logits = model(pixels.batch(x))
-            loss = F.cross_entropy(logits.float(), data.train_labels[chosen].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            one_cycle.step()
-            total += loss.detach()
-            on_step()
-        losses.append(float(total) / (count // size))
-        last = epoch == recipe.epochs - 1
-        right = _right(model, pixels, recipe, None if last else EPOCH_TEST_IMAGES)
-        accuracy.append(_per_cent(right[:EPOCH_TEST_IMAGES]))
+    train.fit(model, pixels, schedule, seed, step, epoch, _groups(model, row, recipe))
     return Outcome(
         built,
-        accuracy,
-        _per_cent(right),
+        [train.per_cent(right[:EPOCH_TEST_IMAGES]) for right in rights],
+        train.per_cent(rights[-1]),
         losses,
         time.perf_counter() - begin,
         time.process_time() - process_begin,
@@ -154,20 +130,6 @@ def _groups(model: nn.Module, row: Row, recipe: Recipe) -> list[dict[str, Any]]:
     )
 
 
-def _autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16)
-
-
-def _right(model: nn.Module, pixels: train.Pixels, recipe: Recipe, limit: int | None) -> Tensor:
-    """Which of the first test images are classified rightly: bool ``[images]``."""
-    model.eval()
-    images, labels = pixels.data.test_pixels[:limit], pixels.data.test_labels[:limit]
-    guesses = []
-    with torch.no_grad(), _autocast(pixels.device, recipe):
-        for batch in images.split(train.EVAL_BATCH):
-            guesses.append(model(pixels.batch(batch)).argmax(1).cpu())
-    return torch.cat(guesses) == labels
-
-
-def _per_cent(right: Tensor) -> float:
-    return 100 * int(right.sum()) / len(right)
+def _schedule(recipe: Recipe) -> train.Schedule:
+    names = (field.name for field in fields(train.Schedule))
+    return train.Schedule(**{name: getattr(recipe, name) for name in names})

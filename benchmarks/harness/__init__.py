@@ -1,7 +1,7 @@
 """The benchmark harness: correctness first, then memory and speed, results as data.
 
-``rpg-kernels bench`` runs it; this module holds its options. docs/benchmarks.md says how to read
-what it writes.
+``python -m benchmarks.harness`` runs it; this module holds its options. docs/benchmarks.md says how
+to read what it writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CPU_SUITES = ("cpu", "cpu-full", "decoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options of ``rpg-kernels bench`` on ``parser``."""
+    """Define the options of ``python -m benchmarks.harness`` on ``parser``."""
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--suite",
@@ -130,12 +130,11 @@ def _refuse(wrong: list[str]) -> None:
 
 def _cpu(args: argparse.Namespace) -> None:
     """Run a suite of CPU kernels."""
-    from benchmarks.harness import cases
     from benchmarks.harness.cpu import decoder, grid, report, run
-    from rpg_kernels import _checks
+    from rpg_kernels import _checks, timing
 
     choice = {
-        "case": args.case, "batch": args.batch, "dof": [cases.count(text) for text in args.dof],
+        "case": args.case, "batch": args.batch, "dof": [timing.count(text) for text in args.dof],
     }  # fmt: skip
     others = ["op", "granularity", "reflect", "impl", "memory", "eager"]
     if args.suite == "decoder":
@@ -165,11 +164,11 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], str | None]:
     import torch
 
     from benchmarks.harness import cases
-    from rpg_kernels import _checks
+    from rpg_kernels import _checks, timing
 
     on_gpu = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
     dtypes = args.dtype or ["bf16" if on_gpu else "fp32"]
-    dofs = [cases.count(text) for text in args.dof]
+    dofs = [timing.count(text) for text in args.dof]
     picky = args.case or args.op or args.batch or dofs or args.granularity or args.reflect
     if args.suite or not picky:
         if picky:

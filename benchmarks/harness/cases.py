@@ -182,19 +182,6 @@ def short(number: int) -> str:
     return str(number)
 
 
-def count(text: str) -> int:
-    """The inverse of ``short``.
-
-    Raises:
-        ValueError: not a positive whole number, or one followed by K or M.
-    """
-    factor = {"K": 1_000, "M": 1_000_000}.get(text[-1:].upper(), 1)
-    digits = text[:-1] if factor > 1 else text
-    if not digits.isdecimal() or int(digits) < 1:
-        raise _checks.fail("dof", repr(text), "a number such as 45000, 45K or 2M")
-    return int(digits) * factor
-
-
 def _resnet() -> Iterable[Layer]:
     """Block convolutions of ResNet-18 and ResNet-34, whose shapes are the same; images of 224."""
     for stage in (1, 2, 3, 4):

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.harness import schema, table
 from benchmarks.harness.timing import COLD, WARM
+from rpg_kernels.timing import seconds
 
 Key = tuple[str, str, str, str, str]  # case, setting, implementation, pass, state
 _ROUNDS = 2  # runs of each commit, in turn, so that both see the same drift
@@ -91,7 +92,7 @@ def text(before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[st
     for key, r in sorted(found.items(), key=lambda item: item[1].ratio):
         remark = "" if r.differs else "  within the noise"
         lines.append(
-            f"{' '.join(key):{width}}  {table.seconds(r.before):>9}  {table.seconds(r.after):>9}"
+            f"{' '.join(key):{width}}  {seconds(r.before):>9}  {seconds(r.after):>9}"
             f"  {r.ratio:12.3f}{remark}"
         )
     missing = len(set(_figures(before)) ^ set(_figures(after)))
@@ -107,7 +108,7 @@ def compare(one: str, other: str, options: Sequence[str], repository: Path) -> s
 
     Args:
         one, other: paths of result files, or commits of ``repository``.
-        options: of ``rpg-kernels bench``, for measuring commits.
+        options: of ``python -m benchmarks.harness``, for measuring commits.
         repository: a git checkout; used for commits only.
 
     Raises:
@@ -161,9 +162,11 @@ def _measure(
     for round_ in range(_ROUNDS):
         for i, tree in enumerate(trees):
             out = folder / f"{i}-{round_}.json"
-            command = [sys.executable, "-m", "benchmarks.harness", *options]
+            # Before the harness had a place of its own, the package held it.
+            moved = (tree / "benchmarks" / "harness").is_dir()
+            name = ("benchmarks.harness",) if moved else ("rpg_kernels.cli", "bench")
             done = subprocess.run(
-                [*command, "--out", str(out)],
+                [sys.executable, "-m", *name, *options, "--out", str(out)],
                 cwd=tree,
                 env=_environment(tree),
                 stdout=subprocess.DEVNULL,

@@ -17,8 +17,7 @@ from benchmarks.harness import baselines, machine, measure, roofline, schema
 from benchmarks.harness.cases import Case
 from benchmarks.harness.measure import Clock, Plan
 from benchmarks.harness.timing import CpuClock, quoted
-from examples.demo.report import write_json
-from rpg_kernels import _checks
+from rpg_kernels import _checks, timing
 
 Record = dict[str, Any]
 
@@ -65,7 +64,7 @@ def run(
             that is out of range.
         OSError: ``out`` cannot be written; it is tried before anything is measured.
     """
-    where = _device(device)
+    where = timing.device(device)
     if not cases:
         raise _checks.fail("cases", "none", "at least one")
     for name in impls:
@@ -110,15 +109,6 @@ def check_writable(out: Path | None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=out.parent):
         pass
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _checks.choice("device", name, ("cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise _checks.fail("device", "'cuda'", "'cpu': this torch sees no CUDA device")
-    return torch.device(name)
 
 
 def _clock(device: torch.device, threads: int, graphs: bool) -> Clock:
@@ -192,7 +182,7 @@ def _save(record: Record, plan: Plan, load: float, out: Path | None) -> None:
     schema.validate(record)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, record)
+        machine.write_json(out, record)
 
 
 def _progress(cases: Sequence[Case], show: Callable[[str], None] | None) -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -165,6 +166,13 @@ def now() -> str:
 def command() -> str:
     """The command line that is running."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write by renaming, so that a run cut short leaves the last whole file."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _median(values: Sequence[float]) -> float:

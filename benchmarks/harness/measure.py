@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +18,10 @@ from benchmarks.harness.baselines import Implementation
 from benchmarks.harness.cases import PASSES, Case
 from benchmarks.harness.problem import Problem, copies, spec, turns
 from benchmarks.harness.schema import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
-from benchmarks.harness.timing import COLD, WARM, Sample, Work, figure, quoted
+from benchmarks.harness.timing import COLD, WARM, Sample, Work, quoted
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
+from rpg_kernels.timing import figure
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
 Row = dict[str, Any]
@@ -219,8 +221,13 @@ def _memory(entry: _Entry) -> None:
     work = entry.work
     if work is None or len(entry.passes) < len(PASSES):
         return
-    forward, full = memory.peak(work, "forward"), memory.peak(work, "full")
-    stays, saved = memory.persistent(work), memory.saved(work)
+    stack, problem = work.stack, work.problem
+    forward, full = (
+        memory.peak(partial(work.prepare, kind, WARM), problem.device)
+        for kind in ("forward", "full")
+    )
+    stays = memory.with_adam(stack.trained(0), stack.tables)
+    saved = memory.saved(lambda: stack.forward(0), (problem.x, *stack.trained(0)))
     measured = {
         "forward_peak": forward.peak,
         "full_peak": full.peak,
@@ -236,7 +243,7 @@ def _memory(entry: _Entry) -> None:
         **measured,
         **asdict(stays),
         "per_virtual_weight": per(entry.row["virtual_weights"]),
-        "per_dof": None if work.stack.trains == "weight" else per(work.problem.bank.dof),
+        "per_dof": None if stack.trains == "weight" else per(problem.bank.dof),
     }
 
 

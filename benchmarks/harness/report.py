@@ -17,15 +17,19 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import cases, older, plot, schema, table
+from benchmarks.harness import cases, older, schema, table
+from benchmarks.harness.chart import THEMES, Chart, Point, Series
 from benchmarks.harness.cpu import report as cpu_tables
 from benchmarks.harness.machine import BUSY_SPREAD
 from benchmarks.harness.table import NOT_MEASURED
 from benchmarks.harness.timing import COLD
 from rpg_kernels import _checks
+from rpg_kernels.cli import said
+from rpg_kernels.timing import seconds
 
 RESULTS, IMAGES = Path("benchmarks/results"), Path("docs/images")
 PAGES = ("README.md", "docs/*.md")
@@ -33,6 +37,13 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 PLOTS = {
     "speed": ("Forward and backward of one layer", "time relative to dense"),
     "memory": ("Allocated in forward and backward", "peak relative to the dense weight's bytes"),
+}
+# Implementation -> colour and mark: told apart with any colour vision.
+LOOKS = {
+    "dense": ("text", "triangle"),
+    "published": ("orange", "square"),
+    "unpack": ("pink", "diamond"),
+    "rpg-kernels": ("blue", "circle"),
 }
 _SHOWN = ("dense", "published", "unpack")
 _OURS = "rpg-kernels"
@@ -148,7 +159,7 @@ def _time(row: Mapping[str, Any] | None, clock: str) -> str:
         return NOT_MEASURED
     found = table.median(row, "full", COLD, clock)
     if found is not None:
-        return table.seconds(found) + _doubt(row, clock)
+        return seconds(found) + _doubt(row, clock)
     return row["status"] if row["status"] not in (schema.OK, schema.SKIPPED) else NOT_MEASURED
 
 
@@ -170,7 +181,7 @@ def _plots(root: Path) -> list[str]:
             lines += [f"{label}: {NOT_MEASURED}.", ""]
             continue
         for name, (title, axis) in PLOTS.items():
-            light, dark = (f"{{up}}{IMAGES}/{_image(name, device, theme)}" for theme in plot.THEMES)
+            light, dark = (f"{{up}}{IMAGES}/{_image(name, device, theme)}" for theme in THEMES)
             lines += [
                 "<picture>",
                 f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">',
@@ -185,46 +196,54 @@ def _image(name: str, device: str, theme: str) -> str:
     return f"bench_{name}_{device}_{theme}.svg"
 
 
-def images(root: Path) -> dict[Path, str]:
-    """Every plot that the result files give, by path."""
-    written: dict[Path, str] = {}
-    for device, (_, record) in newest(root).items():
-        drawn = {"speed": _relative_times(record), "memory": _relative_peaks(record)}
-        for name, (title, axis) in PLOTS.items():
-            for theme in plot.THEMES:
-                if drawn[name]:
-                    path = root / IMAGES / _image(name, device, theme)
-                    written[path] = plot.svg(title, axis, drawn[name], theme)
-    return written
+def images(root: Path) -> dict[Path, tuple[Chart, str]]:
+    """By path, every plot that the result files give and its theme."""
+    return {
+        root / IMAGES / _image(name, device, theme): (_chart(title, axis, values), theme)
+        for device, (_, record) in newest(root).items()
+        for name, (title, axis) in PLOTS.items()
+        for theme in THEMES
+        if (values := {"speed": _relative_times, "memory": _relative_peaks}[name](record))
+    }
 
 
-def _relative_times(record: Record) -> list[plot.Row]:
-    rows = []
+def _chart(title: str, axis: str, rows: Mapping[str, Mapping[str, float]]) -> Chart:
+    series = []
+    for name, (colour, mark) in LOOKS.items():
+        points = [Point(of[name], row) for row, of in enumerate(rows.values()) if name in of]
+        if points:
+            series.append(Series(name, points, "none", mark, colour))
+    return Chart(title, axis, "", series, rows=tuple(rows), log_x=True)
+
+
+def _relative_times(record: Record) -> dict[str, dict[str, float]]:
+    """By case, and then by implementation."""
+    rows = {}
     for case, bank, group in _groups(record):
         times = {
             name: table.comparable(row, "full", COLD, record["headline"])
             for name, row in group.items()
-            if name in plot.MARKS
+            if name in LOOKS
         }
         dense = times.get("dense")
         if dense:
-            values = {name: t / dense for name, t in times.items() if t}
-            rows.append(plot.Row(f"{case} {_brief(bank)}", values))
+            rows[f"{case} {_brief(bank)}"] = {name: t / dense for name, t in times.items() if t}
     return rows
 
 
-def _relative_peaks(record: Record) -> list[plot.Row]:
-    rows = []
+def _relative_peaks(record: Record) -> dict[str, dict[str, float]]:
+    """By case, and then by implementation."""
+    rows = {}
     for case, bank, group in _groups(record):
         item = next(iter(group.values()))
         size = item["virtual_weights"] * cases.DTYPES[item["dtype"]][1].itemsize
         values = {
             name: row["memory"]["full_peak"] / size
             for name, row in group.items()
-            if name in plot.MARKS and row["memory"] and row["memory"]["full_peak"]
+            if name in LOOKS and row["memory"] and row["memory"]["full_peak"]
         }
         if values:
-            rows.append(plot.Row(f"{case} {_brief(bank)}", values))
+            rows[f"{case} {_brief(bank)}"] = values
     return rows
 
 
@@ -306,18 +325,38 @@ def page(text: str, root: Path, depth: int = 0) -> str:
     return "\n".join(lines) + "\n"
 
 
-def stale(root: Path) -> dict[Path, str]:
-    """Files that are not as they would be written, with what they should hold."""
-    wanted = images(root)
+def stale(root: Path) -> dict[Path, Callable[[], str]]:
+    """Files that are not as they would be written, with what makes what they should hold."""
+    found = stale_charts(images(root))
     for pattern in PAGES:
         for path in sorted(root.glob(pattern)):
             depth = len(path.relative_to(root).parts) - 1
-            wanted[path] = page(path.read_text(encoding="utf-8"), root, depth)
+            before = path.read_text(encoding="utf-8")
+            text = page(before, root, depth)
+            if text != before:
+                found[path] = partial(str, text)
+    return found
+
+
+def stale_charts(charts: Mapping[Path, tuple[Chart, str]]) -> dict[Path, Callable[[], str]]:
+    """Those of the pictures that are not there or are others, with what draws them."""
     return {
-        path: text
-        for path, text in wanted.items()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
+        path: partial(chart.svg, theme)
+        for path, (chart, theme) in charts.items()
+        if not path.exists() or not chart.drawn(path.read_text(encoding="utf-8"), theme)
     }
+
+
+def write(files: Mapping[Path, Callable[[], str]], check: bool) -> int:
+    """Write what is stale, or with ``check`` only say so; the exit status."""
+    for path, make in files.items():
+        print(f"{path}: {'stale' if check else 'written'}")
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(make(), encoding="utf-8")
+    if check and files:
+        print("without --check they are written anew", file=sys.stderr)
+    return int(check and bool(files))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -326,19 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path.cwd(), help="of the checkout")
     parser.add_argument("--check", action="store_true", help="change nothing, fail when stale")
     args = parser.parse_args(arguments)
-    try:
-        files = stale(args.root)
-    except (OSError, ValueError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 1
-    for path, text in files.items():
-        print(f"{path.relative_to(args.root)}: {'stale' if args.check else 'written'}")
-        if not args.check:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    if args.check and files:
-        print("make report writes them anew", file=sys.stderr)
-    return int(args.check and bool(files))
+    return said("report", lambda: write(stale(args.root), args.check))
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def validate(record: object, fields: Mapping[str, Field] = FILE) -> dict[str, An
     """
     (name,) = fields["schema"].choices
     if not isinstance(record, dict) or record.get("schema") != name:
-        raise ValueError(f"schema: got no {name!r}, wanted a result file of rpg-kernels bench")
+        raise ValueError(f"schema: got no {name!r}, wanted a result file of benchmarks.harness")
     if record.get("version") != VERSION:
         raise ValueError(
             f"version: got {record.get('version')!r}, wanted {VERSION}: the file was written by "

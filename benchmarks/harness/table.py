@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.harness.cases import PASSES, short
 from benchmarks.harness.schema import OK, WRONG
 from benchmarks.harness.timing import COLD, quoted
+from rpg_kernels.timing import aligned, seconds
 
 NOT_MEASURED = "not measured"
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
@@ -31,19 +32,6 @@ x dense: full, relative to dense. warm: full with the layer's data in the cache,
 % floor: of full, against the roofline measured in this run. peak, largest: allocated in full.
 saved: for the backward, beyond x and trained tensors. stays: weights, gradients, Adam and tables;
 B/P bytes per virtual weight, B/D per degree of freedom. A result that is wrong gets no figure."""
-
-
-def seconds(value: float) -> str:
-    """A time with a unit and three digits.
-
-    Example:
-        >>> seconds(0.0123), seconds(4.2e-5), seconds(2)
-        ('12.3 ms', '42 us', '2 s')
-    """
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value * 1e9:.3g} ns"
 
 
 def ratio(value: float | None, of: float | None) -> str:
@@ -101,19 +89,14 @@ def text(record: Mapping[str, Any], colour: bool = False) -> str:
         lines += ["", f"{case}  {bank}"]
         dense = dense_of(rows)
         body = [_HEAD, *(_cells(row, dense, clock) for row in rows)]
-        widths = [max(len(cells[i]) for cells in body if len(cells) > 2) for i in range(len(_HEAD))]
+        full = [cells for cells in body if len(cells) > 2]
+        ready, width = iter(aligned(full)), max(len(cells[0]) for cells in full)
         for row, cells in zip([None, *rows], body, strict=True):
-            if len(cells) == 2:
-                line = f"  {cells[0]:{widths[0]}}  {cells[1]}"
-            else:
-                line = "  " + "  ".join(
-                    cell.ljust(width) if i == 0 else cell.rjust(width)
-                    for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-                )
+            line = "  " + (next(ready) if len(cells) > 2 else f"{cells[0]:{width}}  {cells[1]}")
             wrong = row is not None and row["status"] == WRONG
             lines.append(f"{_RED}{line}{_PLAIN}" if wrong and colour else line.rstrip())
             if row is not None and len(cells) > 2 and row["reason"]:
-                lines.append(f"  {'':{widths[0]}}  {row['reason']}")
+                lines.append(f"  {'':{width}}  {row['reason']}")
     return "\n".join([*lines, "", LEGEND.format(clock=clock)])
 
 

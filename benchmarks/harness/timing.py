@@ -15,7 +15,6 @@ runs the same layer again, whose data is then in the cache where it fits.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -141,39 +140,3 @@ class CpuClock:
             process += time.process_time_ns() - process_begin
             wall += time.perf_counter_ns() - wall_begin
         return {"process": process * 1e-9 / calls, "wall": wall * 1e-9 / calls}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Samples of one clock in short: seconds of a call."""
-
-    median_s: float
-    q10_s: float
-    q90_s: float
-    samples: int
-
-    @property
-    def spread(self) -> float:
-        """What the middle 80 % of the samples spread over, relative to the median."""
-        return (self.q90_s - self.q10_s) / self.median_s if self.median_s else 0.0
-
-
-def figure(samples: Sequence[float]) -> Figure:
-    """Median, 10 % and 90 % quantiles.
-
-    Example:
-        >>> figure([3.0, 1.0, 2.0])
-        Figure(median_s=2.0, q10_s=1.2, q90_s=2.8, samples=3)
-    """
-    return Figure(
-        statistics.median(samples), _quantile(samples, 0.1), _quantile(samples, 0.9), len(samples)
-    )
-
-
-def _quantile(samples: Sequence[float], q: float) -> float:
-    """With linear interpolation between samples."""
-    ordered = sorted(samples)
-    position = q * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])

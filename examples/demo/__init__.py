@@ -1,6 +1,6 @@
 """The main job: train dense, published and shared networks on real images and compare them.
 
-``rpg-kernels demo`` runs it; this module holds its options.
+``python -m examples.demo`` runs it; this module holds its options.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options of ``rpg-kernels demo`` on ``parser``."""
+    """Define the options of ``python -m examples.demo`` on ``parser``."""
     data = parser.add_argument_group("images")
     data.add_argument(
         "--data",

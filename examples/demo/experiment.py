@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.demo import data, measure, networks, report, train
-from rpg_kernels import RPGConfig, explain
+from benchmarks.harness import machine, memory
+from examples.demo import data, networks, report, train
+from rpg_kernels import RPGConfig, explain, timing
 from rpg_kernels._extras import require
 from rpg_kernels.models.resnet import ResNet
 from rpg_kernels.nn import VirtualLayer
@@ -51,7 +52,7 @@ class Setting:
 
 
 def experiment(args: argparse.Namespace) -> list[report.Result]:
-    """Train and compare the networks; ``args`` are those of ``rpg-kernels demo``.
+    """Train and compare the networks; ``args`` are those of ``python -m examples.demo``.
 
     Raises:
         MissingExtraError: a package that the demo needs is not installed.
@@ -99,7 +100,7 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
     )
     report.plot(out / "demo.png", results, title)
     record["total_seconds"] = time.perf_counter() - begin
-    report.write_json(out / "demo.json", record)
+    machine.write_json(out / "demo.json", record)
     print(
         f"wrote {out / 'demo.json'} and {out / 'demo.png'}; {record['total_seconds']:.0f} s in all"
     )
@@ -121,18 +122,8 @@ def _setting(args: argparse.Namespace, model_name: str, images: data.Images) -> 
             bfloat16=args.amp == "bfloat16",
         ),
         seeds=args.seeds or DEFAULT_SEEDS[model_name],
-        device=_device(args.device),
+        device=timing.device(args.device),
     )
-
-
-def _device(name: str | None) -> torch.device:
-    usable = torch.cuda.is_available()
-    if name is None:
-        return torch.device("cuda" if usable else "cpu")
-    kind = name.partition(":")[0]
-    if kind != "cpu" and not (kind == "cuda" and usable):
-        raise ValueError(f"device: got {name!r}, wanted {'cpu or cuda' if usable else 'cpu'}")
-    return torch.device(name)
 
 
 def _train_all(
@@ -151,11 +142,11 @@ def _train_all(
     with bar:
         for row in rows:
             bar.set_description(row.label)
-            result, model = _train_row(row, setting, pixels, bar.update)
+            result, model = _train_row(row, setting, pixels, lambda _: bar.update())
             results.append(result)
             # Written after every network: a long run that is cut short leaves what it has.
             record["networks"] = [done.record() for done in results]
-            report.write_json(path, record)
+            machine.write_json(path, record)
             bar.write(
                 f"{result.label}, DoF {result.dof:,}: {result.mean_accuracy:.1f} % after "
                 f"{sum(result.seconds):.1f} s"
@@ -176,12 +167,15 @@ def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str,
         "reflect": setting.config.reflect,
         "schedule": dataclasses.asdict(setting.schedule),
         "seeds": list(range(setting.seeds)),
-        "environment": report.environment(setting.device),
+        "environment": machine.environment(setting.device),
     }
 
 
 def _train_row(
-    row: networks.Network, setting: Setting, pixels: train.Pixels, on_step: Callable[[], object]
+    row: networks.Network,
+    setting: Setting,
+    pixels: train.Pixels,
+    on_step: Callable[[Tensor], object],
 ) -> tuple[report.Result, nn.Module]:
     """Measure one network and train it with every seed; the model returned is seed 0's."""
     result = _measured(row, setting, pixels)
@@ -190,7 +184,7 @@ def _train_row(
         model = setting.build(row, seed)
         trained = train.train(model, pixels, setting.schedule, seed, on_step)
         if seed == 0:
-            result.state = measure.state_bytes(model, trained.optimizer)
+            result.state = memory.of_model(model, trained.optimizer)
         result.accuracy.append(trained.accuracy)
         result.seconds.append(trained.seconds)
         result.loss.append(trained.loss)
@@ -212,7 +206,7 @@ def _measured(row: networks.Network, setting: Setting, pixels: train.Pixels) -> 
         dof=networks.degrees_of_freedom(model, weights),
         virtual_weights=weights,
         trainable=networks.trainable(model),
-        saved=measure.saved_bytes(model, batch, setting.schedule),
+        saved=memory.saved_by_model(model, batch, setting.schedule.bfloat16),
     )
 
 

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from examples.demo.measure import SavedBytes, StateBytes
+from benchmarks.harness.chart import Chart, Point, Series
+from benchmarks.harness.memory import Persistent, SavedBytes
 from rpg_kernels._extras import require
-from rpg_kernels.doctor.machine import commit, cpu_name
+from rpg_kernels.timing import aligned
 
-# Okabe and Ito's colours, told apart with any colour vision; the markers differ as well.
-STYLES = {
-    "rpg": ("#0072B2", "o"),
-    "published": ("#D55E00", "s"),
-    "dense": ("#000000", "^"),
-}
-LABELS = {
-    "rpg": "rpg-kernels",
-    "published": "as published (tables)",
-    "dense": "dense, narrowed and full",
+# Kind -> label, colour, mark and line: told apart with any colour vision.
+LOOKS = {
+    "rpg": ("rpg-kernels", "blue", "circle", "solid"),
+    "published": ("as published (tables)", "orange", "square", "none"),
+    "dense": ("dense, narrowed and full", "text", "triangle", "dashed"),
 }
 
 
@@ -39,7 +30,7 @@ class Result:
     dof: int
     virtual_weights: int
     trainable: int
-    state: StateBytes | None = None
+    state: Persistent | None = None
     saved: SavedBytes | None = None
     accuracy: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -95,15 +86,8 @@ def table(results: Sequence[Result]) -> str:
                 f"{sum(result.seconds) / len(result.seconds):.1f}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    first, *rest = aligned(rows)
+    return "\n".join([first, "-" * len(first), *rest])
 
 
 def legend(batch: int) -> str:
@@ -120,69 +104,33 @@ def legend(batch: int) -> str:
     )
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, for the result file."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device.type,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "commit": commit(),
-    }
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write by renaming, so that a run cut short leaves the last whole file."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def plot(path: Path, results: Sequence[Result], title: str) -> None:
     """Two panels against DoF: test accuracy, and bytes of training memory."""
     figure_module = require("matplotlib.figure", "matplotlib", "demo.png")
     figure = figure_module.Figure(figsize=(10, 4.2), layout="constrained")
     figure.suptitle(title, fontsize=10)
     left, right = figure.subplots(1, 2)
-    for axes, values in ((left, _accuracies), (right, _megabytes)):
-        for kind, (colour, marker) in STYLES.items():
-            of_kind = sorted((r for r in results if r.kind == kind), key=lambda r: r.dof)
-            if not of_kind:
-                continue
-            middle, low, high = zip(*(values(result) for result in of_kind), strict=True)
-            axes.errorbar(
-                [result.dof for result in of_kind],
-                middle,
-                yerr=[
-                    [m - v for m, v in zip(middle, low, strict=True)],
-                    [v - m for m, v in zip(middle, high, strict=True)],
-                ],
-                color=colour,
-                marker=marker,
-                markersize=7,
-                capsize=3,
-                linestyle="-" if kind == "rpg" else "--" if kind == "dense" else "none",
-                linewidth=1.5,
-                label=LABELS[kind],
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel("degrees of freedom of the block convolutions")
-        axes.grid(alpha=0.3, which="major")
-    left.set_ylabel("test accuracy (%)")
-    right.set_yscale("log")
-    right.set_ylabel("training memory without activations (MB)")
+    x_label = "degrees of freedom of the block convolutions"
+    bytes_label = "training memory without activations (MB)"
+    for axes, y_label, place in (
+        (left, "test accuracy (%)", _accuracy),
+        (right, bytes_label, _megabytes),
+    ):
+        series = [
+            Series(label, [place(r) for r in of_kind], line, mark, colour)
+            for kind, (label, colour, mark, line) in LOOKS.items()
+            if (of_kind := sorted((r for r in results if r.kind == kind), key=lambda r: r.dof))
+        ]
+        Chart("", x_label, y_label, series, log_x=True, log_y=axes is right).draw(axes, "light")
+        axes.grid(alpha=0.3)
     left.legend(loc="lower right")
     figure.savefig(path, dpi=150)
 
 
-def _accuracies(result: Result) -> tuple[float, float, float]:
-    return result.mean_accuracy, min(result.accuracy), max(result.accuracy)
+def _accuracy(result: Result) -> Point:
+    lowest, highest = min(result.accuracy), max(result.accuracy)
+    return Point(result.dof, result.mean_accuracy, lowest, highest)
 
 
-def _megabytes(result: Result) -> tuple[float, float, float]:
-    size = result.training_bytes / 1e6
-    return size, size, size
+def _megabytes(result: Result) -> Point:
+    return Point(result.dof, result.training_bytes / 1e6)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -76,17 +77,34 @@ def train(
     pixels: Pixels,
     schedule: Schedule,
     seed: int,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[Tensor], object] = lambda loss: None,
     groups: list[dict[str, Any]] | None = None,
 ) -> Trained:
-    """Train ``model`` in place on its device and test it once at the end.
+    """Train ``model`` in place as ``fit`` does, and test it once at the end."""
+    begin = _now(pixels.device)
+    optimizer, loss = fit(model, pixels, schedule, seed, on_step, groups=groups)
+    seconds = _now(pixels.device) - begin
+    return Trained(model, optimizer, accuracy(model, pixels, schedule), seconds, loss.item())
+
+
+def fit(
+    model: nn.Module,
+    pixels: Pixels,
+    schedule: Schedule,
+    seed: int,
+    on_step: Callable[[Tensor], object] = lambda loss: None,
+    on_epoch: Callable[[], object] = lambda: None,
+    groups: list[dict[str, Any]] | None = None,
+) -> tuple[torch.optim.Optimizer, Tensor]:
+    """Train ``model`` in place on its device: the optimiser, and the last batch's loss.
 
     Args:
         model: any classifier of the images.
         pixels: the images, on the model's device.
         schedule: epochs, batch size and the optimiser's settings.
         seed: of the order of images and of the augmentation, which are the same for every model.
-        on_step: called after each optimiser step.
+        on_step: called with the loss after each optimiser step.
+        on_epoch: called after each epoch.
         groups: of the optimiser; None for param_groups with the schedule's values.
     """
     data, device = pixels.data, pixels.device
@@ -103,39 +121,66 @@ def train(
     )
     generator = torch.Generator().manual_seed(seed)
     loss = torch.zeros(())
-    begin = _now(device)
-    for _ in range(schedule.epochs):
-        model.train()
-        order = torch.randperm(count, generator=generator)
-        for start in range(0, count - size + 1, size):
-            chosen = order[start : start + size]
-            x = data.train_pixels[chosen]
-            if schedule.augment:
-                x = augment(x, generator)
-            labels = data.train_labels[chosen].to(device)
-            with autocast(device, schedule):
-                logits = model(pixels.batch(x))
-            loss = F.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            one_cycle.step()
-            on_step()
-    seconds = _now(device) - begin
-    return Trained(model, optimizer, accuracy(model, pixels, schedule), seconds, loss.item())
+    with sound_convolutions(model):
+        for _ in range(schedule.epochs):
+            model.train()
+            order = torch.randperm(count, generator=generator)
+            for start in range(0, count - size + 1, size):
+                chosen = order[start : start + size]
+                x = data.train_pixels[chosen]
+                if schedule.augment:
+                    x = augment(x, generator)
+                labels = data.train_labels[chosen].to(device)
+                with autocast(device, schedule):
+                    logits = model(pixels.batch(x))
+                loss = F.cross_entropy(logits.float(), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                one_cycle.step()
+                on_step(loss.detach())
+            on_epoch()
+    return optimizer, loss
+
+
+@contextlib.contextmanager
+def sound_convolutions(model: nn.Module) -> Iterator[None]:
+    """Leave oneDNN out where the model has a convolution with which it damages memory.
+
+    The gradient of a strided 1x1 weight of fewer channels than a vector has, channels-last, is
+    written past its end: https://github.com/uxlfoundation/oneDNN/issues/6035, in torch 2.13.
+    """
+    before = torch.backends.mkldnn.enabled
+    harmful = any(
+        isinstance(m, nn.Conv2d)
+        and m.kernel_size == (1, 1)
+        and m.stride != (1, 1)
+        and m.in_channels < 16
+        for m in model.modules()
+    )
+    torch.backends.mkldnn.enabled = before and not harmful  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def accuracy(model: nn.Module, pixels: Pixels, schedule: Schedule) -> float:
     """Per cent of the test images that are classified rightly."""
-    data = pixels.data
+    return per_cent(right(model, pixels, schedule))
+
+
+def right(model: nn.Module, pixels: Pixels, schedule: Schedule, limit: int | None = None) -> Tensor:
+    """Which of the first test images are classified rightly: bool ``[images]``."""
     model.eval()
-    right = 0
+    images, labels = pixels.data.test_pixels[:limit], pixels.data.test_labels[:limit]
     with torch.no_grad(), autocast(pixels.device, schedule):
-        for start in range(0, len(data.test_labels), EVAL_BATCH):
-            x = pixels.batch(data.test_pixels[start : start + EVAL_BATCH])
-            guess = model(x).argmax(1).cpu()
-            right += int((guess == data.test_labels[start : start + EVAL_BATCH]).sum())
-    return 100 * right / len(data.test_labels)
+        guesses = [model(pixels.batch(x)).argmax(1).cpu() for x in images.split(EVAL_BATCH)]
+    return torch.cat(guesses) == labels
+
+
+def per_cent(right: Tensor) -> float:
+    return 100 * int(right.sum()) / len(right)
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:

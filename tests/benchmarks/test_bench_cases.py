@@ -112,13 +112,6 @@ def test_what_does_not_exist_is_refused(arguments: tuple[list[str], ...], messag
         cases.suite("full", "int8")
 
 
-@pytest.mark.parametrize("text", ["", "M", "0", "-5", "1.5K", "4x"])
-def test_counts_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="dof: got"):
-        cases.count(text)
-    assert [cases.count(t) for t in ("45K", "2M", "7", "3k")] == [45_000, 2_000_000, 7, 3_000]
-
-
 def test_copies_pass_the_cache_twice_over() -> None:
     cache = 32 << 20
     for case in cases.suite("full", "fp32"):

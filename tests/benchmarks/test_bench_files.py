@@ -187,7 +187,10 @@ pathlib.Path({log!r}).open("a").write(f"{{factor}} {{sys.argv[1:-2]}}\\n")
 
 @pytest.fixture
 def repository(record: dict[str, Any], tmp_path: Path) -> Path:
-    """A git repository of two commits, whose benchmark claims times that a file in it scales."""
+    """A git repository of two commits, whose benchmark claims times that a file in it scales.
+
+    In the first the package still holds the benchmark.
+    """
     saved, log = tmp_path / "record.json", tmp_path / "log"
     saved.write_text(json.dumps(record))
     root = tmp_path / "repository"
@@ -195,12 +198,13 @@ def repository(record: dict[str, Any], tmp_path: Path) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     harness = root / "benchmarks" / "harness"
-    harness.mkdir(parents=True)
-    (harness / "__main__.py").write_text(STAND_IN.format(record=str(saved), log=str(log)))
+    stand_in = STAND_IN.format(record=str(saved), log=str(log))
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-C", str(root)]
     subprocess.run([*git, "init", "-q"], check=True)
-    for factor in ("1.0", "4.0"):
-        (harness / "factor").write_text(factor)
+    for factor, program in (("1.0", package / "cli.py"), ("4.0", harness / "__main__.py")):
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(stand_in)
+        program.with_name("factor").write_text(factor)
         subprocess.run([*git, "add", "-A"], check=True)
         subprocess.run([*git, "commit", "-q", "-m", factor], check=True)
     return root
@@ -211,7 +215,8 @@ def test_comparing_two_commits_runs_both_in_turn(repository: Path, tmp_path: Pat
     assert "geometric mean of the ratios 4.000" in text
     ran = (tmp_path / "log").read_text().split("\n")[:-1]
     assert [line.split()[0] for line in ran] == ["1.0", "4.0", "1.0", "4.0"]
-    assert all(line.endswith("['--suite', 'quick']") for line in ran)
+    assert all(line.endswith("'--suite', 'quick']") for line in ran)
+    assert ["'bench'" in line for line in ran] == [True, False] * 2
     trees = subprocess.run(
         ["git", "-C", str(repository), "worktree", "list"], capture_output=True, text=True
     )

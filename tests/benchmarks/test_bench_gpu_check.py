@@ -308,7 +308,7 @@ def test_differences_fail_in_deterministic_mode_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert {name for name, _ in repeat.chosen(tools.CPU)} >= {"reference"}
-    with pytest.raises(ValueError, match="backend: got 'cublas', wanted one of 'reference'"):
+    with pytest.raises(ValueError, match="backend: got 'cublas', wanted one of "):
         repeat.chosen(tools.CPU, ["cublas"])
     differs = {"mode": False}
 

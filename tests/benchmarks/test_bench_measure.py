@@ -36,6 +36,10 @@ def doing(action: Callable[[int], object], copies: int = 3) -> timing.Work:
     return timing.Work(problem, Stack(copies, forward, lambda i: [problem.bank.weight]))
 
 
+def peak_of(made: timing.Work, kind: str) -> memory.Peak:
+    return memory.peak(lambda: made.prepare(kind, WARM), made.problem.device)
+
+
 def test_cold_takes_layers_in_turn_and_warm_the_first() -> None:
     order: list[int] = []
     made = doing(order.append)
@@ -71,27 +75,22 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
     assert 3 <= len(calls) <= 10
 
 
-def test_figures() -> None:
-    figure = timing.figure([5.0, 1.0, 3.0, 2.0, 4.0])
-    assert (figure.median_s, figure.samples) == (3.0, 5)
-    assert (figure.q10_s, figure.q90_s) == pytest.approx((1.4, 4.6))
-    assert figure.spread == pytest.approx(3.2 / 3)
-    assert timing.figure([7.0]) == timing.Figure(7.0, 7.0, 7.0, 1)
-
-
 @pytest.mark.parametrize(
     ("name", "saved"), [("dense", 0), ("published", 16), ("unpack", 4), ("rpg-reference", 0)]
 )
 def test_bytes_saved_per_virtual_weight(name: str, saved: int) -> None:
     """int64 index, float32 sign and float32 weight as published; nothing with ours."""
-    assert memory.saved(work(name)) == saved * 24 * 20
+    made = work(name)
+    left_out = (made.problem.x, *made.stack.trained(0))
+    assert memory.saved(lambda: made.stack.forward(0), left_out) == saved * 24 * 20
 
 
 def test_persistent_bytes_with_adam() -> None:
     weights, dof = 24 * 20, 200
     step = 4  # Adam counts steps in one float per tensor
     dense, ours, tables = (
-        memory.persistent(work(name)) for name in ("dense", "rpg-reference", "published")
+        memory.with_adam(stack.trained(0), stack.tables)
+        for stack in (work(name).stack for name in ("dense", "rpg-reference", "published"))
     )
     assert dense.total == 16 * weights + step
     assert ours.total == 16 * dof + step
@@ -105,14 +104,14 @@ def test_peak_and_largest_of_a_known_sequence_of_allocations() -> None:
         del first
         assert second.numel() == torch.empty(10_000).numel()
 
-    peak = memory.peak(doing(allocate), "forward")
+    peak = peak_of(doing(allocate), "forward")
     assert peak.largest == 120_000
     assert peak.peak == 160_000
 
 
 def test_gradients_are_part_of_the_peak_of_full_but_not_of_forward() -> None:
     case = tools.case(batch=1)
-    forward, full = (memory.peak(work("dense", case), kind) for kind in ("forward", "full"))
+    forward, full = (peak_of(work("dense", case), kind) for kind in ("forward", "full"))
     assert forward.peak < 4 * 24 * 20 <= full.peak
     assert full.largest == 4 * 24 * 20
 
@@ -299,7 +298,7 @@ def test_what_cannot_be_captured_is_timed_as_launched(
     assert set(clock.sample(made, "full", timing.WARM)) == {"eager"}
     assert clock.note(made) == f"timed as launched, no graph: {str(error).splitlines()[0]}"
     assert set(cuda_clock.CudaClock(graphs=False).sample(made, "full", "cold")) == {"eager"}
-    figures = {"eager": timing.figure([1.0])}
+    figures = {"eager": 1.0}
     assert timing.quoted(figures, clock.headline) == figures["eager"]
 
 
@@ -335,6 +334,6 @@ def test_cuda_clock_times_calls_in_graphs_and_as_launched(name: str) -> None:
 def test_cuda_peak_is_the_allocators() -> None:
     problem = Problem(tools.case(dtype="bf16", batch=4096), torch.device("cuda"))
     made = timing.Work(problem, baselines.IMPLEMENTATIONS["dense"].build(problem, 1))
-    peak = memory.peak(made, "forward")
+    peak = peak_of(made, "forward")
     y = 4096 * 24 * 2
     assert y <= peak.largest <= peak.peak < y + (1 << 20)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import bench_tools as tools
 import pytest
 
-from benchmarks.harness import plot, report
+from benchmarks.harness import report
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKS = "".join(f"<!-- report:{name} -->\nold\n<!-- /report -->\n\n" for name in report.BLOCKS)
@@ -153,28 +152,6 @@ def test_older_results_give_the_tables_that_pages_show(tmp_path: Path) -> None:
     assert wanted in made["resnet18-step"]
     assert "| init_std 1 (unit variance) | 97.0 ± 1.0 |" in made["bank-training"]
     assert made["law"][0].startswith("| rows x blocks | permutation |")
-
-
-@pytest.mark.parametrize("theme", list(plot.THEMES))
-def test_plots_are_valid_and_to_scale(theme: str) -> None:
-    rows = [
-        plot.Row("a & b <c>", {"dense": 1.0, "published": 10.0}),
-        plot.Row("d", {"dense": 1.0, "rpg-kernels": 0.1}),
-    ]
-    tree = ET.fromstring(plot.svg("title & more", "times", rows, theme))
-    name = "{http://www.w3.org/2000/svg}"
-    texts = [e.text for e in tree.iter(f"{name}text")]
-    assert {"title & more", "times", "a & b <c>", "d", "0.1", "1", "10"} <= set(texts)
-    assert "unpack" not in texts  # a legend of what is there
-    circles = list(tree.iter(f"{name}circle"))
-    grid = sorted(float(e.attrib["x1"]) for e in tree.iter(f"{name}line"))
-    assert len(circles) == 2  # one in the legend
-    assert float(circles[1].attrib["cx"]) == grid[0]  # at 0.1
-    assert tree.attrib["fill"] == plot.THEMES[theme]["text"]
-
-
-def test_a_plot_of_equal_values_has_an_axis() -> None:
-    ET.fromstring(plot.svg("t", "a", [plot.Row("x", {"dense": 1.0})], "light"))
 
 
 def test_files_of_others_are_passed_over_and_broken_ones_named(

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from examples.demo import data, measure, networks, train
+from benchmarks.harness import memory
+from examples.demo import data, networks, train
 from examples.demo.__main__ import main as demo_main
 from examples.demo.published import PublishedConv2d, share_as_published
 from rpg_kernels import RPGConfig
@@ -249,10 +250,10 @@ def test_measured_bytes_of_dense_and_published_networks() -> None:
     dense, published = small(), share_as_published(small(), 100, is_block_convolution)
     weights = sum(m.sign.numel() for m in published.modules() if isinstance(m, PublishedConv2d))
 
-    saved = measure.saved_bytes(dense, batch, SCHEDULE)
+    saved = memory.saved_by_model(dense, batch)
     assert saved.beyond_activations == 0
     assert saved.activations > 4 * 8 * 64 * 4
-    kept = measure.saved_bytes(published, batch, SCHEDULE)
+    kept = memory.saved_by_model(published, batch)
     assert kept.activations == saved.activations
     # int64 index and fp32 sign, and the materialised weight: 16 bytes per virtual weight.
     assert kept.tables == 12 * weights
@@ -263,7 +264,7 @@ def test_measured_bytes_of_dense_and_published_networks() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         model(batch).sum().backward()
         optimizer.step()
-        state = measure.state_bytes(model, optimizer)
+        state = memory.of_model(model, optimizer)
         size = 4 * networks.trainable(model)
         assert (state.parameters, state.gradients, state.optimizer) == (size, size, size)
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -274,8 +275,20 @@ def test_measured_bytes_of_dense_and_published_networks() -> None:
 def test_measuring_leaves_the_model_alone() -> None:
     model = small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    measure.saved_bytes(model, torch.randn(4, 1, 8, 8), SCHEDULE)
+    memory.saved_by_model(model, torch.randn(4, 1, 8, 8))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("width", "sound"), [(4, False), (16, True)])
+def test_training_leaves_out_convolutions_that_damage_memory(width: int, sound: bool) -> None:
+    used: list[bool] = []
+    pixels = train.Pixels(data.load(None, 16, 4), torch.device("cpu"))
+    model = ResNet((1, 1), 10, "cifar", width, 1)
+    before = torch.backends.mkldnn.enabled
+    train.fit(model, pixels, SCHEDULE, 0, lambda _: used.append(torch.backends.mkldnn.enabled))
+    assert used
+    assert set(used) == {before and sound}
+    assert torch.backends.mkldnn.enabled == before
 
 
 def test_plan_narrows_to_the_parameters_of_the_smallest() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
+from rpg_kernels import timing
+from rpg_kernels.backends import registry
 from rpg_kernels.cli import main
 
 
@@ -12,6 +16,7 @@ from rpg_kernels.cli import main
     [
         (["--help"], "summary"),
         (["summary", "--help"], "resnet34"),
+        (["bench", "--help"], "benchmarks.harness"),
         (["--version"], "rpg-kernels 0."),
     ],
 )
@@ -37,6 +42,16 @@ def test_summary_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("summary resnet18 --dof 0", "dof: got 0"),
         ("summary resnet18 --granularity 3", "granularity: got 3"),
+        ("bench 4x", "shape: got '4x'"),
+        ("bench 0x4", "shape: got '0x4'"),
+        ("bench 4x4 9", "shape: got '9'"),
+        ("bench 4x4 --batch 1,0", "batch: got '0'"),
+        ("bench 4x4 --dtype fp8", "dtype: got 'fp8'"),
+        ("bench 4x4 --dof many", "dof: got 'many'"),
+        ("bench 4x4 --laps 65", "laps: got 65"),
+        ("bench 4x4 --dof 64 --laps 2", "window: got 256"),
+        ("bench 4x4 --device tape", "device: got 'tape'"),
+        ("bench 4x4 --device cuda:99", "device: got 'cuda:99'"),
     ],
 )
 def test_bad_options_end_with_one_line(
@@ -46,3 +61,71 @@ def test_bad_options_end_with_one_line(
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def test_bench_times_the_shapes_that_are_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "_ROUNDS", (2, 2))
+    monkeypatch.setattr(timing, "_SAMPLE", 0.0)
+    options = "--batch 1,3 --dof 1K --dtype bf16 --device cpu"
+    assert main(f"bench 8x16 24x8 {options}".split()) == 0
+    _, bank, head, *rows, _, hint = capsys.readouterr().out.splitlines()
+    assert "dof=960" in bank
+    assert "benchmarks.harness" in hint
+    assert head.endswith("back end")
+    assert [row.split()[:3] for row in rows] == [
+        [weight, batch, kind]
+        for weight in ("8x16", "24x8")
+        for batch in ("1", "3")
+        for kind in ("forward", "forward+backward")
+    ]
+    assert {row.split()[-1] for row in rows} <= set(registry.names())
+
+
+def test_figures() -> None:
+    figure = timing.figure([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (figure.median_s, figure.samples) == (3.0, 5)
+    assert (figure.q10_s, figure.q90_s) == pytest.approx((1.4, 4.6))
+    assert figure.spread == pytest.approx(3.2 / 3)
+    assert timing.figure([7.0]) == timing.Figure(7.0, 7.0, 7.0, 1)
+
+
+@pytest.mark.parametrize("text", ["", "M", "0", "-5", "1.5K", "4x"])
+def test_counts_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="dof: got"):
+        timing.count(text)
+    assert [timing.count(t) for t in ("45K", "2M", "7", "3k")] == [45_000, 2_000_000, 7, 3_000]
+
+
+def test_bench_reads_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_ROUNDS", (1, 1))
+    lines = [*timing.run(["8x64"], ["2"], dof="16384", laps=2, device_name="cpu")]
+    assert "window=256, laps=2" in lines[1]
+
+
+def test_samples_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_SAMPLE", 0.0)
+    order: list[int] = []
+    calls = {("pass", i): lambda i=i: order.append(i) for i in range(3)}
+    found = timing._sampled(calls, time_s=0.0)
+    assert {len(samples) for samples in found.values()} == {timing._ROUNDS[0]}
+    assert order[6:] == [0, 1, 2] * timing._ROUNDS[0]  # the first six warmed up and counted
+
+
+def test_demo_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--data", "x"], ["--help"]):
+        assert main(["demo", *arguments]) == 1
+        printed = capsys.readouterr().err
+        assert "python -m examples.demo" in printed
+        assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("bench", "benchmarks.harness"), ("demo", "examples.demo")]
+)
+@pytest.mark.parametrize("form", ["import {0}", "import {0}.report", "from rpg_kernels import {1}"])
+def test_what_moved_says_where_to(old: str, new: str, form: str) -> None:
+    with pytest.raises(ImportError, match=rf"rpg_kernels\.{old} moved to {new}.*python -m {new}"):
+        exec(form.format(f"rpg_kernels.{old}", old))
+    importlib.import_module(new)

@@ -17,7 +17,6 @@ from benchmarks.harness import schema as format_
 from benchmarks.harness.cases import DTYPES
 from benchmarks.harness.cpu import grid, schema
 from benchmarks.harness.timing import cpu_headline
-from examples.demo.report import write_json
 from rpg_kernels import RPGConfig, _checks, convert, materialize, summary
 from rpg_kernels.models import Cache, Decoder, DecoderConfig
 
@@ -117,7 +116,7 @@ def run(
     )
     format_.validate(record, schema.DECODER_FILE)
     if out is not None:
-        write_json(out, record)
+        machine.write_json(out, record)
     return record
 
 

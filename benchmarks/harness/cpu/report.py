@@ -13,6 +13,7 @@ from benchmarks.harness.cpu.bandwidth import LEVELS
 from benchmarks.harness.cpu.grid import DENSE, DTYPES, OURS, REFERENCE, Bank
 from benchmarks.harness.machine import BUSY_SPREAD
 from benchmarks.harness.table import NOT_MEASURED
+from rpg_kernels import timing
 
 _SPEED_LAYERS = ("llama-3-8b.gate_proj", "llama-3-8b.q_proj")
 _SPEED_BANKS = (Bank(200_000), Bank(200_000, 256, 4), Bank(20_000_000, 256, 4))
@@ -72,7 +73,7 @@ def _cell(row: Row | None, dense: Row | None) -> str:
     if dense is not None and dense is not row and dense["median_s"]:
         times = dense["median_s"] / row["median_s"]
         ratio = f" ({times:.1f}x)" if times >= 0.95 else f" ({times:.2f}x)"
-    return f"{table.seconds(row['median_s'])}{doubt}{ratio}"
+    return f"{timing.seconds(row['median_s'])}{doubt}{ratio}"
 
 
 def _shape(row: Row) -> str:
@@ -168,9 +169,9 @@ def _roof(row: Row, record: Any) -> Iterator[str]:
         bytes_ = moved["read"].get(level, 0) + moved["update"].get(level, 0)
         yield f"{bytes_ / 1e6:.3g}" if bytes_ else ""
     bound = max(LEVELS, key=lambda level: seconds.get(level, 0.0))
-    yield f"{table.seconds(seconds[bound])} ({bound})"
-    yield table.seconds(seconds["arithmetic"])
-    yield table.seconds(row["median_s"])
+    yield f"{timing.seconds(seconds[bound])} ({bound})"
+    yield timing.seconds(seconds["arithmetic"])
+    yield timing.seconds(row["median_s"])
     yield f"{max(seconds.values()) / row['median_s']:.0%}"
 
 

@@ -22,7 +22,6 @@ from benchmarks.harness.cpu.bandwidth import Level
 from benchmarks.harness.cpu.grid import Group, Point, Suite
 from benchmarks.harness.cpu.subject import Job, Subject
 from benchmarks.harness.timing import cpu_headline
-from examples.demo.report import write_json
 from rpg_kernels import _checks
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
@@ -288,7 +287,7 @@ def _save(record: Record, out: Path | None) -> None:
     record["load"]["busy"] = busy
     format_.validate(record, schema.LAYERS_FILE)
     if out is not None:
-        write_json(out, record)
+        machine.write_json(out, record)
 
 
 def load(path: Path) -> Record | None:
