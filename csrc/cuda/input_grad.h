@@ -3,15 +3,15 @@
 
 #pragma once
 
-#include "entries.h"
-#include "plan.h"
+#include "cuda/entries.h"
+#include "cuda/plan.h"
 
 namespace rpg::RPG_DEVICE {
 
 struct InputGradKernelArgs {
   Layer layer;
   Tiling tiling;
-  Layout layout;
+  StageLayout layout;
   Bank bank;
   const void* dy;      // [batch, N]
   void* dx;            // [batch, K]
@@ -26,7 +26,7 @@ struct InputGradKernelArgs {
 };
 
 struct InputGradPlan {
-  Layout layout;
+  StageLayout layout;
   int positions, plane;
   int terms, dy, entry, sums, last, bytes;
 };

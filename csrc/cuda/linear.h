@@ -4,26 +4,26 @@
 
 #include <cstdint>
 
-#include "../cpu/number.h"
-#include "../window_law.h"
+#include "law/number.h"
+#include "law/window.h"
 
 namespace rpg {
 
 // What decides a layout beside the layer.
 struct Device {
   int sms;           // streaming multiprocessors
-  int shared_bytes;  // that a block may have
+  int shared_bytes;  // that a CTA may have
 };
 
 // How a call is divided; all integers, chosen on the host by `plan_*`, the same on GPU and CPU.
 struct Plan {
-  int fill;          // csrc/cuda/tile.h: 0 windows, 1 ring, 2 gathered
+  int fill;          // cuda/tile.h: 0 windows, 1 ring, 2 gathered
   int rows;          // of a tile
   int first, tiles;  // tiles with `fill`, and all
   int rest;          // rows of a gathered tile
   int places;        // of a stage
   int stages;        // in flight
-  int splits;        // blocks that share a tile's columns
+  int splits;        // CTAs that share a tile's columns
   int batch_tile;    // rows of x at a time
   int batch_tiles;
   int shared_bytes;

@@ -13,16 +13,18 @@
 
 #pragma once
 
-#include "../cpu/number.h"
-#include "../window_law.h"
-#include "device.h"
+#include "cuda/device.h"
+#include "law/number.h"
+#include "law/window.h"
 
 namespace rpg::RPG_DEVICE {
 
 enum class Fill : int { kWindows = 0, kRing = 1, kGather = 2 };
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // of a CTA
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kAlign = 16;       // bytes: arrays in shared memory begin at multiples of it
+constexpr int kMmaBlocks = 16;   // that a warp multiplies at once by tensor cores
 constexpr int kStages = 3;       // at most; two where three do not fit, a ring needs one
 constexpr int kMaxWindows = 18;  // of a column of a tile: 1024 rows, cells of 64, and one more
 
@@ -44,7 +46,7 @@ struct Tiling {
   int first;   // tiles of the first kind
   int rest;    // rows of a gathered tile
   int tiles;   // of both kinds
-  int places;  // of a stage, a multiple of 16
+  int places;  // of a stage, a multiple of kMmaBlocks
   int stages;
 };
 
@@ -70,19 +72,19 @@ RPG_FUNCTION uint32_t position(const Layer& layer, int n, int b) {
 
 RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
   const bool whole = i < tiling.first;
-  const int most = whole ? tiling.rows : tiling.rest, past = i - tiling.first;
-  const int row = whole ? i * most : tiling.first * tiling.rows + past * most;
+  const int height = whole ? tiling.rows : tiling.rest, gathered = i - tiling.first;
+  const int row = whole ? i * height : tiling.first * tiling.rows + gathered * height;
   const int left = layer.rows - row;
   const uint32_t number = position(layer, row, 0), step = position(layer, row, 1) - number;
-  return {whole ? tiling.fill : Fill::kGather, row, left < most ? left : most, number, step};
+  return {whole ? tiling.fill : Fill::kGather, row, left < height ? left : height, number, step};
 }
 
 RPG_FUNCTION uint32_t position(const Tile& tile, int b) { return tile.number + b * tile.step; }
 
-// The part (window_law.h) that holds p.
-RPG_FUNCTION uint32_t part_of(const WindowBand& law, uint32_t p) {
-  const Divider& by = law.by_cell;  // 64 or more
-  const uint32_t unit = 1 + (umulhi(p - law.head, by.magic) >> by.shift);
+// The number of the run (law/window.h) that holds p.
+RPG_FUNCTION uint32_t cell_run_of(const WindowBand& law, uint32_t p) {
+  const Divider& by_cell = law.by_cell;  // 64 or more
+  const uint32_t unit = 1 + (umulhi(p - law.head, by_cell.magic) >> by_cell.shift);
   return p < law.head ? 0 : unit;
 }
 
