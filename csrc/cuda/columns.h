@@ -30,30 +30,32 @@ RPG_FUNCTION int spread_place(int place, int q) {
   return (place & ~7) * 4 + (place & 7) + 8 * (q & 3);
 }
 
+// What 64 rows of a column read.
 struct alignas(16) Stretch {
-  uint32_t address;   // of its first row, counted from that of the first cell
-  uint32_t places;    // entry of the window's first slot
-  uint32_t signs[2];  // of rows 32 j ...: the first is bit 31
+  uint32_t address;   // The address of its first row, counted from that of the first cell.
+  uint32_t places;    // The entry of a row that would read the window's first slot.
+  uint32_t signs[2];  // Word j has the signs of rows 32 j ...; that of the first is bit 31.
 };
 
 // A window that a column reads.
 struct alignas(16) ColumnWindow {
-  uint32_t base;   // slot at which it begins
-  uint32_t shift;  // (p + shift) mod 2^32 is the address of position p
-  uint32_t lap;    // the first of the tile's laps that read it, up to that of the next window
-  uint32_t count;  // of the first: windows of the column
+  uint32_t base;   // The slot at which it begins.
+  uint32_t shift;  // (p + shift) mod 2^32 is the address of position p.
+  uint32_t lap;  // The first of the tile's laps that read it; the next window has the first after.
+  uint32_t count;  // In a column's first window: how many the column reads.
 };
 
 struct ColumnReads {
-  Shared<ColumnWindow> windows;  // [windows of a column, at most, and one]
+  Shared<ColumnWindow> windows;  // One more than a column reads at most.
   Shared<Stretch> stretches;     // [kMaxStretches]
 };
 
-// Where they are in shared memory, found on the host.
+// Where they are in shared memory, found on the host, in bytes.
 struct ColumnsLayout {
-  int log_lanes;              // threads for the windows of a column: 2^log_lanes, at least as many
-  int windows, column_bytes;  // bytes: those of column 0, and from one column to the next
-  int stretches;              // those of column 0
+  int log_lanes;     // 2^log_lanes threads, at least one for each window of a column.
+  int windows;       // The windows of column 0 are here,
+  int column_bytes;  // those of each further column so much later.
+  int stretches;     // The stretches of column 0 are here.
 };
 
 constexpr int kStretchBytes = kMaxStretches * 16;

@@ -23,10 +23,10 @@ constexpr uint32_t kPair = 0x10001;  // times a half: both halves
 // word of an octet.
 struct EntryLane {
   uint32_t shift, times, plus, key[2];
-  uint32_t mask, pair_mask;        // of the number of an octet, and of two
-  uint32_t octets;                 // 0 to 3 and 4 to 7, in two halves
-  uint32_t octet_bits;             // bits 30 and 31: number modulo 4 of the octet that it hashes
-  uint32_t slot_step, first_slot;  // slot of octet a: slot_step a + first_slot, the latter twice
+  uint32_t mask, pair_mask;        // They keep the number of an octet, and of two in halves.
+  uint32_t octets;                 // Octets 0 to 3 and 4 to 7, in two halves.
+  uint32_t octet_bits;             // Bits 30 and 31: modulo 4, the octet that it hashes.
+  uint32_t slot_step, first_slot;  // Octet a has slot slot_step a + first_slot, the latter twice.
 };
 
 RPG_FUNCTION EntryLane lane_of(const WindowBand& law, Entries entries) {

@@ -20,11 +20,12 @@ struct InputGradKernelArgs {
   float scale;
   int batch;
   int splits;
-  int positions;                        // of a lap, or of a tile that has none
-  int plane;                            // positions of 8 rows of dy
-  int terms, dy_at, entry, sums, last;  // bytes, see InputGradPlan
+  int positions;                        // A lap has so many, or a tile that has no laps.
+  int plane;                            // 8 rows of dy have so many positions.
+  int terms, dy_at, entry, sums, last;  // Where they are in shared memory, as in InputGradPlan.
 };
 
+// Where things are in shared memory, in bytes, and how large T or P is.
 struct InputGradPlan {
   StageLayout layout;
   int positions, plane;

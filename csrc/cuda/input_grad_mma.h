@@ -19,11 +19,11 @@ namespace rpg::RPG_DEVICE {
 // slots. Lanes 8 i ... give rows of matrix i: elements 0 to 7 and 8 to 15, of slots 0 to 7 and 8
 // to 15.
 struct Share {
-  int part, parts;
-  int slot, chunk;  // that the lane gives
-  int stage_chunk;  // where they are in a stage: chunks, of the first 16 slots
-  int sum_offset;   // where its sums go, of row 2 t of dy: element g
-  int row, p;       // bytes at which it reads P in lap 0, of one lap or as Operand has them
+  int part, parts;  // The warp has this part of so many.
+  int slot, chunk;  // The lane gives this chunk of this slot,
+  int stage_chunk;  // which is here in a stage, counted in chunks, of the first 16 slots.
+  int sum_offset;   // Its sums go here: element g, of row 2 t of dy.
+  int row, p;       // Bytes at which it reads P in lap 0: of one lap, or as Operand has them.
 };
 
 template <int BATCH>

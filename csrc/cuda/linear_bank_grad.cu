@@ -39,9 +39,9 @@ struct BankGradKernelArgs {
   unsigned* counters;  // [owners]
   float scale;
   int batch;
-  int owned;  // slots of an owner, kOwned or the window
-  int copies;
-  int64_t cells;  // of the layer, from that of its first address
+  int owned;      // An owner has so many slots, kOwned or those of the window.
+  int copies;     // So many CTAs share an owner's cells.
+  int64_t cells;  // The layer has addresses in so many cells.
 };
 
 // A cell's positions are p, p + 1 ...; (p + shift) is the address, as of a window (columns.h).

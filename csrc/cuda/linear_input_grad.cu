@@ -28,7 +28,7 @@ namespace {
 // the batch. Four at once where they are sums of a tile and their addresses allow for it.
 struct Output {
   int count, e, m, step;
-  int64_t index;  // of row m of block 0, in dx or in this tile's sums
+  int64_t index;  // Where row m of block 0 is, in dx or in this tile's sums.
 };
 
 RPG_FUNCTION Output output_of(const InputGradKernelArgs& args, int m0, bool fours) {

@@ -74,10 +74,10 @@ RPG_HOST LinearSharedPlan shared_plan(const Layer& layer, const Tiling& tiling, 
 
 // This thread's 16 bytes of a column of x: its rows have no more of them than there are threads.
 struct XCopy {
-  const char* source;  // of column 0
-  int target;          // in shared memory
-  int end;             // columns b < end have them; in all others they are zeros
-  bool active;
+  const char* source;  // Where they are in column 0.
+  int target;          // Where they go in shared memory.
+  int end;             // Columns b < end have them; in all others they are zeros.
+  bool active;         // Whether this thread has such bytes.
 };
 
 template <class Math, int BATCH>
@@ -119,12 +119,13 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0
   }
 }
 
-// What a lane reads and writes in all products: chunks of the first block of a warp's 16, for four
-// steps of 16 elements; bytes of x, for two steps each; sums of place g, or of g + 8 behind it, of
-// rows 8 n + 2 t and the next, or at batch 1 copy t.
+// What a lane reads and writes in all products.
 template <int TILES>
 struct ProductLane {
-  int chunk[4], x[2], sum[TILES];
+  int chunk[4];    // For four steps of 16 elements: chunks of the first of a warp's 16 blocks.
+  int x[2];        // Bytes of x, for two steps each.
+  int sum[TILES];  // Sums of place g, 8 places before those of g + 8, and of rows 8 n + 2 t and the
+                   // next, or at batch 1 of copy t.
 };
 
 template <class Math, int BATCH>

@@ -103,9 +103,11 @@ static inline Tiling tiling_of(const Plan& plan) {
           plan.stages};
 }
 
-// CTAs that share the columns of each of `tiles`, one at a time on a processor: what takes the
-// fewest columns one after the other, counting kStartColumns for the start of a CTA.
-constexpr int kStartColumns = 2;  // what the start of a CTA costs, in columns
+// The start of a CTA is taken to cost as much as so many columns.
+constexpr int kStartColumns = 2;
+
+// CTAs that share the columns of each of `tiles`, one at a time on a processor: the number with
+// which a processor takes the fewest columns one after the other, starts of CTAs counted too.
 static inline int splits_of(int64_t tiles, int64_t columns, int64_t sms) {
   int64_t best = 1, least = 0;
   for (int64_t splits = 1; splits <= columns && splits * tiles <= 4 * sms + tiles; ++splits) {

@@ -21,8 +21,8 @@ RPG_FUNCTION int chunk_at(int place, int c, int chunks) {
 struct Bank {
   const void* ring;  // [slots, block] of the bank's dtype, aligned to 16 bytes
   uint32_t slots;
-  int row_bytes;  // of a block
-  int64_t bytes;  // of the ring
+  int row_bytes;  // A block has so many bytes,
+  int64_t bytes;  // the ring so many.
 };
 
 RPG_HOST Bank bank_of(const void* ring, uint32_t slots, int row_bytes) {
@@ -31,18 +31,18 @@ RPG_HOST Bank bank_of(const void* ring, uint32_t slots, int row_bytes) {
 
 struct Stage {
   Shared<uint4> blocks;      // [places, chunks]
-  Shared<uint32_t> entries;  // [rest], for kGather: slot and sign
+  Shared<uint32_t> entries;  // [rest], the slots and signs of a gathered tile's rows
 };
 
-// Where a CTA's stages are in shared memory, found on the host: bytes, `end` the first behind them.
+// Where a CTA's stages are in shared memory, found on the host, in bytes.
 struct StageLayout {
-  int depth;       // stages of columns; where the blocks need one, x still has these
-  int log_chunks;  // of 16 bytes, of a block of the bank
-  int passes;      // of all threads, a chunk each, through a window
-  int stage;       // from one stage to the next
+  int depth;       // Stages of columns; where the blocks need one stage, x still has these.
+  int log_chunks;  // A block has 2^log_chunks chunks of 16 bytes.
+  int passes;      // All threads copy a window in so many passes, a chunk each.
+  int stage;       // From one stage to the next.
   ColumnsLayout columns;
-  int entries, entry_step;  // of gathered stages
-  int end;
+  int entries, entry_step;  // The entries of stage 0, and from one stage to the next.
+  int end;                  // The first byte behind all of it.
 };
 
 RPG_HOST StageLayout stage_layout(const Layer& layer, const Tiling& tiling, int row_bytes) {
@@ -116,12 +116,11 @@ struct No {
   static constexpr bool value = false;
 };
 
-// This thread's first chunk of each window: in the ring, of a window that begins with slot 0, and
-// in a stage. Its others are kThreads chunks apart in both, and 8 or more blocks, so that they are
-// exchanged in one way.
+// What this thread copies of each window. Its chunks are kThreads chunks apart in the ring and in a
+// stage, which is 8 or more blocks, so that they are exchanged in one way.
 struct BankCopies {
-  const char* source;
-  int index;
+  const char* source;  // Its first chunk of a window that begins with slot 0.
+  int index;           // The number of that chunk in a stage.
 };
 
 constexpr int kPass = 16 * kThreads;  // bytes that all threads copy at once
@@ -133,7 +132,7 @@ RPG_FUNCTION BankCopies copies_of(const StageLayout& layout, const Bank& bank) {
           kept(chunk_at(first, c, 1 << layout.log_chunks))};
 }
 
-// Begins the copies of a window whose end is behind that of the ring.
+// Begins the copies of a window that goes around the end of the ring.
 RPG_FUNCTION void fill_wrapped(const StageLayout& layout, const Bank& bank, uint32_t base,
                                const char* source, int index, const Stage& stage) {
   RPG_LOOP

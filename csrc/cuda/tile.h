@@ -28,43 +28,44 @@ constexpr int kMmaBlocks = 16;   // that a warp multiplies at once by tensor cor
 constexpr int kStages = 3;       // at most; two where three do not fit, a ring needs one
 constexpr int kMaxWindows = 18;  // of a column of a tile: 1024 rows, cells of 64, and one more
 
-// Of a launch; `law` is that of the only band, of either law.
+// The layer of a launch.
 struct Layer {
-  WindowBand law;
-  bool windows;  // law 2
-  int rows;      // N
-  int blocks;    // of a row
-  int block;     // elements
-  int columns;   // K
-  Reflect reflect;
+  WindowBand law;   // The law of its only band. Of law 1 only what BandLaw has is set.
+  bool windows;     // Whether it is law 2.
+  int rows;         // N
+  int blocks;       // A row has so many blocks.
+  int block;        // A block has so many elements.
+  int columns;      // K
+  Reflect reflect;  // What has a sign of its own.
 };
 
-// Tiles are numbered: first those of `rows` rows with `fill`, then the rest, gathered.
+// How the rows of a layer are cut into tiles. They are numbered: first those of `rows` rows with
+// `fill`, then the rest, which are gathered.
 struct Tiling {
-  Fill fill;
-  int rows;    // of a tile of the first kind
-  int first;   // tiles of the first kind
-  int rest;    // rows of a gathered tile
-  int tiles;   // of both kinds
-  int places;  // of a stage, a multiple of kMmaBlocks
-  int stages;
+  Fill fill;   // What the stages of the first tiles hold.
+  int rows;    // Each of them has so many rows.
+  int first;   // There are so many of them.
+  int rest;    // Each gathered tile has so many rows.
+  int tiles;   // There are so many tiles of both kinds.
+  int places;  // A stage holds so many blocks, a multiple of kMmaBlocks.
+  int stages;  // So many stages are in flight.
 };
 
 constexpr uint32_t kPlaceMask = 0xFFFFFFu;
 
 RPG_FUNCTION int place_of(uint32_t entry) { return static_cast<int>(entry & kPlaceMask); }
 RPG_FUNCTION int lap_of(uint32_t entry) { return static_cast<int>(entry >> 24 & 63); }
-// 1 or -1.
+// The sign of an entry, 1 or -1.
 RPG_FUNCTION float sign_of(uint32_t entry) { return as_float(0x3F800000u | (entry & 0x80000000u)); }
 
 struct Tile {
   Fill fill;
-  int row;  // of the layer
+  int row;  // It begins with this row of the layer.
   int rows;
-  uint32_t number, step;  // position of its first row in column b is number + b step
+  uint32_t number, step;  // The position of its first row in column b is number + b step.
 };
 
-// The number, in the order of its law, of row n and column b.
+// The position, in the order of its law, of row n and column b.
 RPG_FUNCTION uint32_t position(const Layer& layer, int n, int b) {
   if (layer.windows) return order(layer.law, n, b);
   return static_cast<uint32_t>(n) * layer.blocks + b;

@@ -142,10 +142,10 @@ def test_a_build_without_the_simulator_says_so(monkeypatch: pytest.MonkeyPatch) 
     module = SimpleNamespace(build_info=lambda: {"simt": False})
     monkeypatch.setattr(native, "available", lambda: True)
     monkeypatch.setattr(native, "module", lambda: module)
-    reason = rules.unsupported("linear", torch.device("cpu"), torch.float32, "simt")
+    reason = rules.unsupported_kind("linear", torch.device("cpu"), torch.float32, "simt")
     assert "it is part of development builds" in reason
     module.simt = SimpleNamespace()
-    assert rules.unsupported("linear", torch.device("cpu"), torch.float32, "simt") == ""
+    assert rules.unsupported_kind("linear", torch.device("cpu"), torch.float32, "simt") == ""
 
 
 @needs_simt
