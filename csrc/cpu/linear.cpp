@@ -57,8 +57,8 @@ LinearLayout linear_layout(const LayerLaw& law, const std::vector<Strip>& strips
       round_up(Walk::kEntries * static_cast<int64_t>(sizeof(typename Walk::Entry)), kLineBytes);
   const int64_t slots = law.window ? law.window : law.slots;
   // At batch 1, S holds all negatives behind the values (add_products).
-  const int64_t slot_sums = batch_tile == 1 ? 2 : batch_tile;
-  out.s = slots < out.height ? round_up((slots + kSpareSlots) * slot_sums, kLineFloats) : 0;
+  out.s = slots < out.height ? (slots + kSpareSlots) * (batch_tile == 1 ? 2 : batch_tile) : 0;
+  out.s = round_up(out.s, kLineFloats);
   out.sums = round_up(out.height * batch_tile * tiles, kLineFloats);
   // Of an image each part gathers one block after the other.
   out.x = (args.image ? args.threads : law.blocks) * law.granularity * batch_tile * tiles;
