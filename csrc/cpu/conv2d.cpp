@@ -30,7 +30,7 @@ namespace rpg::RPG_ISA {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kRuns = 4;  // more are gathered pixel by pixel
+constexpr int kSpans = 4;  // more are gathered pixel by pixel
 
 template <class T>
 inline Floats<kLanes> load_as(const typename T::Bits* numbers) {
@@ -100,48 +100,48 @@ class Pixels {
 };
 
 // Pixels side by side in x: lanes first ... last - 1 read x from `offset` + first on.
-struct PixelRun {
+struct PixelSpan {
   int first, last;
   int64_t offset;
 };
 
-// Runs of a tile, in order; more than kRuns where there are too many.
-inline int runs_of(const PixelOffsets& offsets, PixelRun (&run)[kRuns]) {
+// Spans of a tile, in order; more than kSpans where there are too many.
+inline int spans_of(const PixelOffsets& offsets, PixelSpan (&span)[kSpans]) {
   int count = 0;
   for (int l = 0; l < kLanes; ++l) {
     const int64_t offset = offsets.lane[l] - l;
     if (offsets.lane[l] < 0) continue;
-    if (count && run[count - 1].last == l && run[count - 1].offset == offset) {
-      run[count - 1].last = l + 1;
+    if (count && span[count - 1].last == l && span[count - 1].offset == offset) {
+      span[count - 1].last = l + 1;
     } else {
-      if (count == kRuns) return kRuns + 1;
-      run[count++] = {l, l + 1, offset};
+      if (count == kSpans) return kSpans + 1;
+      span[count++] = {l, l + 1, offset};
     }
   }
   return count;
 }
 
 // Channels c ... c + count - 1 at one tap, out [count, kLanes]: whole vectors of x, of which each
-// run keeps its lanes. False where that would read beyond x.
+// span keeps its lanes. False where that would read beyond x.
 template <class T>
-inline bool load_runs(const Image& g, const typename T::Bits* x, const PixelOffsets& offsets,
-                      int64_t c, int count, float* out) {
+inline bool load_spans(const Image& g, const typename T::Bits* x, const PixelOffsets& offsets,
+                       int64_t c, int count, float* out) {
   using LaneBits = typename FloatsOf<kLanes>::integers;
-  PixelRun run[kRuns];
-  const int runs = runs_of(offsets, run);
-  if (runs > kRuns) return false;
+  PixelSpan span[kSpans];
+  const int spans = spans_of(offsets, span);
+  if (spans > kSpans) return false;
   const int64_t step = g.stride[1];
-  LaneBits mask[kRuns];
-  for (int r = 0; r < runs; ++r) {
-    const int64_t low = run[r].offset + c * step;
+  LaneBits mask[kSpans];
+  for (int r = 0; r < spans; ++r) {
+    const int64_t low = span[r].offset + c * step;
     if (low < 0 || low + (count - 1) * step + kLanes > g.extent) return false;
-    for (int l = 0; l < kLanes; ++l) mask[r][l] = -(l >= run[r].first && l < run[r].last);
+    for (int l = 0; l < kLanes; ++l) mask[r][l] = -(l >= span[r].first && l < span[r].last);
   }
   for (int i = 0; i < count; ++i) {
     const int64_t channel_offset = (c + i) * step;
     LaneBits sum = {};
-    for (int r = 0; r < runs; ++r) {
-      const Floats<kLanes> pixels = load_as<T>(x + run[r].offset + channel_offset);
+    for (int r = 0; r < spans; ++r) {
+      const Floats<kLanes> pixels = load_as<T>(x + span[r].offset + channel_offset);
       LaneBits integers;
       std::memcpy(&integers, &pixels, sizeof integers);
       sum |= integers & mask[r];
@@ -181,7 +181,7 @@ void load_block_of(const Image& g, const typename T::Bits* x, int64_t m0, int ro
     const PixelOffsets offsets = pixels.offsets(tap);
     float* const target = out + (by_row ? e : e * lanes);
     e += count;
-    if (lanes == kLanes && load_runs<T>(g, x, offsets, c, count, target)) continue;
+    if (lanes == kLanes && load_spans<T>(g, x, offsets, c, count, target)) continue;
     const int64_t lane_step = by_row ? size : 1, element_step = by_row ? 1 : lanes;
     const bool lines = lanes == 16 && g.stride[1] == 1;
     const int done = lines ? load_lines<T>(x, offsets, c, count, target) : 0;

@@ -130,21 +130,21 @@ class Linear {
       std::memset(sums_of_strip, 0, sizeof(float) * layout_.sums);
       const int64_t first = (low - strip.first) / strip.height;
       const int64_t last = (high - strip.first) / strip.height;
-      walk.walk(strip, first, last, entry, [&](const Segment<Entry>& segment) {
-        const int64_t left = image ? image->run - segment.block % image->run_blocks * BLOCK
-                                   : args_.columns - segment.block * BLOCK;
-        const RingWindow<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, segment.base,
+      walk.walk(strip, first, last, entry, [&](const Piece<Entry>& piece) {
+        const int64_t left = image ? image->run - piece.block % image->run_blocks * BLOCK
+                                   : args_.columns - piece.block * BLOCK;
+        const RingWindow<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, piece.base,
                                        static_cast<int>(left < BLOCK ? left : BLOCK));
-        if (image && segment.block != gathered) {
-          gathered = segment.block;
+        if (image && piece.block != gathered) {
+          gathered = piece.block;
           for (int tile = 0; tile < x_tiles.count(); ++tile) {
             load_patches(*image, args_.x_dtype, args_.x, m0 + tile * BATCH, x_tiles.rows_of(tile),
                          BATCH, gathered, BLOCK, x_tiles.block_of(tile, 0));
           }
         }
         for (int tile = 0; tile < x_tiles.count(); ++tile) {
-          float* y = sums_of_strip + (tile * layout_.height + segment.row) * BATCH;
-          add(segment, window, x_tiles.block_of(tile, image ? 0 : segment.block), s, y);
+          float* y = sums_of_strip + (tile * layout_.height + piece.row) * BATCH;
+          add(piece, window, x_tiles.block_of(tile, image ? 0 : piece.block), s, y);
         }
       });
       if (low == strip.first && high == end_of(strip)) {
@@ -153,17 +153,17 @@ class Linear {
     }
   }
 
-  void add(const Segment<Entry>& segment, const RingWindow<BLOCK>& window, const float* x, float* s,
+  void add(const Piece<Entry>& piece, const RingWindow<BLOCK>& window, const float* x, float* s,
            float* y) const {
-    if (segment.slots >= segment.count) {
-      direct_products<BLOCK, BATCH>(segment.entry, segment.count, window, x, y);
+    if (piece.slots >= piece.count) {
+      direct_products<BLOCK, BATCH>(piece.entry, piece.count, window, x, y);
       return;
     }
-    window_products<BLOCK, BATCH>(window, segment.slots, x, s);
+    window_products<BLOCK, BATCH>(window, piece.slots, x, s);
     if (BATCH == 1) {
-      for (int w = 0; w < segment.slots; ++w) s[segment.slots + w] = -s[w];
+      for (int w = 0; w < piece.slots; ++w) s[piece.slots + w] = -s[w];
     }
-    add_products<BATCH>(segment.entry, segment.count, s, segment.slots, y);
+    add_products<BATCH>(piece.entry, piece.count, s, piece.slots, y);
   }
 
   // Rows [begin, end) of a strip, from the sums of several parts.

@@ -113,19 +113,19 @@ class BankGrad {
   }
 
   // Adds what one piece of a column contributes to `dw`.
-  void add(const Segment<Entry>& segment, const DyTiles& dy, const XRowTiles& x,
+  void add(const Piece<Entry>& piece, const DyTiles& dy, const XRowTiles& x,
            const PartMemory& memory) const {
-    const int64_t left = args_.columns - segment.block * BLOCK;
+    const int64_t left = args_.columns - piece.block * BLOCK;
     const int valid = static_cast<int>(left < BLOCK ? left : BLOCK);
-    float* const first = memory.dw + int64_t{segment.base} * BLOCK;
+    float* const first = memory.dw + int64_t{piece.base} * BLOCK;
     float* const part[2] = {first, first - int64_t{law_.slots} * BLOCK};
-    const int64_t before_end = int64_t{law_.slots} - segment.base;
+    const int64_t before_end = int64_t{law_.slots} - piece.base;
     for (int tile = 0; tile < x.count(); ++tile) {
-      const float* rows = dy.block_of(tile, 0) + (segment.strip->row + segment.row) * BATCH;
-      for_terms<BATCH>(segment.entry, segment.count, segment.slots, segment.whole, rows, memory.t,
+      const float* rows = dy.block_of(tile, 0) + (piece.strip->row + piece.row) * BATCH;
+      for_terms<BATCH>(piece.entry, piece.count, piece.slots, piece.whole, rows, memory.t,
                        memory.slot, [&](const Terms& terms) {
                          add_bank_grad<BLOCK, BATCH>(
-                             terms, x.block_of(tile, segment.block), x.rows_of(tile), valid,
+                             terms, x.block_of(tile, piece.block), x.rows_of(tile), valid,
                              static_cast<float>(args_.scale), part, before_end);
                        });
     }
@@ -145,7 +145,7 @@ class BankGrad {
 #pragma omp for schedule(dynamic)
         for (int64_t cell = first; cell < std::min(first + together, cells); ++cell) {
           walk.walk_cell(strips_, strip, cell, memory.entry,
-                         [&](const Segment<Entry>& segment) { add(segment, dy, x, memory); });
+                         [&](const Piece<Entry>& piece) { add(piece, dy, x, memory); });
         }
       }
     }
@@ -160,7 +160,7 @@ class BankGrad {
       for (const Strip& strip : strips_) {
         walk.walk(strip, law_.blocks * part / args_.threads,
                   law_.blocks * (part + 1) / args_.threads, memory.entry,
-                  [&](const Segment<Entry>& segment) { add(segment, dy, x, memory); });
+                  [&](const Piece<Entry>& piece) { add(piece, dy, x, memory); });
       }
     }
     if (!layout_.dw) return;

@@ -84,16 +84,16 @@ class InputGrad {
     }
     Walk walk(law_);
     for (const Strip& strip : strips_) {
-      walk.walk(strip, low, high, entry, [&](const Segment<Entry>& segment) {
-        const int64_t left = args_.columns - segment.block * BLOCK;
-        const RingWindow<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, segment.base,
+      walk.walk(strip, low, high, entry, [&](const Piece<Entry>& piece) {
+        const int64_t left = args_.columns - piece.block * BLOCK;
+        const RingWindow<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, piece.base,
                                        static_cast<int>(left < BLOCK ? left : BLOCK));
         for (int tile = 0; tile < dx.count(); ++tile) {
-          const float* rows = dy.block_of(tile, 0) + (strip.row + segment.row) * BATCH;
-          for_terms<BATCH>(segment.entry, segment.count, segment.slots, segment.whole, rows, t,
-                           slot, [&](const Terms& terms) {
+          const float* rows = dy.block_of(tile, 0) + (strip.row + piece.row) * BATCH;
+          for_terms<BATCH>(piece.entry, piece.count, piece.slots, piece.whole, rows, t, slot,
+                           [&](const Terms& terms) {
                              add_input_grad<BLOCK, BATCH>(window, terms,
-                                                          dx.block_of(tile, segment.block));
+                                                          dx.block_of(tile, piece.block));
                            });
         }
       });

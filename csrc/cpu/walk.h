@@ -21,7 +21,7 @@ struct Strip {
 // `count` rows of one block column, from row `row` of the strip: row i reads the slot entry[i] of
 // the `slots` that begin at slot `base` of the ring and wrap around it.
 template <class Entry>
-struct Segment {
+struct Piece {
   const Strip* strip;
   int64_t block;
   int64_t row;
@@ -34,7 +34,7 @@ struct Segment {
 
 namespace {  // compiled once per instruction set, see law/ring.h
 
-// Law 2: strips are those of the law, and a segment reads one window.
+// Law 2: strips are those of the law, and a piece reads one window.
 class WindowWalk {
  public:
   using Entry = uint16_t;
@@ -48,7 +48,7 @@ class WindowWalk {
     return height;
   }
 
-  // Calls visit(segment) for the columns of blocks from `low` to `high` of a strip.
+  // Calls visit(piece) for the columns of blocks from `low` to `high` of a strip.
   template <class Visit>
   void walk(const Strip& strip, int64_t low, int64_t high, Entry* entry, const Visit& visit) {
     enter(strip.band);
@@ -56,11 +56,11 @@ class WindowWalk {
     const int64_t first = (strip.row - strip.band * law_.rows_per_band) * law_.blocks;
     const int64_t end = first + high * strip.height;
     for (int64_t p = first + low * strip.height; p < end;) {
-      const CellRun run = cell_run_with(static_cast<uint32_t>(p));
-      int64_t count = int64_t{run.p} + run.count - p;
+      const UnitPiece unit_piece = unit_piece_with(static_cast<uint32_t>(p));
+      int64_t count = int64_t{unit_piece.p} + unit_piece.count - p;
       if (count > end - p) count = end - p;
       if (count > kEntries) count = kEntries;
-      const uint32_t z = run.z + (static_cast<uint32_t>(p) - run.p);
+      const uint32_t z = unit_piece.z + (static_cast<uint32_t>(p) - unit_piece.p);
       walk(strip, static_cast<uint32_t>(p), z, static_cast<uint32_t>(count), entry, visit);
       p += count;
     }
@@ -79,8 +79,8 @@ class WindowWalk {
       const int64_t size = std::min<int64_t>(strip.height - row, count - done);
       const uint32_t place = (z + band_.offset + done) & (window - 1);
       const int64_t lead = place ? window - place : 0;
-      visit(Segment<Entry>{&strip, rest / strip.height, row, static_cast<int>(size), entry + done,
-                           base, static_cast<int>(window), size - lead >= window});
+      visit(Piece<Entry>{&strip, rest / strip.height, row, static_cast<int>(size), entry + done,
+                         base, static_cast<int>(window), size - lead >= window});
       done += static_cast<uint32_t>(size);
       rest += size;
     }
@@ -95,7 +95,7 @@ class WindowWalk {
     return (int64_t{band_.offset} + band_.positions + band_.cell - 1) / band_.cell;
   }
 
-  // Calls visit(segment) for the positions of a cell; `first` is the number of the band's first
+  // Calls visit(piece) for the positions of a cell; `first` is the number of the band's first
   // strip.
   template <class Visit>
   void walk_cell(const std::vector<Strip>& strips, size_t first, int64_t cell, Entry* entry,
@@ -118,9 +118,9 @@ class WindowWalk {
   }
 
  private:
-  CellRun cell_run_with(uint32_t p) const {
-    if (p < band_.head) return cell_run_at(band_, 0);
-    return cell_run_at(band_, 1 + divide(p - band_.head, band_.by_cell));
+  UnitPiece unit_piece_with(uint32_t p) const {
+    if (p < band_.head) return unit_piece_at(band_, 0);
+    return unit_piece_at(band_, 1 + divide(p - band_.head, band_.by_cell));
   }
 
   const LayerLaw& law_;
@@ -128,7 +128,7 @@ class WindowWalk {
   int64_t number_ = 0;
 };
 
-// Law 1: strips are as high as the caller likes, and a segment may read the whole ring.
+// Law 1: strips are as high as the caller likes, and a piece may read the whole ring.
 class RingWalk {
  public:
   using Entry = uint32_t;
@@ -140,7 +140,7 @@ class RingWalk {
     return left < max_rows ? left : max_rows;
   }
 
-  // Calls visit(segment) for the columns of blocks from `low` to `high` of a strip.
+  // Calls visit(piece) for the columns of blocks from `low` to `high` of a strip.
   template <class Visit>
   void walk(const Strip& strip, int64_t low, int64_t high, Entry* entry, const Visit& visit) {
     if (strip.band != number_) band_ = make_band_law(law_, number_ = strip.band);
@@ -149,8 +149,8 @@ class RingWalk {
       for (int64_t row = 0; row < strip.height; row += kEntries) {
         const int count = static_cast<int>(std::min(strip.height - row, kEntries));
         tabulate(first + row, block, count, entry);
-        visit(Segment<Entry>{&strip, block, row, count, entry, 0, static_cast<int>(law_.slots),
-                             false});
+        visit(
+            Piece<Entry>{&strip, block, row, count, entry, 0, static_cast<int>(law_.slots), false});
       }
     }
   }

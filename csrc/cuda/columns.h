@@ -93,15 +93,15 @@ RPG_FUNCTION void prepare_windows(const Layer& layer, const Tile& tile,
   const int ahead = thread() >> columns.log_lanes, b = range.first + i + ahead;
   const uint32_t window = thread() & ((1 << columns.log_lanes) - 1);
   if (ahead >= 2 * kColumnsAhead || b >= range.end) return;
-  const uint32_t p = position(tile, b), first_run = cell_run_of(law, p);
-  const uint32_t count = cell_run_of(law, p + tile.rows - 1) - first_run + 1,
+  const uint32_t p = position(tile, b), first_piece = unit_piece_of(law, p);
+  const uint32_t count = unit_piece_of(law, p + tile.rows - 1) - first_piece + 1,
                  zero = (p + law.offset) >> log;
   const Shared<ColumnWindow> windows = column_of(columns, i + ahead).windows;
   if (window == 0) windows[count] = {0, 0, ((p + tile.rows - 1 + law.offset) >> log) - zero + 1, 0};
   if (window >= count) return;
-  const CellRun run = cell_run_at(law, first_run + window);
-  const uint32_t lap = window ? ((run.p + law.offset) >> log) - zero : 0;
-  windows[window] = {window_base(law, run.z), run.z - run.p + law.offset, lap, count};
+  const UnitPiece piece = unit_piece_at(law, first_piece + window);
+  const uint32_t lap = window ? ((piece.p + law.offset) >> log) - zero : 0;
+  windows[window] = {window_base(law, piece.z), piece.z - piece.p + law.offset, lap, count};
 }
 
 // Stretches of columns i ... i + 3, whose windows are there.
@@ -117,7 +117,7 @@ RPG_FUNCTION void prepare_stretches(const Layer& layer, const Tile& tile,
     return;
   const ColumnReads reads = column_of(columns, column);
   const uint32_t first = position(tile, b), p = first + kStretch * stretch;
-  const uint32_t window = cell_run_of(law, p) - cell_run_of(law, first);
+  const uint32_t window = unit_piece_of(law, p) - unit_piece_of(law, first);
   Stretch out{p + reads.windows[window].shift, window << log, {}};
   if (ENTRIES == Entries::kSpread) out.places *= 4;
   if (ENTRIES == Entries::kLaps)

@@ -20,15 +20,15 @@ struct InputGradKernelArgs {
   float scale;
   int batch;
   int splits;
-  int positions;                        // A lap has so many, or a tile that has no laps.
-  int plane;                            // 8 rows of dy have so many positions.
+  int lap_slots;  // A lap of P has so many slots; in fp32: the places of T, or rows.
+  int plane;      // 8 rows of dy have so many slots in P.
   int terms, dy_at, entry, sums, last;  // Where they are in shared memory, as in InputGradPlan.
 };
 
 // Where things are in shared memory, in bytes, and how large T or P is.
 struct InputGradPlan {
   StageLayout layout;
-  int positions, plane;
+  int lap_slots, plane;
   int terms, dy, entry, sums, last, bytes;
 };
 

@@ -34,16 +34,16 @@ RPG_FUNCTION Share share_of(const InputGradKernelArgs& args) {
   const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * elements + lane / 8 % 2;
   const int sums = part * BATCH + (BATCH == 1 ? 0 : 2 * (lane % 4));
   const int row = lane % 16, second = lane / 16;
-  int p = row + second * (BATCH == 8 ? args.positions : args.plane);
-  if (BATCH == 1) p = lane / 4 * args.positions + 2 * (lane % 4);
+  int p = row + second * (BATCH == 8 ? args.lap_slots : args.plane);
+  if (BATCH == 1) p = lane / 4 * args.lap_slots + 2 * (lane % 4);
   return {kept(part),
           kWarps / groups,
           kept(slot),
           kept(chunk),
           kept(chunk_at(slot, chunk, layer.block / 8)),
           kept(sums * kSumPitch + 16 * elements + lane / 4),
-          kept(row * kPositionBytes<BATCH>),
-          kept(p * kPositionBytes<BATCH>)};
+          kept(row * kSlotBytes<BATCH>),
+          kept(p * kSlotBytes<BATCH>)};
 }
 
 // Bytes at which a lane reads P for LAPS laps from `lap` on, less the first slot's. Lanes give rows
@@ -59,7 +59,7 @@ template <int BATCH, int LAPS>
 RPG_FUNCTION Operand<BATCH, LAPS> operand(const InputGradKernelArgs& args, const Share& share,
                                           int lap) {
   constexpr int kStep = BATCH == 8 ? 2 : 1;
-  const int lap_bytes = args.positions * kPositionBytes<BATCH>;
+  const int lap_bytes = args.lap_slots * kSlotBytes<BATCH>;
   Operand<BATCH, LAPS> out;
   RPG_UNROLL
   for (int i = 0; i < out.kReads; ++i) {
@@ -117,9 +117,9 @@ RPG_FUNCTION void multiply_slots(const InputGradKernelArgs& args, const InputGra
     const Shared<uint4> blocks = first.tail(i * kStep * (BLOCK / 8));
     uint32_t a[4];
     load_transposed(a, blocks.span(share.stage_chunk + ahead * kStep * (BLOCK / 8), 1));
-    const int slot_offset = (16 * share.part + i * kStep) * kPositionBytes<BATCH>;
+    const int slot_offset = (16 * share.part + i * kStep) * kSlotBytes<BATCH>;
     multiply_laps<Math, BATCH, LAPS>(memory, laps, valid, a, slot_offset,
-                                     ahead * kStep * kPositionBytes<BATCH>, c);
+                                     ahead * kStep * kSlotBytes<BATCH>, c);
   };
   int i = 0;
   RPG_LOOP
@@ -200,8 +200,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
       const int row = first + share.slot, i = row < tile.rows ? row : tile.rows - 1;  // times zeros
       uint32_t a[4];
       load_transposed(a, stage.blocks.span(chunk_at(memory.flag[i], share.chunk, chunks), 1));
-      multiply_laps<Math, BATCH, 1>(memory, row_lap, lane < 4, a, first * kPositionBytes<BATCH>, 0,
-                                    c);
+      multiply_laps<Math, BATCH, 1>(memory, row_lap, lane < 4, a, first * kSlotBytes<BATCH>, 0, c);
     }
   }
   const Shared<float> target = sums.tail(share.sum_offset);

@@ -2,7 +2,7 @@
 //
 //   P[lap, slot, m] = ± dy[row, m]      of the row that reads the slot in that lap
 //
-// A permutation of dy's rows, lap by lap: each goes to one position, with its sign and unrounded,
+// A permutation of dy's rows, lap by lap: each goes to one slot of P, with its sign and unrounded,
 // without an order among lanes. P: [plane of 8 rows of dy][lap][slot] of 16 bytes, or at batch 1
 // [lap][slot] of 2. A tile that reads no windows has one lap, of its rows.
 
@@ -18,9 +18,9 @@ struct InputGradMma {
   Shared<uint32_t> flag;  // [places]: whether a row reads it, or the places of a ring's rows
 };
 
-// Bytes of a position, and of a row of dy.
+// Bytes of a slot of P, and of a row of dy.
 template <int BATCH>
-constexpr int kPositionBytes = BATCH == 1 ? 2 : 16;
+constexpr int kSlotBytes = BATCH == 1 ? 2 : 16;
 
 constexpr int kLapPad = 8;  // at batch 1, so that 8 laps are on different banks
 
@@ -28,18 +28,18 @@ RPG_HOST InputGradPlan mma_plan(const Layer& layer, const Tiling& tiling, int ro
                                 int batch_tile) {
   InputGradPlan out{};
   out.layout = stage_layout(layer, tiling, row_bytes);
-  const int planes = (batch_tile + 7) / 8, position_bytes = batch_tile == 1 ? 2 : 16 * planes;
+  const int planes = (batch_tile + 7) / 8, slot_bytes = batch_tile == 1 ? 2 : 16 * planes;
   const int rest = round_up(tiling.fill == Fill::kRing ? tiling.rows : tiling.rest, kMmaBlocks);
-  out.positions = rest, out.plane = rest;
+  out.lap_slots = rest, out.plane = rest;
   if (tiling.fill == Fill::kWindows) {
     const int window = static_cast<int>(layer.law.scramble.window);
     const int laps = tiling.rows / window + (layer.law.offset % window != 0);
-    out.positions = batch_tile == 1 ? window + kLapPad : window;
-    out.plane = laps * out.positions > rest ? laps * out.positions : rest;
+    out.lap_slots = batch_tile == 1 ? window + kLapPad : window;
+    out.plane = laps * out.lap_slots > rest ? laps * out.lap_slots : rest;
   }
   out.terms = out.layout.end;
-  out.dy = out.terms + round_up(out.plane * position_bytes, kAlign);
-  out.entry = out.dy + round_up(most_rows(tiling) * position_bytes, kAlign);
+  out.dy = out.terms + round_up(out.plane * slot_bytes, kAlign);
+  out.entry = out.dy + round_up(most_rows(tiling) * slot_bytes, kAlign);
   out.sums = out.entry + 4 * kMaxRows;
   const int parts = kWarps / (row_bytes / 32);
   out.last = out.sums + 4 * parts * batch_tile * kSumPitch;
@@ -49,7 +49,7 @@ RPG_HOST InputGradPlan mma_plan(const Layer& layer, const Tiling& tiling, int ro
 
 template <int BATCH>
 RPG_FUNCTION InputGradMma mma_shared(const InputGradKernelArgs& args) {
-  constexpr int kBytes = (BATCH + 7) / 8 * kPositionBytes<BATCH>;
+  constexpr int kBytes = (BATCH + 7) / 8 * kSlotBytes<BATCH>;
   return {Shared<char>(args.terms, args.plane * kBytes),
           Shared<char>(args.dy_at, most_rows(args.tiling) * kBytes),
           Shared<uint32_t>(args.entry, kMaxRows)};
@@ -72,14 +72,14 @@ RPG_FUNCTION void load_dy(const InputGradKernelArgs& args, const Tile& tile, int
         const int m = m0 + kVectorRows * plane + j;
         v.value[j] = m < args.batch ? dy[int64_t{m} * args.layer.rows + i] : Bits{0};
       }
-      store(memory.dy.span((plane * most_rows(args.tiling) + i) * kPositionBytes<BATCH>,
-                           kPositionBytes<BATCH>),
+      store(memory.dy.span((plane * most_rows(args.tiling) + i) * kSlotBytes<BATCH>,
+                           kSlotBytes<BATCH>),
             v);
     }
   }
 }
 
-// Copies dy of a row of the tile to a position of P, both counted in bytes, with the sign in bit 31
+// Copies dy of a row of the tile to a slot of P, both counted in bytes, with the sign in bit 31
 // of `sign`.
 template <int BATCH>
 RPG_FUNCTION void put(const InputGradKernelArgs& args, const InputGradMma& memory, int row_byte,
@@ -101,21 +101,21 @@ RPG_FUNCTION void put(const InputGradKernelArgs& args, const InputGradMma& memor
   }
 }
 
-// Positions from `begin` on become zeros, of each plane up to `end`.
+// Slots from `begin` on become zeros, of each plane up to `end`.
 template <int BATCH>
 RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& memory, int begin,
                         int end) {
-  using Zeros = Vector<uint16_t, kPositionBytes<BATCH> / 2>;
+  using Zeros = Vector<uint16_t, kSlotBytes<BATCH> / 2>;
   RPG_LOOP
   for (int i = begin + thread(); i < end; i += kThreads) {
     for (int plane = 0; plane < (BATCH + 7) / 8; ++plane) {
-      store(memory.p.span((plane * args.plane + i) * kPositionBytes<BATCH>, kPositionBytes<BATCH>),
+      store(memory.p.span((plane * args.plane + i) * kSlotBytes<BATCH>, kSlotBytes<BATCH>),
             Zeros{});
     }
   }
 }
 
-// P of a tile of windows. Where laps are cut by the ends of columns, positions that no row fills
+// P of a tile of windows. Where laps are cut by the ends of columns, slots that no row fills
 // are zeros, and so are blocks that no row reads: 0 times what they hold need not be 0. PLAIN: none
 // is cut.
 template <int BATCH, bool PLAIN>
@@ -132,9 +132,9 @@ RPG_FUNCTION void put_windows(const InputGradKernelArgs& args, const Tile& tile,
     sync();
   }
   visit_rows<PLAIN>(layer, tile, column, lane, [&](const Row& row, const Stretch& stretch) {
-    const int position = lap_of(stretch.places) * args.positions + static_cast<int>(row.slot);
-    const int row_byte = row.first * kPositionBytes<BATCH> + row.offset * kPositionBytes<BATCH>;
-    put<BATCH>(args, memory, row_byte, position * kPositionBytes<BATCH>, row.sign);
+    const int slot = lap_of(stretch.places) * args.lap_slots + static_cast<int>(row.slot);
+    const int row_byte = row.first * kSlotBytes<BATCH> + row.offset * kSlotBytes<BATCH>;
+    put<BATCH>(args, memory, row_byte, slot * kSlotBytes<BATCH>, row.sign);
     if (cut) memory.flag[place_of(stretch.places) + row.slot] = 1;
   });
   sync();
@@ -148,7 +148,7 @@ RPG_FUNCTION void put_windows(const InputGradKernelArgs& args, const Tile& tile,
   sync();
 }
 
-// P of any other tile: position i is row i. The places of a ring's rows go beside it.
+// P of any other tile: slot i is row i. The places of a ring's rows go beside it.
 template <int BATCH>
 RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, int b,
                            const Stage& stage, const InputGradMma& memory) {
@@ -162,7 +162,7 @@ RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, in
       const uint32_t p = position(args.layer, tile.row + i, b);
       sign = block_sign(args.layer, p), memory.flag[i] = ring_slot(args.layer, p);
     }
-    put<BATCH>(args, memory, i * kPositionBytes<BATCH>, i * kPositionBytes<BATCH>, sign);
+    put<BATCH>(args, memory, i * kSlotBytes<BATCH>, i * kSlotBytes<BATCH>, sign);
   }
   sync();
 }

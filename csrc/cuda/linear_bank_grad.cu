@@ -148,13 +148,13 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
   const Shared<int> read(4 * (kOwned * kBatch + kMaxRows), kOwned);
   const Shared<int> last(4 * (kOwned * kBatch + kMaxRows + kOwned), 1);
 
-  // Cell k reads unwrapped slots base + k window ...; this owner's come back every round.
-  const int64_t rounds = (law.base + args.cells * window + slots - 1) / slots;
-  const int64_t low = rounds * cta_y() / args.copies;
-  const int64_t high = rounds * (cta_y() + 1) / args.copies;
+  // Cell k reads unwrapped slots base + k window ...; this owner's come back every pass.
+  const int64_t passes = (law.base + args.cells * window + slots - 1) / slots;
+  const int64_t low = passes * cta_y() / args.copies;
+  const int64_t high = passes * (cta_y() + 1) / args.copies;
   float dw[kOwned / kParts][2] = {};
-  for (int64_t round = low; round < high; ++round) {
-    const int64_t unwrapped = begin + round * slots - law.base;  // may be negative
+  for (int64_t pass = low; pass < high; ++pass) {
+    const int64_t unwrapped = begin + pass * slots - law.base;  // may be negative
     int64_t k = unwrapped < 0 ? 0 : unwrapped / window;
     for (; k < args.cells && k * window < unwrapped + owned; ++k) {
       const Cell cell = cell_at(law, k);
@@ -170,7 +170,7 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
           uint32_t j[1] = {address & (window - 1)};
           const uint32_t lap[1] = {law.lap + (address >> log)};
           if (law.permute) scramble(law.scramble, lap, j);
-          // Of this round only: the window may reach the owner's slots of the next one too.
+          // Of this pass only: the window may reach the owner's slots of the next one too.
           const uint32_t place = min_u32(offset + j[0], kPlaceMask);
           entry[i] = place | ((address >> log) - first_lap) << 24 | block_sign(args.layer, p);
         }
@@ -241,8 +241,8 @@ Plan plan_linear_bank_grad(const LayerLaw& law, Dtype, int64_t batch, int64_t,
   out.tiles = static_cast<int>((law.slots - 1) / out.places + 1);
   const WindowBand band = make_window_band(law, 0);
   const int64_t cells = (int64_t{band.offset} + band.positions + band.cell - 1) / band.cell;
-  const int64_t rounds = (band.base + cells * law.window - 1) / law.slots + 1;
-  const int64_t copies = rounds < device.sms / out.tiles ? rounds : device.sms / out.tiles;
+  const int64_t passes = (band.base + cells * law.window - 1) / law.slots + 1;
+  const int64_t copies = passes < device.sms / out.tiles ? passes : device.sms / out.tiles;
   out.splits = copies < 1 ? 1 : static_cast<int>(copies);
   out.batch_tile = kBatch;
   out.batch_tiles = static_cast<int>((batch + kBatch - 1) / kBatch);

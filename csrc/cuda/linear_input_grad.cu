@@ -215,7 +215,7 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearInputGradArgs& a
   kernel_args.scale = static_cast<float>(args.scale);
   kernel_args.batch = static_cast<int>(args.batch), kernel_args.splits = plan.splits;
   const InputGradPlan shared = plan_of(kernel_args.layer, kernel_args.tiling, kSize, BATCH);
-  kernel_args.layout = shared.layout, kernel_args.positions = shared.positions,
+  kernel_args.layout = shared.layout, kernel_args.lap_slots = shared.lap_slots,
   kernel_args.plane = shared.plane;
   kernel_args.terms = shared.terms, kernel_args.dy_at = shared.dy, kernel_args.entry = shared.entry,
   kernel_args.sums = shared.sums, kernel_args.last = shared.last;

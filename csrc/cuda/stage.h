@@ -38,7 +38,7 @@ struct Stage {
 struct StageLayout {
   int depth;       // Stages of columns; where the blocks need one stage, x still has these.
   int log_chunks;  // A block has 2^log_chunks chunks of 16 bytes.
-  int passes;      // All threads copy a window in so many passes, a chunk each.
+  int turns;       // All threads copy a window in so many turns, a chunk each.
   int stage;       // From one stage to the next.
   ColumnsLayout columns;
   int entries, entry_step;  // The entries of stage 0, and from one stage to the next.
@@ -50,7 +50,7 @@ RPG_HOST StageLayout stage_layout(const Layer& layer, const Tiling& tiling, int 
   out.depth = tiling.stages == 1 ? kStages : tiling.stages;
   out.log_chunks = row_bytes == 256 ? 4 : row_bytes == 128 ? 3 : 2;
   if (layer.windows) {
-    out.passes = static_cast<int>(layer.law.scramble.window) * row_bytes / (16 * kThreads);
+    out.turns = static_cast<int>(layer.law.scramble.window) * row_bytes / (16 * kThreads);
   }
   const int bytes = tiling.places * row_bytes;
   out.stage = tiling.stages == 1 ? 0 : bytes;
@@ -123,7 +123,7 @@ struct BankCopies {
   int index;           // The number of that chunk in a stage.
 };
 
-constexpr int kPass = 16 * kThreads;  // bytes that all threads copy at once
+constexpr int kTurnBytes = 16 * kThreads;  // bytes that all threads copy at once
 
 RPG_FUNCTION BankCopies copies_of(const StageLayout& layout, const Bank& bank) {
   const int first = thread() >> layout.log_chunks, c = thread() & ((1 << layout.log_chunks) - 1);
@@ -136,27 +136,27 @@ RPG_FUNCTION BankCopies copies_of(const StageLayout& layout, const Bank& bank) {
 RPG_FUNCTION void fill_wrapped(const StageLayout& layout, const Bank& bank, uint32_t base,
                                const char* source, int index, const Stage& stage) {
   RPG_LOOP
-  for (int pass = 0; pass < layout.passes; ++pass, source += kPass) {
-    const uint32_t slot = base + ((pass * kThreads + thread()) >> layout.log_chunks);
+  for (int turn = 0; turn < layout.turns; ++turn, source += kTurnBytes) {
+    const uint32_t slot = base + ((turn * kThreads + thread()) >> layout.log_chunks);
     const int64_t wrap = slot < bank.slots ? 0 : bank.bytes;
-    copy_async<0>(stage.blocks.span(index + pass * kThreads, 1), source - wrap);
+    copy_async<0>(stage.blocks.span(index + turn * kThreads, 1), source - wrap);
   }
 }
 
-// The same of one that ends before, in 8 passes.
+// The same of one that ends before, in 8 turns.
 RPG_FUNCTION void fill_whole(const char* source, const Stage& stage, int index) {
   uint4* const target = stage.blocks.span(index, 7 * kThreads + 1);
   copy_async<0>(target, source);
-  copy_async<kPass>(target, source);
-  copy_async<2 * kPass>(target, source);
-  copy_async<3 * kPass>(target, source);
-  copy_async<4 * kPass>(target, source);
-  copy_async<5 * kPass>(target, source);
-  copy_async<6 * kPass>(target, source);
-  copy_async<7 * kPass>(target, source);
+  copy_async<kTurnBytes>(target, source);
+  copy_async<2 * kTurnBytes>(target, source);
+  copy_async<3 * kTurnBytes>(target, source);
+  copy_async<4 * kTurnBytes>(target, source);
+  copy_async<5 * kTurnBytes>(target, source);
+  copy_async<6 * kTurnBytes>(target, source);
+  copy_async<7 * kTurnBytes>(target, source);
 }
 
-// Begins the copies of a column's windows; PLAIN: of one, in 8 passes.
+// Begins the copies of a column's windows; PLAIN: of one, in 8 turns.
 template <bool PLAIN>
 RPG_FUNCTION void fill_windows(const Layer& layer, const StageLayout& layout, const Bank& bank,
                                const ColumnReads& column, const BankCopies& copies,
@@ -164,7 +164,7 @@ RPG_FUNCTION void fill_windows(const Layer& layer, const StageLayout& layout, co
   const uint32_t count = PLAIN ? 1 : column.windows[0].count;
   int index = copies.index;
   RPG_LOOP
-  for (uint32_t i = 0; i < count; ++i, index += layout.passes * kThreads) {
+  for (uint32_t i = 0; i < count; ++i, index += layout.turns * kThreads) {
     const uint32_t base = column.windows[i].base;
     const char* source = copies.source + uint64_t{base} * static_cast<uint32_t>(bank.row_bytes);
     if (base + layer.law.scramble.window > bank.slots) {
@@ -175,14 +175,14 @@ RPG_FUNCTION void fill_windows(const Layer& layer, const StageLayout& layout, co
       fill_whole(source, stage, index);
       continue;
     }
-    int pass = 0;
+    int turn = 0;
     RPG_LOOP
-    for (; pass + 8 <= layout.passes; pass += 8, source += 8 * kPass) {
-      fill_whole(source, stage, index + pass * kThreads);
+    for (; turn + 8 <= layout.turns; turn += 8, source += 8 * kTurnBytes) {
+      fill_whole(source, stage, index + turn * kThreads);
     }
     RPG_LOOP
-    for (; pass < layout.passes; ++pass, source += kPass) {
-      copy_async<0>(stage.blocks.span(index + pass * kThreads, 1), source);
+    for (; turn < layout.turns; ++turn, source += kTurnBytes) {
+      copy_async<0>(stage.blocks.span(index + turn * kThreads, 1), source);
     }
   }
 }

@@ -82,8 +82,8 @@ RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
 
 RPG_FUNCTION uint32_t position(const Tile& tile, int b) { return tile.number + b * tile.step; }
 
-// The number of the run (law/window.h) that holds p.
-RPG_FUNCTION uint32_t cell_run_of(const WindowBand& law, uint32_t p) {
+// The number of the unit's piece (law/window.h) that holds p.
+RPG_FUNCTION uint32_t unit_piece_of(const WindowBand& law, uint32_t p) {
   const Divider& by_cell = law.by_cell;  // 64 or more
   const uint32_t unit = 1 + (umulhi(p - law.head, by_cell.magic) >> by_cell.shift);
   return p < law.head ? 0 : unit;

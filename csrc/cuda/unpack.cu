@@ -120,7 +120,7 @@ RPG_CALLED Use use_of(const Layer& layer, uint32_t slot, int64_t use) {
     if (layer.law.permute) unpermute(layer.law.permutation, p);
     return {p[0], true};
   }
-  // Of each round of the windows along the ring: one cell, in it one position of each lap.
+  // Of each pass of the windows along the ring: one cell, in it one position of each lap.
   const WindowBand& law = layer.law;
   const uint32_t laps = law.by_laps.divisor, log = law.scramble.bits + 3;
   const int64_t unwrapped = sub_mod(slot, law.base, slots) + use / laps * slots;

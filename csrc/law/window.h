@@ -11,8 +11,8 @@
 // uint32 arithmetic. Lane functions are as in law/ring.h. Budget of a lone position: P, 33
 // instructions for three words, 5 for each of 7 or 8 rounds, about 40 for the rest.
 //
-// Kernels go from one run of positions to the next: a CellRun is consecutive p, with consecutive z,
-// inside one cell, so all of its slots lie in one window. cpu/unit_table.h evaluates whole runs.
+// Kernels go from one UnitPiece to the next: consecutive p, with consecutive z, inside one cell, so
+// that all of its slots lie in one window. cpu/unit_table.h evaluates them as a whole.
 
 #pragma once
 
@@ -190,18 +190,19 @@ RPG_LAW void sign_words_of(const WindowBand& law, int w, const uint32_t (&p)[LAN
   }
 }
 
-// A run of positions inside one cell: p, p + 1 ... have the addresses z, z + 1 ... (from F).
-struct CellRun {
+// A unit, or what a band has of one: positions p, p + 1 ... have the addresses z, z + 1 ... (from
+// F) of one cell.
+struct UnitPiece {
   uint32_t p;
   uint32_t z;
   uint32_t count;  // at most a cell; 0: there is none
 };
 
-// How many runs a band has: run 0 finishes the cell that an earlier layer began, runs 1 to `units`
-// are whole units, the last is the rest.
-RPG_LAW uint32_t cell_runs_of(const WindowBand& law) { return law.units + 2; }
+// How many of them a band has: piece 0 finishes the cell that an earlier layer began, pieces 1 to
+// `units` are whole units, the last is the rest.
+RPG_LAW uint32_t unit_pieces_of(const WindowBand& law) { return law.units + 2; }
 
-RPG_LAW CellRun cell_run_at(const WindowBand& law, uint32_t i) {
+RPG_LAW UnitPiece unit_piece_at(const WindowBand& law, uint32_t i) {
   if (i == 0) return {0, 0, law.head};
   const uint32_t p = law.head + (i - 1) * law.cell;
   if (i > law.units) return {p, p, law.positions - p};

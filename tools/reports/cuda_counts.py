@@ -55,11 +55,11 @@ _COMMON = {
     "units": [region("columns.h", "void prepare_windows(")],
     "stretches": [region("columns.h", "void prepare_stretches(")],
     "windows": [region("stage.h", "void fill_windows(")],
-    "copies": [region("stage.h", "pass + 8 <= layout.passes")],
+    "copies": [region("stage.h", "turn + 8 <= layout.turns")],
     "wrapped": [
         region("stage.h", "void fill_wrapped("),
         region("stage.h", "fill_wrapped(layout, bank", until=";"),
-        region("stage.h", "for (; pass < layout.passes;"),
+        region("stage.h", "for (; turn < layout.turns;"),
     ],
     "prepared": [region("stage.h", "void prepare_rows(")],
     "blocks": [region("stage.h", "void fill_rows("), region("stage.h", "void fill_ring(")],

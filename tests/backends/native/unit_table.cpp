@@ -1,5 +1,5 @@
 // The window law's fast and inverse functions against slots_of and sign_words_of, which
-// test_native_window.py holds against PyTorch: unit tables with any beginning and end, runs,
+// test_native_window.py holds against PyTorch: unit tables with any beginning and end, pieces,
 // columns, addresses, scrambles. Prints what it checked; exits with 1 at the first difference.
 
 #include "cpu/unit_table.h"
@@ -35,10 +35,10 @@ LayerLaw draw() {
                          below(7) != 0, window, laps);
 }
 
-// Some positions of a run by the table, in a buffer of just their size.
-size_t check_table(const LayerLaw& law, const WindowBand& band, const CellRun& run, uint32_t skip,
-                   uint32_t count) {
-  const uint32_t p = run.p + skip, z = run.z + skip;
+// Some positions of a piece by the table, in a buffer of just their size.
+size_t check_table(const LayerLaw& law, const WindowBand& band, const UnitPiece& piece,
+                   uint32_t skip, uint32_t count) {
+  const uint32_t p = piece.p + skip, z = piece.z + skip;
   const std::unique_ptr<uint16_t[]> entry(new uint16_t[count]);
   unit_table(band, p, z, count, entry.get());
   const uint32_t base = window_base(band, z);
@@ -82,23 +82,24 @@ int main() {
     const LayerLaw law = draw();
     const WindowBand band = make_window_band(law, 0);
     uint32_t covered = 0;
-    for (uint32_t i = 0; i < cell_runs_of(band); ++i) {
-      const CellRun run = cell_run_at(band, i);
-      require(run.p == covered, "runs", law);
-      covered += run.count;
-      const uint32_t first = run.z + band.offset;
-      require(!run.count || first / band.cell == (first + run.count - 1) / band.cell,
-              "cell of a run", law);
+    for (uint32_t i = 0; i < unit_pieces_of(band); ++i) {
+      const UnitPiece piece = unit_piece_at(band, i);
+      require(piece.p == covered, "pieces", law);
+      covered += piece.count;
+      const uint32_t first = piece.z + band.offset;
+      require(!piece.count || first / band.cell == (first + piece.count - 1) / band.cell,
+              "cell of a piece", law);
     }
-    require(covered == band.positions, "runs", law);
+    require(covered == band.positions, "pieces", law);
     for (int k = 0; k < 50; ++k) check_inverses(law, band);
     for (int k = 0; k < 4; ++k) {
-      const uint32_t i = below(2) ? below(cell_runs_of(band)) : below(2) * (cell_runs_of(band) - 1);
-      const CellRun run = cell_run_at(band, i);
-      if (!run.count) continue;
-      const uint32_t skip = k ? below(run.count) : 0, left = run.count - skip;
+      const uint32_t i =
+          below(2) ? below(unit_pieces_of(band)) : below(2) * (unit_pieces_of(band) - 1);
+      const UnitPiece piece = unit_piece_at(band, i);
+      if (!piece.count) continue;
+      const uint32_t skip = k ? below(piece.count) : 0, left = piece.count - skip;
       const uint32_t longest = left < 3000 ? left : 3000;
-      entries += check_table(law, band, run, skip, k % 2 ? 1 + below(longest) : longest);
+      entries += check_table(law, band, piece, skip, k % 2 ? 1 + below(longest) : longest);
     }
   }
   std::printf("%zu entries\n", entries);
