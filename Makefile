@@ -17,7 +17,7 @@ MICRO := --benchmark-timer=time.process_time --benchmark-max-time=0.2 --benchmar
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-NATIVE := CMakeLists.txt tools/build_backend.py $(wildcard cmake/* csrc/*.* csrc/*/*)
+NATIVE := CMakeLists.txt tools/build_backend.py $(wildcard cmake/* csrc/*/*)
 INPUTS := pyproject.toml setup.py constraints-dev.txt rpg_kernels/_version.py $(NATIVE)
 
 export PYTHON
@@ -40,7 +40,7 @@ lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy rpg_kernels benchmarks/harness benchmarks/accuracy examples/demo
-	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*.* csrc/*/* tests/*/*/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*/* tests/*/*/*.cpp)
 
 bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)
 	$(BIN)/python -m benchmarks.harness --out build/bench.json $(ARGS)

@@ -204,6 +204,7 @@ class BuildNative(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "RPG_ISAS": "native" if for_development else "avx512;avx2;baseline",
             "RPG_CUDA": "ON" if wanted.nvcc else "OFF",
+            "RPG_SIMT": "ON" if for_development else "OFF",  # tests run it, users do not
         }
         if wanted.nvcc:
             options["CMAKE_CUDA_COMPILER"] = wanted.nvcc

@@ -1,7 +1,7 @@
 // bandwidth: words [threads, count], each row read, or read and written, `passes` times by a
 // thread of its own. Nothing is computed but an exclusive or, so that only memory takes time.
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace rpg::RPG_ISA {
 
@@ -14,9 +14,9 @@ uint64_t read(const uint64_t* words, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {
     for (int j = 0; j < kLanes; ++j) sum[j] ^= words[i + j];
   }
-  uint64_t all = 0;
-  for (uint64_t part : sum) all ^= part;
-  return all;
+  uint64_t parity = 0;
+  for (uint64_t part : sum) parity ^= part;
+  return parity;
 }
 
 uint64_t update(uint64_t* words, int64_t count) {
@@ -30,16 +30,16 @@ uint64_t update(uint64_t* words, int64_t count) {
 
 uint64_t bandwidth(uint64_t* words, int64_t count, bool write, int64_t passes, int threads) {
   count = count / kLanes * kLanes;
-  uint64_t all = 0;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(^ : all)
+  uint64_t parity = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(^ : parity)
   for (int part = 0; part < threads; ++part) {
-    uint64_t* mine = words + part * count;
+    uint64_t* row = words + part * count;
     for (int64_t pass = 0; pass < passes; ++pass) {
-      all ^= write ? update(mine, count) : read(mine, count);
-      asm volatile("" : : "r"(mine) : "memory");  // the next pass reads memory again
+      parity ^= write ? update(row, count) : read(row, count);
+      asm volatile("" : : "r"(row) : "memory");  // the next pass reads memory again
     }
   }
-  return all;
+  return parity;
 }
 
 }  // namespace rpg::RPG_ISA

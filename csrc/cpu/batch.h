@@ -3,24 +3,24 @@
 
 #pragma once
 
-#include "factor.h"
+#include "cpu/factor.h"
 
 namespace rpg {
-namespace {  // compiled once per instruction set, see law.h
+namespace {  // compiled once per instruction set, see law/ring.h
 
-inline float element(Dtype dtype, const void* from, int64_t i) {
+inline float element(Dtype dtype, const void* values, int64_t i) {
   switch (dtype) {
-    case Dtype::kBfloat16: return Bfloat16::load(static_cast<const uint16_t*>(from)[i]);
-    case Dtype::kFloat16: return Float16::load(static_cast<const uint16_t*>(from)[i]);
-    default: return static_cast<const float*>(from)[i];
+    case Dtype::kBfloat16: return Bfloat16::load(static_cast<const uint16_t*>(values)[i]);
+    case Dtype::kFloat16: return Float16::load(static_cast<const uint16_t*>(values)[i]);
+    default: return static_cast<const float*>(values)[i];
   }
 }
 
-inline void set_element(Dtype dtype, void* to, int64_t i, float value) {
+inline void set_element(Dtype dtype, void* values, int64_t i, float value) {
   switch (dtype) {
-    case Dtype::kBfloat16: static_cast<uint16_t*>(to)[i] = Bfloat16::store(value); break;
-    case Dtype::kFloat16: static_cast<uint16_t*>(to)[i] = Float16::store(value); break;
-    default: static_cast<float*>(to)[i] = value; break;
+    case Dtype::kBfloat16: static_cast<uint16_t*>(values)[i] = Bfloat16::store(value); break;
+    case Dtype::kFloat16: static_cast<uint16_t*>(values)[i] = Float16::store(value); break;
+    default: static_cast<float*>(values)[i] = value; break;
   }
 }
 
@@ -32,15 +32,15 @@ inline void load_block(Dtype dtype, const void* x, int64_t columns, int64_t m0, 
   const int valid = static_cast<int>(columns - column < BLOCK ? columns - column : BLOCK);
   for (int m = 0; m < BATCH; ++m) {
     for (int e = 0; e < BLOCK; ++e) {
-      float& to = out[BY_ROW ? m * BLOCK + e : e * BATCH + m];
-      to = m < rows && e < valid ? element(dtype, x, (m0 + m) * columns + column + e) : 0.f;
+      float& value = out[BY_ROW ? m * BLOCK + e : e * BATCH + m];
+      value = m < rows && e < valid ? element(dtype, x, (m0 + m) * columns + column + e) : 0.f;
     }
   }
 }
 
 // A step of the batch: tiles of BATCH rows, each of all blocks, in memory of the caller.
 template <int BLOCK, int BATCH, bool BY_ROW>
-struct Tiles {
+struct BatchTiles {
   float* memory;  // [tiles, blocks, BLOCK · BATCH]
   int64_t blocks;
   int64_t rows;  // of the step
@@ -50,14 +50,14 @@ struct Tiles {
     const int64_t left = rows - int64_t{tile} * BATCH;
     return static_cast<int>(left < BATCH ? left : BATCH);
   }
-  float* at(int tile, int64_t block) const {
+  float* block_of(int tile, int64_t block) const {
     return memory + (tile * blocks + block) * BLOCK * BATCH;
   }
   // Rows m0 ... of x [batch, columns].
   void load(Dtype dtype, const void* x, int64_t columns, int64_t m0, int64_t block) const {
     for (int tile = 0; tile < count(); ++tile) {
       load_block<BLOCK, BATCH, BY_ROW>(dtype, x, columns, m0 + int64_t{tile} * BATCH, rows_of(tile),
-                                       block, at(tile, block));
+                                       block, block_of(tile, block));
     }
   }
 };

@@ -18,26 +18,26 @@
 // results do not depend on how many there are. Of few pixels columns are dealt instead, as in
 // `linear`.
 
-#include "conv2d.h"
+#include "cpu/conv2d.h"
 
 #include <algorithm>
 
-#include "batch.h"
-#include "kernels.h"
+#include "cpu/batch.h"
+#include "cpu/kernels.h"
 
 namespace rpg::RPG_ISA {
 
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kRuns = 4;  // more are gathered pixel by pixel
+constexpr int kSpans = 4;  // more are gathered pixel by pixel
 
 template <class T>
-inline Floats<kLanes> load_as(const typename T::Bits* from) {
-  float to[kLanes];
+inline Floats<kLanes> load_as(const typename T::Bits* numbers) {
+  float floats[kLanes];
 #pragma omp simd
-  for (int l = 0; l < kLanes; ++l) to[l] = T::load(from[l]);
-  return load<kLanes>(to);
+  for (int l = 0; l < kLanes; ++l) floats[l] = T::load(numbers[l]);
+  return load<kLanes>(floats);
 }
 
 // x[i][l] <- x[l][i]: four times, halves are interleaved.
@@ -54,9 +54,10 @@ inline void transpose(Floats<16> (&x)[16]) {
   }
 }
 
-// What the pixels of a tile read at one tap: a place in x each, -1 outside of the image.
-struct Places {
-  int64_t of[kLanes];
+// What the pixels of a tile read at one tap: the number of an element of x for each lane, -1
+// outside of the image.
+struct PixelOffsets {
+  int64_t lane[kLanes];
 };
 
 // Where the kernel's first tap is for each pixel of a tile.
@@ -78,15 +79,15 @@ class Pixels {
     }
   }
 
-  Places at(int64_t tap) const {
-    const int64_t down = tap / g_.kernel_width * g_.dilation[0];
-    const int64_t across = tap % g_.kernel_width * g_.dilation[1];
-    Places out;
-    for (int l = 0; l < kLanes; ++l) out.of[l] = -1;
+  PixelOffsets offsets(int64_t tap) const {
+    const int64_t row_offset = tap / g_.kernel_width * g_.dilation[0];
+    const int64_t column_offset = tap % g_.kernel_width * g_.dilation[1];
+    PixelOffsets out;
+    for (int l = 0; l < kLanes; ++l) out.lane[l] = -1;
     for (int l = 0; l < rows_; ++l) {
-      const int64_t row = top_[l] + down, column = left_[l] + across;
+      const int64_t row = top_[l] + row_offset, column = left_[l] + column_offset;
       if (row >= 0 && row < g_.height && column >= 0 && column < g_.width) {
-        out.of[l] = image_[l] + row * g_.stride[2] + column * g_.stride[3];
+        out.lane[l] = image_[l] + row * g_.stride[2] + column * g_.stride[3];
       }
     }
     return out;
@@ -98,52 +99,52 @@ class Pixels {
   int64_t top_[kLanes], left_[kLanes], image_[kLanes];
 };
 
-// Pixels side by side in x: lanes first ... last - 1 read x from `place` + first on.
-struct Run {
+// Pixels side by side in x: lanes first ... last - 1 read x from `offset` + first on.
+struct PixelSpan {
   int first, last;
-  int64_t place;
+  int64_t offset;
 };
 
-// Runs of a tile, in order; more than kRuns where there are too many.
-inline int runs_of(const Places& places, Run (&run)[kRuns]) {
+// Spans of a tile, in order; more than kSpans where there are too many.
+inline int spans_of(const PixelOffsets& offsets, PixelSpan (&span)[kSpans]) {
   int count = 0;
   for (int l = 0; l < kLanes; ++l) {
-    const int64_t place = places.of[l] - l;
-    if (places.of[l] < 0) continue;
-    if (count && run[count - 1].last == l && run[count - 1].place == place) {
-      run[count - 1].last = l + 1;
+    const int64_t offset = offsets.lane[l] - l;
+    if (offsets.lane[l] < 0) continue;
+    if (count && span[count - 1].last == l && span[count - 1].offset == offset) {
+      span[count - 1].last = l + 1;
     } else {
-      if (count == kRuns) return kRuns + 1;
-      run[count++] = {l, l + 1, place};
+      if (count == kSpans) return kSpans + 1;
+      span[count++] = {l, l + 1, offset};
     }
   }
   return count;
 }
 
 // Channels c ... c + count - 1 at one tap, out [count, kLanes]: whole vectors of x, of which each
-// run keeps its lanes. False where that would read beyond x.
+// span keeps its lanes. False where that would read beyond x.
 template <class T>
-inline bool load_runs(const Image& g, const typename T::Bits* x, const Places& places, int64_t c,
-                      int count, float* out) {
-  using Bits = typename FloatsOf<kLanes>::bits;
-  Run run[kRuns];
-  const int runs = runs_of(places, run);
-  if (runs > kRuns) return false;
+inline bool load_spans(const Image& g, const typename T::Bits* x, const PixelOffsets& offsets,
+                       int64_t c, int count, float* out) {
+  using LaneBits = typename FloatsOf<kLanes>::integers;
+  PixelSpan span[kSpans];
+  const int spans = spans_of(offsets, span);
+  if (spans > kSpans) return false;
   const int64_t step = g.stride[1];
-  Bits mask[kRuns];
-  for (int r = 0; r < runs; ++r) {
-    const int64_t low = run[r].place + c * step;
+  LaneBits mask[kSpans];
+  for (int r = 0; r < spans; ++r) {
+    const int64_t low = span[r].offset + c * step;
     if (low < 0 || low + (count - 1) * step + kLanes > g.extent) return false;
-    for (int l = 0; l < kLanes; ++l) mask[r][l] = -(l >= run[r].first && l < run[r].last);
+    for (int l = 0; l < kLanes; ++l) mask[r][l] = -(l >= span[r].first && l < span[r].last);
   }
   for (int i = 0; i < count; ++i) {
-    const int64_t at = (c + i) * step;
-    Bits sum = {};
-    for (int r = 0; r < runs; ++r) {
-      const Floats<kLanes> all = load_as<T>(x + run[r].place + at);
-      Bits bits;
-      std::memcpy(&bits, &all, sizeof bits);
-      sum |= bits & mask[r];
+    const int64_t channel_offset = (c + i) * step;
+    LaneBits sum = {};
+    for (int r = 0; r < spans; ++r) {
+      const Floats<kLanes> pixels = load_as<T>(x + span[r].offset + channel_offset);
+      LaneBits integers;
+      std::memcpy(&integers, &pixels, sizeof integers);
+      sum |= integers & mask[r];
     }
     std::memcpy(out + i * kLanes, &sum, sizeof sum);
   }
@@ -152,13 +153,13 @@ inline bool load_runs(const Image& g, const typename T::Bits* x, const Places& p
 
 // The same where the channels of a pixel lie side by side, 16 of them at a time: how many it did.
 template <class T>
-inline int load_lines(const typename T::Bits* x, const Places& places, int64_t c, int count,
+inline int load_lines(const typename T::Bits* x, const PixelOffsets& offsets, int64_t c, int count,
                       float* out) {
   int done = 0;
   for (; done + 16 <= count; done += 16) {
     Floats<16> line[16];
     for (int l = 0; l < 16; ++l) {
-      line[l] = places.of[l] < 0 ? Floats<16>{} : load_as<T>(x + places.of[l] + c + done);
+      line[l] = offsets.lane[l] < 0 ? Floats<16>{} : load_as<T>(x + offsets.lane[l] + c + done);
     }
     transpose(line);
     std::memcpy(out + done * 16, line, sizeof line);
@@ -177,22 +178,22 @@ void load_block_of(const Image& g, const typename T::Bits* x, int64_t m0, int ro
   int64_t c = g.by_tap ? first : first % g.channels;
   for (int e = 0; e < valid; ++tap, c = 0) {
     const int count = static_cast<int>(std::min<int64_t>(valid - e, g.channels - c));
-    const Places places = pixels.at(tap);
-    float* const to = out + (by_row ? e : e * lanes);
+    const PixelOffsets offsets = pixels.offsets(tap);
+    float* const target = out + (by_row ? e : e * lanes);
     e += count;
-    if (lanes == kLanes && load_runs<T>(g, x, places, c, count, to)) continue;
+    if (lanes == kLanes && load_spans<T>(g, x, offsets, c, count, target)) continue;
     const int64_t lane_step = by_row ? size : 1, element_step = by_row ? 1 : lanes;
     const bool lines = lanes == 16 && g.stride[1] == 1;
-    const int done = lines ? load_lines<T>(x, places, c, count, to) : 0;
+    const int done = lines ? load_lines<T>(x, offsets, c, count, target) : 0;
     for (int l = 0; l < lanes; ++l) {
-      float* const of_lane = to + l * lane_step;
-      if (places.of[l] < 0) {
+      float* const of_lane = target + l * lane_step;
+      if (offsets.lane[l] < 0) {
         for (int i = done; i < count; ++i) of_lane[i * element_step] = 0.f;
         continue;
       }
-      const typename T::Bits* const from = x + places.of[l] + c * g.stride[1];
+      const typename T::Bits* const source = x + offsets.lane[l] + c * g.stride[1];
       for (int i = done; i < count; ++i) {
-        of_lane[i * element_step] = T::load(from[i * g.stride[1]]);
+        of_lane[i * element_step] = T::load(source[i * g.stride[1]]);
       }
     }
   }
@@ -201,33 +202,33 @@ void load_block_of(const Image& g, const typename T::Bits* x, int64_t m0, int ro
   }
 }
 
-inline Floats<kLanes> total(const LinearArgs& args, const PixelSums& from, int64_t m, int64_t n) {
-  const int64_t offset = m * from.height + n * kLanes;
-  Floats<kLanes> sum = load<kLanes>(from.sum[0] + offset);
-  for (int i = 1; i < from.count; ++i) sum += load<kLanes>(from.sum[i] + offset);
+inline Floats<kLanes> total(const LinearArgs& args, const PixelSums& sums, int64_t m, int64_t n) {
+  const int64_t offset = m * sums.height + n * kLanes;
+  Floats<kLanes> sum = load<kLanes>(sums.sum[0] + offset);
+  for (int i = 1; i < sums.count; ++i) sum += load<kLanes>(sums.sum[i] + offset);
   sum *= splat<kLanes>(static_cast<float>(args.scale));
-  return args.bias ? sum + splat<kLanes>(args.bias[from.n0 + n]) : sum;
+  return args.bias ? sum + splat<kLanes>(args.bias[sums.n0 + n]) : sum;
 }
 
 // Channels-last: 16 channels of a tile's pixels at a time.
 template <class T>
-void store_lines(const Image& g, const LinearArgs& args, const PixelSums& from) {
+void store_lines(const Image& g, const LinearArgs& args, const PixelSums& sums) {
   typename T::Bits* const y = static_cast<typename T::Bits*>(args.y);
-  for (int64_t m = 0; m < from.rows; m += kLanes) {
-    const int here = static_cast<int>(std::min<int64_t>(kLanes, from.rows - m));
-    for (int64_t n = from.from; n < from.to; n += 16) {
-      const int size = static_cast<int>(std::min<int64_t>(16, from.to - n));
+  for (int64_t m = 0; m < sums.rows; m += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, sums.rows - m));
+    for (int64_t n = sums.begin; n < sums.end; n += 16) {
+      const int size = static_cast<int>(std::min<int64_t>(16, sums.end - n));
       Floats<16> line[16] = {};
-      for (int k = 0; k < size; ++k) line[k] = total(args, from, m, n + k);
+      for (int k = 0; k < size; ++k) line[k] = total(args, sums, m, n + k);
       transpose(line);
-      for (int l = 0; l < here; ++l) {
-        typename T::Bits* const to =
-            y + (g.first + from.m0 + m + l) * from.out_channels + from.n0 + n;
+      for (int l = 0; l < count; ++l) {
+        typename T::Bits* const target =
+            y + (g.first + sums.m0 + m + l) * sums.out_channels + sums.n0 + n;
         if (size == 16) {
 #pragma omp simd
-          for (int k = 0; k < 16; ++k) to[k] = T::store(line[l][k]);
+          for (int k = 0; k < 16; ++k) target[k] = T::store(line[l][k]);
         } else {
-          for (int k = 0; k < size; ++k) to[k] = T::store(line[l][k]);
+          for (int k = 0; k < size; ++k) target[k] = T::store(line[l][k]);
         }
       }
     }
@@ -236,29 +237,29 @@ void store_lines(const Image& g, const LinearArgs& args, const PixelSums& from) 
 
 // Contiguous: pixels of a channel side by side.
 template <class T>
-void store_planes(const Image& g, const LinearArgs& args, const PixelSums& from) {
+void store_planes(const Image& g, const LinearArgs& args, const PixelSums& sums) {
   typename T::Bits* const y = static_cast<typename T::Bits*>(args.y);
   const int64_t plane = g.out_height * g.out_width;
-  for (int64_t n = from.from; n < from.to; ++n) {
-    const int64_t first = g.first + from.m0;
+  for (int64_t n = sums.begin; n < sums.end; ++n) {
+    const int64_t first = g.first + sums.m0;
     int64_t image = first / plane, pixel = first % plane;
-    for (int64_t m = 0; m < from.rows; m += kLanes) {
+    for (int64_t m = 0; m < sums.rows; m += kLanes) {
       float value[kLanes];
-      store<kLanes>(value, total(args, from, m, n));
-      typename T::Bits* to = y + (image * from.out_channels + from.n0 + n) * plane + pixel;
-      if (m + kLanes <= from.rows && pixel + kLanes <= plane) {
+      store<kLanes>(value, total(args, sums, m, n));
+      typename T::Bits* target = y + (image * sums.out_channels + sums.n0 + n) * plane + pixel;
+      if (m + kLanes <= sums.rows && pixel + kLanes <= plane) {
 #pragma omp simd
-        for (int l = 0; l < kLanes; ++l) to[l] = T::store(value[l]);
+        for (int l = 0; l < kLanes; ++l) target[l] = T::store(value[l]);
         pixel += kLanes;
       } else {
-        const int here = static_cast<int>(std::min<int64_t>(kLanes, from.rows - m));
-        for (int l = 0; l < here; ++l, ++pixel) {
+        const int count = static_cast<int>(std::min<int64_t>(kLanes, sums.rows - m));
+        for (int l = 0; l < count; ++l, ++pixel) {
           if (pixel == plane) {
             pixel = 0;
             ++image;
-            to = y + (image * from.out_channels + from.n0 + n) * plane - l;
+            target = y + (image * sums.out_channels + sums.n0 + n) * plane - l;
           }
-          to[l] = T::store(value[l]);
+          target[l] = T::store(value[l]);
         }
       }
       if (pixel == plane) pixel = 0, ++image;
@@ -267,26 +268,26 @@ void store_planes(const Image& g, const LinearArgs& args, const PixelSums& from)
 }
 
 template <class T>
-void store_tiles(const Image& g, const LinearArgs& args, const PixelSums& from) {
-  return g.channels_last ? store_lines<T>(g, args, from) : store_planes<T>(g, args, from);
+void store_tiles(const Image& g, const LinearArgs& args, const PixelSums& sums) {
+  return g.channels_last ? store_lines<T>(g, args, sums) : store_planes<T>(g, args, sums);
 }
 
 // Of tiles of fewer pixels than a vector has lanes.
-void store_each(const Image& g, const LinearArgs& args, const PixelSums& from) {
+void store_each(const Image& g, const LinearArgs& args, const PixelSums& sums) {
   const int64_t plane = g.out_height * g.out_width;
-  for (int64_t m = 0; m < from.rows; ++m) {
-    const int64_t pixel = g.first + from.m0 + m;
-    const int64_t place = m / from.lanes * from.height * from.lanes + m % from.lanes;
-    for (int64_t n = from.from; n < from.to; ++n) {
+  for (int64_t m = 0; m < sums.rows; ++m) {
+    const int64_t pixel = g.first + sums.m0 + m;
+    const int64_t offset = m / sums.lanes * sums.height * sums.lanes + m % sums.lanes;
+    for (int64_t n = sums.begin; n < sums.end; ++n) {
       float sum = 0;
-      for (int i = 0; i < from.count; ++i) sum += from.sum[i][place + n * from.lanes];
+      for (int i = 0; i < sums.count; ++i) sum += sums.sum[i][offset + n * sums.lanes];
       sum *= static_cast<float>(args.scale);
-      const int64_t channel = from.n0 + n;
+      const int64_t channel = sums.n0 + n;
       if (args.bias) sum += args.bias[channel];
-      const int64_t at =
-          g.channels_last ? pixel * from.out_channels + channel
-                          : (pixel / plane * from.out_channels + channel) * plane + pixel % plane;
-      set_element(args.x_dtype, args.y, at, sum);
+      const int64_t index =
+          g.channels_last ? pixel * sums.out_channels + channel
+                          : (pixel / plane * sums.out_channels + channel) * plane + pixel % plane;
+      set_element(args.x_dtype, args.y, index, sum);
     }
   }
 }
@@ -306,12 +307,12 @@ void load_patches(const Image& g, Dtype dtype, const void* x, int64_t m0, int ro
   }
 }
 
-void store_pixels(const Image& g, const LinearArgs& args, const PixelSums& from) {
-  if (from.lanes != kLanes) return store_each(g, args, from);
+void store_pixels(const Image& g, const LinearArgs& args, const PixelSums& sums) {
+  if (sums.lanes != kLanes) return store_each(g, args, sums);
   switch (args.x_dtype) {
-    case Dtype::kBfloat16: return store_tiles<Bfloat16>(g, args, from);
-    case Dtype::kFloat16: return store_tiles<Float16>(g, args, from);
-    default: return store_tiles<Float32>(g, args, from);
+    case Dtype::kBfloat16: return store_tiles<Bfloat16>(g, args, sums);
+    case Dtype::kFloat16: return store_tiles<Float16>(g, args, sums);
+    default: return store_tiles<Float32>(g, args, sums);
   }
 }
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "linear.h"
+#include "cpu/linear.h"
 
 namespace rpg {
 
@@ -38,8 +38,8 @@ struct PixelSums {
   int64_t height;
   int lanes;
   int64_t m0, rows;
-  int64_t n0;        // out-channel of the first of `height`
-  int64_t from, to;  // of them, what is written
+  int64_t n0;          // out-channel of the first of `height`
+  int64_t begin, end;  // which of them are written
   int64_t out_channels;
 };
 

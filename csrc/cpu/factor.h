@@ -14,11 +14,11 @@
 
 #pragma once
 
-#include "number.h"
-#include "simd.h"
+#include "cpu/simd.h"
+#include "law/number.h"
 
 namespace rpg {
-namespace {  // compiled once per instruction set, see law.h
+namespace {  // compiled once per instruction set, see law/ring.h
 
 constexpr bool by_row(int batch) { return batch <= 4; }
 
@@ -30,12 +30,12 @@ struct EntryOf {
   static inline uint32_t sign(Entry e) { return static_cast<uint32_t>(e >> kShift) << 31; }
 };
 
-// Blocks of the bank, from slot `base` on and around the end of the ring.
+// A window of the ring: its blocks from slot `base` on, around the end of the ring.
 template <int BLOCK>
-class Window {
+class RingWindow {
  public:
   // ring [slots, BLOCK]; of each block `valid` elements count.
-  Window(Dtype dtype, const void* ring, uint32_t slots, uint32_t base, int valid)
+  RingWindow(Dtype dtype, const void* ring, uint32_t slots, uint32_t base, int valid)
       : dtype_(dtype),
         valid_(valid),
         bytes_(BLOCK * (dtype == Dtype::kFloat32 ? 4 : 2)),
@@ -46,13 +46,13 @@ class Window {
 
   // Block `slot` as fp32 with zeros behind the valid elements: itself if it is that already, or
   // converted into `buffer` [BLOCK].
-  const float* at(int64_t slot, float* buffer) const {
-    const char* from = part_[slot >= before_end_] + slot * bytes_;
-    if (dtype_ == Dtype::kFloat32 && valid_ == BLOCK) return reinterpret_cast<const float*>(from);
+  const float* block(int64_t slot, float* buffer) const {
+    const char* stored = part_[slot >= before_end_] + slot * bytes_;
+    if (dtype_ == Dtype::kFloat32 && valid_ == BLOCK) return reinterpret_cast<const float*>(stored);
     switch (dtype_) {
-      case Dtype::kBfloat16: convert<Bfloat16>(from, buffer); break;
-      case Dtype::kFloat16: convert<Float16>(from, buffer); break;
-      default: convert<Float32>(from, buffer); break;
+      case Dtype::kBfloat16: convert<Bfloat16>(stored, buffer); break;
+      case Dtype::kFloat16: convert<Float16>(stored, buffer); break;
+      default: convert<Float32>(stored, buffer); break;
     }
     for (int e = valid_; e < BLOCK; ++e) buffer[e] = 0.f;
     return buffer;
@@ -62,8 +62,8 @@ class Window {
 
  private:
   template <class T>
-  static void convert(const char* from, float* buffer) {
-    const typename T::Bits* bits = reinterpret_cast<const typename T::Bits*>(from);
+  static void convert(const char* stored, float* buffer) {
+    const typename T::Bits* bits = reinterpret_cast<const typename T::Bits*>(stored);
 #pragma omp simd
     for (int e = 0; e < BLOCK; ++e) buffer[e] = T::load(bits[e]);
   }
@@ -110,13 +110,13 @@ constexpr int product_rows(int batch) { return by_row(batch) ? 16 / batch : kPro
 
 // S[w] = window[w] · x_b for the first `slots` slots.
 template <int BLOCK, int BATCH>
-inline void window_products(const Window<BLOCK>& window, int slots, const float* x, float* s) {
+inline void window_products(const RingWindow<BLOCK>& window, int slots, const float* x, float* s) {
   constexpr int kRows = product_rows(BATCH);
   alignas(64) float buffer[kRows][BLOCK];
   for (int w = 0; w < slots; w += kRows) {
     const int count = slots - w < kRows ? slots - w : kRows;
     const float* block[kRows];
-    for (int r = 0; r < kRows; ++r) block[r] = window.at(w + (r < count ? r : 0), buffer[r]);
+    for (int r = 0; r < kRows; ++r) block[r] = window.block(w + (r < count ? r : 0), buffer[r]);
     if (count == kRows) {
       products<BLOCK, BATCH>(block, x, s + int64_t{w} * BATCH);
     } else {
@@ -130,27 +130,27 @@ inline void window_products(const Window<BLOCK>& window, int slots, const float*
 // y[i] += ± S[slot(i)]. With BATCH 1, S holds all negatives behind the values: [2, slots].
 template <int BATCH, class Entry>
 inline void add_products(const Entry* entry, int count, const float* s, int slots, float* y) {
-  using E = EntryOf<Entry>;
+  using Read = EntryOf<Entry>;
   if constexpr (BATCH == 1) {
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-      y[i] +=
-          s[static_cast<int>(E::slot(entry[i])) + static_cast<int>(entry[i] >> E::kShift) * slots];
+      y[i] += s[static_cast<int>(Read::slot(entry[i])) +
+                static_cast<int>(entry[i] >> Read::kShift) * slots];
     }
   } else {
     for (int i = 0; i < count; ++i) {
-      const Floats<BATCH> read = load<BATCH>(s + int64_t{E::slot(entry[i])} * BATCH);
+      const Floats<BATCH> read = load<BATCH>(s + int64_t{Read::slot(entry[i])} * BATCH);
       store<BATCH>(y + i * BATCH,
-                   load<BATCH>(y + i * BATCH) + flip_all<BATCH>(read, E::sign(entry[i])));
+                   load<BATCH>(y + i * BATCH) + flip_all<BATCH>(read, Read::sign(entry[i])));
     }
   }
 }
 
 // y[i] += ± block(slot(i)) · x_b, block by block.
 template <int BLOCK, int BATCH, class Entry>
-inline void direct_products(const Entry* entry, int count, const Window<BLOCK>& window,
+inline void direct_products(const Entry* entry, int count, const RingWindow<BLOCK>& window,
                             const float* x, float* y) {
-  using E = EntryOf<Entry>;
+  using Read = EntryOf<Entry>;
   constexpr int kRows = product_rows(BATCH);
   alignas(64) float buffer[kRows][BLOCK];
   alignas(64) float out[kRows * BATCH];
@@ -158,16 +158,16 @@ inline void direct_products(const Entry* entry, int count, const Window<BLOCK>& 
     const int size = count - i < kRows ? count - i : kRows;
     const float* block[kRows];
     for (int r = 0; r < kRows; ++r) {
-      block[r] = window.at(E::slot(entry[i + (r < size ? r : 0)]), buffer[r]);
+      block[r] = window.block(Read::slot(entry[i + (r < size ? r : 0)]), buffer[r]);
     }
     products<BLOCK, BATCH>(block, x, out);
     for (int r = 0; r < size; ++r) {
-      const uint32_t sign = E::sign(entry[i + r]);
+      const uint32_t sign = Read::sign(entry[i + r]);
       if constexpr (BATCH == 1) {
         y[i + r] += as_float(as_bits(out[r]) ^ sign);
       } else {
-        float* to = y + (i + r) * BATCH;
-        store<BATCH>(to, load<BATCH>(to) + flip_all<BATCH>(load<BATCH>(out + r * BATCH), sign));
+        float* sums = y + (i + r) * BATCH;
+        store<BATCH>(sums, load<BATCH>(sums) + flip_all<BATCH>(load<BATCH>(out + r * BATCH), sign));
       }
     }
   }
@@ -176,11 +176,11 @@ inline void direct_products(const Entry* entry, int count, const Window<BLOCK>& 
 // t[i] = ± dy[i] and slot[i], position by position.
 template <int BATCH, class Entry>
 inline void signed_terms(const Entry* entry, int count, const float* dy, float* t, int32_t* slot) {
-  using E = EntryOf<Entry>;
+  using Read = EntryOf<Entry>;
   for (int i = 0; i < count; ++i) {
-    slot[i] = static_cast<int32_t>(E::slot(entry[i]));
+    slot[i] = static_cast<int32_t>(Read::slot(entry[i]));
     for (int m = 0; m < BATCH; ++m) {
-      t[i * BATCH + m] = as_float(as_bits(dy[i * BATCH + m]) ^ E::sign(entry[i]));
+      t[i * BATCH + m] = as_float(as_bits(dy[i * BATCH + m]) ^ Read::sign(entry[i]));
     }
   }
 }
@@ -202,14 +202,14 @@ inline int slots_read(const Entry* entry, int count, int slots, int32_t* slot) {
 // T[slot(i)] += ± dy[i], one position after the other.
 template <int BATCH, class Entry>
 inline void scatter(const Entry* entry, int count, const float* dy, float* t) {
-  using E = EntryOf<Entry>;
+  using Read = EntryOf<Entry>;
   for (int i = 0; i < count; ++i) {
-    const uint32_t sign = E::sign(entry[i]);
+    const uint32_t sign = Read::sign(entry[i]);
     if constexpr (BATCH == 1) {
-      t[E::slot(entry[i])] += as_float(as_bits(dy[i]) ^ sign);
+      t[Read::slot(entry[i])] += as_float(as_bits(dy[i]) ^ sign);
     } else {
-      float* to = t + int64_t{E::slot(entry[i])} * BATCH;
-      store<BATCH>(to, load<BATCH>(to) + flip_all<BATCH>(load<BATCH>(dy + i * BATCH), sign));
+      float* sums = t + int64_t{Read::slot(entry[i])} * BATCH;
+      store<BATCH>(sums, load<BATCH>(sums) + flip_all<BATCH>(load<BATCH>(dy + i * BATCH), sign));
     }
   }
 }
@@ -220,17 +220,17 @@ struct Terms {
   const int32_t* slot;  // [count]; null: 0, 1, 2 ...
   const float* t;       // [slots, BATCH], or in the order of terms: [count, BATCH]
   bool in_order;
-  int64_t at(int i) const { return slot ? slot[i] : i; }
+  int64_t slot_of(int i) const { return slot ? slot[i] : i; }
   template <int BATCH>
   const float* sums(int i) const {
-    return t + (in_order ? i : at(i)) * BATCH;
+    return t + (in_order ? i : slot_of(i)) * BATCH;
   }
 };
 
 // dx_b += Σ T[w] window[w] of the terms `begin` to `end` - 1.
 template <int BLOCK, int BATCH>
-inline void add_input_grad_of(const Window<BLOCK>& window, const Terms& terms, int begin, int end,
-                              float* dx) {
+inline void add_input_grad_of(const RingWindow<BLOCK>& window, const Terms& terms, int begin,
+                              int end, float* dx) {
   constexpr int kRows = 16;
   alignas(64) float buffer[kRows][BLOCK];
   for (int i = begin; i < end; i += kRows) {
@@ -238,7 +238,7 @@ inline void add_input_grad_of(const Window<BLOCK>& window, const Terms& terms, i
     const float* block[kRows];
     const float* sum[kRows];
     for (int r = 0; r < size; ++r) {
-      block[r] = window.at(terms.at(i + r), buffer[r]);
+      block[r] = window.block(terms.slot_of(i + r), buffer[r]);
       sum[r] = terms.sums<BATCH>(i + r);
     }
     if constexpr (by_row(BATCH)) {
@@ -281,11 +281,11 @@ inline void add_input_grad_of(const Window<BLOCK>& window, const Terms& terms, i
 // The same of all terms: sums of 64 are made first, since one of thousands in a row loses two
 // decimal places.
 template <int BLOCK, int BATCH>
-inline void add_input_grad(const Window<BLOCK>& window, const Terms& terms, float* dx) {
-  constexpr int kTogether = 64;
+inline void add_input_grad(const RingWindow<BLOCK>& window, const Terms& terms, float* dx) {
+  constexpr int kSummedTerms = 64;
   alignas(64) float part[BLOCK * BATCH];
-  for (int begin = 0; begin < terms.count; begin += kTogether) {
-    const int end = terms.count - begin < kTogether ? terms.count : begin + kTogether;
+  for (int begin = 0; begin < terms.count; begin += kSummedTerms) {
+    const int end = terms.count - begin < kSummedTerms ? terms.count : begin + kSummedTerms;
     std::memset(part, 0, sizeof part);
     add_input_grad_of<BLOCK, BATCH>(window, terms, begin, end, part);
     for (int i = 0; i < BLOCK * BATCH; ++i) dx[i] += part[i];
@@ -302,11 +302,11 @@ inline void add_bank_grad(const Terms& terms, const float* x, int batch, int val
   for (int i = 0; i < terms.count; i += kRows) {
     const int size = terms.count - i < kRows ? terms.count - i : kRows;
     const float* sum[kRows];
-    float* to[kRows];
+    float* grad[kRows];
     for (int r = 0; r < kRows; ++r) {
       const int term = i + (r < size ? r : 0);
       sum[r] = terms.sums<BATCH>(term);
-      to[r] = part[terms.at(term) >= before_end] + terms.at(term) * BLOCK;
+      grad[r] = part[terms.slot_of(term) >= before_end] + terms.slot_of(term) * BLOCK;
     }
     for (int first = 0; first < BLOCK; first += kPart) {
       Floats<16> out[kRows][kVectors] = {};
@@ -320,11 +320,11 @@ inline void add_bank_grad(const Terms& terms, const float* x, int batch, int val
       for (int r = 0; r < size; ++r) {
         for (int v = 0; v < kVectors; ++v) {
           const int e = first + 16 * v;
-          const Floats<16> added = load<16>(to[r] + e) + splat<16>(scale) * out[r][v];
+          const Floats<16> added = load<16>(grad[r] + e) + splat<16>(scale) * out[r][v];
           if (e + 16 <= valid) {
-            store<16>(to[r] + e, added);
+            store<16>(grad[r] + e, added);
           } else {  // padding is no weight: its gradient stays
-            for (int k = 0; e + k < valid; ++k) to[r][e + k] = added[k];
+            for (int k = 0; e + k < valid; ++k) grad[r][e + k] = added[k];
           }
         }
       }
@@ -334,25 +334,25 @@ inline void add_bank_grad(const Terms& terms, const float* x, int batch, int val
 
 constexpr int kTerms = 512;  // made at once where each position is a term
 
-// Calls each(terms) for a piece of a column and dy [rows, BATCH] of its rows: sums for each slot
+// Calls visit(terms) for a piece of a column and dy [rows, BATCH] of its rows: sums for each slot
 // where that is less, otherwise position by position. t [max(kTerms, slots), BATCH] and slot [the
 // same] are where terms are made.
-template <int BATCH, class Entry, class Each>
+template <int BATCH, class Entry, class Visit>
 inline void for_terms(const Entry* entry, int count, int slots, bool whole, const float* dy,
-                      float* t, int32_t* slot, const Each& each) {
+                      float* t, int32_t* slot, const Visit& visit) {
   if (slots >= count) {
     for (int i = 0; i < count; i += kTerms) {
       const int size = count - i < kTerms ? count - i : kTerms;
       signed_terms<BATCH>(entry + i, size, dy + i * BATCH, t, slot);
-      each(Terms{size, slot, t, true});
+      visit(Terms{size, slot, t, true});
     }
     return;
   }
   std::memset(t, 0, sizeof(float) * slots * BATCH);
   scatter<BATCH>(entry, count, dy, t);
   // A slot that nobody reads must not be multiplied: it may hold an infinity.
-  if (whole) return each(Terms{slots, nullptr, t, false});
-  each(Terms{slots_read(entry, count, slots, slot), slot, t, false});
+  if (whole) return visit(Terms{slots, nullptr, t, false});
+  visit(Terms{slots_read(entry, count, slots, slot), slot, t, false});
 }
 
 }  // namespace

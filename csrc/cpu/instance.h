@@ -3,10 +3,10 @@
 
 #pragma once
 
-#include "walk.h"
+#include "cpu/walk.h"
 
 namespace rpg {
-namespace {  // compiled once per instruction set, see law.h
+namespace {  // compiled once per instruction set, see law/ring.h
 
 template <template <int BLOCK, int BATCH, class Walk> class Kernel, int BLOCK, class Walk,
           class Args>

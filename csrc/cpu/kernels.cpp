@@ -1,13 +1,13 @@
 // Which instruction set's kernels to use.
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace rpg {
 

@@ -5,11 +5,11 @@
 
 #include <cstdint>
 
-#include "../law.h"
-#include "conv2d.h"
-#include "linear.h"
-#include "number.h"
-#include "region.h"
+#include "cpu/conv2d.h"
+#include "cpu/linear.h"
+#include "cpu/region.h"
+#include "law/number.h"
+#include "law/ring.h"
 
 namespace rpg {
 

@@ -3,7 +3,7 @@
 //
 // A list is split evenly over threads and evaluated kLanes positions at a time, all of one band.
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace rpg::RPG_ISA {
 

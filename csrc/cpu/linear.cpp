@@ -13,13 +13,13 @@
 // Columns are dealt to `threads` parts in order. Strips that several parts worked on are summed in
 // the order of parts, so results depend on their number, in rounding, and on nothing else.
 
-#include "linear.h"
+#include "cpu/linear.h"
 
 #include <algorithm>
 
-#include "batch.h"
-#include "conv2d.h"
-#include "instance.h"
+#include "cpu/batch.h"
+#include "cpu/conv2d.h"
+#include "cpu/instance.h"
 
 namespace rpg::RPG_ISA {
 
@@ -29,7 +29,17 @@ constexpr int64_t kSums = 1 << 16;  // floats of a strip, of a tile of the batch
 
 inline int64_t strip_rows(int batch_tile, int tiles) { return kSums / (batch_tile * tiles); }
 
-struct Layout {
+// Floats of a cache line: S and the sums begin at multiples of it.
+constexpr int64_t kLineFloats = 16;
+constexpr int64_t kLineBytes = 4 * kLineFloats;
+// Slots that S has room for beyond those of the window. Nothing is written there; the size of the
+// workspace, which callers ask for, has always had them.
+constexpr int64_t kSpareSlots = 16;
+
+inline int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
+
+// How the workspace is divided.
+struct LinearLayout {
   int64_t height;   // rows of the highest strip
   int64_t entries;  // bytes, of one part
   int64_t s, sums;  // floats of one part: S, and the sums of one strip
@@ -38,16 +48,18 @@ struct Layout {
 };
 
 template <class Walk>
-Layout layout_of(const LayerLaw& law, const std::vector<Strip>& strips, const LinearArgs& args) {
+LinearLayout linear_layout(const LayerLaw& law, const std::vector<Strip>& strips,
+                           const LinearArgs& args) {
   const int batch_tile = args.batch_tile, tiles = args.tiles;
-  Layout out{};
+  LinearLayout out{};
   for (const Strip& strip : strips) out.height = std::max(out.height, strip.height);
   out.entries =
-      (Walk::kEntries * static_cast<int64_t>(sizeof(typename Walk::Entry)) + 63) / 64 * 64;
+      round_up(Walk::kEntries * static_cast<int64_t>(sizeof(typename Walk::Entry)), kLineBytes);
   const int64_t slots = law.window ? law.window : law.slots;
-  out.s = slots < out.height ? (slots + 16) * (batch_tile == 1 ? 2 : batch_tile) : 0;
-  out.s = (out.s + 15) / 16 * 16;
-  out.sums = (out.height * batch_tile * tiles + 15) / 16 * 16;
+  // At batch 1, S holds all negatives behind the values (add_products).
+  out.s = slots < out.height ? (slots + kSpareSlots) * (batch_tile == 1 ? 2 : batch_tile) : 0;
+  out.s = round_up(out.s, kLineFloats);
+  out.sums = round_up(out.height * batch_tile * tiles, kLineFloats);
   // Of an image each part gathers one block after the other.
   out.x = (args.image ? args.threads : law.blocks) * law.granularity * batch_tile * tiles;
   return out;
@@ -62,7 +74,7 @@ class Linear {
       : law_(law),
         args_(args),
         strips_(strips_of<Walk>(law, strip_rows(BATCH, args.tiles))),
-        layout_(layout_of<Walk>(law, strips_, args)),
+        layout_(linear_layout<Walk>(law, strips_, args)),
         x_(static_cast<float*>(args.workspace)) {
     for (int part = 0; part <= args.threads; ++part) {
       split_.push_back(column_split(strips_, law.blocks, part, args.threads));
@@ -90,15 +102,15 @@ class Linear {
   }
 
  private:
-  using X = Tiles<BLOCK, BATCH, by_row(BATCH)>;
-  X x_of(int64_t rows) const { return {x_, law_.blocks, rows}; }
+  using XTiles = BatchTiles<BLOCK, BATCH, by_row(BATCH)>;
+  XTiles x_of(int64_t rows) const { return {x_, law_.blocks, rows}; }
   char* part_memory(int part) const {
     return reinterpret_cast<char*>(x_ + layout_.x) + part * layout_.bytes_per_part();
   }
-  // Sums of the strip that a part begins in the middle of (0), or of any other (1).
-  float* sums(int part, bool other) const {
+  // Sums of the strip in whose middle a part begins, or of a later one.
+  float* sums(int part, bool later) const {
     return reinterpret_cast<float*>(part_memory(part) + layout_.entries) + layout_.s +
-           other * layout_.sums;
+           later * layout_.sums;
   }
   int64_t end_of(const Strip& strip) const { return strip.first + strip.height * law_.blocks; }
 
@@ -107,64 +119,65 @@ class Linear {
     float* s = reinterpret_cast<float*>(part_memory(part) + layout_.entries);
     const int64_t begin = split_[part], end = split_[part + 1];
     const Image* const image = args_.image;
-    const X x_tiles = image ? X{x_ + part * BLOCK * BATCH * args_.tiles, 1, rows} : x_of(rows);
+    const XTiles x_tiles =
+        image ? XTiles{x_ + part * BLOCK * BATCH * args_.tiles, 1, rows} : x_of(rows);
     int64_t gathered = -1;  // the block of the image that x_tiles hold
     Walk walk(law_);
     for (const Strip& strip : strips_) {
       const int64_t low = std::max(begin, strip.first), high = std::min(end, end_of(strip));
       if (low >= high) continue;
-      float* to = sums(part, begin <= strip.first);
-      std::memset(to, 0, sizeof(float) * layout_.sums);
+      float* sums_of_strip = sums(part, begin <= strip.first);
+      std::memset(sums_of_strip, 0, sizeof(float) * layout_.sums);
       const int64_t first = (low - strip.first) / strip.height;
       const int64_t last = (high - strip.first) / strip.height;
-      walk.walk(strip, first, last, entry, [&](const Segment<Entry>& segment) {
-        const int64_t left = image ? image->run - segment.block % image->run_blocks * BLOCK
-                                   : args_.columns - segment.block * BLOCK;
-        const Window<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, segment.base,
-                                   static_cast<int>(left < BLOCK ? left : BLOCK));
-        if (image && segment.block != gathered) {
-          gathered = segment.block;
+      walk.walk(strip, first, last, entry, [&](const Piece<Entry>& piece) {
+        const int64_t left = image ? image->run - piece.block % image->run_blocks * BLOCK
+                                   : args_.columns - piece.block * BLOCK;
+        const RingWindow<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, piece.base,
+                                       static_cast<int>(left < BLOCK ? left : BLOCK));
+        if (image && piece.block != gathered) {
+          gathered = piece.block;
           for (int tile = 0; tile < x_tiles.count(); ++tile) {
             load_patches(*image, args_.x_dtype, args_.x, m0 + tile * BATCH, x_tiles.rows_of(tile),
-                         BATCH, gathered, BLOCK, x_tiles.at(tile, 0));
+                         BATCH, gathered, BLOCK, x_tiles.block_of(tile, 0));
           }
         }
         for (int tile = 0; tile < x_tiles.count(); ++tile) {
-          float* y = to + (tile * layout_.height + segment.row) * BATCH;
-          add(segment, window, x_tiles.at(tile, image ? 0 : segment.block), s, y);
+          float* y = sums_of_strip + (tile * layout_.height + piece.row) * BATCH;
+          add(piece, window, x_tiles.block_of(tile, image ? 0 : piece.block), s, y);
         }
       });
       if (low == strip.first && high == end_of(strip)) {
-        write(strip, &to, 1, 0, strip.height, m0, rows);
+        write(strip, &sums_of_strip, 1, 0, strip.height, m0, rows);
       }
     }
   }
 
-  void add(const Segment<Entry>& segment, const Window<BLOCK>& window, const float* x, float* s,
+  void add(const Piece<Entry>& piece, const RingWindow<BLOCK>& window, const float* x, float* s,
            float* y) const {
-    if (segment.slots >= segment.count) {
-      direct_products<BLOCK, BATCH>(segment.entry, segment.count, window, x, y);
+    if (piece.slots >= piece.count) {
+      direct_products<BLOCK, BATCH>(piece.entry, piece.count, window, x, y);
       return;
     }
-    window_products<BLOCK, BATCH>(window, segment.slots, x, s);
+    window_products<BLOCK, BATCH>(window, piece.slots, x, s);
     if (BATCH == 1) {
-      for (int w = 0; w < segment.slots; ++w) s[segment.slots + w] = -s[w];
+      for (int w = 0; w < piece.slots; ++w) s[piece.slots + w] = -s[w];
     }
-    add_products<BATCH>(segment.entry, segment.count, s, segment.slots, y);
+    add_products<BATCH>(piece.entry, piece.count, s, piece.slots, y);
   }
 
-  // Rows [from, to) of a strip, from the sums of several parts.
-  void write(const Strip& strip, float* const* sum, int count, int64_t from, int64_t to, int64_t m0,
-             int64_t rows) const {
+  // Rows [begin, end) of a strip, from the sums of several parts.
+  void write(const Strip& strip, float* const* sum, int count, int64_t begin, int64_t end,
+             int64_t m0, int64_t rows) const {
     if (args_.image) {
       return store_pixels(
           *args_.image, args_,
-          {sum, count, layout_.height, BATCH, m0, rows, strip.row, from, to, law_.rows});
+          {sum, count, layout_.height, BATCH, m0, rows, strip.row, begin, end, law_.rows});
     }
     const float scale = static_cast<float>(args_.scale);
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t offset = m / BATCH * layout_.height * BATCH + m % BATCH;
-      for (int64_t n = from; n < to; ++n) {
+      for (int64_t n = begin; n < end; ++n) {
         float total = 0;
         for (int i = 0; i < count; ++i) total += sum[i][offset + n * BATCH];
         total *= scale;
@@ -176,22 +189,22 @@ class Linear {
 
   // This part's share of a strip that several parts worked on.
   void join(const Strip& strip, int part, int64_t m0, int64_t rows) const {
-    std::vector<float*> of;
-    for (int other = 0; other < args_.threads; ++other) {
-      const int64_t begin = split_[other], end = split_[other + 1];
+    std::vector<float*> partial;
+    for (int peer = 0; peer < args_.threads; ++peer) {
+      const int64_t begin = split_[peer], end = split_[peer + 1];
       if (begin < end && begin < end_of(strip) && strip.first < end) {
         if (begin <= strip.first && end_of(strip) <= end) return;
-        of.push_back(sums(other, begin <= strip.first));
+        partial.push_back(sums(peer, begin <= strip.first));
       }
     }
-    write(strip, of.data(), static_cast<int>(of.size()), strip.height * part / args_.threads,
-          strip.height * (part + 1) / args_.threads, m0, rows);
+    write(strip, partial.data(), static_cast<int>(partial.size()),
+          strip.height * part / args_.threads, strip.height * (part + 1) / args_.threads, m0, rows);
   }
 
   const LayerLaw& law_;
   const LinearArgs& args_;
   std::vector<Strip> strips_;
-  Layout layout_;
+  LinearLayout layout_;
   std::vector<int64_t> split_;  // positions at which parts begin
   float* x_;                    // [tiles, blocks, BLOCK · BATCH]
 };
@@ -199,7 +212,7 @@ class Linear {
 template <class Walk>
 Workspace workspace(const LayerLaw& law, const LinearArgs& args) {
   const auto strips = strips_of<Walk>(law, strip_rows(args.batch_tile, args.tiles));
-  const Layout layout = layout_of<Walk>(law, strips, args);
+  const LinearLayout layout = linear_layout<Walk>(law, strips, args);
   const int64_t activations = 4 * layout.x;
   return {activations + args.threads * layout.bytes_per_part(), activations};
 }

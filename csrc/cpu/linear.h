@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "../law.h"
-#include "number.h"
+#include "law/number.h"
+#include "law/ring.h"
 
 namespace rpg {
 

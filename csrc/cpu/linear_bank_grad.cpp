@@ -13,19 +13,20 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "linear.h"
+#include "cpu/linear.h"
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
-#include "batch.h"
-#include "instance.h"
+#include "cpu/batch.h"
+#include "cpu/instance.h"
 
 namespace rpg::RPG_ISA {
 
 namespace {
 
-constexpr int kRowsOfDy = 64;  // that are loaded together
+constexpr int kRowsOfDy = 64;       // that are loaded together
+constexpr int64_t kTermsStep = 16;  // terms: a cache line of their slots
 
 inline int thread() {
 #if defined(_OPENMP)
@@ -35,18 +36,20 @@ inline int thread() {
 #endif
 }
 
+// How the workspace is divided.
 template <class Walk>
-struct Layout {
+struct BankGradLayout {
   int64_t entries;  // bytes, of one part
   int64_t terms;    // of one part: T [terms, BATCH] and their slots
   int64_t dw;       // floats of one part: a gradient of its own, law 1
   int64_t dy, x;    // floats of all parts
   int64_t per_part(int batch_tile) const { return entries + 4 * (terms * (batch_tile + 1) + dw); }
 
-  Layout(const LayerLaw& law, int batch_tile, int tiles, int threads) {
+  BankGradLayout(const LayerLaw& law, int batch_tile, int tiles, int threads) {
     entries = Walk::kEntries * static_cast<int64_t>(sizeof(typename Walk::Entry));
     const int64_t slots = law.window ? law.window : law.slots;
-    terms = std::max<int64_t>(kTerms, slots < law.rows ? (slots + 15) / 16 * 16 : 0);
+    terms = std::max<int64_t>(
+        kTerms, slots < law.rows ? (slots + kTermsStep - 1) / kTermsStep * kTermsStep : 0);
     dw = law.window || threads == 1 ? 0 : int64_t{law.slots} * law.granularity;
     dy = (law.rows + kRowsOfDy - 1) / kRowsOfDy * kRowsOfDy * batch_tile * tiles;
     x = law.blocks * law.granularity * batch_tile * tiles;
@@ -56,8 +59,8 @@ struct Layout {
 template <int BLOCK, int BATCH, class Walk>
 class BankGrad {
   using Entry = typename Walk::Entry;
-  using Dy = Tiles<kRowsOfDy, BATCH, false>;
-  using X = Tiles<BLOCK, BATCH, true>;
+  using DyTiles = BatchTiles<kRowsOfDy, BATCH, false>;
+  using XRowTiles = BatchTiles<BLOCK, BATCH, true>;
 
  public:
   BankGrad(const LayerLaw& law, const LinearBankGradArgs& args)
@@ -72,8 +75,8 @@ class BankGrad {
     const int64_t groups = (law_.rows + kRowsOfDy - 1) / kRowsOfDy;
     for (int64_t m0 = 0; m0 < args_.batch; m0 += step) {
       const int64_t rows = std::min(step, args_.batch - m0);
-      const Dy dy{memory, groups, rows};
-      const X x{memory + layout_.dy, law_.blocks, rows};
+      const DyTiles dy{memory, groups, rows};
+      const XRowTiles x{memory + layout_.dy, law_.blocks, rows};
 #pragma omp parallel num_threads(args_.threads)
       {
 #pragma omp for schedule(static)
@@ -94,42 +97,43 @@ class BankGrad {
   }
 
  private:
-  struct Memory {
+  struct PartMemory {
     Entry* entry;
     float* t;
     int32_t* slot;
     float* dw;
   };
-  Memory memory_of(int part) const {
-    char* mine = static_cast<char*>(args_.workspace) + 4 * (layout_.dy + layout_.x) +
-                 part * layout_.per_part(BATCH);
-    float* t = reinterpret_cast<float*>(mine + layout_.entries);
+  PartMemory memory_of(int part) const {
+    char* bytes = static_cast<char*>(args_.workspace) + 4 * (layout_.dy + layout_.x) +
+                  part * layout_.per_part(BATCH);
+    float* t = reinterpret_cast<float*>(bytes + layout_.entries);
     float* slot = t + layout_.terms * BATCH;
-    return {reinterpret_cast<Entry*>(mine), t, reinterpret_cast<int32_t*>(slot),
+    return {reinterpret_cast<Entry*>(bytes), t, reinterpret_cast<int32_t*>(slot),
             layout_.dw ? slot + layout_.terms : args_.dw};
   }
 
-  // What one piece of a column adds to `dw`.
-  void add(const Segment<Entry>& segment, const Dy& dy, const X& x, const Memory& memory) const {
-    const int64_t left = args_.columns - segment.block * BLOCK;
+  // Adds what one piece of a column contributes to `dw`.
+  void add(const Piece<Entry>& piece, const DyTiles& dy, const XRowTiles& x,
+           const PartMemory& memory) const {
+    const int64_t left = args_.columns - piece.block * BLOCK;
     const int valid = static_cast<int>(left < BLOCK ? left : BLOCK);
-    float* const first = memory.dw + int64_t{segment.base} * BLOCK;
+    float* const first = memory.dw + int64_t{piece.base} * BLOCK;
     float* const part[2] = {first, first - int64_t{law_.slots} * BLOCK};
-    const int64_t before_end = int64_t{law_.slots} - segment.base;
+    const int64_t before_end = int64_t{law_.slots} - piece.base;
     for (int tile = 0; tile < x.count(); ++tile) {
-      const float* rows = dy.at(tile, 0) + (segment.strip->row + segment.row) * BATCH;
-      for_terms<BATCH>(segment.entry, segment.count, segment.slots, segment.whole, rows, memory.t,
+      const float* rows = dy.block_of(tile, 0) + (piece.strip->row + piece.row) * BATCH;
+      for_terms<BATCH>(piece.entry, piece.count, piece.slots, piece.whole, rows, memory.t,
                        memory.slot, [&](const Terms& terms) {
                          add_bank_grad<BLOCK, BATCH>(
-                             terms, x.at(tile, segment.block), x.rows_of(tile), valid,
+                             terms, x.block_of(tile, piece.block), x.rows_of(tile), valid,
                              static_cast<float>(args_.scale), part, before_end);
                        });
     }
   }
 
   // Inside a parallel region, as by_parts.
-  void by_windows(const Dy& dy, const X& x) const {
-    const Memory memory = memory_of(thread());
+  void by_windows(const DyTiles& dy, const XRowTiles& x) const {
+    const PartMemory memory = memory_of(thread());
     const int64_t together = law_.slots / law_.window;
     WindowWalk walk(law_);
     size_t strip = 0;
@@ -141,31 +145,31 @@ class BankGrad {
 #pragma omp for schedule(dynamic)
         for (int64_t cell = first; cell < std::min(first + together, cells); ++cell) {
           walk.walk_cell(strips_, strip, cell, memory.entry,
-                         [&](const Segment<Entry>& segment) { add(segment, dy, x, memory); });
+                         [&](const Piece<Entry>& piece) { add(piece, dy, x, memory); });
         }
       }
     }
   }
 
-  void by_parts(const Dy& dy, const X& x) const {
+  void by_parts(const DyTiles& dy, const XRowTiles& x) const {
 #pragma omp for schedule(static)
     for (int part = 0; part < args_.threads; ++part) {
-      const Memory memory = memory_of(part);
+      const PartMemory memory = memory_of(part);
       if (layout_.dw) std::memset(memory.dw, 0, sizeof(float) * layout_.dw);
       Walk walk(law_);
       for (const Strip& strip : strips_) {
         walk.walk(strip, law_.blocks * part / args_.threads,
                   law_.blocks * (part + 1) / args_.threads, memory.entry,
-                  [&](const Segment<Entry>& segment) { add(segment, dy, x, memory); });
+                  [&](const Piece<Entry>& piece) { add(piece, dy, x, memory); });
       }
     }
     if (!layout_.dw) return;
 #pragma omp for schedule(static)
     for (int64_t slot = 0; slot < int64_t{law_.slots}; ++slot) {
       for (int part = 0; part < args_.threads; ++part) {
-        const float* from = memory_of(part).dw + slot * BLOCK;
+        const float* part_dw = memory_of(part).dw + slot * BLOCK;
 #pragma omp simd
-        for (int e = 0; e < BLOCK; ++e) args_.dw[slot * BLOCK + e] += from[e];
+        for (int e = 0; e < BLOCK; ++e) args_.dw[slot * BLOCK + e] += part_dw[e];
       }
     }
   }
@@ -173,12 +177,12 @@ class BankGrad {
   const LayerLaw& law_;
   const LinearBankGradArgs& args_;
   std::vector<Strip> strips_;
-  Layout<Walk> layout_;
+  BankGradLayout<Walk> layout_;
 };
 
 template <class Walk>
 Workspace workspace(const LayerLaw& law, const LinearBankGradArgs& args) {
-  const Layout<Walk> layout(law, args.batch_tile, args.tiles, args.threads);
+  const BankGradLayout<Walk> layout(law, args.batch_tile, args.tiles, args.threads);
   const int64_t activations = 4 * (layout.dy + layout.x);
   return {activations + args.threads * layout.per_part(args.batch_tile), activations};
 }

@@ -8,27 +8,30 @@
 
 #include <algorithm>
 
-#include "batch.h"
-#include "instance.h"
-#include "linear.h"
+#include "cpu/batch.h"
+#include "cpu/instance.h"
+#include "cpu/linear.h"
 
 namespace rpg::RPG_ISA {
 
 namespace {
 
-constexpr int kRowsOfDy = 64;  // that are loaded together
+constexpr int kRowsOfDy = 64;       // that are loaded together
+constexpr int64_t kTermsStep = 16;  // terms: a cache line of their slots
 
+// How the workspace is divided.
 template <class Walk>
-struct Layout {
+struct InputGradLayout {
   int64_t entries;  // bytes, of one part
   int64_t terms;    // of one part: T [terms, BATCH] and their slots
   int64_t dy, dx;   // floats of all parts
   int64_t per_part(int batch_tile) const { return entries + 4 * terms * (batch_tile + 1); }
 
-  Layout(const LayerLaw& law, int batch_tile, int tiles) {
+  InputGradLayout(const LayerLaw& law, int batch_tile, int tiles) {
     entries = Walk::kEntries * static_cast<int64_t>(sizeof(typename Walk::Entry));
     const int64_t slots = law.window ? law.window : law.slots;
-    terms = std::max<int64_t>(kTerms, slots < law.rows ? (slots + 15) / 16 * 16 : 0);
+    terms = std::max<int64_t>(
+        kTerms, slots < law.rows ? (slots + kTermsStep - 1) / kTermsStep * kTermsStep : 0);
     dy = (law.rows + kRowsOfDy - 1) / kRowsOfDy * kRowsOfDy * batch_tile * tiles;
     dx = law.blocks * law.granularity * batch_tile * tiles;
   }
@@ -37,8 +40,8 @@ struct Layout {
 template <int BLOCK, int BATCH, class Walk>
 class InputGrad {
   using Entry = typename Walk::Entry;
-  using Dy = Tiles<kRowsOfDy, BATCH, false>;
-  using Dx = Tiles<BLOCK, BATCH, by_row(BATCH)>;
+  using DyTiles = BatchTiles<kRowsOfDy, BATCH, false>;
+  using DxTiles = BatchTiles<BLOCK, BATCH, by_row(BATCH)>;
 
  public:
   InputGrad(const LayerLaw& law, const LinearInputGradArgs& args)
@@ -53,8 +56,8 @@ class InputGrad {
     const int64_t groups = (law_.rows + kRowsOfDy - 1) / kRowsOfDy;
     for (int64_t m0 = 0; m0 < args_.batch; m0 += step) {
       const int64_t rows = std::min(step, args_.batch - m0);
-      const Dy dy{memory, groups, rows};
-      const Dx dx{memory + layout_.dy, law_.blocks, rows};
+      const DyTiles dy{memory, groups, rows};
+      const DxTiles dx{memory + layout_.dy, law_.blocks, rows};
 #pragma omp parallel num_threads(args_.threads)
       {
 #pragma omp for schedule(static)
@@ -68,29 +71,29 @@ class InputGrad {
   }
 
  private:
-  void work(int part, const Dy& dy, const Dx& dx, int64_t m0) const {
-    char* mine = static_cast<char*>(args_.workspace) + 4 * (layout_.dy + layout_.dx) +
-                 part * layout_.per_part(BATCH);
-    Entry* entry = reinterpret_cast<Entry*>(mine);
-    float* t = reinterpret_cast<float*>(mine + layout_.entries);
+  void work(int part, const DyTiles& dy, const DxTiles& dx, int64_t m0) const {
+    char* bytes = static_cast<char*>(args_.workspace) + 4 * (layout_.dy + layout_.dx) +
+                  part * layout_.per_part(BATCH);
+    Entry* entry = reinterpret_cast<Entry*>(bytes);
+    float* t = reinterpret_cast<float*>(bytes + layout_.entries);
     int32_t* slot = reinterpret_cast<int32_t*>(t + layout_.terms * BATCH);
     const int64_t low = law_.blocks * part / args_.threads;
     const int64_t high = law_.blocks * (part + 1) / args_.threads;
     for (int tile = 0; tile < dx.count(); ++tile) {
-      std::memset(dx.at(tile, low), 0, sizeof(float) * (high - low) * BLOCK * BATCH);
+      std::memset(dx.block_of(tile, low), 0, sizeof(float) * (high - low) * BLOCK * BATCH);
     }
     Walk walk(law_);
     for (const Strip& strip : strips_) {
-      walk.walk(strip, low, high, entry, [&](const Segment<Entry>& segment) {
-        const int64_t left = args_.columns - segment.block * BLOCK;
-        const Window<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, segment.base,
-                                   static_cast<int>(left < BLOCK ? left : BLOCK));
+      walk.walk(strip, low, high, entry, [&](const Piece<Entry>& piece) {
+        const int64_t left = args_.columns - piece.block * BLOCK;
+        const RingWindow<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, piece.base,
+                                       static_cast<int>(left < BLOCK ? left : BLOCK));
         for (int tile = 0; tile < dx.count(); ++tile) {
-          const float* rows = dy.at(tile, 0) + (strip.row + segment.row) * BATCH;
-          for_terms<BATCH>(segment.entry, segment.count, segment.slots, segment.whole, rows, t,
-                           slot, [&](const Terms& terms) {
+          const float* rows = dy.block_of(tile, 0) + (strip.row + piece.row) * BATCH;
+          for_terms<BATCH>(piece.entry, piece.count, piece.slots, piece.whole, rows, t, slot,
+                           [&](const Terms& terms) {
                              add_input_grad<BLOCK, BATCH>(window, terms,
-                                                          dx.at(tile, segment.block));
+                                                          dx.block_of(tile, piece.block));
                            });
         }
       });
@@ -98,17 +101,17 @@ class InputGrad {
     for (int64_t block = low; block < high; ++block) write(dx, block, m0);
   }
 
-  void write(const Dx& dx, int64_t block, int64_t m0) const {
+  void write(const DxTiles& dx, int64_t block, int64_t m0) const {
     const float scale = static_cast<float>(args_.scale);
     const int64_t column = block * BLOCK;
     const int64_t valid = std::min<int64_t>(BLOCK, args_.columns - column);
     for (int tile = 0; tile < dx.count(); ++tile) {
-      const float* from = dx.at(tile, block);
+      const float* sums = dx.block_of(tile, block);
       for (int m = 0; m < dx.rows_of(tile); ++m) {
-        const int64_t to = (m0 + int64_t{tile} * BATCH + m) * args_.columns + column;
+        const int64_t first = (m0 + int64_t{tile} * BATCH + m) * args_.columns + column;
         for (int64_t e = 0; e < valid; ++e) {
-          const float value = from[by_row(BATCH) ? m * BLOCK + e : e * BATCH + m];
-          set_element(args_.dy_dtype, args_.dx, to + e, scale * value);
+          const float value = sums[by_row(BATCH) ? m * BLOCK + e : e * BATCH + m];
+          set_element(args_.dy_dtype, args_.dx, first + e, scale * value);
         }
       }
     }
@@ -117,12 +120,12 @@ class InputGrad {
   const LayerLaw& law_;
   const LinearInputGradArgs& args_;
   std::vector<Strip> strips_;
-  Layout<Walk> layout_;
+  InputGradLayout<Walk> layout_;
 };
 
 template <class Walk>
 Workspace workspace(const LayerLaw& law, const LinearInputGradArgs& args) {
-  const Layout<Walk> layout(law, args.batch_tile, args.tiles);
+  const InputGradLayout<Walk> layout(law, args.batch_tile, args.tiles);
   const int64_t activations = 4 * (layout.dy + layout.dx);
   return {activations + args.threads * layout.per_part(args.batch_tile), activations};
 }

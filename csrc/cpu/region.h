@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../window_law.h"
+#include "law/window.h"
 
 namespace rpg {
 
@@ -28,11 +28,11 @@ struct Cut {
   int64_t length;
 };
 
-namespace {  // compiled once per instruction set, see law.h
+namespace {  // compiled once per instruction set, see law/ring.h
 
-// Elements `low` to `high` of a block lie in memory from element `at`.
+// Elements `low` to `high` of a block lie in memory from element `begin`.
 struct CutBlock {
-  int64_t at;
+  int64_t begin;
   int low, high;
 };
 

@@ -7,15 +7,15 @@
 #include <cstring>
 
 namespace rpg {
-namespace {  // compiled once per instruction set, see law.h
+namespace {  // compiled once per instruction set, see law/ring.h
 
 template <int LANES>
 struct FloatsOf {
-  typedef float type __attribute__((vector_size(4 * LANES)));
-  typedef int32_t bits __attribute__((vector_size(4 * LANES)));
+  typedef float floats __attribute__((vector_size(4 * LANES)));
+  typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 };
 template <int LANES>
-using Floats = typename FloatsOf<LANES>::type;
+using Floats = typename FloatsOf<LANES>::floats;
 
 // Rows of a product that are summed at once, so that their sums stay in registers.
 #if defined(__AVX512F__)
@@ -25,15 +25,15 @@ constexpr int kProductRows = 4;
 #endif
 
 template <int LANES>
-inline Floats<LANES> load(const float* from) {
+inline Floats<LANES> load(const float* values) {
   Floats<LANES> x;
-  std::memcpy(&x, from, sizeof x);
+  std::memcpy(&x, values, sizeof x);
   return x;
 }
 
 template <int LANES>
-inline void store(float* to, const Floats<LANES>& x) {
-  std::memcpy(to, &x, sizeof x);
+inline void store(float* values, const Floats<LANES>& x) {
+  std::memcpy(values, &x, sizeof x);
 }
 
 template <int LANES>
@@ -44,18 +44,19 @@ inline Floats<LANES> splat(float x) {
 // x with its sign bit flipped where `mask` has one: mask is 0 or 0x80000000.
 template <int LANES>
 inline Floats<LANES> flip_all(const Floats<LANES>& x, uint32_t mask) {
-  typename FloatsOf<LANES>::bits bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits ^= static_cast<int32_t>(mask);
+  typename FloatsOf<LANES>::integers integers;
+  std::memcpy(&integers, &x, sizeof integers);
+  integers ^= static_cast<int32_t>(mask);
   Floats<LANES> y;
-  std::memcpy(&y, &bits, sizeof y);
+  std::memcpy(&y, &integers, sizeof y);
   return y;
 }
 
 #if defined(__clang__)
 #define RPG_SHUFFLE16(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define RPG_SHUFFLE16(a, b, ...) __builtin_shuffle(a, b, typename FloatsOf<16>::bits{__VA_ARGS__})
+#define RPG_SHUFFLE16(a, b, ...) \
+  __builtin_shuffle(a, b, typename FloatsOf<16>::integers{__VA_ARGS__})
 #endif
 
 // Lane i of the result is the sum of all lanes of x[i].

@@ -16,13 +16,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../window_law.h"
+#include "law/window.h"
 
 namespace rpg {
 
 constexpr uint32_t kMaxTableWindow = 1 << 15;  // places of 15 bits
 
-namespace {  // compiled once per instruction set, see law.h
+namespace {  // compiled once per instruction set, see law/ring.h
 
 namespace table {
 
@@ -34,10 +34,10 @@ constexpr uint32_t kOctets = 2;
 constexpr uint32_t kOctets = 1;
 #endif
 constexpr uint32_t kClasses = 8 * kOctets;  // lanes of a vector
-constexpr uint32_t kChunk = 64;             // octets of a lap whose words are kept
+constexpr uint32_t kSlice = 64;             // octets of a lap whose words are kept
 
 typedef uint16_t Classes __attribute__((vector_size(2 * kClasses)));
-typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint8_t OctetBytes __attribute__((vector_size(16)));
 
 // For each pattern that an octet's word chooses, the bytes of 8 places in the order of rows.
 struct RowPatterns {
@@ -66,7 +66,7 @@ inline uint16_t pattern_of(uint32_t h) {
 inline void place_octet(const uint16_t* by_class, uint32_t pattern, uint16_t* by_row) {
   const uint8_t* bytes = kRowPatterns.byte[0] + pattern;
 #if !defined(__clang__) && (defined(__SSSE3__) || defined(__ARM_NEON))
-  Bytes x, order;
+  OctetBytes x, order;
   std::memcpy(&x, by_class, sizeof x);
   std::memcpy(&order, bytes, sizeof order);
   x = __builtin_shuffle(x, order);
@@ -80,12 +80,12 @@ inline void place_octet(const uint16_t* by_class, uint32_t pattern, uint16_t* by
 // vector holds octets o, o + 1 ... of each lap.
 template <uint32_t LAPS, uint32_t ROUNDS, bool WHOLE>
 void places(const Scramble& s, uint32_t lap, uint32_t low, uint32_t high, uint16_t* out) {
-  constexpr uint32_t kEach = kOctets / LAPS;          // octets of a lap in a vector
-  constexpr uint32_t kTogether = kEach == 4 ? 2 : 4;  // vectors; a lap has 8 octets or more
+  constexpr uint32_t kOctetsOfLap = kOctets / LAPS;         // octets of a lap in a vector
+  constexpr uint32_t kVectors = kOctetsOfLap == 4 ? 2 : 4;  // vectors; a lap has 8 octets or more
   // Scalars that meet vectors have their type.
-  const uint16_t up = static_cast<uint16_t>(16 - s.bits), to_place = up - 3, one = 1;
+  const uint16_t lift = static_cast<uint16_t>(16 - s.bits), to_place = lift - 3, odd_bit = 1;
   const uint16_t shift = static_cast<uint16_t>(s.shift);
-  const uint16_t upper = static_cast<uint16_t>(0xFFFFu << up);
+  const uint16_t upper = static_cast<uint16_t>(0xFFFFu << lift);
   uint16_t lanes[6][kClasses];
   for (uint32_t i = 0; i < kClasses; ++i) {
     const uint32_t x = 8 * lap + i % (8 * LAPS);
@@ -95,7 +95,7 @@ void places(const Scramble& s, uint32_t lap, uint32_t low, uint32_t high, uint16
     lanes[2][i] = static_cast<uint16_t>(g);
     lanes[3][i] = static_cast<uint16_t>(g >> 16);
     lanes[4][i] = i & 7;
-    lanes[5][i] = static_cast<uint16_t>(i / (8 * LAPS) << up);
+    lanes[5][i] = static_cast<uint16_t>(i / (8 * LAPS) << lift);
   }
   Classes half[4], residue, octet, factor[ROUNDS], summand[ROUNDS];
   std::memcpy(half, lanes, sizeof half);
@@ -113,47 +113,47 @@ void places(const Scramble& s, uint32_t lap, uint32_t low, uint32_t high, uint16
       factor[r] = half[1] >> low_shift;
       summand[r] = half[3] >> low_shift;
     }
-    factor[r] |= one;
-    summand[r] <<= up;
+    factor[r] |= odd_bit;
+    summand[r] <<= lift;
   }
-  const uint32_t octets = s.window / 8, chunk = min_u32(octets, kChunk);
-  const bool single = !WHOLE && high <= s.window;  // lap only: chunks outside are left out
-  for (uint32_t first = single ? low / 8 / chunk * chunk : 0;
-       first < octets && !(single && 8 * first >= high); first += chunk) {
-    uint16_t pattern[LAPS * kChunk];  // by lap, then by octet: one run where chunks are laps
-    const uint32_t run = chunk == octets ? LAPS * chunk : chunk;
-    for (uint32_t i = 0; i < LAPS * chunk; i += run) {
-      const uint32_t x = ((lap + i / chunk) << s.bits) + first;
+  const uint32_t octets = s.window / 8, slice = min_u32(octets, kSlice);
+  const bool single = !WHOLE && high <= s.window;  // lap only: slices outside are left out
+  for (uint32_t first = single ? low / 8 / slice * slice : 0;
+       first < octets && !(single && 8 * first >= high); first += slice) {
+    uint16_t pattern[LAPS * kSlice];  // by lap, then by octet: one run where slices are laps
+    const uint32_t run = slice == octets ? LAPS * slice : slice;
+    for (uint32_t i = 0; i < LAPS * slice; i += run) {
+      const uint32_t x = ((lap + i / slice) << s.bits) + first;
       for (uint32_t k = 0; k < run; ++k) {
         pattern[i + k] = pattern_of(hash_word(x + k, s.key[0], s.key[1]));
       }
     }
-    for (uint32_t o = 0; o < chunk; o += kEach * kTogether) {
-      Classes a[kTogether];
-      for (uint32_t k = 0; k < kTogether; ++k) {
-        const uint16_t begin = static_cast<uint16_t>((first + o + k * kEach) << up);
+    for (uint32_t o = 0; o < slice; o += kOctetsOfLap * kVectors) {
+      Classes a[kVectors];
+      for (uint32_t k = 0; k < kVectors; ++k) {
+        const uint16_t begin = static_cast<uint16_t>((first + o + k * kOctetsOfLap) << lift);
         a[k] = octet + begin;
       }
       for (uint32_t r = 0; r < ROUNDS; ++r) {
-        for (uint32_t k = 0; k < kTogether; ++k) {
+        for (uint32_t k = 0; k < kVectors; ++k) {
           a[k] = a[k] * factor[r] + summand[r];
           a[k] ^= (a[k] >> shift) & upper;
         }
       }
-      uint16_t by_class[kTogether][kOctets][8];
-      for (uint32_t k = 0; k < kTogether; ++k) {
+      uint16_t by_class[kVectors][kOctets][8];
+      for (uint32_t k = 0; k < kVectors; ++k) {
         const Classes place = a[k] >> to_place | residue;
         std::memcpy(by_class[k], &place, sizeof place);
         for (uint32_t i = 0; i < kOctets; ++i) {
-          const uint32_t l = i % LAPS, mine = o + k * kEach + i / LAPS;
-          const uint32_t at = l * s.window + 8 * (first + mine);
-          if (WHOLE || (at >= low && at + 8 <= high)) {
-            place_octet(by_class[k][i], pattern[l * chunk + mine], out + (at - low));
-          } else if (at + 8 > low && at < high) {
+          const uint32_t l = i % LAPS, number = o + k * kOctetsOfLap + i / LAPS;
+          const uint32_t position = l * s.window + 8 * (first + number);
+          if (WHOLE || (position >= low && position + 8 <= high)) {
+            place_octet(by_class[k][i], pattern[l * slice + number], out + (position - low));
+          } else if (position + 8 > low && position < high) {
             uint16_t rows[8];
-            place_octet(by_class[k][i], pattern[l * chunk + mine], rows);
+            place_octet(by_class[k][i], pattern[l * slice + number], rows);
             for (uint32_t r = 0; r < 8; ++r) {
-              if (at + r >= low && at + r < high) out[at + r - low] = rows[r];
+              if (position + r >= low && position + r < high) out[position + r - low] = rows[r];
             }
           }
         }
@@ -194,12 +194,12 @@ void places_of(const Scramble& s, uint32_t lap, uint32_t j, uint32_t count, uint
 
 // What multiplies bit k mod 16 to bit 15: a table, since there are no 16-bit shifts by lane.
 struct Powers {
-  alignas(64) uint16_t of[32];
+  alignas(64) uint16_t power[32];
 };
 
 constexpr Powers make_powers() {
   Powers out{};
-  for (int k = 0; k < 32; ++k) out.of[k] = static_cast<uint16_t>(1 << (15 - k % 16));
+  for (int k = 0; k < 32; ++k) out.power[k] = static_cast<uint16_t>(1 << (15 - k % 16));
   return out;
 }
 
@@ -218,17 +218,18 @@ inline void add_signs(const WindowBand& law, uint32_t p, uint32_t count, uint16_
       const uint32_t signs = static_cast<uint32_t>(two >> (p & 31));
       const uint16_t low = static_cast<uint16_t>(signs), high = static_cast<uint16_t>(signs >> 16);
       const uint32_t size = min_u32(count - done, 32);
-      uint16_t* const to = out + done;
+      uint16_t* const entries = out + done;
       if (size == 32) {
 #pragma omp simd
-        for (int k = 0; k < 16; ++k) to[k] |= static_cast<uint16_t>(low * kToBit15.of[k]) & 0x8000u;
+        for (int k = 0; k < 16; ++k)
+          entries[k] |= static_cast<uint16_t>(low * kToBit15.power[k]) & 0x8000u;
 #pragma omp simd
         for (int k = 16; k < 32; ++k) {
-          to[k] |= static_cast<uint16_t>(high * kToBit15.of[k]) & 0x8000u;
+          entries[k] |= static_cast<uint16_t>(high * kToBit15.power[k]) & 0x8000u;
         }
       } else {
         for (uint32_t k = 0; k < size; ++k) {
-          to[k] |= static_cast<uint16_t>((signs >> k & 1) << 15);
+          entries[k] |= static_cast<uint16_t>((signs >> k & 1) << 15);
         }
       }
     }

@@ -11,7 +11,7 @@
 
 #include <type_traits>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace rpg::RPG_ISA {
 
@@ -112,13 +112,13 @@ struct Group {
 };
 
 template <class T, int BLOCK, bool SIGNS>
-inline void copy_block(const typename T::Bits* from, typename T::Bits* to,
+inline void copy_block(const typename T::Bits* ring, typename T::Bits* out,
                        typename T::Compute scale, bool exact, int block, const uint32_t* words) {
   if (BLOCK) {
-    copy<T, BLOCK ? BLOCK : 1, SIGNS>(from, to, scale, exact, words[0]);
+    copy<T, BLOCK ? BLOCK : 1, SIGNS>(ring, out, scale, exact, words[0]);
   } else {
     for (int e = 0; e < block; e += 32) {
-      copy<T, 32, SIGNS>(from + e, to + e, scale, exact, SIGNS ? words[e / 32 * kLanes] : 0);
+      copy<T, 32, SIGNS>(ring + e, out + e, scale, exact, SIGNS ? words[e / 32 * kLanes] : 0);
     }
   }
 }
@@ -132,10 +132,10 @@ inline bool whole(const Region& region, const Cut& cut, int block) {
 template <class Bits>
 inline const Bits* block_at(const Bits* dense, const Region& region, const Cut& cut,
                             int64_t position, int block, Bits* buffer) {
-  const CutBlock part = cut_block(region, cut, position, block);
-  if (part.high - part.low == block) return dense + part.at;
+  const CutBlock piece = cut_block(region, cut, position, block);
+  if (piece.high - piece.low == block) return dense + piece.begin;
   std::memset(buffer, 0, sizeof(Bits) * block);
-  std::memcpy(buffer + part.low, dense + part.at, sizeof(Bits) * (part.high - part.low));
+  std::memcpy(buffer + piece.low, dense + piece.begin, sizeof(Bits) * (piece.high - piece.low));
   return buffer;
 }
 
@@ -161,17 +161,19 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
     for (; position < end; position += group.size) {
       group.evaluate(cursor, end - position, law.reflect, words);
       for (int l = 0; l < group.size; ++l) {
-        const Bits* from = ring + static_cast<int64_t>(group.slot[l]) * block;
+        const Bits* stored = ring + static_cast<int64_t>(group.slot[l]) * block;
         const auto scale = scales[SIGNS ? 0 : group.word[0][l] >> 31];
         const uint32_t* words_of_block = &group.word[0][l];
-        const CutBlock part = uncut ? CutBlock{(position + l) * block, 0, block}
-                                    : cut_block(args.region, args.cut, position + l, block);
-        if (part.high - part.low == block) {
-          copy_block<T, BLOCK, SIGNS>(from, out + part.at, scale, exact, block, words_of_block);
+        const CutBlock piece = uncut ? CutBlock{(position + l) * block, 0, block}
+                                     : cut_block(args.region, args.cut, position + l, block);
+        if (piece.high - piece.low == block) {
+          copy_block<T, BLOCK, SIGNS>(stored, out + piece.begin, scale, exact, block,
+                                      words_of_block);
         } else {
           Bits buffer[kMaxBlock];
-          copy_block<T, BLOCK, SIGNS>(from, buffer, scale, exact, block, words_of_block);
-          std::memcpy(out + part.at, buffer + part.low, sizeof(Bits) * (part.high - part.low));
+          copy_block<T, BLOCK, SIGNS>(stored, buffer, scale, exact, block, words_of_block);
+          std::memcpy(out + piece.begin, buffer + piece.low,
+                      sizeof(Bits) * (piece.high - piece.low));
         }
       }
     }
@@ -179,13 +181,13 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
 }
 
 template <class T, int BLOCK, bool SIGNS>
-inline void add_block(const typename T::Bits* from, typename T::Compute* to,
+inline void add_block(const typename T::Bits* dense, typename T::Compute* grad,
                       typename T::Compute scale, int block, const uint32_t* words, int stride) {
   if (BLOCK) {
-    add<T, BLOCK ? BLOCK : 1, SIGNS>(from, to, scale, words[0]);
+    add<T, BLOCK ? BLOCK : 1, SIGNS>(dense, grad, scale, words[0]);
   } else {
     for (int e = 0; e < block; e += 32) {
-      add<T, 32, SIGNS>(from + e, to + e, scale, SIGNS ? words[e / 32 * stride] : 0);
+      add<T, 32, SIGNS>(dense + e, grad + e, scale, SIGNS ? words[e / 32 * stride] : 0);
     }
   }
 }
@@ -246,16 +248,16 @@ void pack_blocks(const LayerLaw& law, const PackArgs& args) {
     for (int part = 0; part < threads; ++part) {
       const uint32_t low = static_cast<uint32_t>(uint64_t{law.slots} * part / threads);
       const uint32_t high = static_cast<uint32_t>(uint64_t{law.slots} * (part + 1) / threads);
-      for (int64_t from = 0; from < size; from += kPicked) {
-        const int count = static_cast<int>(size - from < kPicked ? size - from : kPicked);
+      for (int64_t first = 0; first < size; first += kPicked) {
+        const int count = static_cast<int>(size - first < kPicked ? size - first : kPicked);
         int picked[kPicked];
-        int mine = 0;  // picked without a branch: half of them would be predicted wrongly
+        int found = 0;  // picked without a branch: half of them would be predicted wrongly
         for (int k = 0; k < count; ++k) {
-          picked[mine] = k;
-          mine += slot[from + k] - low < high - low;
+          picked[found] = k;
+          found += slot[first + k] - low < high - low;
         }
-        for (int i = 0; i < mine; ++i) {
-          const int64_t k = from + picked[i];
+        for (int i = 0; i < found; ++i) {
+          const int64_t k = first + picked[i];
           typename T::Bits buffer[kMaxBlock];
           add_block<T, BLOCK, SIGNS>(
               block_of(begin + k, buffer), grad + static_cast<int64_t>(slot[k]) * block,

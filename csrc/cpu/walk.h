@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "unit_table.h"
+#include "cpu/unit_table.h"
 
 namespace rpg {
 
@@ -21,7 +21,7 @@ struct Strip {
 // `count` rows of one block column, from row `row` of the strip: row i reads the slot entry[i] of
 // the `slots` that begin at slot `base` of the ring and wrap around it.
 template <class Entry>
-struct Segment {
+struct Piece {
   const Strip* strip;
   int64_t block;
   int64_t row;
@@ -32,9 +32,9 @@ struct Segment {
   bool whole;  // every one of the slots is read
 };
 
-namespace {  // compiled once per instruction set, see law.h
+namespace {  // compiled once per instruction set, see law/ring.h
 
-// Law 2: strips are those of the law, and a segment reads one window.
+// Law 2: strips are those of the law, and a piece reads one window.
 class WindowWalk {
  public:
   using Entry = uint16_t;
@@ -48,28 +48,28 @@ class WindowWalk {
     return height;
   }
 
-  // Calls each(segment) for the columns of blocks from `low` to `high` of a strip.
-  template <class Each>
-  void walk(const Strip& strip, int64_t low, int64_t high, Entry* entry, const Each& each) {
+  // Calls visit(piece) for the columns of blocks from `low` to `high` of a strip.
+  template <class Visit>
+  void walk(const Strip& strip, int64_t low, int64_t high, Entry* entry, const Visit& visit) {
     enter(strip.band);
     // Positions of the band.
     const int64_t first = (strip.row - strip.band * law_.rows_per_band) * law_.blocks;
     const int64_t end = first + high * strip.height;
     for (int64_t p = first + low * strip.height; p < end;) {
-      const Part part = part_with(static_cast<uint32_t>(p));
-      int64_t count = int64_t{part.p} + part.count - p;
+      const UnitPiece unit_piece = unit_piece_with(static_cast<uint32_t>(p));
+      int64_t count = int64_t{unit_piece.p} + unit_piece.count - p;
       if (count > end - p) count = end - p;
       if (count > kEntries) count = kEntries;
-      const uint32_t z = part.z + (static_cast<uint32_t>(p) - part.p);
-      walk(strip, static_cast<uint32_t>(p), z, static_cast<uint32_t>(count), entry, each);
+      const uint32_t z = unit_piece.z + (static_cast<uint32_t>(p) - unit_piece.p);
+      walk(strip, static_cast<uint32_t>(p), z, static_cast<uint32_t>(count), entry, visit);
       p += count;
     }
   }
 
   // The same for `count` positions from p on, which lie in this strip and in one cell.
-  template <class Each>
+  template <class Visit>
   void walk(const Strip& strip, uint32_t p, uint32_t z, uint32_t count, Entry* entry,
-            const Each& each) const {
+            const Visit& visit) const {
     unit_table(band_, p, z, count, entry);
     const uint32_t window = band_.scramble.window;
     const uint32_t base = window_base(band_, z);
@@ -77,10 +77,10 @@ class WindowWalk {
     for (uint32_t done = 0; done < count;) {
       const int64_t row = rest % strip.height;
       const int64_t size = std::min<int64_t>(strip.height - row, count - done);
-      const uint32_t from = (z + band_.offset + done) & (window - 1);
-      const int64_t lead = from ? window - from : 0;
-      each(Segment<Entry>{&strip, rest / strip.height, row, static_cast<int>(size), entry + done,
-                          base, static_cast<int>(window), size - lead >= window});
+      const uint32_t place = (z + band_.offset + done) & (window - 1);
+      const int64_t lead = place ? window - place : 0;
+      visit(Piece<Entry>{&strip, rest / strip.height, row, static_cast<int>(size), entry + done,
+                         base, static_cast<int>(window), size - lead >= window});
       done += static_cast<uint32_t>(size);
       rest += size;
     }
@@ -95,11 +95,11 @@ class WindowWalk {
     return (int64_t{band_.offset} + band_.positions + band_.cell - 1) / band_.cell;
   }
 
-  // Calls each(segment) for the positions of a cell; `first` is the number of the band's first
+  // Calls visit(piece) for the positions of a cell; `first` is the number of the band's first
   // strip.
-  template <class Each>
+  template <class Visit>
   void walk_cell(const std::vector<Strip>& strips, size_t first, int64_t cell, Entry* entry,
-                 const Each& each) const {
+                 const Visit& visit) const {
     const int64_t begin = std::max<int64_t>(0, cell * band_.cell - band_.offset);
     const int64_t end = std::min<int64_t>(band_.positions, (cell + 1) * band_.cell - band_.offset);
     uint32_t place[1] = {static_cast<uint32_t>(begin)};
@@ -112,15 +112,15 @@ class WindowWalk {
       const int64_t left = strips[strip].first + strips[strip].height * law_.blocks - shift - p;
       const int64_t count = std::min({left, end - begin - done, kEntries});
       walk(strips[strip], static_cast<uint32_t>(p), static_cast<uint32_t>(begin + done),
-           static_cast<uint32_t>(count), entry, each);
+           static_cast<uint32_t>(count), entry, visit);
       done += count;
     }
   }
 
  private:
-  Part part_with(uint32_t p) const {
-    if (p < band_.head) return part_at(band_, 0);
-    return part_at(band_, 1 + divide(p - band_.head, band_.by_cell));
+  UnitPiece unit_piece_with(uint32_t p) const {
+    if (p < band_.head) return unit_piece_at(band_, 0);
+    return unit_piece_at(band_, 1 + divide(p - band_.head, band_.by_cell));
   }
 
   const LayerLaw& law_;
@@ -128,7 +128,7 @@ class WindowWalk {
   int64_t number_ = 0;
 };
 
-// Law 1: strips are as high as the caller likes, and a segment may read the whole ring.
+// Law 1: strips are as high as the caller likes, and a piece may read the whole ring.
 class RingWalk {
  public:
   using Entry = uint32_t;
@@ -136,19 +136,21 @@ class RingWalk {
 
   explicit RingWalk(const LayerLaw& law) : law_(law), band_(make_band_law(law, 0)) {}
 
-  static int64_t height(int64_t most, int64_t left) { return left < most ? left : most; }
+  static int64_t height(int64_t max_rows, int64_t left) {
+    return left < max_rows ? left : max_rows;
+  }
 
-  // Calls each(segment) for the columns of blocks from `low` to `high` of a strip.
-  template <class Each>
-  void walk(const Strip& strip, int64_t low, int64_t high, Entry* entry, const Each& each) {
+  // Calls visit(piece) for the columns of blocks from `low` to `high` of a strip.
+  template <class Visit>
+  void walk(const Strip& strip, int64_t low, int64_t high, Entry* entry, const Visit& visit) {
     if (strip.band != number_) band_ = make_band_law(law_, number_ = strip.band);
     const int64_t first = strip.row - strip.band * law_.rows_per_band;
     for (int64_t block = low; block < high; ++block) {
       for (int64_t row = 0; row < strip.height; row += kEntries) {
         const int count = static_cast<int>(std::min(strip.height - row, kEntries));
         tabulate(first + row, block, count, entry);
-        each(Segment<Entry>{&strip, block, row, count, entry, 0, static_cast<int>(law_.slots),
-                            false});
+        visit(
+            Piece<Entry>{&strip, block, row, count, entry, 0, static_cast<int>(law_.slots), false});
       }
     }
   }
@@ -177,15 +179,15 @@ class RingWalk {
   int64_t number_ = 0;
 };
 
-// The strips of a layer; `most` rows at most where the law leaves that open.
+// The strips of a layer; `max_rows` rows at most where the law leaves that open.
 template <class Walk>
-std::vector<Strip> strips_of(const LayerLaw& law, int64_t most) {
+std::vector<Strip> strips_of(const LayerLaw& law, int64_t max_rows) {
   std::vector<Strip> out;
   int64_t first = 0;
   for (int64_t band = 0; band < bands_of(law); ++band) {
     const int64_t end = band + 1 == bands_of(law) ? law.rows : (band + 1) * law.rows_per_band;
     for (int64_t row = band * law.rows_per_band; row < end;) {
-      const int64_t height = Walk::height(most, end - row);
+      const int64_t height = Walk::height(max_rows, end - row);
       out.push_back({band, row, first, height});
       row += height;
       first += height * law.blocks;
@@ -197,8 +199,8 @@ std::vector<Strip> strips_of(const LayerLaw& law, int64_t most) {
 // The position, at the beginning of a column, at which part `part` of `parts` begins.
 inline int64_t column_split(const std::vector<Strip>& strips, int64_t blocks, int64_t part,
                             int64_t parts) {
-  const Strip& back = strips.back();
-  const int64_t total = back.first + back.height * blocks;
+  const Strip& last = strips.back();
+  const int64_t total = last.first + last.height * blocks;
   // total * part may pass 2^63.
   const int64_t wanted = total / parts * part + total % parts * part / parts;
   for (const Strip& strip : strips) {

@@ -4,7 +4,7 @@
 #pragma once
 
 #if defined(RPG_SIMT)
-#include "../simt/device.h"
+#include "simt/device.h"
 #else
 
 #include <cuda_runtime.h>
@@ -18,42 +18,33 @@
 // Where inlining would only make code larger.
 #define RPG_CALLED static __device__ __noinline__
 #define RPG_ARGS const __grid_constant__
-#define RPG_KERNEL(THREADS, BLOCKS) static __global__ void __launch_bounds__(THREADS, BLOCKS)
+#define RPG_KERNEL(THREADS, CTAS) static __global__ void __launch_bounds__(THREADS, CTAS)
 #define RPG_UNROLL _Pragma("unroll")
 #define RPG_LOOP _Pragma("unroll 1")
 
+#include "cuda/device_types.h"
+
 namespace rpg::cuda {
 
-constexpr int kWarp = 32;
-
-struct Grid {
-  int x, y, z;
-};
-
-// N numbers that are read and written at once, at an address that is a multiple of their size.
-template <class T, int N>
-struct alignas(N * sizeof(T)) Vector {
-  T of[N];
-};
 template <class V>
-RPG_FUNCTION V load(const void* from) {
-  return *static_cast<const V*>(from);
+RPG_FUNCTION V load(const void* source) {
+  return *static_cast<const V*>(source);
 }
 template <class V>
-RPG_FUNCTION void store(void* to, const V& value) {
-  *static_cast<V*>(to) = value;
+RPG_FUNCTION void store(void* target, const V& value) {
+  *static_cast<V*>(target) = value;
 }
 
 RPG_FUNCTION int thread() { return static_cast<int>(threadIdx.x); }
-RPG_FUNCTION int block_x() { return static_cast<int>(blockIdx.x); }
-RPG_FUNCTION int block_y() { return static_cast<int>(blockIdx.y); }
-RPG_FUNCTION int block_z() { return static_cast<int>(blockIdx.z); }
+RPG_FUNCTION int cta_x() { return static_cast<int>(blockIdx.x); }
+RPG_FUNCTION int cta_y() { return static_cast<int>(blockIdx.y); }
+RPG_FUNCTION int cta_z() { return static_cast<int>(blockIdx.z); }
 RPG_FUNCTION void sync() { __syncthreads(); }
 RPG_FUNCTION void sync_warp() { __syncwarp(); }
 
 extern __shared__ uint4 dynamic_shared[];
 
-// Part of the block's shared memory; begins at a multiple of 16 bytes.
+// Part of the CTA's shared memory; begins at a multiple of 16 bytes.
 template <class T>
 class Shared {
  public:
@@ -62,11 +53,11 @@ class Shared {
       : data_(reinterpret_cast<T*>(reinterpret_cast<char*>(dynamic_shared) + offset)) {}
   __device__ __forceinline__ T& operator[](int i) const { return data_[i]; }
   // `count` elements from i on, as one access.
-  __device__ __forceinline__ T* at(int i, int) const { return data_ + i; }
+  __device__ __forceinline__ T* span(int i, int) const { return data_ + i; }
   // What begins with element i.
-  __device__ __forceinline__ Shared from(int i) const { return Shared(data_ + i); }
+  __device__ __forceinline__ Shared tail(int i) const { return Shared(data_ + i); }
   // What begins after so many bytes, of whole elements.
-  __device__ __forceinline__ Shared behind(int bytes) const {
+  __device__ __forceinline__ Shared tail_at_byte(int bytes) const {
     return Shared(reinterpret_cast<T*>(reinterpret_cast<char*>(data_) + bytes));
   }
 
@@ -80,16 +71,16 @@ RPG_FUNCTION uint32_t shared_address(const void* p) {
 }
 
 // 16 bytes from global to shared memory, zeros unless `valid`; both addresses aligned.
-RPG_FUNCTION void copy_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
+RPG_FUNCTION void copy_async(void* target, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
+               "l"(source), "r"(valid ? 16 : 0)
                : "memory");
 }
 // The same of 16 bytes AT bytes behind both addresses.
-template <int AT>
-RPG_FUNCTION void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(shared_address(to)),
-               "l"(from), "n"(AT)
+template <int OFFSET>
+RPG_FUNCTION void copy_async(void* target, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(shared_address(target)),
+               "l"(source), "n"(OFFSET)
                : "memory");
 }
 RPG_FUNCTION void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -100,27 +91,21 @@ RPG_FUNCTION void wait_copies() {
 
 // ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the next of
 // row l / 4 of each.
-RPG_FUNCTION void load_matrices(uint32_t (&to)[4], const void* row) {
+RPG_FUNCTION void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared_address(row))
                : "memory");
 }
 
 // The same of the matrices transposed: elements 2 (l % 4) and the next of column l / 4.
-RPG_FUNCTION void load_transposed(uint32_t (&to)[4], const void* row) {
+RPG_FUNCTION void load_transposed(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared_address(row))
                : "memory");
 }
 
-// c [16, 8] += a [16, 16] b [16, 8], fragments of mma.m16n8k16.
-struct MultiplyArgs {
-  float* c;           // [4]
-  const uint32_t* a;  // [4]
-  const uint32_t* b;  // [2]
-};
 RPG_FUNCTION void multiply_bfloat16(const MultiplyArgs& m) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -136,12 +121,12 @@ RPG_FUNCTION void multiply_float16(const MultiplyArgs& m) {
       : "r"(m.a[0]), "r"(m.a[1]), "r"(m.a[2]), "r"(m.a[3]), "r"(m.b[0]), "r"(m.b[1]));
 }
 
-// What lane `from` of the warp gives; all lanes take part.
-RPG_FUNCTION uint32_t shuffle(uint32_t value, int from) {
-  return __shfl_sync(0xFFFFFFFFu, value, from);
+// What lane `lane` of the warp gives; all lanes take part.
+RPG_FUNCTION uint32_t shuffle(uint32_t value, int lane) {
+  return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
 
-// Counts to `parts`: true for the last, and the count is 0 again. What this thread's block wrote
+// Counts to `parts`: true for the last, and the count is 0 again. What this thread's CTA wrote
 // before a barrier is visible to the last.
 RPG_FUNCTION bool arrive(unsigned* counter, unsigned parts) {
   __threadfence();
@@ -177,10 +162,10 @@ RPG_FUNCTION uint32_t byte_twice(uint32_t x, int i) {
 
 RPG_FUNCTION float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
-static inline void check(cudaError_t status, const char* what) {
+static inline void check(cudaError_t status, const char* action) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // so that the next launch is not blamed
-  throw std::runtime_error(std::string("CUDA could not ") + what + ": " +
+  throw std::runtime_error(std::string("CUDA could not ") + action + ": " +
                            cudaGetErrorString(status));
 }
 

@@ -8,79 +8,81 @@
 // each lane another's, exchanged by shuffles.
 //
 // Budget, as compiled for sm_90a: a warp takes 128 rows, 16 octets, with one set of keys: 50
-// instructions for the keys and 60 for each chunk of 64 rows, so 42 for 32 rows, 0.7 for a weight
+// instructions for the keys and 60 for each stretch of 64 rows, so 42 for 32 rows, 0.7 for a weight
 // of blocks of 64 with what columns.h finds.
 
 #pragma once
 
-#include "stage.h"
+#include "cuda/stage.h"
 
 namespace rpg::RPG_DEVICE {
 
-constexpr uint32_t kTwice = 0x10001;  // times a half: both halves
+constexpr uint32_t kPair = 0x10001;  // times a half: both halves
 
 // What a lane does in all laps. It hashes, for one, factors of its residue, or summands, or the
 // word of an octet.
-struct Lane {
+struct EntryLane {
   uint32_t shift, times, plus, key[2];
-  uint32_t mask, both;   // of the number of an octet, and of two
-  uint32_t octets;       // 0 to 3 and 4 to 7, in two halves
-  uint32_t above;        // bits 30 and 31: number modulo 4 of the octet that it hashes
-  uint32_t each, first;  // slot of octet a: each a + first, the latter in two halves
+  uint32_t mask, pair_mask;        // They keep the number of an octet, and of two in halves.
+  uint32_t octets;                 // Octets 0 to 3 and 4 to 7, in two halves.
+  uint32_t octet_bits;             // Bits 30 and 31: modulo 4, the octet that it hashes.
+  uint32_t slot_step, first_slot;  // Octet a has slot slot_step a + first_slot, the latter twice.
 };
 
-RPG_FUNCTION Lane lane_of(const WindowBand& law, Entries entries) {
+RPG_FUNCTION EntryLane lane_of(const WindowBand& law, Entries entries) {
   const Scramble& s = law.scramble;
-  const uint32_t lane = thread() % kWarp, which = lane < 8 ? 2 : lane < 16 ? 4 : 0;
+  const uint32_t lane = thread() % kWarp, key_index = lane < 8 ? 2 : lane < 16 ? 4 : 0;
   const uint32_t mask = (1u << s.bits) - 1;
-  const bool octets = which == 0;
+  const bool octets = key_index == 0;
   const uint32_t plus = octets ? (law.lap << s.bits) + lane - 16 : 8 * law.lap + (lane & 7);
-  const uint32_t key0 = octets ? s.key[0] : which == 2 ? s.key[2] : s.key[4];
-  const uint32_t key1 = octets ? s.key[1] : which == 2 ? s.key[3] : s.key[5];
+  const uint32_t key0 = octets ? s.key[0] : key_index == 2 ? s.key[2] : s.key[4];
+  const uint32_t key1 = octets ? s.key[1] : key_index == 2 ? s.key[3] : s.key[5];
   return {kept(octets ? 3 : s.bits + 3),
           kept(octets ? 1u : 8u),
           kept(plus),
           {kept(key0), kept(key1)},
           kept(mask),
-          kept(mask * kTwice),
-          kept(lane / 8 * kTwice + (4 << 16)),
+          kept(mask * kPair),
+          kept(lane / 8 * kPair + (4 << 16)),
           kept(lane << 30),
           entries == Entries::kSpread ? 32u : 8u,
-          kept((entries == Entries::kSpread ? lane : lane & 7) * kTwice)};
+          kept((entries == Entries::kSpread ? lane : lane & 7) * kPair)};
 }
 
-// One row of a tile: row first + of, of 32, the slot of its window, or of spread places, and its
-// sign in bit 31.
+// One row of a tile, first + offset, of 32 that begin with `first`: the slot of its window, or of
+// spread places, and its sign in bit 31.
 struct Row {
-  int first, of;
+  int first, offset;
   uint32_t slot, sign;
 };
 
-// visit(row, chunk) for this lane's rows of CHUNKS chunks, from chunk `number` on, of one lap.
+// Calls visit(row, stretch) for this lane's rows of STRETCHES stretches of one lap, from number
+// `number` on.
 // PLAIN: permuted in seven rounds.
-template <int CHUNKS, bool PLAIN, class Visit>
-RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const ColumnReads& column,
+template <int STRETCHES, bool PLAIN, class Visit>
+RPG_FUNCTION void visit_lap(const WindowBand& law, const EntryLane& lane, const ColumnReads& column,
                             int number, const Visit& visit) {
   const Scramble& s = law.scramble;
   const uint32_t c = thread() & 7;
   const int quarter = thread() % kWarp / 8;
-  Chunk chunk[CHUNKS];
+  Stretch stretch[STRETCHES];
   RPG_UNROLL
-  for (int i = 0; i < CHUNKS; ++i) chunk[i] = load<Chunk>(column.chunks.at(number + i, 1));
-  const uint32_t x = (chunk[0].address >> lane.shift) * lane.times + lane.plus;
+  for (int i = 0; i < STRETCHES; ++i)
+    stretch[i] = load<Stretch>(column.stretches.span(number + i, 1));
+  const uint32_t x = (stretch[0].address >> lane.shift) * lane.times + lane.plus;
   uint32_t h = hash_word(x, lane.key[0], lane.key[1]);
   const uint32_t f = shuffle(h, c), g = shuffle(h, 8 + c);
-  uint32_t a[CHUNKS];
-  a[0] = (chunk[0].address >> 3 & lane.mask) * kTwice + lane.octets;
+  uint32_t a[STRETCHES];
+  a[0] = (stretch[0].address >> 3 & lane.mask) * kPair + lane.octets;
   RPG_UNROLL
-  for (int i = 1; i < CHUNKS; ++i) a[i] = a[0] + 8 * i * kTwice;
+  for (int i = 1; i < STRETCHES; ++i) a[i] = a[0] + 8 * i * kPair;
   const auto round = [&](uint32_t r) {
     const uint32_t factor = (f >> (4 * r) & lane.mask) | 1;
     const uint32_t summand = byte_twice(r & 1 ? g >> 4 : g, r / 2);
     RPG_UNROLL
-    for (int i = 0; i < CHUNKS; ++i) {
-      const uint32_t y = (a[i] * factor + summand) & lane.both;
-      a[i] = (y ^ (y >> s.shift)) & lane.both;
+    for (int i = 0; i < STRETCHES; ++i) {
+      const uint32_t y = (a[i] * factor + summand) & lane.pair_mask;
+      a[i] = (y ^ (y >> s.shift)) & lane.pair_mask;
     }
   };
   if (PLAIN || law.permute) {
@@ -90,50 +92,51 @@ RPG_FUNCTION void visit_lap(const WindowBand& law, const Lane& lane, const Colum
   } else {
     h = 0;
   }
-  // Of its octet: what row_of_residue multiplies with and adds, and above, in bits 27 to 31, what
+  // Of its octet: what row_of_residue multiplies with and adds, and, in bits 27 to 31, what
   // it changes the row with, and the octet's place among four.
-  const uint32_t odd = h >> 3 | 1, word = (h & 7) | (h >> 29) << 27 | lane.above;
+  const uint32_t odd = h >> 3 | 1, word = (h & 7) | (h >> 29) << 27 | lane.octet_bits;
   RPG_UNROLL
-  for (int i = 0; i < CHUNKS; ++i) {
-    const uint32_t slots = lane.each * a[i] + lane.first;
+  for (int i = 0; i < STRETCHES; ++i) {
+    const uint32_t slots = lane.slot_step * a[i] + lane.first_slot;
     RPG_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int from = 16 + 8 * i + 4 * half + quarter;
-      const uint32_t w = shuffle(word, from), times = shuffle(odd, from);
+      const int source = 16 + 8 * i + 4 * half + quarter;
+      const uint32_t w = shuffle(word, source), times = shuffle(odd, source);
       const uint32_t r = ((c * times + w) & 7) ^ (w >> 27);
       const uint32_t slot = half ? slots >> 16 : slots & 0xFFFF;
-      visit(Row{kChunk * (number + i) + 32 * half, static_cast<int>(r), slot,
-                chunk[i].signs[half] << r},
-            chunk[i]);
+      visit(Row{kStretch * (number + i) + 32 * half, static_cast<int>(r), slot,
+                stretch[i].signs[half] << r},
+            stretch[i]);
     }
   }
 }
 
-// visit(row, chunk) for every row of a tile that reads windows, each by one lane.
+// Calls visit(row, stretch) for every row of a tile that reads windows, each by one lane.
 template <bool PLAIN, class Visit>
 RPG_FUNCTION void visit_rows(const Layer& layer, const Tile& tile, const ColumnReads& column,
-                             const Lane& lane, const Visit& visit) {
+                             const EntryLane& lane, const Visit& visit) {
   const WindowBand& law = layer.law;
-  const int chunks = tile.rows / kChunk, warp = thread() / kWarp;
+  const int stretches = tile.rows / kStretch, warp = thread() / kWarp;
   if (PLAIN) return visit_lap<2, true>(law, lane, column, 2 * warp, visit);
-  const bool pairs = chunks > 1 && !((law.scramble.window | law.offset) & kChunk);
+  const bool pairs = stretches > 1 && !((law.scramble.window | law.offset) & kStretch);
   if (pairs) {  // of one lap
     RPG_LOOP
-    for (int i = 2 * warp; i < chunks; i += 2 * kWarps) {
+    for (int i = 2 * warp; i < stretches; i += 2 * kWarps) {
       visit_lap<2, false>(law, lane, column, i, visit);
     }
   } else {
     RPG_LOOP
-    for (int i = warp; i < chunks; i += kWarps) visit_lap<1, false>(law, lane, column, i, visit);
+    for (int i = warp; i < stretches; i += kWarps) visit_lap<1, false>(law, lane, column, i, visit);
   }
 }
 
 // Entries of all rows of a tile of windows, as tile.h has them; visible after a barrier.
 template <bool PLAIN>
 RPG_FUNCTION void window_entries(const Layer& layer, const Tile& tile, const ColumnReads& column,
-                                 const Lane& lane, const Shared<uint32_t>& entry) {
-  visit_rows<PLAIN>(layer, tile, column, lane, [&](const Row& row, const Chunk& chunk) {
-    entry.behind(4 * row.first)[row.of] = row.slot | chunk.places | (row.sign & 0x80000000u);
+                                 const EntryLane& lane, const Shared<uint32_t>& entry) {
+  visit_rows<PLAIN>(layer, tile, column, lane, [&](const Row& row, const Stretch& stretch) {
+    entry.tail_at_byte(4 * row.first)[row.offset] =
+        row.slot | stretch.places | (row.sign & 0x80000000u);
   });
 }
 

@@ -3,15 +3,15 @@
 
 #pragma once
 
-#include "entries.h"
-#include "plan.h"
+#include "cuda/entries.h"
+#include "cuda/plan.h"
 
 namespace rpg::RPG_DEVICE {
 
 struct InputGradKernelArgs {
   Layer layer;
   Tiling tiling;
-  Layout layout;
+  StageLayout layout;
   Bank bank;
   const void* dy;      // [batch, N]
   void* dx;            // [batch, K]
@@ -20,14 +20,15 @@ struct InputGradKernelArgs {
   float scale;
   int batch;
   int splits;
-  int positions;                        // of a lap, or of a tile that has none
-  int plane;                            // positions of 8 rows of dy
-  int terms, dy_at, entry, sums, last;  // bytes, see InputGradPlan
+  int lap_slots;  // A lap of P has so many slots; in fp32: the places of T, or rows.
+  int plane;      // 8 rows of dy have so many slots in P.
+  int terms, dy_at, entry, sums, last;  // Where they are in shared memory, as in InputGradPlan.
 };
 
+// Where things are in shared memory, in bytes, and how large T or P is.
 struct InputGradPlan {
-  Layout layout;
-  int positions, plane;
+  StageLayout layout;
+  int lap_slots, plane;
   int terms, dy, entry, sums, last, bytes;
 };
 

@@ -10,16 +10,16 @@
 
 #pragma once
 
-#include "input_grad.h"
+#include "cuda/input_grad.h"
 
 namespace rpg::RPG_DEVICE {
 
 // How many rows of dy at a time.
 template <int BATCH>
-struct Lanes {
-  static constexpr int kRows = 4;                 // of a thread
-  static constexpr int kOf = BATCH == 1 ? 1 : 4;  // of a vector of T
-  static constexpr int kPlanes = BATCH / kOf;
+struct FmaShape {
+  static constexpr int kRows = 4;                         // of a thread
+  static constexpr int kVectorRows = BATCH == 1 ? 1 : 4;  // of a vector of T
+  static constexpr int kPlanes = BATCH / kVectorRows;
 };
 
 // From the sums of a row of dx's even elements to those of its odd ones, which are read together:
@@ -30,32 +30,32 @@ constexpr int kPitch = kThreads + 16;
 RPG_HOST InputGradPlan fma_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
                                 int batch_tile) {
   InputGradPlan out{};
-  out.layout = layout_of(layer, tiling, row_bytes);
-  out.positions = tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
+  out.layout = stage_layout(layer, tiling, row_bytes);
+  out.lap_slots = tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
   out.terms = out.layout.end;
-  out.entry = out.terms + 4 * batch_tile * out.positions;
+  out.entry = out.terms + 4 * batch_tile * out.lap_slots;
   out.sums = out.entry + 4 * kMaxRows;
   out.last = out.sums + 4 * 2 * kPitch * batch_tile;
-  out.bytes = out.last + 16;
+  out.bytes = out.last + kAlign;
   return out;
 }
 
 template <int BATCH>
 struct InputGradFma {
-  Shared<float> t;         // [plane][positions][kOf]
+  Shared<float> t;         // [plane][lap_slots][kVectorRows]
   Shared<uint32_t> entry;  // [rows]
-  float dy[Lanes<BATCH>::kRows][BATCH];
+  float dy[FmaShape<BATCH>::kRows][BATCH];
 };
 
 template <int BATCH>
 RPG_FUNCTION InputGradFma<BATCH> fma_shared(const InputGradKernelArgs& args, const Tile& tile,
                                             int m0) {
   InputGradFma<BATCH> out;
-  out.t = Shared<float>(args.terms, BATCH * args.positions);
+  out.t = Shared<float>(args.terms, BATCH * args.lap_slots);
   out.entry = Shared<uint32_t>(args.entry, kMaxRows);
   const float* const dy = static_cast<const float*>(args.dy) + tile.row;
   RPG_UNROLL
-  for (int k = 0; k < Lanes<BATCH>::kRows; ++k) {
+  for (int k = 0; k < FmaShape<BATCH>::kRows; ++k) {
     const int i = thread() + k * kThreads;
     RPG_UNROLL
     for (int m = 0; m < BATCH; ++m) {
@@ -68,31 +68,32 @@ RPG_FUNCTION InputGradFma<BATCH> fma_shared(const InputGradKernelArgs& args, con
 
 template <int BATCH>
 RPG_FUNCTION int t_at(int plane, int term, int terms) {
-  return (plane * terms + term) * Lanes<BATCH>::kOf;
+  return (plane * terms + term) * FmaShape<BATCH>::kVectorRows;
 }
 
 // T of a column, from entries and dy; ends with a barrier.
 template <int BATCH>
 RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, int laps,
-                            const InputGradFma<BATCH>& from) {
-  using L = Lanes<BATCH>;
+                            const InputGradFma<BATCH>& memory) {
+  using DyVectors = FmaShape<BATCH>;
   RPG_LOOP
   for (int lap = 0; lap < laps; ++lap) {
     RPG_UNROLL
-    for (int k = 0; k < L::kRows; ++k) {
+    for (int k = 0; k < DyVectors::kRows; ++k) {
       const int i = thread() + k * kThreads;
-      if (i >= tile.rows || lap_of(from.entry[i]) != lap) continue;
-      const float sign = sign_of(from.entry[i]);
-      const int term = tile.fill == Fill::kRing ? i : place_of(from.entry[i]);
+      if (i >= tile.rows || lap_of(memory.entry[i]) != lap) continue;
+      const float sign = sign_of(memory.entry[i]);
+      const int term = tile.fill == Fill::kRing ? i : place_of(memory.entry[i]);
       RPG_UNROLL
-      for (int plane = 0; plane < L::kPlanes; ++plane) {
-        float* const at = from.t.at(t_at<BATCH>(plane, term, args.positions), L::kOf);
-        auto v = load<Vector<float, L::kOf>>(at);
+      for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
+        float* const target =
+            memory.t.span(t_at<BATCH>(plane, term, args.lap_slots), DyVectors::kVectorRows);
+        auto v = load<Vector<float, DyVectors::kVectorRows>>(target);
         RPG_UNROLL
-        for (int m = 0; m < L::kOf; ++m) {
-          v.of[m] = fused(sign, from.dy[k][plane * L::kOf + m], v.of[m]);
+        for (int m = 0; m < DyVectors::kVectorRows; ++m) {
+          v.value[m] = fused(sign, memory.dy[k][plane * DyVectors::kVectorRows + m], v.value[m]);
         }
-        store(at, v);
+        store(target, v);
       }
     }
     sync();
@@ -102,17 +103,17 @@ RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, i
 // Blocks that no row reads become zeros: 0 times what they hold need not be 0. T is memory for it.
 template <int BATCH>
 RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile, int places,
-                               const InputGradFma<BATCH>& from, const Stage& stage) {
+                               const InputGradFma<BATCH>& memory, const Stage& stage) {
   const int chunks = args.bank.row_bytes / 16;
   RPG_LOOP
-  for (int i = thread(); i < places; i += kThreads) from.t[i] = 0;
+  for (int i = thread(); i < places; i += kThreads) memory.t[i] = 0;
   sync();
   RPG_LOOP
-  for (int i = thread(); i < tile.rows; i += kThreads) from.t[place_of(from.entry[i])] = 1;
+  for (int i = thread(); i < tile.rows; i += kThreads) memory.t[place_of(memory.entry[i])] = 1;
   sync();
   RPG_LOOP
   for (int i = thread(); i < places; i += kThreads) {
-    if (from.t[i] != 0) continue;
+    if (memory.t[i] != 0) continue;
     for (int c = 0; c < chunks; ++c) stage.blocks[i * chunks + c] = {0, 0, 0, 0};
   }
   sync();
@@ -121,55 +122,57 @@ RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile
 // T of column b, whose stage holds `places`.
 template <int BATCH>
 RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
-                            const ColumnReads& column, const Lane& lane, int b, int places,
-                            const Stage& stage, const InputGradFma<BATCH>& to) {
-  using L = Lanes<BATCH>;
+                            const ColumnReads& column, const EntryLane& lane, int b, int places,
+                            const Stage& stage, const InputGradFma<BATCH>& memory) {
+  using DyVectors = FmaShape<BATCH>;
   const Layer& layer = args.layer;
   int laps = 1;
   if (tile.fill == Fill::kWindows) {
-    window_entries<false>(layer, tile, column, lane, to.entry);
+    window_entries<false>(layer, tile, column, lane, memory.entry);
     laps = static_cast<int>(column.windows[column.windows[0].count].lap);
     // Where columns end inside laps.
     if (layer.law.offset & (layer.law.scramble.window - 1)) {
-      clear_unread<BATCH>(args, tile, places, to, stage);
+      clear_unread<BATCH>(args, tile, places, memory, stage);
     }
   } else {
-    row_entries<Entries::kLaps>(layer, tile, b, stage, to.entry);
+    row_entries<Entries::kLaps>(layer, tile, b, stage, memory.entry);
   }
   const int terms = tile.fill == Fill::kRing ? tile.rows : places;
-  for (int plane = 0; plane < L::kPlanes; ++plane) {
+  for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
     RPG_LOOP
-    for (int i = thread(); i < terms * L::kOf; i += kThreads) {
-      to.t[t_at<BATCH>(plane, 0, args.positions) + i] = 0.f;
+    for (int i = thread(); i < terms * DyVectors::kVectorRows; i += kThreads) {
+      memory.t[t_at<BATCH>(plane, 0, args.lap_slots) + i] = 0.f;
     }
   }
   sync();
-  add_terms<BATCH>(args, tile, laps, to);
+  add_terms<BATCH>(args, tile, laps, memory);
 }
 
 // dx of a pair of elements, this part's share of the terms: sums[2 m + odd element][thread].
 template <int BATCH>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile, int places,
-                                      const Stage& stage, const InputGradFma<BATCH>& from,
+                                      const Stage& stage, const InputGradFma<BATCH>& memory,
                                       const Shared<float>& sums) {
-  using L = Lanes<BATCH>;
+  using DyVectors = FmaShape<BATCH>;
   const bool ring = tile.fill == Fill::kRing;
   const int pairs = args.layer.block / 2, pair = thread() % pairs, parts = kThreads / pairs;
   const int chunk = pair / 2, rest = 2 * pair % 4, chunks = args.bank.row_bytes / 16;
   const int terms = ring ? tile.rows : places;
   float sum[2][BATCH] = {};
   for (int term = thread() / pairs; term < terms; term += parts) {
-    const int place = ring ? place_of(from.entry[term]) : term;
-    const uint4* const at = stage.blocks.at(chunk_at(place, chunk, chunks), 1);
-    const auto w = load<Vector<float, 2>>(reinterpret_cast<const float*>(at) + rest);
+    const int place = ring ? place_of(memory.entry[term]) : term;
+    const uint4* const stored = stage.blocks.span(chunk_at(place, chunk, chunks), 1);
+    const auto w = load<Vector<float, 2>>(reinterpret_cast<const float*>(stored) + rest);
     RPG_UNROLL
-    for (int plane = 0; plane < L::kPlanes; ++plane) {
-      const auto v =
-          load<Vector<float, L::kOf>>(from.t.at(t_at<BATCH>(plane, term, args.positions), L::kOf));
+    for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
+      const auto v = load<Vector<float, DyVectors::kVectorRows>>(
+          memory.t.span(t_at<BATCH>(plane, term, args.lap_slots), DyVectors::kVectorRows));
       RPG_UNROLL
-      for (int m = 0; m < L::kOf; ++m) {
-        sum[0][plane * L::kOf + m] = fused(v.of[m], w.of[0], sum[0][plane * L::kOf + m]);
-        sum[1][plane * L::kOf + m] = fused(v.of[m], w.of[1], sum[1][plane * L::kOf + m]);
+      for (int m = 0; m < DyVectors::kVectorRows; ++m) {
+        sum[0][plane * DyVectors::kVectorRows + m] =
+            fused(v.value[m], w.value[0], sum[0][plane * DyVectors::kVectorRows + m]);
+        sum[1][plane * DyVectors::kVectorRows + m] =
+            fused(v.value[m], w.value[1], sum[1][plane * DyVectors::kVectorRows + m]);
       }
     }
   }

@@ -10,8 +10,8 @@
 
 #pragma once
 
-#include "input_grad_permute.h"
-#include "multiply.h"
+#include "cuda/input_grad_permute.h"
+#include "cuda/multiply.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -19,31 +19,31 @@ namespace rpg::RPG_DEVICE {
 // slots. Lanes 8 i ... give rows of matrix i: elements 0 to 7 and 8 to 15, of slots 0 to 7 and 8
 // to 15.
 struct Share {
-  int part, parts;
-  int slot, chunk;  // that the lane gives
-  int at;           // where they are in a stage: chunks, of the first 16 slots
-  int to;           // where its sums go, of row 2 t of dy: element g
-  int row, p;       // bytes at which it reads P in lap 0, of one lap or as Operand has them
+  int part, parts;  // The warp has this part of so many.
+  int slot, chunk;  // The lane gives this chunk of this slot,
+  int stage_chunk;  // which is here in a stage, counted in chunks, of the first 16 slots.
+  int sum_offset;   // Its sums go here: element g, of row 2 t of dy.
+  int row, p;       // Bytes at which it reads P in lap 0: of one lap, or as Operand has them.
 };
 
 template <int BATCH>
 RPG_FUNCTION Share share_of(const InputGradKernelArgs& args) {
   const Layer& layer = args.layer;
-  const int warp = thread() / kWarp, lane = thread() % kWarp, across = layer.block / 16;
-  const int part = layer.block == 64 ? warp >> 2 : warp >> 1, elements = warp & (across - 1);
+  const int warp = thread() / kWarp, lane = thread() % kWarp, groups = layer.block / 16;
+  const int part = layer.block == 64 ? warp >> 2 : warp >> 1, elements = warp & (groups - 1);
   const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * elements + lane / 8 % 2;
   const int sums = part * BATCH + (BATCH == 1 ? 0 : 2 * (lane % 4));
   const int row = lane % 16, second = lane / 16;
-  int p = row + second * (BATCH == 8 ? args.positions : args.plane);
-  if (BATCH == 1) p = lane / 4 * args.positions + 2 * (lane % 4);
+  int p = row + second * (BATCH == 8 ? args.lap_slots : args.plane);
+  if (BATCH == 1) p = lane / 4 * args.lap_slots + 2 * (lane % 4);
   return {kept(part),
-          kWarps / across,
+          kWarps / groups,
           kept(slot),
           kept(chunk),
           kept(chunk_at(slot, chunk, layer.block / 8)),
           kept(sums * kSumPitch + 16 * elements + lane / 4),
-          kept(row * kEach<BATCH>),
-          kept(p * kEach<BATCH>)};
+          kept(row * kSlotBytes<BATCH>),
+          kept(p * kSlotBytes<BATCH>)};
 }
 
 // Bytes at which a lane reads P for LAPS laps from `lap` on, less the first slot's. Lanes give rows
@@ -52,44 +52,44 @@ RPG_FUNCTION Share share_of(const InputGradKernelArgs& args) {
 template <int BATCH, int LAPS>
 struct Operand {
   static constexpr int kReads = BATCH == 8 ? (LAPS + 1) / 2 : LAPS;
-  int at[kReads];
+  int offset[kReads];
 };
 
 template <int BATCH, int LAPS>
 RPG_FUNCTION Operand<BATCH, LAPS> operand(const InputGradKernelArgs& args, const Share& share,
                                           int lap) {
   constexpr int kStep = BATCH == 8 ? 2 : 1;
-  const int lap_bytes = args.positions * kEach<BATCH>;
+  const int lap_bytes = args.lap_slots * kSlotBytes<BATCH>;
   Operand<BATCH, LAPS> out;
   RPG_UNROLL
   for (int i = 0; i < out.kReads; ++i) {
-    out.at[i] = (BATCH == 8 && LAPS == 1 ? share.row : share.p) + (lap + kStep * i) * lap_bytes;
+    out.offset[i] = (BATCH == 8 && LAPS == 1 ? share.row : share.p) + (lap + kStep * i) * lap_bytes;
   }
   return out;
 }
 
 // Sums of a warp: odd and even laps apart, so that products do not wait for each other.
 template <int BATCH>
-using Sums = float[2][(BATCH + 7) / 8][4];
+using WarpSums = float[2][(BATCH + 7) / 8][4];
 
 // c += blocks of 16 slots times LAPS laps of P; `a` are the blocks, the first slot is at byte
-// `at` + `more` of its lap. At batch 1 lanes with `valid` have a lap.
+// slot_offset + step_offset of its lap. At batch 1 lanes with `valid` have a lap.
 template <class Math, int BATCH, int LAPS>
-RPG_FUNCTION void multiply_laps(const InputGradMma& from, const Operand<BATCH, LAPS>& operand,
-                                bool valid, const uint32_t (&a)[4], int at, int more,
-                                Sums<BATCH>& c) {
+RPG_FUNCTION void multiply_laps(const InputGradMma& memory, const Operand<BATCH, LAPS>& operand,
+                                bool valid, const uint32_t (&a)[4], int slot_offset,
+                                int step_offset, WarpSums<BATCH>& c) {
   if constexpr (BATCH == 1) {
     uint32_t b[2] = {0, 0};
     if (valid) {
-      b[0] = load<uint32_t>(from.p.at(operand.at[0] + at + more, 4));
-      b[1] = load<uint32_t>(from.p.at(operand.at[0] + at + more + 16, 4));
+      b[0] = load<uint32_t>(memory.p.span(operand.offset[0] + slot_offset + step_offset, 4));
+      b[1] = load<uint32_t>(memory.p.span(operand.offset[0] + slot_offset + step_offset + 16, 4));
     }
     multiply(Math{}, {c[0][0], a, b});
   } else {
     RPG_UNROLL
     for (int i = 0; i < operand.kReads; ++i) {
       uint32_t b[4];
-      load_transposed(b, from.p.at(operand.at[i] + at + more, 16));
+      load_transposed(b, memory.p.span(operand.offset[i] + slot_offset + step_offset, 16));
       if constexpr (BATCH == 8) {
         multiply(Math{}, {c[0][0], a, b});
         if (2 * i + 1 < LAPS) multiply(Math{}, {c[1][0], a, b + 2});
@@ -104,40 +104,41 @@ RPG_FUNCTION void multiply_laps(const InputGradMma& from, const Operand<BATCH, L
 // The same for all slots of a window that are this warp's; WINDOW: how many it has, if that is
 // known. `blocks` are the window's.
 template <class Math, int BATCH, int LAPS, int BLOCK, int WINDOW = 0>
-RPG_FUNCTION void multiply_slots(const InputGradKernelArgs& args, const InputGradMma& from,
+RPG_FUNCTION void multiply_slots(const InputGradKernelArgs& args, const InputGradMma& memory,
                                  const Shared<uint4>& blocks, const Share& share, int lap, int end,
-                                 Sums<BATCH>& c) {
+                                 WarpSums<BATCH>& c) {
   constexpr int kStep = 16 * kWarps / (BLOCK / 16);
   const auto laps = operand<BATCH, LAPS>(args, share, lap);
   const int window = WINDOW ? WINDOW : static_cast<int>(args.layer.law.scramble.window);
   const int steps = window / kStep;
   const bool valid = lap + thread() % kWarp / 4 < end;
-  const Shared<uint4> first = blocks.from(16 * share.part * (BLOCK / 8));
-  const auto step = [&](int i, int more) {
-    const Shared<uint4> blocks = first.from(i * kStep * (BLOCK / 8));
+  const Shared<uint4> first = blocks.tail(16 * share.part * (BLOCK / 8));
+  const auto step = [&](int i, int ahead) {
+    const Shared<uint4> blocks = first.tail(i * kStep * (BLOCK / 8));
     uint32_t a[4];
-    load_transposed(a, blocks.at(share.at + more * kStep * (BLOCK / 8), 1));
-    const int at = (16 * share.part + i * kStep) * kEach<BATCH>;
-    multiply_laps<Math, BATCH, LAPS>(from, laps, valid, a, at, more * kStep * kEach<BATCH>, c);
+    load_transposed(a, blocks.span(share.stage_chunk + ahead * kStep * (BLOCK / 8), 1));
+    const int slot_offset = (16 * share.part + i * kStep) * kSlotBytes<BATCH>;
+    multiply_laps<Math, BATCH, LAPS>(memory, laps, valid, a, slot_offset,
+                                     ahead * kStep * kSlotBytes<BATCH>, c);
   };
   int i = 0;
   RPG_LOOP
   for (; i + 4 <= steps; i += 4) {
     RPG_UNROLL
-    for (int more = 0; more < 4; ++more) step(i, more);
+    for (int ahead = 0; ahead < 4; ++ahead) step(i, ahead);
   }
   RPG_LOOP
   for (; i < steps; ++i) step(i, 0);
 }
 
 template <class Math, int BATCH, int LAPS>
-RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGradMma& from,
+RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGradMma& memory,
                                   const Shared<uint4>& blocks, const Share& share, int lap, int end,
-                                  Sums<BATCH>& c) {
+                                  WarpSums<BATCH>& c) {
   if (args.layer.block == 64) {
-    multiply_slots<Math, BATCH, LAPS, 64>(args, from, blocks, share, lap, end, c);
+    multiply_slots<Math, BATCH, LAPS, 64>(args, memory, blocks, share, lap, end, c);
   } else {
-    multiply_slots<Math, BATCH, LAPS, 32>(args, from, blocks, share, lap, end, c);
+    multiply_slots<Math, BATCH, LAPS, 32>(args, memory, blocks, share, lap, end, c);
   }
 }
 
@@ -145,12 +146,12 @@ RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGr
 template <class Math, int BATCH, bool PLAIN>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile,
                                       const ColumnReads& column, const Share& share,
-                                      const Stage& stage, const InputGradMma& from,
+                                      const Stage& stage, const InputGradMma& memory,
                                       const Shared<float>& sums) {
   constexpr int kPlanes = (BATCH + 7) / 8;
   const Layer& layer = args.layer;
   const int lane = thread() % kWarp, chunks = layer.block / 8;
-  Sums<BATCH> c = {};
+  WarpSums<BATCH> c = {};
   // At batch 1, of elements g and g + 8: columns are laps, and those of laps that are not there may
   // be 0 times infinity.
   float total[2] = {};
@@ -164,8 +165,8 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
     }
   };
   if (PLAIN) {  // four laps
-    multiply_slots<Math, BATCH, BATCH == 1 ? 1 : 4, 64, 256>(args, from, stage.blocks, share, 0, 4,
-                                                             c);
+    multiply_slots<Math, BATCH, BATCH == 1 ? 1 : 4, 64, 256>(args, memory, stage.blocks, share, 0,
+                                                             4, c);
     if constexpr (BATCH == 1) add_laps(4);
   } else if (tile.fill == Fill::kWindows) {
     const int window = static_cast<int>(layer.law.scramble.window);
@@ -174,35 +175,35 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
     for (int i = 0; i < windows; ++i) {
       int lap = static_cast<int>(column.windows[i].lap);
       const int end = static_cast<int>(column.windows[i + 1].lap);
-      const Shared<uint4> blocks = stage.blocks.from(i * window * chunks);
+      const Shared<uint4> blocks = stage.blocks.tail(i * window * chunks);
       if constexpr (BATCH == 1) {
         RPG_LOOP
         for (; lap < end; lap += 8) {
-          multiply_window<Math, BATCH, 1>(args, from, blocks, share, lap, end, c);
+          multiply_window<Math, BATCH, 1>(args, memory, blocks, share, lap, end, c);
           add_laps(end - lap);
         }
       } else {
         RPG_LOOP
         for (; lap + 4 <= end; lap += 4) {
-          multiply_window<Math, BATCH, 4>(args, from, blocks, share, lap, end, c);
+          multiply_window<Math, BATCH, 4>(args, memory, blocks, share, lap, end, c);
         }
         RPG_LOOP
         for (; lap < end; ++lap) {
-          multiply_window<Math, BATCH, 1>(args, from, blocks, share, lap, end, c);
+          multiply_window<Math, BATCH, 1>(args, memory, blocks, share, lap, end, c);
         }
       }
     }
   } else {
-    const auto one = operand<BATCH, 1>(args, share, 0);
+    const auto row_lap = operand<BATCH, 1>(args, share, 0);
     RPG_LOOP
-    for (int at = 16 * share.part; at < tile.rows; at += 16 * share.parts) {
-      const int row = at + share.slot, i = row < tile.rows ? row : tile.rows - 1;  // times zeros
+    for (int first = 16 * share.part; first < tile.rows; first += 16 * share.parts) {
+      const int row = first + share.slot, i = row < tile.rows ? row : tile.rows - 1;  // times zeros
       uint32_t a[4];
-      load_transposed(a, stage.blocks.at(chunk_at(from.flag[i], share.chunk, chunks), 1));
-      multiply_laps<Math, BATCH, 1>(from, one, lane < 4, a, at * kEach<BATCH>, 0, c);
+      load_transposed(a, stage.blocks.span(chunk_at(memory.flag[i], share.chunk, chunks), 1));
+      multiply_laps<Math, BATCH, 1>(memory, row_lap, lane < 4, a, first * kSlotBytes<BATCH>, 0, c);
     }
   }
-  const Shared<float> to = sums.from(share.to);
+  const Shared<float> target = sums.tail(share.sum_offset);
   if constexpr (BATCH == 1) {
     if (!PLAIN && tile.fill != Fill::kWindows) add_laps(1);
     RPG_UNROLL
@@ -210,26 +211,26 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
       float sum = total[half];
       sum += as_float(shuffle(as_bits(sum), lane ^ 1));
       sum += as_float(shuffle(as_bits(sum), lane ^ 2));
-      if (t == 0) to[8 * half] = sum;
+      if (t == 0) target[8 * half] = sum;
     }
   } else {
     RPG_UNROLL
     for (int i = 0; i < 4 * kPlanes; ++i) {
       const int plane = i / 4, m = 8 * plane + i % 2;  // behind 2 t
-      to[m * kSumPitch + i % 4 / 2 * 8] = c[0][plane][i % 4] + c[1][plane][i % 4];
+      target[m * kSumPitch + i % 4 / 2 * 8] = c[0][plane][i % 4] + c[1][plane][i % 4];
     }
   }
 }
 
 // Elements e ... of row m of dx, from the sums of parts, in order.
-template <int BATCH, int OF>
-RPG_FUNCTION Vector<float, OF> mma_total(int parts, int m, int e, const Shared<float>& sums) {
-  const Shared<float> from = sums.from(m * kSumPitch + e);
-  auto total = load<Vector<float, OF>>(from.at(0, OF));
+template <int BATCH, int COUNT>
+RPG_FUNCTION Vector<float, COUNT> mma_total(int parts, int m, int e, const Shared<float>& sums) {
+  const Shared<float> row = sums.tail(m * kSumPitch + e);
+  auto total = load<Vector<float, COUNT>>(row.span(0, COUNT));
   const auto add = [&](int part) {
-    const auto more = load<Vector<float, OF>>(from.at(part * BATCH * kSumPitch, OF));
+    const auto addend = load<Vector<float, COUNT>>(row.span(part * BATCH * kSumPitch, COUNT));
     RPG_UNROLL
-    for (int i = 0; i < OF; ++i) total.of[i] += more.of[i];
+    for (int i = 0; i < COUNT; ++i) total.value[i] += addend.value[i];
   };
   add(1);
   if (parts == 4) {

@@ -11,9 +11,9 @@
 
 #include <stdexcept>
 
-#include "../cpu/number.h"
-#include "ladder.h"
-#include "plan.h"
+#include "cuda/ladder.h"
+#include "cuda/plan.h"
+#include "law/number.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -32,17 +32,17 @@ struct LadderKernelArgs {
 RPG_KERNEL(kThreads, 1)
 ladder_thread_kernel(RPG_ARGS LadderKernelArgs args) {
   const Layer& layer = args.layer;
-  const int n = block_x() * kThreads + thread();
+  const int n = cta_x() * kThreads + thread();
   if (n >= layer.rows) return;
   float sum = 0;
   RPG_LOOP
   for (int b = 0; b < layer.blocks; ++b) {
     const uint32_t p = position(layer, n, b);
     const float sign = sign_of(block_sign(layer, p));
-    const uint16_t* const from = args.ring + int64_t{ring_slot(layer, p)} * kBlock;
+    const uint16_t* const stored = args.ring + int64_t{ring_slot(layer, p)} * kBlock;
     RPG_LOOP
     for (int e = 0; e < kBlock && b * kBlock + e < layer.columns; ++e) {
-      const float weight = sign * Bfloat16::load(from[e]);
+      const float weight = sign * Bfloat16::load(stored[e]);
       sum = fused(weight, Bfloat16::load(args.x[b * kBlock + e]), sum);
     }
   }
@@ -52,32 +52,33 @@ ladder_thread_kernel(RPG_ARGS LadderKernelArgs args) {
 RPG_KERNEL(kThreads, 1)
 ladder_warp_kernel(RPG_ARGS LadderKernelArgs args) {
   const Layer& layer = args.layer;
-  const int n = block_x() * kWarps + thread() / kWarp, lane = thread() % kWarp;
+  const int n = cta_x() * kWarps + thread() / kWarp, lane = thread() % kWarp;
   if (n >= layer.rows) return;
   float sum = 0;
   RPG_LOOP
   for (int first = 0; first < layer.blocks; first += kWarp) {
     const int b = first + lane < layer.blocks ? first + lane : layer.blocks - 1;
     const uint32_t p = position(layer, n, b);
-    const uint32_t mine = ring_slot(layer, p) | block_sign(layer, p);
+    const uint32_t own_entry = ring_slot(layer, p) | block_sign(layer, p);
     const int count = layer.blocks - first < kWarp ? layer.blocks - first : kWarp;
     RPG_LOOP
     for (int k = 0; k < count; ++k) {
-      const uint32_t entry = shuffle(mine, k);
+      const uint32_t entry = shuffle(own_entry, k);
       const int column = (first + k) * kBlock + 2 * lane;
       const auto w =
           load<Vector<uint16_t, 2>>(args.ring + int64_t{entry & 0x7FFFFFFFu} * kBlock + 2 * lane);
       float part = 0;
-      if (column < layer.columns) part = Bfloat16::load(w.of[0]) * Bfloat16::load(args.x[column]);
+      if (column < layer.columns)
+        part = Bfloat16::load(w.value[0]) * Bfloat16::load(args.x[column]);
       if (column + 1 < layer.columns) {
-        part = fused(Bfloat16::load(w.of[1]), Bfloat16::load(args.x[column + 1]), part);
+        part = fused(Bfloat16::load(w.value[1]), Bfloat16::load(args.x[column + 1]), part);
       }
       sum = fused(sign_of(entry), part, sum);
     }
   }
   RPG_UNROLL
-  for (int other = kWarp / 2; other; other /= 2) {
-    sum += as_float(shuffle(as_bits(sum), lane ^ other));
+  for (int lane_bit = kWarp / 2; lane_bit; lane_bit /= 2) {
+    sum += as_float(shuffle(as_bits(sum), lane ^ lane_bit));
   }
   if (lane == 0) args.y[n] = Bfloat16::store(sum * args.scale);
 }
@@ -85,15 +86,15 @@ ladder_warp_kernel(RPG_ARGS LadderKernelArgs args) {
 }  // namespace
 
 void ladder_linear(const LayerLaw& law, int step, const LadderArgs& args) {
-  LadderKernelArgs to{};
-  to.layer = layer_of(law, args.columns);
-  to.ring = static_cast<const uint16_t*>(args.ring);
-  to.x = static_cast<const uint16_t*>(args.x);
-  to.y = static_cast<uint16_t*>(args.y);
-  to.scale = static_cast<float>(args.scale);
-  const int rows = step == 1 ? kThreads : kWarps;  // of a block of threads
+  LadderKernelArgs kernel_args{};
+  kernel_args.layer = layer_of(law, args.columns);
+  kernel_args.ring = static_cast<const uint16_t*>(args.ring);
+  kernel_args.x = static_cast<const uint16_t*>(args.x);
+  kernel_args.y = static_cast<uint16_t*>(args.y);
+  kernel_args.scale = static_cast<float>(args.scale);
+  const int rows = step == 1 ? kThreads : kWarps;  // of a CTA
   launch(step == 1 ? ladder_thread_kernel : ladder_warp_kernel,
-         {(to.layer.rows + rows - 1) / rows, 1, 1}, kThreads, 0, args.stream, to);
+         {(kernel_args.layer.rows + rows - 1) / rows, 1, 1}, kThreads, 0, args.stream, kernel_args);
 }
 
 }  // namespace rpg::RPG_DEVICE

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "../window_law.h"
+#include "law/window.h"
 
 namespace rpg {
 

@@ -1,7 +1,7 @@
 // slot(n, b) and sign words of a list of positions: how a device shows that it evaluates the law as
 // everybody else does.
 //
-// One position per thread, blocks of 256 threads, no shared memory. Per position: 16 bytes read,
+// One position per thread, CTAs of 256 threads, no shared memory. Per position: 16 bytes read,
 // 8 + 8 words written; 8 instructions per Feistel round and about 30 more, with windows three words
 // and 7 or 8 rounds of 5 besides. The band's law travels as a kernel argument, 468 bytes of
 // constant memory, with windows 580.
@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "law.h"
+#include "cuda/law.h"
 
 namespace rpg::cuda {
 
@@ -50,9 +50,9 @@ __global__ void law_kernel(const Band law,       // of the band that all positio
   slots[i] = q[0];
 }
 
-void check(cudaError_t status, const char* what) {
+void check(cudaError_t status, const char* action) {
   if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("CUDA could not ") + what + ": " +
+  throw std::runtime_error(std::string("CUDA could not ") + action + ": " +
                            cudaGetErrorString(status));
 }
 
@@ -64,15 +64,15 @@ void law(const LayerLaw& law, int64_t band, const int64_t* n, const int64_t* b, 
   check(cudaGetDeviceCount(&devices), "find a device");
   if (count < 1) return;
   const int64_t grid = (count + kThreads - 1) / kThreads;
-  if (grid > INT32_MAX) throw std::runtime_error("count: wanted at most 2^31 blocks of 256");
+  if (grid > INT32_MAX) throw std::runtime_error("count: wanted at most 2^31 CTAs of 256");
   const int64_t first_row = band * law.rows_per_band;
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  const cudaStream_t cuda_stream = static_cast<cudaStream_t>(stream);
   if (law.window) {
-    law_kernel<<<static_cast<unsigned>(grid), kThreads, 0, on>>>(make_window_band(law, band),
-                                                                 first_row, law.blocks, n, b, count,
-                                                                 slots, words, words_of(law));
+    law_kernel<<<static_cast<unsigned>(grid), kThreads, 0, cuda_stream>>>(
+        make_window_band(law, band), first_row, law.blocks, n, b, count, slots, words,
+        words_of(law));
   } else {
-    law_kernel<<<static_cast<unsigned>(grid), kThreads, 0, on>>>(
+    law_kernel<<<static_cast<unsigned>(grid), kThreads, 0, cuda_stream>>>(
         make_band_law(law, band), first_row, law.blocks, n, b, count, slots, words, words_of(law));
   }
   check(cudaGetLastError(), "launch the law's kernel");

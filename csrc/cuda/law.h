@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../window_law.h"
+#include "law/window.h"
 
 namespace rpg::cuda {
 

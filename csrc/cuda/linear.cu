@@ -9,9 +9,9 @@
 // memory is read at random in S, 4 bytes for each row of x, not in 128-byte blocks.
 //
 // Grid: tiles of 1024 rows x splits of the columns x tiles of the batch; 256 threads, each with
-// kRows rows of y and BATCH sums for each in registers. A block goes from column to column: wait
+// kRows rows of y and BATCH sums for each in registers. A CTA goes from column to column: wait
 // for the stage, begin the copies of a later one, entries, products, barrier, sums. Sums of splits
-// go through the workspace; the last block of a tile adds them in order, so results do not depend
+// go through the workspace; the last CTA of a tile adds them in order, so results do not depend
 // on who is last.
 //
 // Shared memory: stages · places · block (3 · 32 KB for windows of 256 slots of 64 bf16 and 4
@@ -28,8 +28,8 @@
 
 #include <stdexcept>
 
-#include "linear.h"
-#include "linear_products.h"
+#include "cuda/linear.h"
+#include "cuda/linear_products.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -46,23 +46,24 @@ RPG_FUNCTION void write(const LinearKernelArgs& args, int m, int n, float sum) {
 template <class Math, int BATCH>
 RPG_KERNEL(kThreads, 1)
 linear_kernel(RPG_ARGS LinearKernelArgs args) {
-  using Sh = Shape<Math, BATCH>;
+  using Sizes = LinearShape<Math, BATCH>;
   using Number = typename Math::Number;
   const Layer& layer = args.layer;
   const Tiling& tiling = args.tiling;
-  const Tile tile = tile_at(layer, tiling, block_x());
-  const int m0 = block_z() * BATCH;
-  const int first = static_cast<int>(int64_t{layer.blocks} * block_y() / args.splits);
-  const int end = static_cast<int>(int64_t{layer.blocks} * (block_y() + 1) / args.splits);
-  const Range range{first, end};
+  const Tile tile = tile_at(layer, tiling, cta_x());
+  const int m0 = cta_z() * BATCH;
+  const int first = static_cast<int>(int64_t{layer.blocks} * cta_y() / args.splits);
+  const int end = static_cast<int>(int64_t{layer.blocks} * (cta_y() + 1) / args.splits);
+  const ColumnRange range{first, end};
   const bool ring = tile.fill == Fill::kRing, windows = tile.fill == Fill::kWindows;
 
-  const Layout& layout = args.layout;
-  const Shared<float> s(args.s, Sh::kSums * (tiling.places + kBetween));
+  const StageLayout& layout = args.layout;
+  const Shared<float> s(args.s, Sizes::kSums * (tiling.places + kPlaneGap));
   const Shared<uint32_t> entry(args.entry, kMaxRows);
   const auto x_of = [&](int i) { return Shared<char>(args.x_at + i * args.x_bytes, args.x_bytes); };
-  const Copies copies = copies_of(layout, args.bank);
-  const int others = ring ? static_cast<int>(args.bank.slots) : tile.rows;  // places, of no windows
+  const BankCopies copies = copies_of(layout, args.bank);
+  const int row_places =
+      ring ? static_cast<int>(args.bank.slots) : tile.rows;  // places, of no windows
   const XCopy x_copy_of = x_copy<Math, BATCH>(args, m0);
   // Copies of column b to stage i, in a group of their own even where there are none. Here and
   // below PLAIN leaves out what the most common tiles (stage.h) do not need.
@@ -83,10 +84,10 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     commit_copies();
   };
   constexpr Entries kEntries = BATCH == 1 ? Entries::kSpread : Entries::kPlaces;
-  const Lane lane = lane_of(layer.law, kEntries);
+  const EntryLane lane = lane_of(layer.law, kEntries);
   const int unfinished = kept(unfinished_from(layer));
   [[maybe_unused]] const auto product = product_lane<Math, BATCH>(args);
-  float y[Sh::kRows][BATCH] = {};
+  float y[Sizes::kRows][BATCH] = {};
   // Rows behind the tile's read the first place, and are not written.
   for (int i = tile.rows + thread(); i < kMaxRows; i += kThreads) entry[i] = 0;
   if (windows) prepare_first<kEntries>(layer, tile, layout.columns, range);
@@ -100,15 +101,15 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
   const auto columns = [&](auto plain) {
     constexpr bool kPlain = decltype(plain)::value;
     const int depth = kPlain ? kStages : layout.depth;
-    int now = 0;  // stage of column b
+    int current = 0;  // stage of column b
     RPG_LOOP
-    for (int b = first; b < end; ++b, now = stage_after(depth, now, 1)) {
+    for (int b = first; b < end; ++b, current = stage_after(depth, current, 1)) {
       wait_stage(depth);
       sync();
-      begin(plain, b + depth - 1, stage_after(depth, now, depth - 1));
-      const Stage stage = stage_of(layout, tiling, now);
+      begin(plain, b + depth - 1, stage_after(depth, current, depth - 1));
+      const Stage stage = stage_of(layout, tiling, current);
       const ColumnReads column = column_of(layout.columns, b - first);
-      const int used = kPlain ? 256 : windows ? places_of(layer, column) : others;
+      const int used = kPlain ? 256 : windows ? places_of(layer, column) : row_places;
       if (b >= unfinished) finish<Number>(layer, tile, used, b, stage);
       if (kPlain || windows) {
         window_entries<kPlain>(layer, tile, column, lane, entry);
@@ -116,9 +117,9 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
         row_entries<kEntries>(layer, tile, b, stage, entry);
       }
       if constexpr (Math::kTensorCores) {
-        products_mma<Math, BATCH, kPlain>(args, product, used, stage, x_of(now), s);
+        products_mma<Math, BATCH, kPlain>(args, product, used, stage, x_of(current), s);
       } else {
-        products_fma<BATCH>(args, used, stage, x_of(now), s);
+        products_fma<BATCH>(args, used, stage, x_of(current), s);
       }
       sync();
       if (kPlain || windows) {
@@ -127,20 +128,20 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
         prepare_rows(layer, tile, b + depth, stage);
       }
       RPG_UNROLL
-      for (int k = 0; k < Sh::kRows; ++k) {
+      for (int k = 0; k < Sizes::kRows; ++k) {
         if (!kPlain && k * kThreads >= tile.rows) break;
-        const uint32_t at = entry[thread() + k * kThreads];
-        const int place = static_cast<int>(at & 0x7FFFFFFF);
+        const uint32_t row_entry = entry[thread() + k * kThreads];
+        const int place = static_cast<int>(row_entry & 0x7FFFFFFF);
         if (BATCH == 1) {
-          y[k][0] += as_float(as_bits(s[place]) ^ (at & 0x80000000u));
+          y[k][0] += as_float(as_bits(s[place]) ^ (row_entry & 0x80000000u));
         }
-        const float sign = sign_of(at);
+        const float sign = sign_of(row_entry);
         RPG_UNROLL
-        for (int plane = 0; plane < Sh::kPlanes; ++plane) {
-          const auto v = load<Vector<float, 4>>(s.at(s_at(plane, place, tiling.places), 4));
+        for (int plane = 0; plane < Sizes::kPlanes; ++plane) {
+          const auto v = load<Vector<float, 4>>(s.span(s_at(plane, place, tiling.places), 4));
           RPG_UNROLL
           for (int m = 0; m < 4; ++m) {
-            y[k][4 * plane + m] = fused(sign, v.of[m], y[k][4 * plane + m]);
+            y[k][4 * plane + m] = fused(sign, v.value[m], y[k][4 * plane + m]);
           }
         }
       }
@@ -158,7 +159,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
 
   const int batch = args.batch - m0 < BATCH ? args.batch - m0 : BATCH;
   RPG_UNROLL
-  for (int k = 0; k < Sh::kRows; ++k) {
+  for (int k = 0; k < Sizes::kRows; ++k) {
     const int i = thread() + k * kThreads, n = tile.row + i;
     if (i >= tile.rows) continue;
     RPG_UNROLL
@@ -167,7 +168,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
       if (args.splits == 1) {
         write<Number>(args, m0 + m, n, y[k][m]);
       } else {
-        args.partial[(int64_t{block_y()} * args.batch + m0 + m) * layer.rows + n] = y[k][m];
+        args.partial[(int64_t{cta_y()} * args.batch + m0 + m) * layer.rows + n] = y[k][m];
       }
     }
   }
@@ -175,17 +176,17 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
   const Shared<int> last(args.last, 1);
   sync();
   if (thread() == 0) {
-    last[0] = arrive(args.counters + block_z() * tiling.tiles + block_x(), args.splits);
+    last[0] = arrive(args.counters + cta_z() * tiling.tiles + cta_x(), args.splits);
   }
   sync();
   if (!last[0]) return;
   RPG_LOOP
   for (int i = thread(); i < tile.rows * batch; i += kThreads) {
     const int m = i / tile.rows, n = tile.row + i - m * tile.rows;
-    const float* from = args.partial + int64_t{m0 + m} * layer.rows + n;
+    const float* partial = args.partial + int64_t{m0 + m} * layer.rows + n;
     float sum = 0;
     for (int split = 0; split < args.splits; ++split) {
-      sum += from[int64_t{split} * args.batch * layer.rows];
+      sum += partial[int64_t{split} * args.batch * layer.rows];
     }
     write<Number>(args, m0 + m, n, sum);
   }
@@ -193,22 +194,25 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
 
 template <class Math, int BATCH>
 void run(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args) {
-  using Sh = Shape<Math, BATCH>;
-  LinearKernelArgs to{};
-  to.layer = layer_of(law, args.columns);
-  to.tiling = tiling_of(plan);
-  to.bank = bank_of(args.ring, law.slots, law.granularity * Sh::kBytes);
-  to.x_bytes = BATCH * law.granularity * Sh::kBytes;
-  const SharedPlan at = shared_plan(to.layer, to.tiling, to.bank.row_bytes, to.x_bytes, Sh::kSums);
-  to.layout = at.layout, to.s = at.s, to.entry = at.entry, to.x_at = at.x, to.last = at.last;
-  to.x = args.x, to.bias = args.bias, to.y = args.y;
-  to.partial = args.workspace, to.counters = args.counters;
-  to.scale = static_cast<float>(args.scale);
-  to.batch = static_cast<int>(args.batch), to.splits = plan.splits;
-  to.x_aligned =
-      reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.columns * Sh::kBytes % 16 == 0;
+  using Sizes = LinearShape<Math, BATCH>;
+  LinearKernelArgs kernel_args{};
+  kernel_args.layer = layer_of(law, args.columns);
+  kernel_args.tiling = tiling_of(plan);
+  kernel_args.bank = bank_of(args.ring, law.slots, law.granularity * Sizes::kBytes);
+  kernel_args.x_bytes = BATCH * law.granularity * Sizes::kBytes;
+  const LinearSharedPlan shared =
+      shared_plan(kernel_args.layer, kernel_args.tiling, kernel_args.bank.row_bytes,
+                  kernel_args.x_bytes, Sizes::kSums);
+  kernel_args.layout = shared.layout, kernel_args.s = shared.s, kernel_args.entry = shared.entry,
+  kernel_args.x_at = shared.x, kernel_args.last = shared.last;
+  kernel_args.x = args.x, kernel_args.bias = args.bias, kernel_args.y = args.y;
+  kernel_args.partial = args.workspace, kernel_args.counters = args.counters;
+  kernel_args.scale = static_cast<float>(args.scale);
+  kernel_args.batch = static_cast<int>(args.batch), kernel_args.splits = plan.splits;
+  kernel_args.x_aligned =
+      reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.columns * Sizes::kBytes % 16 == 0;
   launch(linear_kernel<Math, BATCH>, {plan.tiles, plan.splits, plan.batch_tiles}, kThreads,
-         plan.shared_bytes, args.stream, to);
+         plan.shared_bytes, args.stream, kernel_args);
 }
 
 template <class Math>

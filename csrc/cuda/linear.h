@@ -4,31 +4,31 @@
 
 #include <cstdint>
 
-#include "../cpu/number.h"
-#include "../window_law.h"
+#include "law/number.h"
+#include "law/window.h"
 
 namespace rpg {
 
-// What decides a layout beside the layer.
+// What a plan depends on beside the layer.
 struct Device {
-  int sms;           // streaming multiprocessors
-  int shared_bytes;  // that a block may have
+  int sms;           // It has so many streaming multiprocessors.
+  int shared_bytes;  // A CTA may have so much shared memory.
 };
 
 // How a call is divided; all integers, chosen on the host by `plan_*`, the same on GPU and CPU.
 struct Plan {
-  int fill;          // csrc/cuda/tile.h: 0 windows, 1 ring, 2 gathered
-  int rows;          // of a tile
-  int first, tiles;  // tiles with `fill`, and all
-  int rest;          // rows of a gathered tile
-  int places;        // of a stage
-  int stages;        // in flight
-  int splits;        // blocks that share a tile's columns
-  int batch_tile;    // rows of x at a time
-  int batch_tiles;
-  int shared_bytes;
-  int64_t workspace;  // floats
-  int counters;       // unsigned, zero before and after
+  int fill;           // What the first tiles hold (cuda/tile.h): 0 windows, 1 ring, 2 gathered.
+  int rows;           // Each of them has so many rows.
+  int first, tiles;   // So many tiles have `fill`, and there are so many in all.
+  int rest;           // Each of the others is gathered and has so many rows.
+  int places;         // A stage holds so many blocks of the bank.
+  int stages;         // So many stages are in flight.
+  int splits;         // So many CTAs share the columns of a tile.
+  int batch_tile;     // So many rows of x are multiplied at a time.
+  int batch_tiles;    // That makes so many tiles of the batch.
+  int shared_bytes;   // A CTA needs so much shared memory.
+  int64_t workspace;  // The workspace has so many floats.
+  int counters;       // There are so many unsigned numbers, zero before and after a launch.
 };
 
 // y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; dtype of ring, x and y.
@@ -43,7 +43,7 @@ struct CudaLinearArgs {
   double scale;
   float* workspace;    // [plan.workspace]
   unsigned* counters;  // [plan.counters]
-  void* stream;        // of the CPU's: the order in which threads run
+  void* stream;        // On the CPU it is the order in which threads run.
 };
 
 // dx [batch, K] = scale · dy [batch, N] · (G ring); dtype of ring, dy and dx.

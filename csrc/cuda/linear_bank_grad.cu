@@ -3,11 +3,11 @@
 //   T[slot, m] += ± dy[n, m]                 for the rows n of a column that read a slot
 //   dw[slot]   += Σ_m T[slot, m] x[m, column]
 //
-// No dense gradient, no atomics. A block of threads owns kOwned slots of the ring and goes through
-// the cells (window_law.h) that draw from them, piece of a column by piece; in one lap of a window
+// No dense gradient, no atomics. A CTA owns kOwned slots of the ring and goes through
+// the cells (law/window.h) that draw from them, piece of a column by piece; in one lap of a window
 // all slots differ, so a lap's terms are added together, with a barrier between laps. Its gradient
 // stays in registers, kOwned / parts · 2 of a thread, and is written once. Where the ring has fewer
-// owners than the device has processors, several blocks share an owner's cells, and the last of
+// owners than the device has processors, several CTAs share an owner's cells, and the last of
 // them adds their sums in order.
 //
 // Grid: owners x copies; 256 threads: pairs of elements x parts of the slots. Shared memory: T
@@ -19,8 +19,8 @@
 
 #include <stdexcept>
 
-#include "linear.h"
-#include "plan.h"
+#include "cuda/linear.h"
+#include "cuda/plan.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -39,9 +39,9 @@ struct BankGradKernelArgs {
   unsigned* counters;  // [owners]
   float scale;
   int batch;
-  int owned;  // slots of an owner, kOwned or the window
-  int copies;
-  int64_t cells;  // of the layer, from that of its first address
+  int owned;      // An owner has so many slots, kOwned or those of the window.
+  int copies;     // So many CTAs share an owner's cells.
+  int64_t cells;  // The layer has addresses in so many cells.
 };
 
 // A cell's positions are p, p + 1 ...; (p + shift) is the address, as of a window (columns.h).
@@ -61,8 +61,8 @@ RPG_CALLED Cell cell_at(const WindowBand& law, int64_t number) {
 RPG_FUNCTION int t_at(int plane, int slot) { return (plane * kOwned + slot) * 4; }
 
 template <class T>
-RPG_FUNCTION float element(const void* from, int64_t i) {
-  return T::load(static_cast<const typename T::Bits*>(from)[i]);
+RPG_FUNCTION float element(const void* values, int64_t i) {
+  return T::load(static_cast<const typename T::Bits*>(values)[i]);
 }
 
 // Adds what a piece of a column contributes: rows `row` ... of column `block`, entries in `entry`.
@@ -83,10 +83,10 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
     float x[kBatch][2];
     RPG_UNROLL
     for (int m = 0; m < kBatch; ++m) {
-      const int64_t at = int64_t{m0 + m} * args.layer.columns + column;
+      const int64_t index = int64_t{m0 + m} * args.layer.columns + column;
       const bool valid = m0 + m < args.batch;
-      x[m][0] = valid && column < args.layer.columns ? element<T>(args.x, at) : 0.f;
-      x[m][1] = valid && column + 1 < args.layer.columns ? element<T>(args.x, at + 1) : 0.f;
+      x[m][0] = valid && column < args.layer.columns ? element<T>(args.x, index) : 0.f;
+      x[m][1] = valid && column + 1 < args.layer.columns ? element<T>(args.x, index + 1) : 0.f;
     }
     sync();
     RPG_LOOP
@@ -99,16 +99,16 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
         const float sign = sign_of(entry[i]);
         RPG_UNROLL
         for (int plane = 0; plane < kPlanes; ++plane) {
-          float* const at = t.at(t_at(plane, slot), 4);
-          auto v = load<Vector<float, 4>>(at);
+          float* const target = t.span(t_at(plane, slot), 4);
+          auto v = load<Vector<float, 4>>(target);
           RPG_UNROLL
           for (int k = 0; k < 4; ++k) {
             const int m = m0 + 4 * plane + k;
             if (m >= args.batch) continue;
-            v.of[k] =
-                fused(sign, element<T>(args.dy, int64_t{m} * args.layer.rows + row + i), v.of[k]);
+            v.value[k] = fused(sign, element<T>(args.dy, int64_t{m} * args.layer.rows + row + i),
+                               v.value[k]);
           }
-          store(at, v);
+          store(target, v);
         }
       }
       sync();
@@ -121,11 +121,11 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
         if (slot >= owned || !read[slot]) continue;
         RPG_UNROLL
         for (int plane = 0; plane < kPlanes; ++plane) {
-          const auto v = load<Vector<float, 4>>(t.at(t_at(plane, slot), 4));
+          const auto v = load<Vector<float, 4>>(t.span(t_at(plane, slot), 4));
           RPG_UNROLL
           for (int k = 0; k < 4; ++k) {
-            dw[j][0] = fused(v.of[k], x[4 * plane + k][0], dw[j][0]);
-            dw[j][1] = fused(v.of[k], x[4 * plane + k][1], dw[j][1]);
+            dw[j][0] = fused(v.value[k], x[4 * plane + k][0], dw[j][0]);
+            dw[j][1] = fused(v.value[k], x[4 * plane + k][1], dw[j][1]);
           }
         }
       }
@@ -141,26 +141,26 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
   const WindowBand& law = args.layer.law;
   const uint32_t slots = law.by_slots.divisor, window = law.scramble.window;
   const uint32_t log = law.scramble.bits + 3;
-  const uint32_t begin = static_cast<uint32_t>(block_x()) * args.owned;
+  const uint32_t begin = static_cast<uint32_t>(cta_x()) * args.owned;
   const int owned = static_cast<int>(min_u32(args.owned, slots - begin));
   const Shared<float> t(0, kOwned * kBatch);
   const Shared<uint32_t> entry(4 * kOwned * kBatch, kMaxRows);
   const Shared<int> read(4 * (kOwned * kBatch + kMaxRows), kOwned);
   const Shared<int> last(4 * (kOwned * kBatch + kMaxRows + kOwned), 1);
 
-  // Cell k reads unwrapped slots base + k window ...; this owner's come back every round.
-  const int64_t rounds = (law.base + args.cells * window + slots - 1) / slots;
-  const int64_t low = rounds * block_y() / args.copies;
-  const int64_t high = rounds * (block_y() + 1) / args.copies;
+  // Cell k reads unwrapped slots base + k window ...; this owner's come back every pass.
+  const int64_t passes = (law.base + args.cells * window + slots - 1) / slots;
+  const int64_t low = passes * cta_y() / args.copies;
+  const int64_t high = passes * (cta_y() + 1) / args.copies;
   float dw[kOwned / kParts][2] = {};
-  for (int64_t round = low; round < high; ++round) {
-    const int64_t from = begin + round * slots - law.base;  // may be negative
-    int64_t k = from < 0 ? 0 : from / window;
-    for (; k < args.cells && k * window < from + owned; ++k) {
+  for (int64_t pass = low; pass < high; ++pass) {
+    const int64_t unwrapped = begin + pass * slots - law.base;  // may be negative
+    int64_t k = unwrapped < 0 ? 0 : unwrapped / window;
+    for (; k < args.cells && k * window < unwrapped + owned; ++k) {
       const Cell cell = cell_at(law, k);
-      const uint32_t offset = static_cast<uint32_t>(k * window - from);
+      const uint32_t offset = static_cast<uint32_t>(k * window - unwrapped);
       for (uint32_t done = 0; done < cell.count;) {
-        const Column column = column_at(law, cell.p + done);
+        const ColumnPiece column = column_piece_at(law, cell.p + done);
         uint32_t rows = min_u32(column.rows, cell.count - done);
         rows = min_u32(rows, kMaxRows);
         const uint32_t first_lap = (cell.p + done + cell.shift) >> log;
@@ -170,7 +170,7 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
           uint32_t j[1] = {address & (window - 1)};
           const uint32_t lap[1] = {law.lap + (address >> log)};
           if (law.permute) scramble(law.scramble, lap, j);
-          // Of this round only: the window may reach the owner's slots of the next one too.
+          // Of this pass only: the window may reach the owner's slots of the next one too.
           const uint32_t place = min_u32(offset + j[0], kPlaceMask);
           entry[i] = place | ((address >> log) - first_lap) << 24 | block_sign(args.layer, p);
         }
@@ -183,45 +183,45 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
   }
 
   const int pair = thread() % kPairs, part = thread() / kPairs;
-  float* const to = args.copies == 1 ? args.dw : args.partial + int64_t{block_y()} * slots * BLOCK;
+  float* const sums = args.copies == 1 ? args.dw : args.partial + int64_t{cta_y()} * slots * BLOCK;
   const float scale = args.copies == 1 ? args.scale : 1.f;
   RPG_UNROLL
   for (int j = 0; j < kOwned / kParts; ++j) {
     const int slot = part + j * kParts;
     if (slot >= owned) continue;
-    float* const at = to + (int64_t{begin} + slot) * BLOCK + 2 * pair;
-    at[0] = dw[j][0] * scale;
-    at[1] = dw[j][1] * scale;
+    float* const target = sums + (int64_t{begin} + slot) * BLOCK + 2 * pair;
+    target[0] = dw[j][0] * scale;
+    target[1] = dw[j][1] * scale;
   }
   if (args.copies == 1) return;
   sync();
-  if (thread() == 0) last[0] = arrive(args.counters + block_x(), args.copies);
+  if (thread() == 0) last[0] = arrive(args.counters + cta_x(), args.copies);
   sync();
   if (!last[0]) return;
   RPG_LOOP
   for (int i = thread(); i < owned * BLOCK; i += kThreads) {
-    const int64_t at = int64_t{begin} * BLOCK + i;
+    const int64_t index = int64_t{begin} * BLOCK + i;
     float sum = 0;
     for (int copy = 0; copy < args.copies; ++copy) {
-      sum += args.partial[int64_t{copy} * slots * BLOCK + at];
+      sum += args.partial[int64_t{copy} * slots * BLOCK + index];
     }
-    args.dw[at] = sum * args.scale;
+    args.dw[index] = sum * args.scale;
   }
 }
 
 template <class T, int BLOCK>
 void run(const LayerLaw& law, const Plan& plan, const CudaLinearBankGradArgs& args) {
-  BankGradKernelArgs to{};
-  to.layer = layer_of(law, args.columns);
-  to.dy = args.dy, to.x = args.x, to.dw = args.dw;
-  to.partial = args.workspace, to.counters = args.counters;
-  to.scale = static_cast<float>(args.scale);
-  to.batch = static_cast<int>(args.batch);
-  to.owned = plan.places, to.copies = plan.splits;
-  const WindowBand& band = to.layer.law;
-  to.cells = (int64_t{band.offset} + band.positions + band.cell - 1) / band.cell;
+  BankGradKernelArgs kernel_args{};
+  kernel_args.layer = layer_of(law, args.columns);
+  kernel_args.dy = args.dy, kernel_args.x = args.x, kernel_args.dw = args.dw;
+  kernel_args.partial = args.workspace, kernel_args.counters = args.counters;
+  kernel_args.scale = static_cast<float>(args.scale);
+  kernel_args.batch = static_cast<int>(args.batch);
+  kernel_args.owned = plan.places, kernel_args.copies = plan.splits;
+  const WindowBand& band = kernel_args.layer.law;
+  kernel_args.cells = (int64_t{band.offset} + band.positions + band.cell - 1) / band.cell;
   launch(linear_bank_grad_kernel<T, BLOCK>, {plan.tiles, plan.splits, 1}, kThreads,
-         plan.shared_bytes, args.stream, to);
+         plan.shared_bytes, args.stream, kernel_args);
 }
 
 template <class T>
@@ -241,12 +241,12 @@ Plan plan_linear_bank_grad(const LayerLaw& law, Dtype, int64_t batch, int64_t,
   out.tiles = static_cast<int>((law.slots - 1) / out.places + 1);
   const WindowBand band = make_window_band(law, 0);
   const int64_t cells = (int64_t{band.offset} + band.positions + band.cell - 1) / band.cell;
-  const int64_t rounds = (band.base + cells * law.window - 1) / law.slots + 1;
-  const int64_t copies = rounds < device.sms / out.tiles ? rounds : device.sms / out.tiles;
+  const int64_t passes = (band.base + cells * law.window - 1) / law.slots + 1;
+  const int64_t copies = passes < device.sms / out.tiles ? passes : device.sms / out.tiles;
   out.splits = copies < 1 ? 1 : static_cast<int>(copies);
   out.batch_tile = kBatch;
   out.batch_tiles = static_cast<int>((batch + kBatch - 1) / kBatch);
-  out.shared_bytes = 4 * (kOwned * kBatch + kMaxRows + kOwned) + 16;
+  out.shared_bytes = 4 * (kOwned * kBatch + kMaxRows + kOwned) + kAlign;
   if (out.splits > 1) {
     out.workspace = int64_t{out.splits} * law.slots * law.granularity;
     out.counters = out.tiles;

@@ -7,7 +7,7 @@
 //   dx[m, column] = Σ_place (Σ ± dy[row, m], rows that read the place) block(place)
 //
 // input_grad_mma.h does so for 16-bit numbers on tensor cores, input_grad_fma.h for fp32. Sums of
-// tiles go through the workspace; the last block of a split adds them in order.
+// tiles go through the workspace; the last CTA of a split adds them in order.
 //
 // Shared memory: stages (stage.h), dy of the tile and its permutation (16 bits: rows · batch · 2
 // bytes each) or T (fp32: places · batch · 4) and entries, sums of parts.
@@ -16,60 +16,61 @@
 
 #include <stdexcept>
 
-#include "input_grad_fma.h"
-#include "input_grad_mma.h"
-#include "linear.h"
+#include "cuda/input_grad_fma.h"
+#include "cuda/input_grad_mma.h"
+#include "cuda/linear.h"
 
 namespace rpg::RPG_DEVICE {
 
 namespace {
 
-// What this thread writes of each block: elements e ... e + of - 1 of rows m, m + step ... of the
-// batch. Four at once where they are sums of a tile and their addresses allow for it.
+// What this thread writes of each block: elements e ... e + count - 1 of rows m, m + step ... of
+// the batch. Four at once where they are sums of a tile and their addresses allow for it.
 struct Output {
-  int of, e, m, step;
-  int64_t at;  // of row m of block 0, in dx or in this tile's sums
+  int count, e, m, step;
+  int64_t index;  // Where row m of block 0 is, in dx or in this tile's sums.
 };
 
 RPG_FUNCTION Output output_of(const InputGradKernelArgs& args, int m0, bool fours) {
-  const int of = fours && args.tiling.tiles > 1 && args.layer.columns % 4 == 0 ? 4 : 1;
-  const int across = args.layer.block / of;  // a power of two
-  const int e = (thread() & (across - 1)) * of, m = thread() / across;
-  const int64_t tile = args.tiling.tiles == 1 ? 0 : int64_t{block_x()} * args.batch;
-  return {of, kept(e), kept(m), kThreads / across, kept((tile + m0 + m) * args.layer.columns + e)};
+  const int count = fours && args.tiling.tiles > 1 && args.layer.columns % 4 == 0 ? 4 : 1;
+  const int threads_across = args.layer.block / count;  // a power of two
+  const int e = (thread() & (threads_across - 1)) * count, m = thread() / threads_across;
+  const int64_t tile = args.tiling.tiles == 1 ? 0 : int64_t{cta_x()} * args.batch;
+  return {count, kept(e), kept(m), kThreads / threads_across,
+          kept((tile + m0 + m) * args.layer.columns + e)};
 }
 
 // Column b of this tile's sums, or of dx where there is one tile, from the sums of parts.
 template <class Math, int BATCH>
 RPG_FUNCTION void write_column(const InputGradKernelArgs& args, const Output& out, int b, int batch,
                                const Share& share, const Shared<float>& sums) {
-  using T = typename Math::Number;
-  constexpr bool kFma = sizeof(typename T::Bits) == 4;
+  using Number = typename Math::Number;
+  constexpr bool kFma = sizeof(typename Number::Bits) == 4;
   const int block = args.layer.block, columns = args.layer.columns;
   if (b * block + out.e >= columns) return;
-  int64_t at = out.at + b * block;
+  int64_t index = out.index + b * block;
   if constexpr (!kFma) {
-    if (out.of == 4) {
+    if (out.count == 4) {
       RPG_LOOP
-      for (int m = out.m; m < batch; m += out.step, at += int64_t{out.step} * columns) {
-        store(args.partial + at, mma_total<BATCH, 4>(share.parts, m, out.e, sums));
+      for (int m = out.m; m < batch; m += out.step, index += int64_t{out.step} * columns) {
+        store(args.partial + index, mma_total<BATCH, 4>(share.parts, m, out.e, sums));
       }
       return;
     }
   }
-  const bool one = args.tiling.tiles == 1;
+  const bool whole = args.tiling.tiles == 1;
   RPG_LOOP
-  for (int m = out.m; m < batch; m += out.step, at += int64_t{out.step} * columns) {
+  for (int m = out.m; m < batch; m += out.step, index += int64_t{out.step} * columns) {
     float total;
     if constexpr (kFma) {
       total = fma_total(block, m, out.e, sums);
     } else {
-      total = mma_total<BATCH, 1>(share.parts, m, out.e, sums).of[0];
+      total = mma_total<BATCH, 1>(share.parts, m, out.e, sums).value[0];
     }
-    if (one) {
-      static_cast<typename T::Bits*>(args.dx)[at] = T::store(total * args.scale);
+    if (whole) {
+      static_cast<typename Number::Bits*>(args.dx)[index] = Number::store(total * args.scale);
     } else {
-      args.partial[at] = total;
+      args.partial[index] = total;
     }
   }
 }
@@ -77,24 +78,25 @@ RPG_FUNCTION void write_column(const InputGradKernelArgs& args, const Output& ou
 template <class Math, int BATCH>
 RPG_KERNEL(kThreads, 1)
 linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
-  using T = typename Math::Number;
-  constexpr bool kFma = sizeof(typename T::Bits) == 4;
+  using Number = typename Math::Number;
+  constexpr bool kFma = sizeof(typename Number::Bits) == 4;
   const Layer& layer = args.layer;
   const Tiling& tiling = args.tiling;
-  const Layout& layout = args.layout;
-  const Tile tile = tile_at(layer, tiling, block_x());
-  const int m0 = block_z() * BATCH;
+  const StageLayout& layout = args.layout;
+  const Tile tile = tile_at(layer, tiling, cta_x());
+  const int m0 = cta_z() * BATCH;
   const int batch = args.batch - m0 < BATCH ? args.batch - m0 : BATCH;
-  const int first = static_cast<int>(int64_t{layer.blocks} * block_y() / args.splits);
-  const int end = static_cast<int>(int64_t{layer.blocks} * (block_y() + 1) / args.splits);
-  const Range range{first, end};
+  const int first = static_cast<int>(int64_t{layer.blocks} * cta_y() / args.splits);
+  const int end = static_cast<int>(int64_t{layer.blocks} * (cta_y() + 1) / args.splits);
+  const ColumnRange range{first, end};
   const bool ring = tile.fill == Fill::kRing, windows = tile.fill == Fill::kWindows;
-  const int others = ring ? static_cast<int>(args.bank.slots) : tile.rows;  // places, of no windows
+  const int row_places =
+      ring ? static_cast<int>(args.bank.slots) : tile.rows;  // places, of no windows
 
   const int parts = kFma ? 2 * kPitch : kWarps / (layer.block / 16) * kSumPitch;
   const Shared<float> sums(args.sums, parts * BATCH);
-  const Copies copies = copies_of(layout, args.bank);
-  const Lane lane = lane_of(layer.law, Entries::kLaps);
+  const BankCopies copies = copies_of(layout, args.bank);
+  const EntryLane lane = lane_of(layer.law, Entries::kLaps);
   const int unfinished = kept(unfinished_from(layer));
   const Share share = share_of<BATCH>(args);
   const Output out = output_of(args, m0, !kFma);
@@ -127,7 +129,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
       return fma_shared<BATCH>(args, tile, m0);
     } else {
       const InputGradMma out = mma_shared<BATCH>(args);
-      load_dy<T, BATCH>(args, tile, m0, out);
+      load_dy<Number, BATCH>(args, tile, m0, out);
       return out;
     }
   }();
@@ -136,16 +138,16 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const auto columns = [&](auto plain) {
     constexpr bool kPlain = decltype(plain)::value;
     const int depth = kPlain ? kStages : layout.depth;
-    int now = 0;  // stage of column b
+    int current = 0;  // stage of column b
     RPG_LOOP
-    for (int b = first; b < end; ++b, now = stage_after(depth, now, 1)) {
+    for (int b = first; b < end; ++b, current = stage_after(depth, current, 1)) {
       wait_stage(depth);
       sync();
-      begin(plain, b + depth - 1, stage_after(depth, now, depth - 1));
-      const Stage stage = stage_of(layout, tiling, now);
+      begin(plain, b + depth - 1, stage_after(depth, current, depth - 1));
+      const Stage stage = stage_of(layout, tiling, current);
       const ColumnReads column = column_of(layout.columns, b - first);
-      const int places = kPlain ? 256 : windows ? places_of(layer, column) : others;
-      if (b >= unfinished) finish<T>(layer, tile, places, b, stage);
+      const int places = kPlain ? 256 : windows ? places_of(layer, column) : row_places;
+      if (b >= unfinished) finish<Number>(layer, tile, places, b, stage);
       if constexpr (kFma) {
         sum_terms<BATCH>(args, tile, column, lane, b, places, stage, dy);
         input_grad_products<BATCH>(args, tile, places, stage, dy, sums);
@@ -178,7 +180,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const Shared<int> last(args.last, 1);
   sync();
   if (thread() == 0) {
-    last[0] = arrive(args.counters + block_z() * args.splits + block_y(), tiling.tiles);
+    last[0] = arrive(args.counters + cta_z() * args.splits + cta_y(), tiling.tiles);
   }
   sync();
   if (!last[0]) return;
@@ -192,7 +194,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     for (int part = 0; part < tiling.tiles; ++part) {
       sum += args.partial[int64_t{part} * args.batch * layer.columns + at_column];
     }
-    static_cast<typename T::Bits*>(args.dx)[at_column] = T::store(sum * args.scale);
+    static_cast<typename Number::Bits*>(args.dx)[at_column] = Number::store(sum * args.scale);
   }
 }
 
@@ -204,19 +206,21 @@ InputGradPlan plan_of(const Layer& layer, const Tiling& tiling, int size, int ba
 template <class Math, int BATCH>
 void run(const LayerLaw& law, const Plan& plan, const CudaLinearInputGradArgs& args) {
   constexpr int kSize = sizeof(typename Math::Number::Bits);
-  InputGradKernelArgs to{};
-  to.layer = layer_of(law, args.columns);
-  to.tiling = tiling_of(plan);
-  to.bank = bank_of(args.ring, law.slots, law.granularity * kSize);
-  to.dy = args.dy, to.dx = args.dx;
-  to.partial = args.workspace, to.counters = args.counters;
-  to.scale = static_cast<float>(args.scale);
-  to.batch = static_cast<int>(args.batch), to.splits = plan.splits;
-  const InputGradPlan at = plan_of(to.layer, to.tiling, kSize, BATCH);
-  to.layout = at.layout, to.positions = at.positions, to.plane = at.plane;
-  to.terms = at.terms, to.dy_at = at.dy, to.entry = at.entry, to.sums = at.sums, to.last = at.last;
+  InputGradKernelArgs kernel_args{};
+  kernel_args.layer = layer_of(law, args.columns);
+  kernel_args.tiling = tiling_of(plan);
+  kernel_args.bank = bank_of(args.ring, law.slots, law.granularity * kSize);
+  kernel_args.dy = args.dy, kernel_args.dx = args.dx;
+  kernel_args.partial = args.workspace, kernel_args.counters = args.counters;
+  kernel_args.scale = static_cast<float>(args.scale);
+  kernel_args.batch = static_cast<int>(args.batch), kernel_args.splits = plan.splits;
+  const InputGradPlan shared = plan_of(kernel_args.layer, kernel_args.tiling, kSize, BATCH);
+  kernel_args.layout = shared.layout, kernel_args.lap_slots = shared.lap_slots,
+  kernel_args.plane = shared.plane;
+  kernel_args.terms = shared.terms, kernel_args.dy_at = shared.dy, kernel_args.entry = shared.entry,
+  kernel_args.sums = shared.sums, kernel_args.last = shared.last;
   launch(linear_input_grad_kernel<Math, BATCH>, {plan.tiles, plan.splits, plan.batch_tiles},
-         kThreads, plan.shared_bytes, args.stream, to);
+         kThreads, plan.shared_bytes, args.stream, kernel_args);
 }
 
 template <class Math>

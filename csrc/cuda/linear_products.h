@@ -6,16 +6,16 @@
 
 #pragma once
 
-#include "entries.h"
-#include "multiply.h"
-#include "plan.h"
+#include "cuda/entries.h"
+#include "cuda/multiply.h"
+#include "cuda/plan.h"
 
 namespace rpg::RPG_DEVICE {
 
 struct LinearKernelArgs {
   Layer layer;
   Tiling tiling;
-  Layout layout;
+  StageLayout layout;
   Bank bank;
   const void* x;       // [batch, K]
   const float* bias;   // [N] or null
@@ -30,7 +30,7 @@ struct LinearKernelArgs {
 };
 
 template <class Math, int BATCH>
-struct Shape {
+struct LinearShape {
   static constexpr int kRows = kMaxRows / kThreads;  // of a thread
   static constexpr int kPlanes = BATCH / 4;          // of S, from batch 8 on: of 4 rows of x
   static constexpr int kBytes = sizeof(typename Math::Number::Bits);
@@ -48,61 +48,62 @@ struct Shape {
 
 // S of one plane: 4 sums of a place. Four places between planes put two of them, which the
 // lanes of a store of products write, on different banks.
-constexpr int kBetween = 4;
+constexpr int kPlaneGap = 4;
 
 RPG_FUNCTION int s_at(int plane, int place, int places) {
-  return (plane * (places + kBetween) + place) * 4;
+  return (plane * (places + kPlaneGap) + place) * 4;
 }
 
 // Where things are in shared memory, behind the stages.
-struct SharedPlan {
-  Layout layout;
+struct LinearSharedPlan {
+  StageLayout layout;
   int s, entry, x, last, bytes;
 };
 
-RPG_HOST SharedPlan shared_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
-                                int x_bytes, int s_floats) {
-  SharedPlan out{};
-  out.layout = layout_of(layer, tiling, row_bytes);
+RPG_HOST LinearSharedPlan shared_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
+                                      int x_bytes, int s_floats) {
+  LinearSharedPlan out{};
+  out.layout = stage_layout(layer, tiling, row_bytes);
   out.s = out.layout.end;
-  out.entry = out.s + 4 * s_floats * (tiling.places + kBetween);
+  out.entry = out.s + 4 * s_floats * (tiling.places + kPlaneGap);
   out.x = out.entry + 4 * kMaxRows;
   out.last = out.x + out.layout.depth * x_bytes;
-  out.bytes = out.last + 16;
+  out.bytes = out.last + kAlign;
   return out;
 }
 
 // This thread's 16 bytes of a column of x: its rows have no more of them than there are threads.
 struct XCopy {
-  const char* from;  // of column 0
-  int to;            // in shared memory
-  int end;           // columns b < end have them; in all others they are zeros
-  bool any;
+  const char* source;  // Where they are in column 0.
+  int target;          // Where they go in shared memory.
+  int end;             // Columns b < end have them; in all others they are zeros.
+  bool active;         // Whether this thread has such bytes.
 };
 
 template <class Math, int BATCH>
 RPG_FUNCTION XCopy x_copy(const LinearKernelArgs& args, int m0) {
-  using S = Shape<Math, BATCH>;
-  static_assert(BATCH * 64 * S::kBytes / 16 <= kThreads, "16 bytes of x for a thread");
+  using Sizes = LinearShape<Math, BATCH>;
+  static_assert(BATCH * 64 * Sizes::kBytes / 16 <= kThreads, "16 bytes of x for a thread");
   const int log = args.layout.log_chunks, m = thread() >> log;
-  const int c = thread() & ((1 << log) - 1), e = c * (16 / S::kBytes), block = args.layer.block;
-  const bool any = args.x_aligned && m < BATCH, row = any && m0 + m < args.batch;
+  const int c = thread() & ((1 << log) - 1), e = c * (16 / Sizes::kBytes), block = args.layer.block;
+  const bool active = args.x_aligned && m < BATCH, row = active && m0 + m < args.batch;
   const int end = row ? (args.layer.columns - e + block - 1) / block : 0;
-  const int64_t from = row ? int64_t{m0 + m} * args.layer.columns + e : 0;
-  return {kept(static_cast<const char*>(args.x) + from * S::kBytes), kept(S::x_at(m, c, block)),
-          kept(end), any};
+  const int64_t first = row ? int64_t{m0 + m} * args.layer.columns + e : 0;
+  return {kept(static_cast<const char*>(args.x) + first * Sizes::kBytes),
+          kept(Sizes::x_at(m, c, block)), kept(end), active};
 }
 
 // x [rows m0 ..., column b] into shared memory; zeros behind the batch and the end of a row.
 template <class Math, int BATCH, bool PLAIN>
 RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0, int b,
-                         const Shared<char>& to) {
+                         const Shared<char>& x_stage) {
   using Bits = typename Math::Number::Bits;
-  using S = Shape<Math, BATCH>;
-  if (copy.any) {
+  using Sizes = LinearShape<Math, BATCH>;
+  if (copy.active) {
     const bool valid = b < copy.end;
-    const uint32_t at = valid ? b : 0;
-    copy_async(to.at(copy.to, 16), copy.from + uint64_t{at} * args.bank.row_bytes, valid);
+    const uint32_t column = valid ? b : 0;
+    copy_async(x_stage.span(copy.target, 16), copy.source + uint64_t{column} * args.bank.row_bytes,
+               valid);
   }
   if (PLAIN || args.x_aligned) return;
   const int block = args.layer.block, columns = args.layer.columns, column = b * block;
@@ -111,67 +112,70 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0
   for (int i = thread(); i < BATCH * block; i += kThreads) {
     const int m = i / block, e = i - m * block;
     const bool valid = m0 + m < args.batch && column + e < columns;
-    const int chunk = e * S::kBytes / 16, at = S::x_at(m, chunk, block) + e * S::kBytes % 16;
-    *reinterpret_cast<Bits*>(to.at(at, S::kBytes)) =
+    const int chunk = e * Sizes::kBytes / 16,
+              offset = Sizes::x_at(m, chunk, block) + e * Sizes::kBytes % 16;
+    *reinterpret_cast<Bits*>(x_stage.span(offset, Sizes::kBytes)) =
         valid ? x[int64_t{m0 + m} * columns + column + e] : Bits{0};
   }
 }
 
-// What a lane reads and writes in all products: chunks of the first block of a warp's 16, for four
-// steps of 16 elements; bytes of x, for two steps each; sums of place g, or of g + 8 behind it, of
-// rows 8 n + 2 t and the next, or at batch 1 copy t.
+// What a lane reads and writes in all products.
 template <int TILES>
 struct ProductLane {
-  int at[4], x[2], to[TILES];
+  int chunk[4];    // For four steps of 16 elements: chunks of the first of a warp's 16 blocks.
+  int x[2];        // Bytes of x, for two steps each.
+  int sum[TILES];  // Sums of place g, 8 places before those of g + 8, and of rows 8 n + 2 t and the
+                   // next, or at batch 1 of copy t.
 };
 
 template <class Math, int BATCH>
 RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
-  using Sh = Shape<Math, BATCH>;
-  ProductLane<Sh::kTiles> out;
+  using Sizes = LinearShape<Math, BATCH>;
+  ProductLane<Sizes::kTiles> out;
   const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
   const int block = args.layer.block, chunks = block / 8;
   // Lanes 0 to 15 give rows 0 to 15 of the first 8 elements of a step, the others of the next 8.
   const int row = lane % 16 * chunks, swap = chunk_at(lane % 16, lane / 16, chunks) - row;
   RPG_UNROLL
-  for (int k = 0; k < 4; ++k) out.at[k] = kept(row + (swap ^ 2 * k));
+  for (int k = 0; k < 4; ++k) out.chunk[k] = kept(row + (swap ^ 2 * k));
   // At batch 1 all 8 columns of the product are those of one row.
   RPG_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int c = lane / 8 + (block == 64 ? 4 * half : 0);
-    out.x[half] = kept(Sh::x_at(BATCH == 1 ? 0 : lane % 8, c, block));
+    out.x[half] = kept(Sizes::x_at(BATCH == 1 ? 0 : lane % 8, c, block));
   }
   RPG_UNROLL
-  for (int n = 0; n < Sh::kTiles; ++n) {
+  for (int n = 0; n < Sizes::kTiles; ++n) {
     const int place = s_at(2 * n + t / 2, g, args.tiling.places) + 2 * (t % 2);
-    out.to[n] = kept(BATCH == 1 ? 8 * t + g : place);
+    out.sum[n] = kept(BATCH == 1 ? 8 * t + g : place);
   }
   return out;
 }
 
 // S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch. What lies behind
 // `used` places is multiplied up to a multiple of 16, and never read. PLAIN: blocks of 64.
-template <class Math, int BATCH, bool PLAIN, class ProductLane>
-RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& lane, int used,
+template <class Math, int BATCH, bool PLAIN>
+RPG_FUNCTION void products_mma(const LinearKernelArgs& args,
+                               const ProductLane<LinearShape<Math, BATCH>::kTiles>& lane, int used,
                                const Stage& stage, const Shared<char>& x, const Shared<float>& s) {
-  using Sh = Shape<Math, BATCH>;
-  constexpr int kTiles = Sh::kTiles;
+  using Sizes = LinearShape<Math, BATCH>;
+  constexpr int kTiles = Sizes::kTiles;
   const int block = PLAIN ? 64 : args.layer.block, chunks = block / 8;
   // Elements 32 half ... of x: [tile][half], fragments of two steps of 16.
   uint32_t b[kTiles][2][4];
   RPG_UNROLL
   for (int n = 0; n < kTiles; ++n) {
-    load_matrices(b[n][0], x.at(lane.x[0] + 8 * n * block * Sh::kBytes, 16));
-    if (block == 64) load_matrices(b[n][1], x.at(lane.x[1] + 8 * n * block * Sh::kBytes, 16));
+    load_matrices(b[n][0], x.span(lane.x[0] + 8 * n * block * Sizes::kBytes, 16));
+    if (block == 64) load_matrices(b[n][1], x.span(lane.x[1] + 8 * n * block * Sizes::kBytes, 16));
   }
   RPG_LOOP
   for (int first = thread() / kWarp * 16; first < used; first += kWarps * 16) {
-    const Shared<uint4> blocks = stage.blocks.from(first * chunks);
-    const Shared<float> sums = s.from(4 * first);
+    const Shared<uint4> blocks = stage.blocks.tail(first * chunks);
+    const Shared<float> sums = s.tail(4 * first);
     float c[kTiles][4] = {};
     const auto step = [&](int k) {
       uint32_t a[4];
-      load_matrices(a, blocks.at(lane.at[k], 1));
+      load_matrices(a, blocks.span(lane.chunk[k], 1));
       RPG_UNROLL
       for (int n = 0; n < kTiles; ++n) multiply(Math{}, {c[n], a, b[n][k / 2] + 2 * (k % 2)});
     };
@@ -186,9 +190,9 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& 
       RPG_UNROLL
       for (int half = 0; half < 2; ++half) {
         if constexpr (BATCH == 1) {
-          sums[lane.to[n] + 32 * half] = c[n][2 * half];
+          sums[lane.sum[n] + 32 * half] = c[n][2 * half];
         } else {
-          store(sums.at(lane.to[n] + 32 * half, 2),
+          store(sums.span(lane.sum[n] + 32 * half, 2),
                 Vector<float, 2>{{c[n][2 * half], c[n][2 * half + 1]}});
         }
       }
@@ -200,18 +204,17 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane& 
 template <int BATCH>
 RPG_FUNCTION void products_fma(const LinearKernelArgs& args, int used, const Stage& stage,
                                const Shared<char>& x, const Shared<float>& s) {
-  using Sh = Shape<Fma, BATCH>;
   const int chunks = args.layer.block / 4, pitch = 4 * args.layer.block;
   RPG_LOOP
   for (int place = thread(); place < used; place += kThreads) {
     float sum[BATCH] = {};
     for (int c = 0; c < chunks; ++c) {
-      const auto w = load<Vector<float, 4>>(stage.blocks.at(chunk_at(place, c, chunks), 1));
+      const auto w = load<Vector<float, 4>>(stage.blocks.span(chunk_at(place, c, chunks), 1));
       RPG_UNROLL
       for (int m = 0; m < BATCH; ++m) {
-        const auto v = load<Vector<float, 4>>(x.at(m * pitch + 16 * c, 16));
+        const auto v = load<Vector<float, 4>>(x.span(m * pitch + 16 * c, 16));
         RPG_UNROLL
-        for (int e = 0; e < 4; ++e) sum[m] = fused(w.of[e], v.of[e], sum[m]);
+        for (int e = 0; e < 4; ++e) sum[m] = fused(w.value[e], v.value[e], sum[m]);
       }
     }
     if constexpr (BATCH == 1) {
@@ -221,11 +224,11 @@ RPG_FUNCTION void products_fma(const LinearKernelArgs& args, int used, const Sta
       }
     } else {
       RPG_UNROLL
-      for (int plane = 0; plane < Sh::kPlanes; ++plane) {
+      for (int plane = 0; plane < LinearShape<Fma, BATCH>::kPlanes; ++plane) {
         Vector<float, 4> v;
         RPG_UNROLL
-        for (int m = 0; m < 4; ++m) v.of[m] = sum[4 * plane + m];
-        store(s.at(s_at(plane, place, args.tiling.places), 4), v);
+        for (int m = 0; m < 4; ++m) v.value[m] = sum[4 * plane + m];
+        store(s.span(s_at(plane, place, args.tiling.places), 4), v);
       }
     }
   }

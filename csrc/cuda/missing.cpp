@@ -2,9 +2,9 @@
 
 #include <stdexcept>
 
-#include "ladder.h"
-#include "law.h"
-#include "linear.h"
+#include "cuda/ladder.h"
+#include "cuda/law.h"
+#include "cuda/linear.h"
 
 namespace rpg::cuda {
 

@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "../cpu/number.h"
-#include "device.h"
+#include "cuda/device.h"
+#include "law/number.h"
 
 namespace rpg::RPG_DEVICE {
 

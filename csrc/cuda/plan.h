@@ -5,12 +5,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "linear.h"
-#include "tile.h"
+#include "cuda/linear.h"
+#include "cuda/tile.h"
 
 namespace rpg::RPG_DEVICE {
 
-constexpr int kMaxRows = 1024;  // of a tile, 4 of a thread
+constexpr int kMaxRows = 1024;    // of a tile, 4 of a thread
+constexpr int kMaxGridZ = 65535;  // CUDA allows no more CTAs in the third direction
 
 // One band of a layer.
 static inline Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band = 0) {
@@ -32,7 +33,9 @@ static inline Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band 
 
 static inline int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-static inline int round_up(int64_t x, int to) { return static_cast<int>((x + to - 1) / to * to); }
+static inline int round_up(int64_t x, int step) {
+  return static_cast<int>((x + step - 1) / step * step);
+}
 
 // Windows that a column of a tile of `rows` reads at most, tiles beginning at multiples of `rows`.
 static inline int windows_of(const LayerLaw& law, int rows) {
@@ -43,16 +46,17 @@ static inline int windows_of(const LayerLaw& law, int rows) {
   return rows / cell + 2;
 }
 
-// A tiling that reads windows, in stages of at most `most` bytes, `largest` rows at most; fill
+// A tiling that reads windows, in stages of at most `max_bytes` bytes, `largest` rows at most; fill
 // kGather where there is none.
-static inline Tiling tiling_of_windows(const LayerLaw& law, int row_bytes, int most, int largest) {
+static inline Tiling tiling_of_windows(const LayerLaw& law, int row_bytes, int max_bytes,
+                                       int largest) {
   Tiling out{};
   out.fill = Fill::kGather;
   // Signs of elements are put on blocks that belong to one row.
   if (law.reflect == Reflect::kElement || !law.window) return out;
   for (int rows = largest; rows >= 64; rows /= 2) {
     const int64_t windows = windows_of(law, rows), places = windows * law.window;
-    if (places >= rows || places * row_bytes > most || windows > kMaxWindows) continue;
+    if (places >= rows || places * row_bytes > max_bytes || windows > kMaxWindows) continue;
     if (law.rows / rows * rows * 4 < law.rows * 3) continue;  // a rest of more than a quarter
     out.fill = Fill::kWindows;
     out.rows = rows;
@@ -63,24 +67,24 @@ static inline Tiling tiling_of_windows(const LayerLaw& law, int row_bytes, int m
   return out;
 }
 
-// Rows, fill and places for `stages` of at most `most` bytes; `largest` rows.
-static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int stages, int most,
+// Rows, fill and places for `stages` of at most `max_bytes` bytes; `largest` rows.
+static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int stages, int max_bytes,
                                int largest) {
-  Tiling out = tiling_of_windows(law, row_bytes, most, largest);
+  Tiling out = tiling_of_windows(law, row_bytes, max_bytes, largest);
   out.stages = stages;
-  const int64_t all = int64_t{law.slots} * row_bytes;
-  if (!out.first && law.reflect != Reflect::kElement && all <= most * int64_t{stages}) {
+  const int64_t ring_bytes = int64_t{law.slots} * row_bytes;
+  if (!out.first && law.reflect != Reflect::kElement && ring_bytes <= max_bytes * int64_t{stages}) {
     out.fill = Fill::kRing;
     out.rows = largest;
     while (out.rows >= 2 * law.rows && out.rows > 64) out.rows /= 2;
     out.first = static_cast<int>((law.rows + out.rows - 1) / out.rows);
-    out.places = round_up(law.slots, 16);
+    out.places = round_up(law.slots, kMmaBlocks);
     out.rest = out.rows;
     out.stages = 1;
   }
   if (out.fill != Fill::kRing) {
     if (!out.places) out.places = 2 * kThreads;
-    while (out.places * row_bytes > most && out.places > 64) out.places /= 2;
+    while (out.places * row_bytes > max_bytes && out.places > 64) out.places /= 2;
     out.rest = out.places < 2 * kThreads ? out.places : 2 * kThreads;
   }
   const int64_t left = law.rows - int64_t{out.first} * out.rows;
@@ -99,26 +103,29 @@ static inline Tiling tiling_of(const Plan& plan) {
           plan.stages};
 }
 
-// Blocks of threads that share the columns of each of `tiles`, one at a time on a processor: what
-// takes the fewest columns one after the other, counting two for the start of a block.
+// The start of a CTA is taken to cost as much as so many columns.
+constexpr int kStartColumns = 2;
+
+// CTAs that share the columns of each of `tiles`, one at a time on a processor: the number with
+// which a processor takes the fewest columns one after the other, starts of CTAs counted too.
 static inline int splits_of(int64_t tiles, int64_t columns, int64_t sms) {
   int64_t best = 1, least = 0;
   for (int64_t splits = 1; splits <= columns && splits * tiles <= 4 * sms + tiles; ++splits) {
     const int64_t waves = (splits * tiles + sms - 1) / sms;
-    const int64_t cost = waves * ((columns + splits - 1) / splits + 2);
+    const int64_t cost = waves * ((columns + splits - 1) / splits + kStartColumns);
     if (splits == 1 || cost < least) best = splits, least = cost;
   }
   return static_cast<int>(best);
 }
 
 // The plan of a product: the largest steps, up to `largest` rows of the batch, whose shared memory,
-// bytes(tiling, batch_tile), a block may have. Workspace and counters are the kernel's own.
-template <class Bytes>
+// bytes(tiling, batch_tile), a CTA may have. Workspace and counters are the kernel's own.
+template <class SharedBytes>
 Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
-                const Device& device, const Bytes& bytes) {
+                const Device& device, const SharedBytes& bytes) {
   Plan out{};
-  const auto fits = [&](int batch_tile, int stages, int most, int rows) {
-    const Tiling tiling = tiling_of(law, row_bytes, stages, most, rows);
+  const auto fits = [&](int batch_tile, int stages, int max_bytes, int rows) {
+    const Tiling tiling = tiling_of(law, row_bytes, stages, max_bytes, rows);
     out.shared_bytes = bytes(tiling, batch_tile);
     if (out.shared_bytes > device.shared_bytes) return false;
     out.fill = static_cast<int>(tiling.fill);
@@ -126,7 +133,7 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
     out.rest = tiling.rest, out.places = tiling.places, out.stages = tiling.stages;
     out.batch_tile = batch_tile;
     out.batch_tiles = static_cast<int>((batch + batch_tile - 1) / batch_tile);
-    if (out.batch_tiles > 65535) {  // gridDim.z
+    if (out.batch_tiles > kMaxGridZ) {
       throw std::runtime_error("batch: got " + std::to_string(batch) +
                                " rows, which make more tiles than a launch may have");
     }
@@ -139,22 +146,23 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
   for (int tile = first; tile >= (first < 8 ? first : 8); tile /= 2) {
     for (int rows = kMaxRows; rows >= kMaxRows / 4; rows /= 2) {
       for (int stages = kStages; stages >= 2; --stages) {
-        const int most = device.shared_bytes / stages;
-        const Tiling tiling = tiling_of_windows(law, row_bytes, most, rows);
-        if (tiling.fill == Fill::kWindows && fits(tile, stages, most, rows)) return out;
+        const int max_bytes = device.shared_bytes / stages;
+        const Tiling tiling = tiling_of_windows(law, row_bytes, max_bytes, rows);
+        if (tiling.fill == Fill::kWindows && fits(tile, stages, max_bytes, rows)) return out;
       }
     }
   }
   // Anything: first what leaves little for all else, then a quarter of the memory and less.
   for (int tile = first;; tile = tile == 8 ? 1 : tile / 2) {
-    const int all = device.shared_bytes / kStages, quarter = device.shared_bytes / (kStages + 1);
-    for (int most = all; most >= 64 * row_bytes; most = most == all ? quarter : most / 2) {
-      if (fits(tile, kStages, most, kMaxRows)) return out;
+    const int third = device.shared_bytes / kStages, quarter = device.shared_bytes / (kStages + 1);
+    for (int max_bytes = third; max_bytes >= 64 * row_bytes;
+         max_bytes = max_bytes == third ? quarter : max_bytes / 2) {
+      if (fits(tile, kStages, max_bytes, kMaxRows)) return out;
     }
     if (tile == 1) break;
   }
   throw std::runtime_error("shared memory: got " + std::to_string(device.shared_bytes) +
-                           " bytes for a block, which hold no stage of 64 blocks");
+                           " bytes for a CTA, which hold no stage of 64 blocks");
 }
 
 }  // namespace rpg::RPG_DEVICE

@@ -8,8 +8,8 @@
 
 #pragma once
 
-#include "../cpu/number.h"
-#include "columns.h"
+#include "cuda/columns.h"
+#include "law/number.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -21,8 +21,8 @@ RPG_FUNCTION int chunk_at(int place, int c, int chunks) {
 struct Bank {
   const void* ring;  // [slots, block] of the bank's dtype, aligned to 16 bytes
   uint32_t slots;
-  int row_bytes;  // of a block
-  int64_t bytes;  // of the ring
+  int row_bytes;  // A block has so many bytes,
+  int64_t bytes;  // the ring so many.
 };
 
 RPG_HOST Bank bank_of(const void* ring, uint32_t slots, int row_bytes) {
@@ -31,27 +31,26 @@ RPG_HOST Bank bank_of(const void* ring, uint32_t slots, int row_bytes) {
 
 struct Stage {
   Shared<uint4> blocks;      // [places, chunks]
-  Shared<uint32_t> entries;  // [rest], for kGather: slot and sign
+  Shared<uint32_t> entries;  // [rest], the slots and signs of a gathered tile's rows
 };
 
-// Where a block's stages are in shared memory, found on the host: bytes, `end` the first behind
-// them.
-struct Layout {
-  int depth;       // stages of columns; where the blocks need one, x still has these
-  int log_chunks;  // of 16 bytes, of a block of the bank
-  int passes;      // of all threads, a chunk each, through a window
-  int stage;       // from one stage to the next
-  Columns columns;
-  int entries, entry_step;  // of gathered stages
-  int end;
+// Where a CTA's stages are in shared memory, found on the host, in bytes.
+struct StageLayout {
+  int depth;       // Stages of columns; where the blocks need one stage, x still has these.
+  int log_chunks;  // A block has 2^log_chunks chunks of 16 bytes.
+  int turns;       // All threads copy a window in so many turns, a chunk each.
+  int stage;       // From one stage to the next.
+  ColumnsLayout columns;
+  int entries, entry_step;  // The entries of stage 0, and from one stage to the next.
+  int end;                  // The first byte behind all of it.
 };
 
-RPG_HOST Layout layout_of(const Layer& layer, const Tiling& tiling, int row_bytes) {
-  Layout out{};
+RPG_HOST StageLayout stage_layout(const Layer& layer, const Tiling& tiling, int row_bytes) {
+  StageLayout out{};
   out.depth = tiling.stages == 1 ? kStages : tiling.stages;
   out.log_chunks = row_bytes == 256 ? 4 : row_bytes == 128 ? 3 : 2;
   if (layer.windows) {
-    out.passes = static_cast<int>(layer.law.scramble.window) * row_bytes / (16 * kThreads);
+    out.turns = static_cast<int>(layer.law.scramble.window) * row_bytes / (16 * kThreads);
   }
   const int bytes = tiling.places * row_bytes;
   out.stage = tiling.stages == 1 ? 0 : bytes;
@@ -67,7 +66,7 @@ RPG_HOST Layout layout_of(const Layer& layer, const Tiling& tiling, int row_byte
 }
 
 // Stage i.
-RPG_FUNCTION Stage stage_of(const Layout& layout, const Tiling& tiling, int i) {
+RPG_FUNCTION Stage stage_of(const StageLayout& layout, const Tiling& tiling, int i) {
   return {Shared<uint4>(i * layout.stage, tiling.places << layout.log_chunks),
           Shared<uint32_t>(layout.entries + i * layout.entry_step, tiling.rest)};
 }
@@ -103,9 +102,9 @@ RPG_FUNCTION int places_of(const Layer& layer, const ColumnReads& column) {
 
 // Whether a tile is of the most common kind, for which loops of columns are compiled apart: 1024
 // rows, blocks of 128 bytes, one window of 256 blocks for each column in three stages, no lap cut.
-RPG_FUNCTION bool plain_tile(const Layer& layer, const Tiling& tiling, const Layout& layout,
+RPG_FUNCTION bool plain_tile(const Layer& layer, const Tiling& tiling, const StageLayout& layout,
                              const Tile& tile) {
-  return tile.fill == Fill::kWindows && tile.rows == 16 * kChunk && layer.block == 64 &&
+  return tile.fill == Fill::kWindows && tile.rows == 16 * kStretch && layer.block == 64 &&
          layer.law.permute && layer.law.scramble.window == 256 && tiling.places == 256 &&
          layout.log_chunks == 3 && layout.depth == kStages && layer.law.offset % 256 == 0;
 }
@@ -117,109 +116,108 @@ struct No {
   static constexpr bool value = false;
 };
 
-// This thread's first chunk of each window: in the ring, of a window that begins with slot 0, and
-// in a stage. Its others are kThreads chunks apart in both, and 8 or more blocks, so that they are
-// exchanged in one way.
-struct Copies {
-  const char* from;
-  int to;
+// What this thread copies of each window. Its chunks are kThreads chunks apart in the ring and in a
+// stage, which is 8 or more blocks, so that they are exchanged in one way.
+struct BankCopies {
+  const char* source;  // Its first chunk of a window that begins with slot 0.
+  int index;           // The number of that chunk in a stage.
 };
 
-constexpr int kPass = 16 * kThreads;  // bytes that all threads copy at once
+constexpr int kTurnBytes = 16 * kThreads;  // bytes that all threads copy at once
 
-RPG_FUNCTION Copies copies_of(const Layout& layout, const Bank& bank) {
+RPG_FUNCTION BankCopies copies_of(const StageLayout& layout, const Bank& bank) {
   const int first = thread() >> layout.log_chunks, c = thread() & ((1 << layout.log_chunks) - 1);
   const char* ring = static_cast<const char*>(bank.ring);
   return {kept(ring + first * bank.row_bytes + 16 * c),
           kept(chunk_at(first, c, 1 << layout.log_chunks))};
 }
 
-// Begins the copies of a window whose end is behind that of the ring.
-RPG_FUNCTION void fill_wrapped(const Layout& layout, const Bank& bank, uint32_t base,
-                               const char* from, int to, const Stage& stage) {
+// Begins the copies of a window that goes around the end of the ring.
+RPG_FUNCTION void fill_wrapped(const StageLayout& layout, const Bank& bank, uint32_t base,
+                               const char* source, int index, const Stage& stage) {
   RPG_LOOP
-  for (int pass = 0; pass < layout.passes; ++pass, from += kPass) {
-    const uint32_t slot = base + ((pass * kThreads + thread()) >> layout.log_chunks);
-    const int64_t back = slot < bank.slots ? 0 : bank.bytes;
-    copy_async<0>(stage.blocks.at(to + pass * kThreads, 1), from - back);
+  for (int turn = 0; turn < layout.turns; ++turn, source += kTurnBytes) {
+    const uint32_t slot = base + ((turn * kThreads + thread()) >> layout.log_chunks);
+    const int64_t wrap = slot < bank.slots ? 0 : bank.bytes;
+    copy_async<0>(stage.blocks.span(index + turn * kThreads, 1), source - wrap);
   }
 }
 
-// The same of one that ends before, in 8 passes.
-RPG_FUNCTION void fill_whole(const char* from, const Stage& stage, int to) {
-  uint4* const at = stage.blocks.at(to, 7 * kThreads + 1);
-  copy_async<0>(at, from);
-  copy_async<kPass>(at, from);
-  copy_async<2 * kPass>(at, from);
-  copy_async<3 * kPass>(at, from);
-  copy_async<4 * kPass>(at, from);
-  copy_async<5 * kPass>(at, from);
-  copy_async<6 * kPass>(at, from);
-  copy_async<7 * kPass>(at, from);
+// The same of one that ends before, in 8 turns.
+RPG_FUNCTION void fill_whole(const char* source, const Stage& stage, int index) {
+  uint4* const target = stage.blocks.span(index, 7 * kThreads + 1);
+  copy_async<0>(target, source);
+  copy_async<kTurnBytes>(target, source);
+  copy_async<2 * kTurnBytes>(target, source);
+  copy_async<3 * kTurnBytes>(target, source);
+  copy_async<4 * kTurnBytes>(target, source);
+  copy_async<5 * kTurnBytes>(target, source);
+  copy_async<6 * kTurnBytes>(target, source);
+  copy_async<7 * kTurnBytes>(target, source);
 }
 
-// Begins the copies of a column's windows; PLAIN: of one, in 8 passes.
+// Begins the copies of a column's windows; PLAIN: of one, in 8 turns.
 template <bool PLAIN>
-RPG_FUNCTION void fill_windows(const Layer& layer, const Layout& layout, const Bank& bank,
-                               const ColumnReads& column, const Copies& copies,
+RPG_FUNCTION void fill_windows(const Layer& layer, const StageLayout& layout, const Bank& bank,
+                               const ColumnReads& column, const BankCopies& copies,
                                const Stage& stage) {
   const uint32_t count = PLAIN ? 1 : column.windows[0].count;
-  int to = copies.to;
+  int index = copies.index;
   RPG_LOOP
-  for (uint32_t i = 0; i < count; ++i, to += layout.passes * kThreads) {
+  for (uint32_t i = 0; i < count; ++i, index += layout.turns * kThreads) {
     const uint32_t base = column.windows[i].base;
-    const char* from = copies.from + uint64_t{base} * static_cast<uint32_t>(bank.row_bytes);
+    const char* source = copies.source + uint64_t{base} * static_cast<uint32_t>(bank.row_bytes);
     if (base + layer.law.scramble.window > bank.slots) {
-      fill_wrapped(layout, bank, base, from, to, stage);
+      fill_wrapped(layout, bank, base, source, index, stage);
       continue;
     }
     if (PLAIN) {
-      fill_whole(from, stage, to);
+      fill_whole(source, stage, index);
       continue;
     }
-    int pass = 0;
+    int turn = 0;
     RPG_LOOP
-    for (; pass + 8 <= layout.passes; pass += 8, from += 8 * kPass) {
-      fill_whole(from, stage, to + pass * kThreads);
+    for (; turn + 8 <= layout.turns; turn += 8, source += 8 * kTurnBytes) {
+      fill_whole(source, stage, index + turn * kThreads);
     }
     RPG_LOOP
-    for (; pass < layout.passes; ++pass, from += kPass) {
-      copy_async<0>(stage.blocks.at(to + pass * kThreads, 1), from);
+    for (; turn < layout.turns; ++turn, source += kTurnBytes) {
+      copy_async<0>(stage.blocks.span(index + turn * kThreads, 1), source);
     }
   }
 }
 
 // Begins the copies of a gathered column: the block of row i to place i.
-RPG_FUNCTION void fill_rows(const Layout& layout, const Bank& bank, const Tile& tile,
-                            const Copies& copies, const Stage& stage) {
+RPG_FUNCTION void fill_rows(const StageLayout& layout, const Bank& bank, const Tile& tile,
+                            const BankCopies& copies, const Stage& stage) {
   const int step = kThreads >> layout.log_chunks, first = thread() >> layout.log_chunks;
-  const char* const chunk = copies.from - first * bank.row_bytes;
-  const auto from = [&](int row) {
+  const char* const chunk = copies.source - first * bank.row_bytes;
+  const auto stored_block = [&](int row) {
     const uint32_t slot = stage.entries[row] & 0x7FFFFFFFu;
     return chunk + uint64_t{slot} * static_cast<uint32_t>(bank.row_bytes);
   };
-  int row = first, to = copies.to;
+  int row = first, index = copies.index;
   RPG_LOOP
-  for (; row + 3 * step < tile.rows; row += 4 * step, to += 4 * kThreads) {
-    uint4* const at = stage.blocks.at(to, 3 * kThreads + 1);
-    copy_async<0>(at, from(row));
-    copy_async<0>(at + kThreads, from(row + step));
-    copy_async<0>(at + 2 * kThreads, from(row + 2 * step));
-    copy_async<0>(at + 3 * kThreads, from(row + 3 * step));
+  for (; row + 3 * step < tile.rows; row += 4 * step, index += 4 * kThreads) {
+    uint4* const target = stage.blocks.span(index, 3 * kThreads + 1);
+    copy_async<0>(target, stored_block(row));
+    copy_async<0>(target + kThreads, stored_block(row + step));
+    copy_async<0>(target + 2 * kThreads, stored_block(row + 2 * step));
+    copy_async<0>(target + 3 * kThreads, stored_block(row + 3 * step));
   }
   RPG_LOOP
-  for (; row < tile.rows; row += step, to += kThreads) {
-    copy_async<0>(stage.blocks.at(to, 1), from(row));
+  for (; row < tile.rows; row += step, index += kThreads) {
+    copy_async<0>(stage.blocks.span(index, 1), stored_block(row));
   }
 }
 
 // Begins the copies of a whole ring.
-RPG_FUNCTION void fill_ring(const Layout& layout, const Bank& bank, const Stage& stage) {
+RPG_FUNCTION void fill_ring(const StageLayout& layout, const Bank& bank, const Stage& stage) {
   const int log = layout.log_chunks, chunks = 1 << log;
   RPG_LOOP
   for (int i = thread(); i < static_cast<int>(bank.slots) << log; i += kThreads) {
     const int slot = i >> log, c = i & (chunks - 1);
-    copy_async<0>(stage.blocks.at(chunk_at(slot, c, chunks), 1),
+    copy_async<0>(stage.blocks.span(chunk_at(slot, c, chunks), 1),
                   static_cast<const char*>(bank.ring) + int64_t{i} * 16);
   }
 }
@@ -241,12 +239,12 @@ RPG_FUNCTION void reflect_elements(const Layer& layer, const Tile& tile, int b,
       sign_words_of(static_cast<const BandLaw&>(layer.law), first / 32, p, word);
     }
     typename T::Bits bits[16 / sizeof(typename T::Bits)];
-    uint4* const at = stage.blocks.at(chunk_at(place, c, chunks), 1);
-    memcpy(bits, at, 16);
+    uint4* const stored = stage.blocks.span(chunk_at(place, c, chunks), 1);
+    memcpy(bits, stored, 16);
     for (int e = 0; e < per_chunk; ++e) {
       if (word[0] >> sign_bit(first + e) & 1) bits[e] ^= T::kSign;
     }
-    memcpy(at, bits, 16);
+    memcpy(stored, bits, 16);
   }
 }
 
@@ -257,8 +255,8 @@ RPG_FUNCTION void clear_padding(int places, int valid, int block, const Stage& s
   RPG_LOOP
   for (int place = thread(); place < places; place += kThreads) {
     for (int e = valid; e < block; ++e) {
-      uint4* const at = stage.blocks.at(chunk_at(place, e / per_chunk, chunks), 1);
-      reinterpret_cast<typename T::Bits*>(at)[e % per_chunk] = 0;
+      uint4* const stored = stage.blocks.span(chunk_at(place, e / per_chunk, chunks), 1);
+      reinterpret_cast<typename T::Bits*>(stored)[e % per_chunk] = 0;
     }
   }
 }

@@ -13,56 +13,59 @@
 
 #pragma once
 
-#include "../cpu/number.h"
-#include "../window_law.h"
-#include "device.h"
+#include "cuda/device.h"
+#include "law/number.h"
+#include "law/window.h"
 
 namespace rpg::RPG_DEVICE {
 
 enum class Fill : int { kWindows = 0, kRing = 1, kGather = 2 };
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // of a CTA
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kAlign = 16;       // bytes: arrays in shared memory begin at multiples of it
+constexpr int kMmaBlocks = 16;   // that a warp multiplies at once by tensor cores
 constexpr int kStages = 3;       // at most; two where three do not fit, a ring needs one
 constexpr int kMaxWindows = 18;  // of a column of a tile: 1024 rows, cells of 64, and one more
 
-// Of a launch; `law` is that of the only band, of either law.
+// The layer of a launch.
 struct Layer {
-  WindowBand law;
-  bool windows;  // law 2
-  int rows;      // N
-  int blocks;    // of a row
-  int block;     // elements
-  int columns;   // K
-  Reflect reflect;
+  WindowBand law;   // The law of its only band. Of law 1 only what BandLaw has is set.
+  bool windows;     // Whether it is law 2.
+  int rows;         // N
+  int blocks;       // A row has so many blocks.
+  int block;        // A block has so many elements.
+  int columns;      // K
+  Reflect reflect;  // What has a sign of its own.
 };
 
-// Tiles are numbered: first those of `rows` rows with `fill`, then the rest, gathered.
+// How the rows of a layer are cut into tiles. They are numbered: first those of `rows` rows with
+// `fill`, then the rest, which are gathered.
 struct Tiling {
-  Fill fill;
-  int rows;    // of a tile of the first kind
-  int first;   // tiles of the first kind
-  int rest;    // rows of a gathered tile
-  int tiles;   // of both kinds
-  int places;  // of a stage, a multiple of 16
-  int stages;
+  Fill fill;   // What the stages of the first tiles hold.
+  int rows;    // Each of them has so many rows.
+  int first;   // There are so many of them.
+  int rest;    // Each gathered tile has so many rows.
+  int tiles;   // There are so many tiles of both kinds.
+  int places;  // A stage holds so many blocks, a multiple of kMmaBlocks.
+  int stages;  // So many stages are in flight.
 };
 
 constexpr uint32_t kPlaceMask = 0xFFFFFFu;
 
 RPG_FUNCTION int place_of(uint32_t entry) { return static_cast<int>(entry & kPlaceMask); }
 RPG_FUNCTION int lap_of(uint32_t entry) { return static_cast<int>(entry >> 24 & 63); }
-// 1 or -1.
+// The sign of an entry, 1 or -1.
 RPG_FUNCTION float sign_of(uint32_t entry) { return as_float(0x3F800000u | (entry & 0x80000000u)); }
 
 struct Tile {
   Fill fill;
-  int row;  // of the layer
+  int row;  // It begins with this row of the layer.
   int rows;
-  uint32_t number, step;  // position of its first row in column b is number + b step
+  uint32_t number, step;  // The position of its first row in column b is number + b step.
 };
 
-// The number, in the order of its law, of row n and column b.
+// The position, in the order of its law, of row n and column b.
 RPG_FUNCTION uint32_t position(const Layer& layer, int n, int b) {
   if (layer.windows) return order(layer.law, n, b);
   return static_cast<uint32_t>(n) * layer.blocks + b;
@@ -70,19 +73,19 @@ RPG_FUNCTION uint32_t position(const Layer& layer, int n, int b) {
 
 RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
   const bool whole = i < tiling.first;
-  const int most = whole ? tiling.rows : tiling.rest, past = i - tiling.first;
-  const int row = whole ? i * most : tiling.first * tiling.rows + past * most;
+  const int height = whole ? tiling.rows : tiling.rest, gathered = i - tiling.first;
+  const int row = whole ? i * height : tiling.first * tiling.rows + gathered * height;
   const int left = layer.rows - row;
   const uint32_t number = position(layer, row, 0), step = position(layer, row, 1) - number;
-  return {whole ? tiling.fill : Fill::kGather, row, left < most ? left : most, number, step};
+  return {whole ? tiling.fill : Fill::kGather, row, left < height ? left : height, number, step};
 }
 
 RPG_FUNCTION uint32_t position(const Tile& tile, int b) { return tile.number + b * tile.step; }
 
-// The part (window_law.h) that holds p.
-RPG_FUNCTION uint32_t part_of(const WindowBand& law, uint32_t p) {
-  const Divider& by = law.by_cell;  // 64 or more
-  const uint32_t unit = 1 + (umulhi(p - law.head, by.magic) >> by.shift);
+// The number of the unit's piece (law/window.h) that holds p.
+RPG_FUNCTION uint32_t unit_piece_of(const WindowBand& law, uint32_t p) {
+  const Divider& by_cell = law.by_cell;  // 64 or more
+  const uint32_t unit = 1 + (umulhi(p - law.head, by_cell.magic) >> by_cell.shift);
   return p < law.head ? 0 : unit;
 }
 

@@ -15,9 +15,9 @@
 
 #include <stdexcept>
 
-#include "../cpu/number.h"
-#include "linear.h"
-#include "plan.h"
+#include "cuda/linear.h"
+#include "cuda/plan.h"
+#include "law/number.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -45,12 +45,12 @@ struct PackKernelArgs {
 };
 
 RPG_FUNCTION uint32_t sign_word(const Layer& layer, int w, uint32_t p) {
-  const uint32_t at[1] = {p};
+  const uint32_t q[1] = {p};
   uint32_t word[1];
   if (layer.windows) {
-    sign_words_of(layer.law, w, at, word);
+    sign_words_of(layer.law, w, q, word);
   } else {
-    sign_words_of(static_cast<const BandLaw&>(layer.law), w, at, word);
+    sign_words_of(static_cast<const BandLaw&>(layer.law), w, q, word);
   }
   return word[0];
 }
@@ -65,10 +65,10 @@ template <class T, int BLOCK>
 RPG_KERNEL(kThreads, 2)
 unpack_kernel(RPG_ARGS UnpackKernelArgs args) {
   using Bits = typename T::Bits;
-  constexpr int kOf = BLOCK / kLanes;  // elements of a lane
+  constexpr int kLaneElements = BLOCK / kLanes;  // elements of a lane
   const Layer& layer = args.layer;
   const int64_t total = int64_t{layer.rows} * layer.blocks;
-  const int64_t first = int64_t{block_x()} * kThreads;
+  const int64_t first = int64_t{cta_x()} * kThreads;
   const Shared<uint32_t> slots(0, kThreads);
   if (first + thread() < total) {
     const int n = static_cast<int>((first + thread()) / layer.blocks);
@@ -76,7 +76,7 @@ unpack_kernel(RPG_ARGS UnpackKernelArgs args) {
     slots[thread()] = ring_slot(layer, position(layer, n, b));
   }
   sync();
-  const int lane = thread() % kLanes, e0 = lane * kOf;
+  const int lane = thread() % kLanes, e0 = lane * kLaneElements;
   const int count = static_cast<int>(total - first < kThreads ? total - first : kThreads);
   for (int i = thread() / kLanes; i < count; i += kGroups) {
     const int n = static_cast<int>((first + i) / layer.blocks);
@@ -84,22 +84,22 @@ unpack_kernel(RPG_ARGS UnpackKernelArgs args) {
     const uint32_t p = position(layer, n, b);
     const int w = layer.reflect == Reflect::kElement ? e0 / 32 : 0;
     const uint32_t word = layer.reflect == Reflect::kNone ? 0 : sign_word(layer, w, p);
-    const Bits* from = static_cast<const Bits*>(args.ring) + int64_t{slots[i]} * BLOCK + e0;
+    const Bits* stored = static_cast<const Bits*>(args.ring) + int64_t{slots[i]} * BLOCK + e0;
     const int column = b * BLOCK + e0, left = layer.columns - column;
-    Bits* to = static_cast<Bits*>(args.out) + int64_t{n} * layer.columns + column;
-    auto bits = load<Vector<Bits, kOf>>(from);
+    Bits* target = static_cast<Bits*>(args.out) + int64_t{n} * layer.columns + column;
+    auto bits = load<Vector<Bits, kLaneElements>>(stored);
     RPG_UNROLL
-    for (int e = 0; e < kOf; ++e) {
-      const uint32_t value = as_bits(T::load(bits.of[e]) * args.scale);
-      bits.of[e] = T::store(as_float(value ^ element_sign(layer, word, e0 + e)));
+    for (int e = 0; e < kLaneElements; ++e) {
+      const uint32_t value = as_bits(T::load(bits.value[e]) * args.scale);
+      bits.value[e] = T::store(as_float(value ^ element_sign(layer, word, e0 + e)));
     }
     if (args.aligned) {
-      if (left > 0) store(to, bits);
+      if (left > 0) store(target, bits);
       continue;
     }
     RPG_UNROLL
-    for (int e = 0; e < kOf; ++e) {
-      if (e < left) to[e] = bits.of[e];
+    for (int e = 0; e < kLaneElements; ++e) {
+      if (e < left) target[e] = bits.value[e];
     }
   }
 }
@@ -120,7 +120,7 @@ RPG_CALLED Use use_of(const Layer& layer, uint32_t slot, int64_t use) {
     if (layer.law.permute) unpermute(layer.law.permutation, p);
     return {p[0], true};
   }
-  // Of each round of the windows along the ring: one cell, in it one position of each lap.
+  // Of each pass of the windows along the ring: one cell, in it one position of each lap.
   const WindowBand& law = layer.law;
   const uint32_t laps = law.by_laps.divisor, log = law.scramble.bits + 3;
   const int64_t unwrapped = sub_mod(slot, law.base, slots) + use / laps * slots;
@@ -149,27 +149,28 @@ template <class T, int BLOCK>
 RPG_KERNEL(kThreads, 2)
 pack_kernel(RPG_ARGS PackKernelArgs args) {
   using Bits = typename T::Bits;
-  constexpr int kOf = BLOCK / kLanes;
+  constexpr int kLaneElements = BLOCK / kLanes;
   const Layer& layer = args.layer;
   const int64_t slots = layer.law.by_slots.divisor;
-  const int lane = thread() % kLanes, e0 = lane * kOf, group = thread() % kWarp / kLanes * kLanes;
-  const int64_t slot = int64_t{block_x()} * kGroups + thread() / kLanes;
+  const int lane = thread() % kLanes, e0 = lane * kLaneElements,
+            group = thread() % kWarp / kLanes * kLanes;
+  const int64_t slot = int64_t{cta_x()} * kGroups + thread() / kLanes;
   const int64_t uses = uses_of(layer);
   const bool aligned = args.aligned;
-  float sum[kOf] = {};
+  float sum[kLaneElements] = {};
   // All lanes of a warp go on, since they exchange what they inverted.
   for (int64_t first = 0; first < uses; first += kLanes) {
-    Use mine = {0, false};
+    Use own_use = {0, false};
     if (slot < slots && first + lane < uses) {
-      mine = use_of(layer, static_cast<uint32_t>(slot), first + lane);
+      own_use = use_of(layer, static_cast<uint32_t>(slot), first + lane);
     }
     for (int k = 0; k < kLanes; ++k) {
-      const uint32_t p = shuffle(mine.p, group + k);
-      const bool valid = shuffle(mine.valid, group + k);
+      const uint32_t p = shuffle(own_use.p, group + k);
+      const bool valid = shuffle(own_use.valid, group + k);
       if (!valid) continue;
       int n, b;
       if (layer.windows) {
-        const Column column = column_at(layer.law, p);
+        const ColumnPiece column = column_piece_at(layer.law, p);
         n = static_cast<int>(column.row), b = static_cast<int>(column.block);
       } else {
         n = static_cast<int>(p / layer.blocks), b = static_cast<int>(p - n * layer.blocks);
@@ -177,63 +178,66 @@ pack_kernel(RPG_ARGS PackKernelArgs args) {
       const int w = layer.reflect == Reflect::kElement ? e0 / 32 : 0;
       const uint32_t word = layer.reflect == Reflect::kNone ? 0 : sign_word(layer, w, p);
       const int column = b * BLOCK + e0, left = layer.columns - column;
-      const Bits* from = static_cast<const Bits*>(args.dense) + int64_t{n} * layer.columns + column;
-      Vector<Bits, kOf> bits{};
+      const Bits* values =
+          static_cast<const Bits*>(args.dense) + int64_t{n} * layer.columns + column;
+      Vector<Bits, kLaneElements> bits{};
       if (aligned) {
-        if (left > 0) bits = load<Vector<Bits, kOf>>(from);
+        if (left > 0) bits = load<Vector<Bits, kLaneElements>>(values);
       } else {
         RPG_UNROLL
-        for (int e = 0; e < kOf; ++e) {
-          if (e < left) bits.of[e] = from[e];
+        for (int e = 0; e < kLaneElements; ++e) {
+          if (e < left) bits.value[e] = values[e];
         }
       }
       RPG_UNROLL
-      for (int e = 0; e < kOf; ++e) {
-        sum[e] += as_float(as_bits(T::load(bits.of[e])) ^ element_sign(layer, word, e0 + e));
+      for (int e = 0; e < kLaneElements; ++e) {
+        sum[e] += as_float(as_bits(T::load(bits.value[e])) ^ element_sign(layer, word, e0 + e));
       }
     }
   }
   if (slot >= slots) return;
-  float* to = args.grad + slot * BLOCK + e0;
+  float* grad = args.grad + slot * BLOCK + e0;
   RPG_UNROLL
-  for (int e = 0; e < kOf; ++e) {
+  for (int e = 0; e < kLaneElements; ++e) {
     const float value = sum[e] * args.scale;
-    to[e] = args.add ? to[e] + value : value;
+    grad[e] = args.add ? grad[e] + value : value;
   }
 }
 
 template <class T, int BLOCK>
 void run_unpack(const LayerLaw& law, const CudaUnpackArgs& args) {
   for (int64_t band = 0; band < bands_of(law); ++band) {
-    UnpackKernelArgs to{};
-    to.layer = layer_of(law, args.columns, band);
-    to.ring = args.ring;
+    UnpackKernelArgs kernel_args{};
+    kernel_args.layer = layer_of(law, args.columns, band);
+    kernel_args.ring = args.ring;
     const int64_t first = band * law.rows_per_band * args.columns;
-    to.out = static_cast<typename T::Bits*>(args.out) + first;
-    to.scale = static_cast<float>(args.scale);
-    constexpr int kOf = BLOCK / kLanes, kBytes = kOf * sizeof(typename T::Bits);
-    to.aligned = args.columns % kOf == 0 && reinterpret_cast<uintptr_t>(args.out) % kBytes == 0;
-    const int64_t total = int64_t{to.layer.rows} * to.layer.blocks;
+    kernel_args.out = static_cast<typename T::Bits*>(args.out) + first;
+    kernel_args.scale = static_cast<float>(args.scale);
+    constexpr int kLaneElements = BLOCK / kLanes, kBytes = kLaneElements * sizeof(typename T::Bits);
+    kernel_args.aligned =
+        args.columns % kLaneElements == 0 && reinterpret_cast<uintptr_t>(args.out) % kBytes == 0;
+    const int64_t total = int64_t{kernel_args.layer.rows} * kernel_args.layer.blocks;
     launch(unpack_kernel<T, BLOCK>, {static_cast<int>((total + kThreads - 1) / kThreads), 1, 1},
-           kThreads, 4 * kThreads, args.stream, to);
+           kThreads, 4 * kThreads, args.stream, kernel_args);
   }
 }
 
 template <class T, int BLOCK>
 void run_pack(const LayerLaw& law, const CudaPackArgs& args) {
   for (int64_t band = 0; band < bands_of(law); ++band) {
-    PackKernelArgs to{};
-    to.layer = layer_of(law, args.columns, band);
+    PackKernelArgs kernel_args{};
+    kernel_args.layer = layer_of(law, args.columns, band);
     const int64_t first = band * law.rows_per_band * args.columns;
-    to.dense = static_cast<const typename T::Bits*>(args.dense) + first;
-    to.grad = args.grad;
-    to.scale = static_cast<float>(args.scale);
-    to.add = band > 0;
-    constexpr int kOf = BLOCK / kLanes, kBytes = kOf * sizeof(typename T::Bits);
-    to.aligned = args.columns % kOf == 0 && reinterpret_cast<uintptr_t>(args.dense) % kBytes == 0;
+    kernel_args.dense = static_cast<const typename T::Bits*>(args.dense) + first;
+    kernel_args.grad = args.grad;
+    kernel_args.scale = static_cast<float>(args.scale);
+    kernel_args.add = band > 0;
+    constexpr int kLaneElements = BLOCK / kLanes, kBytes = kLaneElements * sizeof(typename T::Bits);
+    kernel_args.aligned =
+        args.columns % kLaneElements == 0 && reinterpret_cast<uintptr_t>(args.dense) % kBytes == 0;
     const int64_t slots = law.slots;
     launch(pack_kernel<T, BLOCK>, {static_cast<int>((slots + kGroups - 1) / kGroups), 1, 1},
-           kThreads, 0, args.stream, to);
+           kThreads, 0, args.stream, kernel_args);
   }
 }
 

@@ -18,16 +18,16 @@ struct Site {
 // An access by one thread.
 struct Access {
   Site site;
-  int block, thread, offset, bytes;
+  int cta, thread, offset, bytes;
 };
 
 // While it is not null, accesses of this host thread's launches go there.
 extern thread_local std::vector<Access>* accesses;
 
-void write_down(const void* at, int bytes, const Site& site);
+void write_down(const void* address, int bytes, const Site& site);
 
-inline void note(const void* at, int bytes, const Site& site) {
-  if (accesses) write_down(at, bytes, site);
+inline void note(const void* address, int bytes, const Site& site) {
+  if (accesses) write_down(address, bytes, site);
 }
 
 }  // namespace rpg::simt

@@ -1,6 +1,6 @@
 // Fibers, barriers and warps of csrc/simt/device.h.
 
-#include "device.h"
+#include "simt/device.h"
 
 #include <ucontext.h>
 
@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "../cpu/number.h"
+#include "law/number.h"
 
 namespace rpg::simt {
 
@@ -19,9 +19,9 @@ namespace {
 constexpr size_t kStack = 1 << 16;
 constexpr int kPoison = 0xFF;  // a NaN in every type
 
-struct Copy {
-  void* to;
-  const void* from;
+struct AsyncCopy {
+  void* target;
+  const void* source;
   bool valid;
 };
 
@@ -31,8 +31,8 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   State state = State::kReady;
-  std::vector<Copy> open;                 // not committed
-  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<AsyncCopy> open;                 // not committed
+  std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
 };
 
 using Combine = void (*)(const void* const (&args)[kWarp]);
@@ -43,9 +43,9 @@ struct Warp {
   int arrived = 0;
 };
 
-class Block {
+class Cta {
  public:
-  Block(int threads, int shared, uint64_t order, const std::function<void()>& body)
+  Cta(int threads, int shared, uint64_t order, const std::function<void()>& body)
       : threads_(threads), shared_(shared), body_(body), random_(order), seed_(order) {
     memory_.resize(shared + 16);
     fibers_.resize(threads);
@@ -66,7 +66,7 @@ class Block {
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
       fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Block::enter), 0);
+      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Cta::enter), 0);
     }
     for (int done = 0; done < threads_;) {
       shuffle();
@@ -76,7 +76,7 @@ class Block {
       done = static_cast<int>(std::count_if(
           fibers_.begin(), fibers_.end(), [](const Fiber& f) { return f.state == State::kDone; }));
       if (!moved && done < threads_) {
-        throw std::logic_error("threads of a block wait for each other at different places");
+        throw std::logic_error("threads of a CTA wait for each other at different places");
       }
     }
   }
@@ -106,21 +106,21 @@ class Block {
   }
 
   static void enter() {
-    Block& block = *active;
+    Cta& cta = *active;
     try {
-      block.body_();
+      cta.body_();
     } catch (...) {
-      block.error_ = std::current_exception();
+      cta.error_ = std::current_exception();
     }
-    block.fibers_[block.current_].state = State::kDone;
+    cta.fibers_[cta.current_].state = State::kDone;
     // Threads that returned are not waited for.
-    if (block.waiting_ && block.waiting_ == block.live()) block.release_barrier();
+    if (cta.waiting_ && cta.waiting_ == cta.live()) cta.release_barrier();
   }
 
   // Copies may arrive at any time from their beginning to the wait: in odd orders at once.
   bool copies_at_once() const { return seed_ % 2 == 1; }
 
-  static thread_local Block* active;
+  static thread_local Cta* active;
 
   int current_ = 0, number_ = 0, x_ = 0, y_ = 0, z_ = 0;
   int threads_, shared_;
@@ -151,15 +151,15 @@ class Block {
   // Every lane as far as it gets without the other warps.
   bool run_warp(int warp) {
     bool moved = false;
-    for (bool again = true; again && !error_;) {
-      again = false;
+    for (bool moving = true; moving && !error_;) {
+      moving = false;
       for (int k = 0; k < kWarp; ++k) {
         const int i = warp * kWarp + lanes_[k];
         if (fibers_[i].state != State::kReady) continue;
         current_ = i;
         swapcontext(&scheduler_, &fibers_[i].context);
         if (error_) return true;
-        again = moved = true;
+        moving = moved = true;
       }
     }
     return moved;
@@ -187,34 +187,34 @@ class Block {
   std::exception_ptr error_;
 };
 
-thread_local Block* Block::active = nullptr;
+thread_local Cta* Cta::active = nullptr;
 
-Fiber& fiber() { return Block::active->fibers_[Block::active->current_]; }
+Fiber& fiber() { return Cta::active->fibers_[Cta::active->current_]; }
 
 void combine_nothing(const void* const (&)[kWarp]) {}
 
 void combine_matrices(const void* const (&args)[kWarp]) {
-  const auto of = [&](int lane) -> const MatrixArgs& {
+  const auto args_of = [&](int lane) -> const MatrixArgs& {
     return *static_cast<const MatrixArgs*>(args[lane]);
   };
   for (int lane = 0; lane < kWarp; ++lane) {
     for (int matrix = 0; matrix < 4; ++matrix) {
-      const char* row = static_cast<const char*>(of(8 * matrix + lane / 4).from);
-      std::memcpy(of(lane).to + matrix, row + 4 * (lane % 4), 4);
+      const char* row = static_cast<const char*>(args_of(8 * matrix + lane / 4).row);
+      std::memcpy(args_of(lane).out + matrix, row + 4 * (lane % 4), 4);
     }
   }
 }
 
 void combine_transposed(const void* const (&args)[kWarp]) {
-  const auto of = [&](int lane) -> const MatrixArgs& {
+  const auto args_of = [&](int lane) -> const MatrixArgs& {
     return *static_cast<const MatrixArgs*>(args[lane]);
   };
   for (int lane = 0; lane < kWarp; ++lane) {
     for (int matrix = 0; matrix < 4; ++matrix) {
-      char* const to = reinterpret_cast<char*>(of(lane).to + matrix);
+      char* const out = reinterpret_cast<char*>(args_of(lane).out + matrix);
       for (int half = 0; half < 2; ++half) {
-        const void* row = of(8 * matrix + 2 * (lane % 4) + half).from;
-        std::memcpy(to + 2 * half, static_cast<const char*>(row) + 2 * (lane / 4), 2);
+        const void* row = args_of(8 * matrix + 2 * (lane % 4) + half).row;
+        std::memcpy(out + 2 * half, static_cast<const char*>(row) + 2 * (lane / 4), 2);
       }
     }
   }
@@ -222,21 +222,21 @@ void combine_transposed(const void* const (&args)[kWarp]) {
 
 struct ShuffleArgs {
   uint32_t value;
-  int from;
-  uint32_t* to;
+  int lane;
+  uint32_t* out;
 };
 
 void combine_shuffle(const void* const (&args)[kWarp]) {
   for (int lane = 0; lane < kWarp; ++lane) {
-    const ShuffleArgs& mine = *static_cast<const ShuffleArgs*>(args[lane]);
-    *mine.to = static_cast<const ShuffleArgs*>(args[mine.from % kWarp])->value;
+    const ShuffleArgs& own = *static_cast<const ShuffleArgs*>(args[lane]);
+    *own.out = static_cast<const ShuffleArgs*>(args[own.lane % kWarp])->value;
   }
 }
 
 // c [16, 8] += a [16, 16] b [16, 8]; fragments as PTX describes them for mma.m16n8k16.
 template <class T>
 void combine_multiply(const void* const (&args)[kWarp]) {
-  const auto of = [&](int lane) -> const MultiplyArgs& {
+  const auto args_of = [&](int lane) -> const MultiplyArgs& {
     return *static_cast<const MultiplyArgs*>(args[lane]);
   };
   const auto half = [](uint32_t pair, int k) {
@@ -245,56 +245,57 @@ void combine_multiply(const void* const (&args)[kWarp]) {
   float a[16][16], b[16][8];
   for (int r = 0; r < 16; ++r) {
     for (int k = 0; k < 16; ++k) {
-      a[r][k] = half(of(r % 8 * 4 + k % 8 / 2).a[r / 8 + 2 * (k / 8)], k);
+      a[r][k] = half(args_of(r % 8 * 4 + k % 8 / 2).a[r / 8 + 2 * (k / 8)], k);
     }
   }
   for (int k = 0; k < 16; ++k) {
-    for (int n = 0; n < 8; ++n) b[k][n] = half(of(4 * n + k % 8 / 2).b[k / 8], k);
+    for (int n = 0; n < 8; ++n) b[k][n] = half(args_of(4 * n + k % 8 / 2).b[k / 8], k);
   }
   for (int r = 0; r < 16; ++r) {
     for (int n = 0; n < 8; ++n) {
-      float& c = of(r % 8 * 4 + n / 2).c[r / 8 * 2 + n % 2];
+      float& c = args_of(r % 8 * 4 + n / 2).c[r / 8 * 2 + n % 2];
       for (int k = 0; k < 16; ++k) c += a[r][k] * b[k][n];
     }
   }
 }
 
-void finish(const Copy& copy) {
+void finish(const AsyncCopy& copy) {
   if (copy.valid) {
-    std::memcpy(copy.to, copy.from, 16);
+    std::memcpy(copy.target, copy.source, 16);
   } else {
-    std::memset(copy.to, 0, 16);
+    std::memset(copy.target, 0, 16);
   }
 }
 
 }  // namespace
 
-int thread() { return Block::active->current_; }
-int block_x() { return Block::active->x_; }
-int block_y() { return Block::active->y_; }
-int block_z() { return Block::active->z_; }
-void sync() { Block::active->at_barrier(); }
-void sync_warp() { Block::active->at_warp(nullptr, combine_nothing); }
-char* shared_memory() { return Block::active->memory(); }
-int shared_bytes() { return Block::active->shared_; }
+int thread() { return Cta::active->current_; }
+int cta_x() { return Cta::active->x_; }
+int cta_y() { return Cta::active->y_; }
+int cta_z() { return Cta::active->z_; }
+void sync() { Cta::active->at_barrier(); }
+void sync_warp() { Cta::active->at_warp(nullptr, combine_nothing); }
+char* shared_memory() { return Cta::active->memory(); }
+int shared_bytes() { return Cta::active->shared_; }
 
 thread_local std::vector<Access>* accesses = nullptr;
 
-void write_down(const void* at, int bytes, const Site& site) {
-  if (!Block::active) return;
-  Block& block = *Block::active;
-  const ptrdiff_t offset = static_cast<const char*>(at) - block.memory();
-  if (offset < 0 || offset >= block.shared_) return;  // not in shared memory
-  accesses->push_back({site, block.number_, block.current_, static_cast<int>(offset), bytes});
+void write_down(const void* address, int bytes, const Site& site) {
+  if (!Cta::active) return;
+  Cta& cta = *Cta::active;
+  const ptrdiff_t offset = static_cast<const char*>(address) - cta.memory();
+  if (offset < 0 || offset >= cta.shared_) return;  // not in shared memory
+  accesses->push_back({site, cta.number_, cta.current_, static_cast<int>(offset), bytes});
 }
 
-void copy_async(void* to, const void* from, bool valid, Site site) {
-  note(to, 16, site);
-  if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) {
+void copy_async(void* target, const void* source, bool valid, Site site) {
+  note(target, 16, site);
+  if (reinterpret_cast<uintptr_t>(target) % 16 ||
+      (valid && reinterpret_cast<uintptr_t>(source) % 16)) {
     throw std::logic_error("an asynchronous copy is not aligned to 16 bytes");
   }
-  const Copy copy{to, from, valid};
-  if (Block::active->copies_at_once()) return finish(copy);
+  const AsyncCopy copy{target, source, valid};
+  if (Cta::active->copies_at_once()) return finish(copy);
   fiber().open.push_back(copy);
 }
 
@@ -304,27 +305,27 @@ void commit_copies() {
 }
 
 void wait_copies_but(int groups) {
-  auto& all = fiber().groups;
-  while (static_cast<int>(all.size()) > groups) {
-    for (const Copy& copy : all.front()) finish(copy);
-    all.erase(all.begin());
+  auto& committed = fiber().groups;
+  while (static_cast<int>(committed.size()) > groups) {
+    for (const AsyncCopy& copy : committed.front()) finish(copy);
+    committed.erase(committed.begin());
   }
 }
 
-void load_matrices(const MatrixArgs& args) { Block::active->at_warp(&args, combine_matrices); }
-void load_transposed(const MatrixArgs& args) { Block::active->at_warp(&args, combine_transposed); }
+void load_matrices(const MatrixArgs& args) { Cta::active->at_warp(&args, combine_matrices); }
+void load_transposed(const MatrixArgs& args) { Cta::active->at_warp(&args, combine_transposed); }
 void multiply_bfloat16(const MultiplyArgs& args) {
-  Block::active->at_warp(&args, combine_multiply<Bfloat16>);
+  Cta::active->at_warp(&args, combine_multiply<Bfloat16>);
 }
 void multiply_float16(const MultiplyArgs& args) {
-  Block::active->at_warp(&args, combine_multiply<Float16>);
+  Cta::active->at_warp(&args, combine_multiply<Float16>);
 }
 
-uint32_t shuffle(uint32_t value, int from) {
-  uint32_t to = 0;
-  const ShuffleArgs args{value, from, &to};
-  Block::active->at_warp(&args, combine_shuffle);
-  return to;
+uint32_t shuffle(uint32_t value, int lane) {
+  uint32_t out = 0;
+  const ShuffleArgs args{value, lane, &out};
+  Cta::active->at_warp(&args, combine_shuffle);
+  return out;
 }
 
 bool arrive(unsigned* counter, unsigned parts) {
@@ -335,25 +336,25 @@ bool arrive(unsigned* counter, unsigned parts) {
 
 void launch(Grid grid, int threads, int shared_bytes, uint64_t order,
             const std::function<void()>& body) {
-  if (threads % kWarp) throw std::logic_error("a block has whole warps");
-  Block block(threads, shared_bytes, order, body);
-  std::vector<int> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
-  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = static_cast<int>(i);
+  if (threads % kWarp) throw std::logic_error("a CTA has whole warps");
+  Cta cta(threads, shared_bytes, order, body);
+  std::vector<int> ctas(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  for (size_t i = 0; i < ctas.size(); ++i) ctas[i] = static_cast<int>(i);
   std::mt19937_64 random(order);
-  if (order == 1) std::reverse(blocks.begin(), blocks.end());
-  if (order > 1) std::shuffle(blocks.begin(), blocks.end(), random);
-  Block* const outer = Block::active;
-  Block::active = &block;
+  if (order == 1) std::reverse(ctas.begin(), ctas.end());
+  if (order > 1) std::shuffle(ctas.begin(), ctas.end(), random);
+  Cta* const outer = Cta::active;
+  Cta::active = &cta;
   try {
-    for (int i : blocks) {
-      block.number_ = i;
-      block.run(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    for (int i : ctas) {
+      cta.number_ = i;
+      cta.run(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
     }
   } catch (...) {
-    Block::active = outer;
+    Cta::active = outer;
     throw;
   }
-  Block::active = outer;
+  Cta::active = outer;
 }
 
 }  // namespace rpg::simt

@@ -1,13 +1,13 @@
 // What kernels ask of a GPU, on the CPU: the same words as csrc/cuda/device.h, so that a kernel's
 // own source can be compiled by the host compiler and run in tests.
 //
-// A block's threads are fibers, run one at a time, in an order drawn from the launch's seed, each
-// until it waits: at a barrier of the block, or for the other lanes of its warp. Shared memory is
-// filled with NaNs before every block and checked at every index; asynchronous copies arrive when
+// A CTA's threads are fibers, run one at a time, in an order drawn from the launch's seed, each
+// until it waits: at a barrier of the CTA, or for the other lanes of its warp. Shared memory is
+// filled with NaNs before every CTA and checked at every index; asynchronous copies arrive when
 // they are waited for, not before, in odd orders at once. So a missing barrier or wait, an index
 // out of range and a read of what nobody wrote all change results, or stop the launch with an
-// exception (tests/backends/cuda/simt_device.cpp has such kernels). On request, accesses to shared memory are
-// written down, so that tests can count conflicts between banks.
+// exception (tests/backends/cuda/simt_device.cpp has such kernels). On request, accesses to shared
+// memory are written down, so that tests can count conflicts between banks.
 
 #pragma once
 
@@ -17,65 +17,56 @@
 #include <stdexcept>
 #include <string>
 
-#include "accesses.h"
+#include "simt/accesses.h"
 
 #define RPG_DEVICE simt
 #define RPG_FUNCTION static inline
 #define RPG_CALLED [[maybe_unused]] static
 #define RPG_ARGS const
-#define RPG_KERNEL(THREADS, BLOCKS) static void
+#define RPG_KERNEL(THREADS, CTAS) static void
 #define RPG_UNROLL
 #define RPG_LOOP
 
-namespace rpg::simt {
+#include "cuda/device_types.h"
 
-constexpr int kWarp = 32;
+namespace rpg::simt {
 
 struct uint4 {
   uint32_t x, y, z, w;
-};
-
-struct Grid {
-  int x, y, z;
 };
 
 // An index, and where it is used.
 struct Index {
   int i;
   Site site;
-  Index(int index, Site at = {}) : i(index), site(at) {}
+  Index(int index, Site use = {}) : i(index), site(use) {}
 };
 
-// N numbers that are read and written at once, at an address that is a multiple of their size.
-template <class T, int N>
-struct alignas(N * sizeof(T)) Vector {
-  T of[N];
-};
 template <class V>
-RPG_FUNCTION V load(const void* from, Site site = {}) {
-  if (reinterpret_cast<uintptr_t>(from) % alignof(V)) {
+RPG_FUNCTION V load(const void* source, Site site = {}) {
+  if (reinterpret_cast<uintptr_t>(source) % alignof(V)) {
     throw std::logic_error("a load is not aligned to its " + std::to_string(alignof(V)) + " bytes");
   }
   V value;
-  note(from, sizeof value, site);
-  std::memcpy(&value, from, sizeof value);
+  note(source, sizeof value, site);
+  std::memcpy(&value, source, sizeof value);
   return value;
 }
 template <class V>
-RPG_FUNCTION void store(void* to, const V& value, Site site = {}) {
-  if (reinterpret_cast<uintptr_t>(to) % alignof(V)) {
+RPG_FUNCTION void store(void* target, const V& value, Site site = {}) {
+  if (reinterpret_cast<uintptr_t>(target) % alignof(V)) {
     throw std::logic_error("a store is not aligned to its " + std::to_string(alignof(V)) +
                            " bytes");
   }
-  note(to, sizeof value, site);
-  std::memcpy(to, &value, sizeof value);
+  note(target, sizeof value, site);
+  std::memcpy(target, &value, sizeof value);
 }
 
 // The thread that runs now.
 int thread();
-int block_x();
-int block_y();
-int block_z();
+int cta_x();
+int cta_y();
+int cta_z();
 
 void sync();
 void sync_warp();
@@ -83,7 +74,7 @@ void sync_warp();
 char* shared_memory();
 int shared_bytes();
 
-// Part of the block's shared memory; begins at a multiple of 16 bytes.
+// Part of the CTA's shared memory; begins at a multiple of 16 bytes.
 template <class T>
 class Shared {
  public:
@@ -95,25 +86,25 @@ class Shared {
                               " elements at byte " + std::to_string(offset) + " does not fit");
     }
   }
-  T& operator[](Index at) const {
-    check(at.i);
-    note(data_ + at.i, sizeof(T), at.site);
-    return data_[at.i];
+  T& operator[](Index index) const {
+    check(index.i);
+    note(data_ + index.i, sizeof(T), index.site);
+    return data_[index.i];
   }
   // `count` elements from i on, as one access.
-  T* at(int i, int count) const {
+  T* span(int i, int count) const {
     if (count > 0) check(i), check(i + count - 1);
     return data_ + i;
   }
   // What begins with element i.
-  Shared from(int i) const {
+  Shared tail(int i) const {
     Shared out(*this);
     check(i);
     out.data_ += i, out.size_ -= i;
     return out;
   }
   // What begins after so many bytes, of whole elements.
-  Shared behind(int bytes) const { return from(bytes / static_cast<int>(sizeof(T))); }
+  Shared tail_at_byte(int bytes) const { return tail(bytes / static_cast<int>(sizeof(T))); }
 
  private:
   void check(int i) const {
@@ -127,11 +118,12 @@ class Shared {
 };
 
 // 16 bytes from global to shared memory, zeros unless `valid`; both addresses aligned.
-void copy_async(void* to, const void* from, bool valid, Site site = {});
+void copy_async(void* target, const void* source, bool valid, Site site = {});
 // The same of 16 bytes AT bytes behind both addresses.
-template <int AT>
-inline void copy_async(void* to, const void* from, Site site = {}) {
-  copy_async(static_cast<char*>(to) + AT, static_cast<const char*>(from) + AT, true, site);
+template <int OFFSET>
+inline void copy_async(void* target, const void* source, Site site = {}) {
+  copy_async(static_cast<char*>(target) + OFFSET, static_cast<const char*>(source) + OFFSET, true,
+             site);
 }
 void commit_copies();
 void wait_copies_but(int groups);
@@ -141,13 +133,8 @@ inline void wait_copies() {
 }
 
 struct MatrixArgs {
-  uint32_t* to;      // [4]
-  const void* from;  // 16 bytes
-};
-struct MultiplyArgs {
-  float* c;           // [4]
-  const uint32_t* a;  // [4]
-  const uint32_t* b;  // [2]
+  uint32_t* out;    // [4]
+  const void* row;  // 16 bytes
 };
 void load_matrices(const MatrixArgs& args);
 void load_transposed(const MatrixArgs& args);
@@ -156,19 +143,19 @@ void multiply_float16(const MultiplyArgs& args);
 
 // ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the next of
 // row l / 4 of each.
-inline void load_matrices(uint32_t (&to)[4], const void* row, Site site = {}) {
+inline void load_matrices(uint32_t (&out)[4], const void* row, Site site = {}) {
   note(row, 16, site);
-  load_matrices({to, row});
+  load_matrices({out, row});
 }
 
 // The same of the matrices transposed: elements 2 (l % 4) and the next of column l / 4.
-inline void load_transposed(uint32_t (&to)[4], const void* row, Site site = {}) {
+inline void load_transposed(uint32_t (&out)[4], const void* row, Site site = {}) {
   note(row, 16, site);
-  load_transposed({to, row});
+  load_transposed({out, row});
 }
 
-// What lane `from` of the warp gives; all lanes take part.
-uint32_t shuffle(uint32_t value, int from);
+// What lane `lane` of the warp gives; all lanes take part.
+uint32_t shuffle(uint32_t value, int lane);
 
 // Counts to `parts`: true for the last, and the count is 0 again.
 bool arrive(unsigned* counter, unsigned parts);
@@ -189,7 +176,7 @@ inline uint32_t byte_twice(uint32_t x, int i) { return (x >> 8 * i & 255) * 0x10
 
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
-// Runs `body` once for each thread of each block.
+// Runs `body` once for each thread of each CTA.
 void launch(Grid grid, int threads, int shared_bytes, uint64_t order,
             const std::function<void()>& body);
 

@@ -75,6 +75,7 @@ def main() -> None:
         "right": [name for name, right in results.items() if right],
         "wrong": [name for name, right in results.items() if not right],
         "cuda": cuda_error(native),
+        "parts": [name for name in ("cuda", "simt") if hasattr(native, name)],
         "torch": importlib.util.find_spec("torch") is not None,
     }
     print(json.dumps(found))

@@ -86,7 +86,8 @@ def test_a_compiler_that_fails(
 def test_a_compiler_that_fails_at_one_file(
     room: Room, source: Path, compiler: Path, tmp_path: Path
 ) -> None:
-    body = 'case "$*" in *csrc/bindings.cpp*) echo "c++: error: out of memory" >&2; exit 1;; esac'
+    error = 'echo "c++: error: out of memory" >&2; exit 1'
+    body = f'case "$*" in *csrc/bindings/module.cpp*) {error};; esac'
     broken = script(tmp_path / "c++", f'{body}\nexec {compiler} "$@"')
     said = refused(room, source, CXX=broken, RPG_KERNELS_BUILD="cpu")
     assert said == "compiling the compiled half failed: c++: error: out of memory"
@@ -94,10 +95,10 @@ def test_a_compiler_that_fails_at_one_file(
 
 @needs_compiler
 def test_an_error_in_the_source(room: Room, source: Path, compiler: Path) -> None:
-    with (source / "csrc" / "law.h").open("a") as file:
+    with (source / "csrc" / "law" / "ring.h").open("a") as file:
         file.write("inline int broken() { return not_declared; }\n")
     said = refused(room, source, CXX=compiler, RPG_KERNELS_BUILD="cpu")
-    where = r"law\.h:\d+:\d+: error: \W*not_declared"
+    where = r"ring\.h:\d+:\d+: error: \W*not_declared"
     assert re.match(rf"compiling the compiled half failed: \S*{where}", said)
     assert said.count("error:") == 1, "once for every instruction set"
 

@@ -197,6 +197,7 @@ def test_editable(builder: Room, compiler: Path, tmp_path: Path) -> None:
     assert found["wrong"] == []
     best = next(isa for isa in ISAS if has(isa))
     assert found["build"]["isas"] == [best]
+    assert (found["build"]["simt"], found["parts"]) == (True, ["cuda", "simt"])
     if shutil.which("nvcc"):
         sources = list((source / "csrc" / "cuda").glob("*.cu"))
         assert device_code(module) == [own_gpu() or "sm_90a"] * len(sources)

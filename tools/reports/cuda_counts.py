@@ -49,17 +49,17 @@ _COMMON = {
         region("entries.h", "if (PLAIN) return visit_lap<2, true>", until=";"),
         region("entries.h", "i += 2 * kWarps) {"),
     ],
-    "single runs": [region("entries.h", "for (int i = warp; i < chunks;", until=");")],
+    "single runs": [region("entries.h", "for (int i = warp; i < stretches;", until=");")],
     "eighth round": [region("entries.h", "&& s.rounds == kMaxRounds)", until=";")],
     "rows": [region("entries.h", "void row_entries(")],
     "units": [region("columns.h", "void prepare_windows(")],
-    "chunks": [region("columns.h", "void prepare_chunks(")],
+    "stretches": [region("columns.h", "void prepare_stretches(")],
     "windows": [region("stage.h", "void fill_windows(")],
-    "copies": [region("stage.h", "pass + 8 <= layout.passes")],
+    "copies": [region("stage.h", "turn + 8 <= layout.turns")],
     "wrapped": [
         region("stage.h", "void fill_wrapped("),
         region("stage.h", "fill_wrapped(layout, bank", until=";"),
-        region("stage.h", "for (; pass < layout.passes;"),
+        region("stage.h", "for (; turn < layout.turns;"),
     ],
     "prepared": [region("stage.h", "void prepare_rows(")],
     "blocks": [region("stage.h", "void fill_rows("), region("stage.h", "void fill_ring(")],
@@ -80,14 +80,14 @@ LINEAR = {
         region("linear_products.h", "place < used; place += kThreads) {"),
     ],
     "steps": [region("linear_products.h", "for (int c = 0; c < chunks; ++c) {")],
-    "sums": [region("linear.cu", "for (int k = 0; k < Sh::kRows; ++k) {")],
+    "sums": [region("linear.cu", "for (int k = 0; k < Sizes::kRows; ++k) {")],
 }
 INPUT_GRAD = {
     **_COMMON,
     "cut": [
         region("input_grad_permute.h", "void clear("),
         region("input_grad_permute.h", "if (cut) {"),
-        region("input_grad_permute.h", "if (cut) to.flag", until=";"),
+        region("input_grad_permute.h", "if (cut) memory.flag", until=";"),
         region("input_grad_permute.h", "i < places; i += kThreads) {"),
         region("input_grad_fma.h", "void clear_unread("),
     ],
@@ -102,22 +102,24 @@ INPUT_GRAD = {
         region("input_grad_mma.h", "for (; i < steps; ++i)", until=";"),
         region("input_grad_mma.h", "multiply_slots<Math, BATCH, LAPS, 32>", until=";"),
     ],
-    "row slots": [region("input_grad_mma.h", "at < tile.rows; at += 16 * share.parts) {")],
-    "clear": [region("input_grad_fma.h", "i < terms * L::kOf; i += kThreads) {")],
+    "row slots": [region("input_grad_mma.h", "first < tile.rows; first += 16 * share.parts) {")],
+    "clear": [region("input_grad_fma.h", "i < terms * DyVectors::kVectorRows; i += kThreads) {")],
     "laps": [region("input_grad_fma.h", "for (int lap = 0; lap < laps; ++lap) {")],
     "terms": [
         region(
-            "input_grad_fma.h", "const float sign = sign_of(from.entry[i]);", until="store(at, v);"
+            "input_grad_fma.h",
+            "const float sign = sign_of(memory.entry[i]);",
+            until="store(target, v);",
         )
     ],
     "products": [region("input_grad_fma.h", "term < terms; term += parts) {")],
-    "whole": [region("linear_input_grad.cu", "T::store(total * args.scale);", until=";")],
+    "whole": [region("linear_input_grad.cu", "Number::store(total * args.scale);", until=";")],
     "fours": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;")],
     "parts": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;", nth=1)],
     "parts of a sum": [region("input_grad_fma.h", "part < kThreads / pairs; ++part) {")],
 }
 PHASES = {
-    "entries": ("runs", "units", "chunks", "rows", "ring slots", "prepared", "put rows"),
+    "entries": ("runs", "units", "stretches", "rows", "ring slots", "prepared", "put rows"),
     "products": (
         "fragments",
         "products",
@@ -172,7 +174,7 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
 _WINDOWS = (
     "runs",
     "units",
-    "chunks",
+    "stretches",
     "windows",
     "copies",
     "each window",
@@ -282,7 +284,7 @@ def per_weight(kernel: Kernel, case: Case, only: re.Pattern[str] | None = None) 
                 here = times / trips["laps"]
             if name == "units":  # by a warp, for 8 columns
                 here = times / WARPS / 8
-            if name == "chunks":  # by 64 threads, for 4 columns
+            if name == "stretches":  # by 64 threads, for 4 columns
                 here = times * 64 / STEP / 4
             totals[phase_of.get(inside or name, "column")] += here
         named: dict[str, list[Loop]] = {}

@@ -81,7 +81,7 @@ def code_of(name: str) -> int:
 
 
 def shared_bytes(name: str) -> str:
-    """What a block of threads has of a 14336 x 4096 layer on an H200, windows 256 x 4."""
+    """What a CTA has of a 14336 x 4096 layer on an H200, windows 256 x 4."""
     if name.startswith(("unpack", "pack", "ladder")):
         return "1024" if name.startswith("unpack") else "0"
     kernel = name.split("_kernel<")[0]
@@ -199,7 +199,7 @@ class Times:
     """Clocks of a column of a tile, and what they make of a call."""
 
     clocks: dict[str, float]
-    columns: int  # of the block of threads that has the most
+    columns: int  # of the CTA that has the most
     waves: int
 
     @property

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CUDA = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
+CUDA = CSRC / "cuda"
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 _PTXAS = re.compile(
     r"Compiling entry function '(\w+)'.*?"
@@ -107,7 +108,15 @@ def compile_source(source: Path, architecture: str, out: Path) -> str:
     Raises:
         RuntimeError: with the compiler's words.
     """
-    command = ["nvcc", f"-arch=sm_{architecture}", "-std=c++17", "-O3", "-cubin", "-lineinfo"]
+    command = [
+        "nvcc",
+        f"-arch=sm_{architecture}",
+        "-std=c++17",
+        "-O3",
+        "-cubin",
+        "-lineinfo",
+        f"-I{CSRC}",
+    ]
     done = subprocess.run(
         [*command, "-Xptxas=-v", "-Werror=all-warnings", "-o", str(out), str(source)],
         capture_output=True,

@@ -22,24 +22,26 @@ from rpg_kernels import native
 from tools.reports.cuda_sass import Line, Region, region
 
 WARP = 32
-H200 = (132, 227 * 1024)  # processors, bytes of shared memory that a block may have
+H200 = (132, 227 * 1024)  # processors, bytes of shared memory that a CTA may have
 
 _WINDOWS = {
     "windows: cp.async": [region("stage.h", "void fill_windows(")],
-    "chunks: read": [region("entries.h", "chunk[i] = load<Chunk>", until=";")],
+    "stretches: read": [region("entries.h", "stretch[i] = load<Stretch>", until=";")],
 }
 SITES = {
     "linear": {
         **_WINDOWS,
-        "x: cp.async": [region("linear_products.h", "copy_async(to.at(copy.to, 16)", until=";")],
-        "entries: write": [region("entries.h", "entry.behind(4 * row.first)", until=";")],
+        "x: cp.async": [
+            region("linear_products.h", "copy_async(x_stage.span(copy.target, 16)", until=";")
+        ],
+        "entries: write": [region("entries.h", "entry.tail_at_byte(4 * row.first)", until=";")],
         "blocks: ldmatrix": [region("linear_products.h", "load_matrices(a,", until=";")],
         "x: ldmatrix": [region("linear_products.h", "load_matrices(b[n][0],", until="b[n][1]")],
         "S: write": [
-            region("linear_products.h", "sums[lane.to[n] + 32 * half]", until=";"),
-            region("linear_products.h", "store(sums.at(lane.to[n]", until=";"),
+            region("linear_products.h", "sums[lane.sum[n] + 32 * half]", until=";"),
+            region("linear_products.h", "store(sums.span(lane.sum[n]", until=";"),
             region("linear_products.h", "s[spread_place(place", until=";"),
-            region("linear_products.h", "store(s.at(s_at(plane", until=";"),
+            region("linear_products.h", "store(s.span(s_at(plane", until=";"),
         ],
         "blocks: read (fp32)": [region("linear_products.h", "const auto w = load", until=";")],
         "x: read (fp32)": [
@@ -58,37 +60,43 @@ SITES = {
             region("input_grad_permute.h", "auto v = load<Vector<uint32_t, 4>>", until=";"),
         ],
         "P: write": [
-            region("input_grad_permute.h", "store(to.p.at(to_byte, 2)", until=";"),
-            region("input_grad_permute.h", "store(to.p.at(plane * 16", until=";"),
+            region("input_grad_permute.h", "store(memory.p.span(target_byte, 2)", until=";"),
+            region("input_grad_permute.h", "store(memory.p.span(plane * 16", until=";"),
         ],
-        "blocks: ldmatrix": [region("input_grad_mma.h", "load_transposed(a, blocks.at", until=";")],
+        "blocks: ldmatrix": [
+            region("input_grad_mma.h", "load_transposed(a, blocks.span", until=";")
+        ],
         "P: read": [
-            region("input_grad_mma.h", "load_transposed(b, from.p", until=";"),
+            region("input_grad_mma.h", "load_transposed(b, memory.p", until=";"),
             region("input_grad_mma.h", "b[0] = load<uint32_t>", until=";"),
             region("input_grad_mma.h", "b[1] = load<uint32_t>", until=";"),
         ],
         "T: read": [
-            region("input_grad_fma.h", "auto v = load<Vector<float, L::kOf>>(at)", until=";")
+            region(
+                "input_grad_fma.h",
+                "auto v = load<Vector<float, DyVectors::kVectorRows>>(target)",
+                until=";",
+            )
         ],
-        "T: write": [region("input_grad_fma.h", "store(at, v);", until=";")],
+        "T: write": [region("input_grad_fma.h", "store(target, v);", until=";")],
         "blocks: read (fp32)": [region("input_grad_fma.h", "const auto w = load", until=";")],
         "T: read by all": [region("input_grad_fma.h", "const auto v =", until=";")],
         "sums: write": [
-            region("input_grad_mma.h", "to[8 * half] = sum;", until=";"),
-            region("input_grad_mma.h", "to[m * kSumPitch", until=";"),
+            region("input_grad_mma.h", "target[8 * half] = sum;", until=";"),
+            region("input_grad_mma.h", "target[m * kSumPitch", until=";"),
             region("input_grad_fma.h", "= sum[0][m];", until=";"),
             region("input_grad_fma.h", "= sum[1][m];", until=";"),
         ],
         "sums: read": [
-            region("input_grad_mma.h", "Vector<float, OF> mma_total("),
+            region("input_grad_mma.h", "Vector<float, COUNT> mma_total("),
             region("input_grad_fma.h", "total += sums[", until=";"),
         ],
     },
     "linear_bank_grad": {
         "T: read": [
-            region("linear_bank_grad.cu", "auto v = load<Vector<float, 4>>(at)", until=";")
+            region("linear_bank_grad.cu", "auto v = load<Vector<float, 4>>(target)", until=";")
         ],
-        "T: write": [region("linear_bank_grad.cu", "store(at, v);", until=";")],
+        "T: write": [region("linear_bank_grad.cu", "store(target, v);", until=";")],
         "T: read by all": [region("linear_bank_grad.cu", "const auto v = load", until=";")],
     },
 }

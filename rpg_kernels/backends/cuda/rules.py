@@ -100,7 +100,10 @@ def unsupported_kind(
         return f"the CUDA kernels compute in float32, bfloat16 and float16, not in {dtype}"
     if not native.available():
         return native.why_not()
-    return _unsupported_gpu(device) if backend == "cuda" else ""
+    if backend == "simt":
+        absent = "this build has no simulator: it is part of development builds, `make test`"
+        return "" if hasattr(native.module(), "simt") else absent
+    return _unsupported_gpu(device)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/number.h"
+#include "law/number.h"
 #include "simt/device.h"
 
 using namespace rpg;
@@ -16,15 +16,15 @@ using namespace rpg::simt;
 
 namespace {
 
-constexpr int kThreads = 64, kBlocks = 3;
+constexpr int kThreads = 64, kCtas = 3;
 
 struct Args {
-  const float* in;    // [kThreads * 4], in[i] = i
-  float* out;         // [kBlocks, kThreads]
-  unsigned* counter;  // [1]
+  const float* input;  // [kThreads * 4], input[i] = i
+  float* out;          // [kBlocks, kThreads]
+  unsigned* counter;   // [1]
 };
 
-float& out(const Args& args) { return args.out[block_x() * kThreads + thread()]; }
+float& out(const Args& args) { return args.out[cta_x() * kThreads + thread()]; }
 
 // A neighbour's value, of another warp, through shared memory.
 template <bool BARRIER>
@@ -59,7 +59,7 @@ void reuse(Args args) {
 template <bool COMMIT, bool WAIT>
 void copy(Args args) {
   const Shared<float> s(0, kThreads * 4);
-  copy_async(s.at(4 * thread(), 4), args.in + 4 * thread(), true);
+  copy_async(s.span(4 * thread(), 4), args.input + 4 * thread(), true);
   if (COMMIT) commit_copies();
   if (WAIT) wait_copies<0>();
   sync();
@@ -74,7 +74,7 @@ void refill(Args args) {
   sync();
   const float first = s[4 * (kThreads - 1 - thread())];
   if (BARRIER) sync();
-  copy_async(s.at(4 * thread(), 4), args.in + 4 * thread(), true);
+  copy_async(s.span(4 * thread(), 4), args.input + 4 * thread(), true);
   commit_copies();
   wait_copies<0>();
   out(args) = first;
@@ -85,8 +85,8 @@ template <int GROUPS>
 void two_copies(Args args) {
   const Shared<float> s(0, 8 * kThreads);
   for (int i = 0; i < 2; ++i) {
-    const int at = 4 * (i * kThreads + thread());
-    copy_async(s.at(at, 4), args.in + 4 * thread(), i == 0);
+    const int index = 4 * (i * kThreads + thread());
+    copy_async(s.span(index, 4), args.input + 4 * thread(), i == 0);
     commit_copies();
   }
   wait_copies<GROUPS>();
@@ -95,7 +95,7 @@ void two_copies(Args args) {
 
 void misaligned_copy(Args args) {
   const Shared<float> s(0, kThreads * 4);
-  copy_async(s.at(4 * thread(), 4), args.in + 4 * thread() + 1, true);
+  copy_async(s.span(4 * thread(), 4), args.input + 4 * thread() + 1, true);
 }
 
 void beyond_the_end(Args args) {
@@ -110,7 +110,7 @@ void before_the_beginning(Args args) {
 
 void wide_beyond_the_end(Args args) {
   const Shared<float> s(0, kThreads);
-  std::memcpy(&out(args), s.at(kThreads - 3, 4), 4);
+  std::memcpy(&out(args), s.span(kThreads - 3, 4), 4);
 }
 
 void too_large(Args args) { out(args) = Shared<float>(4096 - 64, 17)[0]; }
@@ -122,7 +122,7 @@ void uninitialised(Args args) {
   out(args) = s[thread() + 1];  // nobody wrote the last
 }
 
-// Half of a warp waits for the block, the other half for the warp.
+// Half of a warp waits for the CTA, the other half for the warp.
 void divergent(Args args) {
   if (thread() % 32 < 16) {
     sync();
@@ -133,12 +133,12 @@ void divergent(Args args) {
 }
 
 void different_operations(Args args) {
-  uint32_t to[4];
+  uint32_t fragment[4];
   const Shared<uint4> s(0, kThreads);
   if (thread() % 2) {
     sync_warp();
   } else {
-    load_matrices(to, s.at(thread(), 1));
+    load_matrices(fragment, s.span(thread(), 1));
   }
   out(args) = 0;
 }
@@ -155,10 +155,10 @@ void early_return(Args args) {
   out(args) = 2;
 }
 
-// The block that runs last is the one that sees it.
-void last_block(Args args) {
+// The CTA that runs last is the one that sees it.
+void last_cta(Args args) {
   const Shared<int> last(0, 1);
-  if (thread() == 0) last[0] = arrive(args.counter, kBlocks);
+  if (thread() == 0) last[0] = arrive(args.counter, kCtas);
   sync();
   out(args) = last[0] ? 1 : 0;
 }
@@ -171,12 +171,12 @@ void product(Args args, void (*multiply)(const MultiplyArgs&)) {
   for (int i = thread(); i < 128; i += kThreads) b[i] = T::store(static_cast<float>(i % 7 - 3));
   sync();
   const int lane = thread() % 32, g = lane / 4, t = lane % 4;
-  uint32_t from[4], with[2];
-  load_matrices(from, a.at(lane % 16 * 16 + lane / 16 * 8, 8));
-  std::memcpy(&with[0], b.at(g * 16 + 2 * t, 2), 4);
-  std::memcpy(&with[1], b.at(g * 16 + 2 * t + 8, 2), 4);
+  uint32_t left[4], right[2];
+  load_matrices(left, a.span(lane % 16 * 16 + lane / 16 * 8, 8));
+  std::memcpy(&right[0], b.span(g * 16 + 2 * t, 2), 4);
+  std::memcpy(&right[1], b.span(g * 16 + 2 * t + 8, 2), 4);
   float c[4] = {1, 1, 1, 1};
-  multiply({c, from, with});
+  multiply({c, left, right});
   float wrong = 0;
   for (int i = 0; i < 4; ++i) {
     const int row = g + i / 2 * 8, column = 2 * t + i % 2;
@@ -216,7 +216,7 @@ const std::map<std::string, void (*)(Args)> kKernels = {
     {"divergent", divergent},
     {"different operations", different_operations},
     {"early return", early_return},
-    {"last block", last_block},
+    {"last CTA", last_cta},
     {"product bfloat16", product_bfloat16},
     {"product float16", product_float16},
 };
@@ -225,14 +225,14 @@ const std::map<std::string, void (*)(Args)> kKernels = {
 
 int main(int count, char** names) {
   if (count != 2 || !kKernels.count(names[1])) return 2;
-  std::vector<float> in(kThreads * 4), written(kBlocks * kThreads);
-  for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i);
+  std::vector<float> input(kThreads * 4), written(kCtas * kThreads);
+  for (size_t i = 0; i < input.size(); ++i) input[i] = static_cast<float>(i);
   unsigned counter = 0;
   for (uintptr_t order = 0; order < 6; ++order) {
     written.assign(written.size(), -1);
     try {
-      launch(kKernels.at(names[1]), {kBlocks, 1, 1}, kThreads, 4096, reinterpret_cast<void*>(order),
-             Args{in.data(), written.data(), &counter});
+      launch(kKernels.at(names[1]), {kCtas, 1, 1}, kThreads, 4096, reinterpret_cast<void*>(order),
+             Args{input.data(), written.data(), &counter});
     } catch (const std::exception& error) {
       std::printf("%s\n", error.what());
       return 1;

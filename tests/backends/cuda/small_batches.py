@@ -7,10 +7,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 import rpg_kernels as rpg
+from rpg_kernels import native
 from rpg_kernels.backends.cuda import rules
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
@@ -22,6 +24,9 @@ COLUMNS = [32, 60, 64, 65, 110, 128, 200]
 BATCHES = [1, 2, 8, 9, 16, 17, 40]
 WINDOW, RING, GATHERED = 0, 1, 2  # Plan.fill
 op = torch.ops.rpg_kernels
+
+HAS_SIMT = native.available() and hasattr(native.module(), "simt")
+needs_simt = pytest.mark.skipif(not HAS_SIMT, reason="needs a development build, `make test`")
 
 
 @dataclass

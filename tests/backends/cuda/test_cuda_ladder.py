@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_batches import HAS_SIMT, needs_simt
 
 import rpg_kernels as rpg
-from rpg_kernels import native
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled half")
+pytestmark = needs_simt
 
-if native.available():
+if HAS_SIMT:
     from tools.reports import cuda_ladder as ladder
 
 # By the fill that the product chooses: slots, window and laps.

@@ -10,7 +10,17 @@ from unittest import mock
 import pytest
 import small_batches as small
 import torch
-from small_batches import DTYPES, GATHERED, RING, WINDOW, WINDOWS, drawn, made, of_fill
+from small_batches import (
+    DTYPES,
+    GATHERED,
+    RING,
+    WINDOW,
+    WINDOWS,
+    drawn,
+    made,
+    needs_simt,
+    of_fill,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rpg_kernels as rpg
@@ -23,7 +33,6 @@ from rpg_kernels.law.placement import Placement
 needs_cuda_build = pytest.mark.skipif(
     not native.build_info().get("cuda"), reason="the compiled half has no CUDA kernels"
 )
-needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
 GPU = torch.device("cuda", 0)
 FILLS = [WINDOW, RING, GATHERED]
 
@@ -65,7 +74,7 @@ def explained(
         return rpg.explain(layer, torch.empty(batch, 4096, device=GPU, dtype=torch.bfloat16))
 
 
-@needs_native
+@needs_simt
 def test_small_batches_are_theirs(h200: dict[str, str]) -> None:
     for batch in (1, 16, 32):
         assert explained(batch).backend == "cuda"
@@ -92,7 +101,7 @@ def test_small_batches_are_theirs(h200: dict[str, str]) -> None:
         assert explained(1000).backend == "cuda"
 
 
-@needs_native
+@needs_simt
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -119,7 +128,7 @@ def test_libraries_that_do_not_serve_this_gpu(
     assert (explained(1).backend == "cuda") is bool(h200["cuda"])
 
 
-@needs_native
+@needs_simt
 @pytest.mark.parametrize("name", rules.PRODUCTS)
 def test_weights_of_tables_are_left_to_others(name: str, h200: dict[str, str]) -> None:
     table = rpg.TableGenerator(4096, 4096 * 64, "0" * 64)
@@ -129,7 +138,17 @@ def test_weights_of_tables_are_left_to_others(name: str, h200: dict[str, str]) -
     assert reason == "the CUDA kernels read weights of a packing law, not of a table"
 
 
-@needs_native
+def test_a_build_without_the_simulator_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(build_info=lambda: {"simt": False})
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "module", lambda: module)
+    reason = rules.unsupported_kind("linear", torch.device("cpu"), torch.float32, "simt")
+    assert "it is part of development builds" in reason
+    module.simt = SimpleNamespace()
+    assert rules.unsupported_kind("linear", torch.device("cpu"), torch.float32, "simt") == ""
+
+
+@needs_simt
 def test_no_library_at_all(h200: dict[str, str]) -> None:
     with mock.patch.object(native, "_load", return_value=(None, "no C++ compiler was found")):
         left = explained(1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_batches import needs_simt
 
 from rpg_kernels import native
 from rpg_kernels.law.ring import LayerLaw
@@ -29,7 +30,6 @@ POINTS: dict[str, Any] = {
 }
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-needs_native = pytest.mark.skipif(not native.available(), reason="needs the compiled half")
 needs_cuda_build = pytest.mark.skipif(
     not native.build_info().get("cuda"), reason="the compiled half has no CUDA kernels"
 )
@@ -68,7 +68,7 @@ def test_compiles_without_spills_or_local_memory(
 
 
 @needs_nvcc
-@needs_native
+@needs_simt
 @pytest.mark.skipif(sass.nvdisasm() is None, reason="there is no nvdisasm")
 @pytest.mark.parametrize("architecture", ["80", "90a", "120"])
 @pytest.mark.parametrize("op", ["linear", "linear_input_grad"])

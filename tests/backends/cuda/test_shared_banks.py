@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_batches import HAS_SIMT, needs_simt
 
 from rpg_kernels import native
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled half")
+pytestmark = needs_simt
 
-if native.available():
+if HAS_SIMT:
     from tools.reports import cuda_report as report
     from tools.reports import shared_banks as banks
 

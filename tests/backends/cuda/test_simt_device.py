@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-THREADS, BLOCKS, ORDERS = 64, 3, 6
+THREADS, CTAS, ORDERS = 64, 3, 6
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, kernel: str) -> list[list[float]]:
-    """What a kernel wrote, [orders][blocks * threads]."""
+    """What a kernel wrote, [orders][CTAs * threads]."""
     done = subprocess.run([str(program), kernel], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = [[float(word) for word in line.split()] for line in done.stdout.splitlines()]
     assert len(results) == ORDERS
-    assert all(len(result) == BLOCKS * THREADS for result in results)
+    assert all(len(result) == CTAS * THREADS for result in results)
     return results
 
 
@@ -54,7 +54,7 @@ WANTED = {
 @pytest.mark.parametrize("kernel", WANTED)
 def test_right_kernels(program: Path, kernel: str) -> None:
     for result in run(program, kernel):
-        assert result == WANTED[kernel] * BLOCKS
+        assert result == WANTED[kernel] * CTAS
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_right_kernels(program: Path, kernel: str) -> None:
 )
 def test_faults_that_change_results(program: Path, kernel: str) -> None:
     results = run(program, kernel)
-    right = WANTED.get(kernel.partition(" without")[0].partition(",")[0], [1] * THREADS) * BLOCKS
+    right = WANTED.get(kernel.partition(" without")[0].partition(",")[0], [1] * THREADS) * CTAS
     assert any(result != right for result in results)
     if "reuse" not in kernel and "refill" not in kernel:  # nobody had written what was read
         assert any(math.isnan(value) for result in results for value in result)
@@ -86,7 +86,7 @@ def test_faults_that_change_results(program: Path, kernel: str) -> None:
         ("before the beginning", "shared memory: index -1 of 64"),
         ("wide beyond the end", "shared memory: index 64 of 64"),
         ("too large", "an array of 17 elements at byte 4032 does not fit"),
-        ("divergent", "threads of a block wait for each other at different places"),
+        ("divergent", "threads of a CTA wait for each other at different places"),
         ("different operations", "lanes of a warp ask for different operations"),
     ],
 )
@@ -96,11 +96,11 @@ def test_faults_that_stop_the_launch(program: Path, kernel: str, sentence: str) 
     assert sentence in done.stdout
 
 
-def test_blocks_run_in_several_orders_and_the_last_is_told(program: Path) -> None:
+def test_ctas_run_in_several_orders_and_the_last_is_told(program: Path) -> None:
     last = set()
-    for result in run(program, "last block"):
-        of_block = [result[b * THREADS : (b + 1) * THREADS] for b in range(BLOCKS)]
-        assert all(len(set(values)) == 1 for values in of_block)
-        (found,) = (b for b in range(BLOCKS) if of_block[b][0])
+    for result in run(program, "last CTA"):
+        of_cta = [result[b * THREADS : (b + 1) * THREADS] for b in range(CTAS)]
+        assert all(len(set(values)) == 1 for values in of_cta)
+        (found,) = (b for b in range(CTAS) if of_cta[b][0])
         last.add(found)
     assert len(last) > 1

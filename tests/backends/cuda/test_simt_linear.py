@@ -12,10 +12,9 @@ import torch
 from small_batches import DTYPES, GATHERED, RING, WINDOW, WINDOWS, drawn, made, of_fill
 
 import rpg_kernels as rpg
-from rpg_kernels import native
 from rpg_kernels.backends.cuda import counters, launch, rules
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
+pytestmark = small.needs_simt
 
 CPU = torch.device("cpu")
 H200 = rules.Gpu("simt", sms=132, shared_bytes=227 * 1024)

@@ -10,10 +10,9 @@ import torch
 from small_batches import DTYPES
 
 import rpg_kernels as rpg
-from rpg_kernels import native
 from rpg_kernels.backends.cuda import launch, rules
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
+pytestmark = small.needs_simt
 
 op = torch.ops.rpg_kernels
 

@@ -15,10 +15,9 @@ import torch
 from small_batches import GATHERED, WINDOW, made
 
 import rpg_kernels as rpg
-from rpg_kernels import native
 from rpg_kernels.backends.cuda import launch, rules
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
+pytestmark = small.needs_simt
 
 op = torch.ops.rpg_kernels
 BOTH = rules.PRODUCTS[:2]

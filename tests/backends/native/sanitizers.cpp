@@ -83,15 +83,17 @@ void GOMP_barrier() {
 }
 
 bool GOMP_loop_nonmonotonic_dynamic_start(long begin, long end, long increment, long chunk,
-                                          long* from, long* to) {
+                                          long* first, long* last) {
   if (increment != 1) std::abort();
   member.next = begin + chunk * member.number;
   member.end = end;
   member.chunk = chunk;
-  return next_chunk(from, to);
+  return next_chunk(first, last);
 }
 
-bool GOMP_loop_nonmonotonic_dynamic_next(long* from, long* to) { return next_chunk(from, to); }
+bool GOMP_loop_nonmonotonic_dynamic_next(long* first, long* last) {
+  return next_chunk(first, last);
+}
 void GOMP_loop_end() { GOMP_barrier(); }
 void GOMP_loop_end_nowait() {}
 
@@ -99,10 +101,10 @@ void GOMP_loop_end_nowait() {}
 
 namespace {
 
-using Floats = std::vector<float>;
+using FloatVector = std::vector<float>;
 
-Floats numbers(int64_t count, uint32_t seed) {
-  Floats out(static_cast<size_t>(count));
+FloatVector numbers(int64_t count, uint32_t seed) {
+  FloatVector out(static_cast<size_t>(count));
   for (float& value : out) {
     seed = seed * 1664525 + 1013904223;
     value = static_cast<float>(seed >> 8) / (1 << 23) - 1;
@@ -110,33 +112,33 @@ Floats numbers(int64_t count, uint32_t seed) {
   return out;
 }
 
-void require(bool holds, const char* what) {
+void require(bool holds, const char* message) {
   if (holds) return;
-  std::printf("%s\n", what);
+  std::printf("%s\n", message);
   std::exit(1);
 }
 
-void compare(const Floats& got, const Floats& wanted, bool same, const char* what) {
+void compare(const FloatVector& got, const FloatVector& wanted, bool same, const char* message) {
   for (size_t i = 0; i < got.size(); ++i) {
     const float far = got[i] - wanted[i];
-    require(same ? far == 0 : far < 1e-3f && far > -1e-3f, what);
+    require(same ? far == 0 : far < 1e-3f && far > -1e-3f, message);
   }
 }
 
 class Workspaces {
  public:
   void* get(const Workspace& workspace) {
-    memory_ = Floats(static_cast<size_t>(workspace.bytes / 4 + 32), 0.f);
-    const uintptr_t at = (reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64;
-    return reinterpret_cast<void*>(at);
+    memory_ = FloatVector(static_cast<size_t>(workspace.bytes / 4 + 32), 0.f);
+    const uintptr_t address = (reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64;
+    return reinterpret_cast<void*>(address);
   }
 
  private:
-  Floats memory_;
+  FloatVector memory_;
 };
 
 struct Results {
-  Floats y, dx, dw;
+  FloatVector y, dx, dw;
 };
 
 constexpr double kScale = 0.5;
@@ -144,10 +146,10 @@ constexpr double kScale = 0.5;
 // Forward, input gradient and bank gradient of a layer with K = 100.
 Results linear_layer(const LayerLaw& law, int threads, int64_t batch, int batch_tile, int tiles) {
   const int64_t columns = (law.blocks - 1) * law.granularity + 4;
-  const Floats ring = numbers(int64_t{law.slots} * law.granularity, 1);
-  const Floats x = numbers(batch * columns, 2), dy = numbers(batch * law.rows, 3);
-  const Floats bias = numbers(law.rows, 4);
-  Results out{Floats(dy.size()), Floats(x.size()), Floats(ring.size())};
+  const FloatVector ring = numbers(int64_t{law.slots} * law.granularity, 1);
+  const FloatVector x = numbers(batch * columns, 2), dy = numbers(batch * law.rows, 3);
+  const FloatVector bias = numbers(law.rows, 4);
+  Results out{FloatVector(dy.size()), FloatVector(x.size()), FloatVector(ring.size())};
   Workspaces workspaces;
   const Dtype fp32 = Dtype::kFloat32;
   LinearArgs forward{fp32,    ring.data(), fp32,    x.data(),   bias.data(), out.y.data(), batch,
@@ -166,12 +168,12 @@ Results linear_layer(const LayerLaw& law, int threads, int64_t batch, int batch_
 }
 
 // A kernel of two taps over three images, of whose channels the last block has four.
-Floats convolution(const LayerLaw& law, int parts, int threads, int batch_tile) {
+FloatVector convolution(const LayerLaw& law, int parts, int threads, int batch_tile) {
   const int64_t images = 3, height = 5, width = 4, channels = law.granularity + 4;
   const int64_t pixels = images * (height - 1) * width;
-  const Floats ring = numbers(int64_t{law.slots} * law.granularity, 1);
-  const Floats x = numbers(images * channels * height * width, 2), bias = numbers(law.rows, 4);
-  Floats y(static_cast<size_t>(pixels * law.rows));
+  const FloatVector ring = numbers(int64_t{law.slots} * law.granularity, 1);
+  const FloatVector x = numbers(images * channels * height * width, 2), bias = numbers(law.rows, 4);
+  FloatVector y(static_cast<size_t>(pixels * law.rows));
   Conv2dArgs args{};
   Image& image = args.image;
   image.channels = channels, image.height = height, image.width = width;
@@ -189,11 +191,11 @@ Floats convolution(const LayerLaw& law, int parts, int threads, int batch_tile) 
   linear.batch = pixels, linear.scale = kScale, linear.threads = threads;
   linear.batch_tile = batch_tile, linear.tiles = 1;
   args.parts = parts;
-  Workspace all = baseline::conv2d_workspace(law, args);
-  args.part_bytes = (all.bytes + 63) / 64 * 64;
-  all.bytes = args.part_bytes * parts;
+  Workspace total = baseline::conv2d_workspace(law, args);
+  args.part_bytes = (total.bytes + 63) / 64 * 64;
+  total.bytes = args.part_bytes * parts;
   Workspaces workspaces;
-  linear.workspace = workspaces.get(all);
+  linear.workspace = workspaces.get(total);
   baseline::conv2d(law, args);
   return y;
 }
@@ -204,9 +206,9 @@ Results lookup(const LayerLaw& law, int threads) {
   std::vector<int64_t> numbers_of_rows;
   for (int64_t i = 0; i < rows; ++i) numbers_of_rows.push_back(i * 7919 % law.rows);
   const Region region{0, rows, numbers_of_rows.data(), 1, law.blocks, 0, law.blocks};
-  const Floats ring = numbers(int64_t{law.slots} * law.granularity, 1);
-  const Floats dy = numbers(rows * length, 3);
-  Results out{Floats(dy.size()), {}, Floats(ring.size())};
+  const FloatVector ring = numbers(int64_t{law.slots} * law.granularity, 1);
+  const FloatVector dy = numbers(rows * length, 3);
+  Results out{FloatVector(dy.size()), {}, FloatVector(ring.size())};
   const Cut cut{first, length};
   baseline::unpack(law, {region, cut, Dtype::kFloat32, ring.data(), out.y.data(), kScale, threads});
   std::vector<uint32_t> workspace(3 * 64 * 5);
@@ -250,9 +252,9 @@ int main(int argc, char**) {
               compare(many.dw, one.dw, windows > 0, "linear_bank_grad");
             }
             calls += 3;
-            const Floats pixels = convolution(law, 1, 1, batch_tile);
-            const Floats dealt = convolution(law, threads, 1, batch_tile);
-            const Floats shared = convolution(law, 2, threads, batch_tile);
+            const FloatVector pixels = convolution(law, 1, 1, batch_tile);
+            const FloatVector dealt = convolution(law, threads, 1, batch_tile);
+            const FloatVector shared = convolution(law, 2, threads, batch_tile);
             if (barriers) {
               compare(dealt, pixels, true, "conv2d");
               compare(shared, pixels, false, "conv2d, columns dealt");

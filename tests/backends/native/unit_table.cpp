@@ -1,5 +1,5 @@
 // The window law's fast and inverse functions against slots_of and sign_words_of, which
-// test_native_window.py holds against PyTorch: unit tables with any beginning and end, parts,
+// test_native_window.py holds against PyTorch: unit tables with any beginning and end, pieces,
 // columns, addresses, scrambles. Prints what it checked; exits with 1 at the first difference.
 
 #include "cpu/unit_table.h"
@@ -35,10 +35,10 @@ LayerLaw draw() {
                          below(7) != 0, window, laps);
 }
 
-// Some positions of a part by the table, in a buffer of just their size.
-size_t check_table(const LayerLaw& law, const WindowBand& band, const Part& part, uint32_t skip,
-                   uint32_t count) {
-  const uint32_t p = part.p + skip, z = part.z + skip;
+// Some positions of a piece by the table, in a buffer of just their size.
+size_t check_table(const LayerLaw& law, const WindowBand& band, const UnitPiece& piece,
+                   uint32_t skip, uint32_t count) {
+  const uint32_t p = piece.p + skip, z = piece.z + skip;
   const std::unique_ptr<uint16_t[]> entry(new uint16_t[count]);
   unit_table(band, p, z, count, entry.get());
   const uint32_t base = window_base(band, z);
@@ -56,8 +56,8 @@ size_t check_table(const LayerLaw& law, const WindowBand& band, const Part& part
 void check_inverses(const LayerLaw& law, const WindowBand& band) {
   const uint32_t n = static_cast<uint32_t>(below(band.rows));
   const uint32_t b = static_cast<uint32_t>(below(band.blocks)), p = order(band, n, b);
-  const Column column = column_at(band, p);
-  require(p < band.positions && column.row == n && column.block == b, "column_at", law);
+  const ColumnPiece column = column_piece_at(band, p);
+  require(p < band.positions && column.row == n && column.block == b, "column_piece_at", law);
   require(column.rows >= 1 && column.rows <= band.rows - n, "rows of a column", law);
   require(order(band, n + column.rows - 1, b) == p + column.rows - 1, "end of a column", law);
   uint32_t z[1] = {p};
@@ -82,23 +82,24 @@ int main() {
     const LayerLaw law = draw();
     const WindowBand band = make_window_band(law, 0);
     uint32_t covered = 0;
-    for (uint32_t i = 0; i < parts_of(band); ++i) {
-      const Part part = part_at(band, i);
-      require(part.p == covered, "parts", law);
-      covered += part.count;
-      const uint32_t first = part.z + band.offset;
-      require(!part.count || first / band.cell == (first + part.count - 1) / band.cell,
-              "cell of a part", law);
+    for (uint32_t i = 0; i < unit_pieces_of(band); ++i) {
+      const UnitPiece piece = unit_piece_at(band, i);
+      require(piece.p == covered, "pieces", law);
+      covered += piece.count;
+      const uint32_t first = piece.z + band.offset;
+      require(!piece.count || first / band.cell == (first + piece.count - 1) / band.cell,
+              "cell of a piece", law);
     }
-    require(covered == band.positions, "parts", law);
+    require(covered == band.positions, "pieces", law);
     for (int k = 0; k < 50; ++k) check_inverses(law, band);
     for (int k = 0; k < 4; ++k) {
-      const uint32_t i = below(2) ? below(parts_of(band)) : below(2) * (parts_of(band) - 1);
-      const Part part = part_at(band, i);
-      if (!part.count) continue;
-      const uint32_t skip = k ? below(part.count) : 0, left = part.count - skip;
-      const uint32_t most = left < 3000 ? left : 3000;
-      entries += check_table(law, band, part, skip, k % 2 ? 1 + below(most) : most);
+      const uint32_t i =
+          below(2) ? below(unit_pieces_of(band)) : below(2) * (unit_pieces_of(band) - 1);
+      const UnitPiece piece = unit_piece_at(band, i);
+      if (!piece.count) continue;
+      const uint32_t skip = k ? below(piece.count) : 0, left = piece.count - skip;
+      const uint32_t longest = left < 3000 ? left : 3000;
+      entries += check_table(law, band, piece, skip, k % 2 ? 1 + below(longest) : longest);
     }
   }
   std::printf("%zu entries\n", entries);

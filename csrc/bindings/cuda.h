@@ -1,12 +1,12 @@
-// The submodules `cuda` and `simt` of the Python module: the CUDA kernels on a GPU, and the same
-// sources on the CPU, where `stream` is the order in which threads run.
+// The functions of a device's submodule: `cuda`, and `simt` in development builds, which is given
+// the same arguments; there `stream` is the order in which threads run.
+
+#pragma once
 
 #include <pybind11/pybind11.h>
 
-#include "bindings.h"
-#include "cuda/ladder.h"
+#include "bindings/module.h"
 #include "cuda/linear.h"
-#include "simt/accesses.h"
 
 namespace py = pybind11;
 
@@ -152,77 +152,5 @@ void bind(py::module_ m) {
         py::arg("counters"), py::arg("stream"));
 }
 
-template <void (*LADDER)(const LayerLaw&, int, const LadderArgs&)>
-void ladder_linear(const LayerLaw& law, int step, uintptr_t ring, uintptr_t x, uintptr_t y,
-                   int64_t columns, double scale, uintptr_t stream) {
-  check_law(law);
-  check_columns(law, columns);
-  require(law.granularity == 64, "granularity: wanted blocks of 64 elements");
-  require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
-  require(step == 1 || step == 2, "step: wanted 1 or 2");
-  require(ring % 4 == 0, "ring: wanted an address that is a multiple of 4");
-  LADDER(law, step,
-         {address<const void>(ring), address<const void>(x), address<void>(y), columns, scale,
-          address<void>(stream)});
-}
-
-template <void (*LADDER)(const LayerLaw&, int, const LadderArgs&)>
-void bind_ladder(py::module_& m) {
-  m.def("ladder_linear", &ladder_linear<LADDER>, py::call_guard<py::gil_scoped_release>(),
-        py::arg("law"), py::arg("step"), py::arg("ring"), py::arg("x"), py::arg("y"),
-        py::arg("columns"), py::arg("scale"), py::arg("stream"));
-}
-
-// Accesses to shared memory while `body` runs: (file, line, block, thread, byte, bytes) of each.
-py::list accesses_of(const py::function& body) {
-  std::vector<simt::Access> found;
-  struct Recording {
-    explicit Recording(std::vector<simt::Access>* to) { simt::accesses = to; }
-    ~Recording() { simt::accesses = nullptr; }
-  };
-  {
-    const Recording recording(&found);
-    body();
-  }
-  py::list out;
-  for (const simt::Access& a : found) {
-    out.append(py::make_tuple(a.site.file, a.site.line, a.block, a.thread, a.offset, a.bytes));
-  }
-  return out;
-}
-
 }  // namespace
-
-void bind_cuda(py::module_& m) {
-  py::class_<Plan>(m, "Plan", "How a launch is laid out.")
-      .def_readonly("fill", &Plan::fill)
-      .def_readonly("rows", &Plan::rows)
-      .def_readonly("first", &Plan::first)
-      .def_readonly("tiles", &Plan::tiles)
-      .def_readonly("rest", &Plan::rest)
-      .def_readonly("places", &Plan::places)
-      .def_readonly("stages", &Plan::stages)
-      .def_readonly("splits", &Plan::splits)
-      .def_readonly("batch_tile", &Plan::batch_tile)
-      .def_readonly("batch_tiles", &Plan::batch_tiles)
-      .def_readonly("shared_bytes", &Plan::shared_bytes)
-      .def_readonly("workspace", &Plan::workspace)
-      .def_readonly("counters", &Plan::counters);
-  py::module_ cuda = m.def_submodule("cuda", "The CUDA kernels, on the current device.");
-  bind_plan<cuda::plan_linear>(cuda, "plan_linear");
-  bind_plan<cuda::plan_linear_input_grad>(cuda, "plan_linear_input_grad");
-  bind_plan<cuda::plan_linear_bank_grad>(cuda, "plan_linear_bank_grad");
-  bind<cuda::linear, cuda::linear_input_grad, cuda::linear_bank_grad>(cuda);
-  bind_unpack<cuda::unpack, cuda::pack>(cuda);
-  bind_ladder<cuda::ladder_linear>(cuda);
-  py::module_ simt = m.def_submodule("simt", "The CUDA kernels' sources, run on the CPU.");
-  bind_plan<simt::plan_linear>(simt, "plan_linear");
-  bind_plan<simt::plan_linear_input_grad>(simt, "plan_linear_input_grad");
-  bind_plan<simt::plan_linear_bank_grad>(simt, "plan_linear_bank_grad");
-  bind<simt::linear, simt::linear_input_grad, simt::linear_bank_grad>(simt);
-  bind_unpack<simt::unpack, simt::pack>(simt);
-  bind_ladder<simt::ladder_linear>(simt);
-  simt.def("accesses_of", &accesses_of, py::arg("body"));
-}
-
 }  // namespace rpg

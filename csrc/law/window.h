@@ -1,6 +1,6 @@
 // The window law, for host and device: which bank slot, and with which sign, a virtual weight reads
 // when units of the virtual matrix draw from windows of the ring. docs/window_law.md is its
-// specification, rpg_kernels/window_law.py its definition.
+// specification, rpg_kernels/law/window.py its definition.
 //
 //   p    = (n - n mod H) blocks + b H + n mod H      in a band; H rows in the strip that holds n
 //   z    = F + P(p)                                  whole units change places; F as 64 bits
@@ -8,15 +8,15 @@
 //   sign = a bit of word(p, w), or bit p mod 32 of word(p / 32, 0) for reflect "vector"
 //
 // The first address F of a band is reduced once, on the host; everything on p and on z - F is
-// uint32 arithmetic. Lane functions as in law.h. Budget of a lone position: P, 33 instructions for
-// three words, 5 for each of 7 or 8 rounds, about 40 for the rest.
+// uint32 arithmetic. Lane functions are as in law/ring.h. Budget of a lone position: P, 33
+// instructions for three words, 5 for each of 7 or 8 rounds, about 40 for the rest.
 //
-// Kernels go part by part: a part is a run of p, and of z, inside one cell, so all of its slots lie
-// in one window. csrc/cpu/unit_table.h evaluates whole parts.
+// Kernels go from one UnitPiece to the next: consecutive p, with consecutive z, inside one cell, so
+// that all of its slots lie in one window. cpu/unit_table.h evaluates them as a whole.
 
 #pragma once
 
-#include "law.h"
+#include "law/scramble.h"
 
 namespace rpg {
 
@@ -25,98 +25,6 @@ constexpr uint32_t kStrip = 4096;         // most rows of a strip
 constexpr uint32_t kMinWindow = 64;       // in blocks, as everything here
 constexpr uint32_t kMaxWindow = 1 << 22;  // 2^15 slots of 128 blocks
 constexpr uint32_t kMaxLaps = 64;
-constexpr uint64_t kRingLayer = ~uint64_t{0};  // whose keys scramble the ring
-
-constexpr uint32_t kMaxRounds = 8;  // of a scramble, which has 7 or 8
-
-// The permutation of the window in each lap.
-struct Scramble {
-  uint32_t window;  // blocks, a power of two from 64
-  uint32_t bits;    // of an octet's number: log2(window / 8)
-  uint32_t rounds;
-  uint32_t shift;
-  uint32_t key[6];  // of words 0, 1, 2: of an octet, of factors, of summands
-};
-
-RPG_HOST uint32_t log2_floor(uint64_t x) {
-  uint32_t log = 0;
-  while (x >>= 1) ++log;
-  return log;
-}
-
-RPG_HOST Scramble make_scramble(uint32_t window, uint64_t seed) {
-  const uint32_t bits = log2_floor(window) - 3;
-  Scramble out{window, bits, bits >= 5 ? 7u : 8u, bits >= 4 ? bits / 2 : 1u, {}};
-  const KeyStream keys = make_keys(seed, kRingLayer, 0);
-  for (int i = 0; i < 6; ++i) out.key[i] = key_at(keys, kSignKey + i);
-  return out;
-}
-
-// Residue modulo 8 of row r of an octet, and back; h is the octet's word.
-RPG_LAW uint32_t residue(uint32_t r, uint32_t h) {
-  return ((r ^ (h >> 29)) - h) * (h >> 3 | 1) & 7;
-}
-RPG_LAW uint32_t row_of_residue(uint32_t c, uint32_t h) {
-  return ((c * (h >> 3 | 1) + h) & 7) ^ (h >> 29);
-}
-
-// y with x y = 1 modulo 2^24, of an odd x: each step doubles the right bits, 3 at first.
-RPG_LAW uint32_t odd_inverse(uint32_t x) {
-  uint32_t y = x;
-  for (int i = 0; i < 3; ++i) y *= 2 - x * y;
-  return y;
-}
-
-// Position j of a lap -> slot of its window, in place; `lap` modulo 2^32. Here and below, loops
-// write to local arrays, which cannot overlap a law: otherwise they do not become vector
-// instructions.
-template <int LANES>
-RPG_LAW void scramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t (&j)[LANES]) {
-  const uint32_t bits = s.bits, shift = s.shift, mask = (1u << bits) - 1;
-  uint32_t a[LANES], c[LANES], factors[LANES], summands[LANES];
-  for (int l = 0; l < LANES; ++l) {
-    a[l] = j[l] >> 3;
-    c[l] = residue(j[l] & 7, hash_word((lap[l] << bits) + a[l], s.key[0], s.key[1]));
-    factors[l] = hash_word(8 * lap[l] + c[l], s.key[2], s.key[3]);
-    summands[l] = hash_word(8 * lap[l] + c[l], s.key[4], s.key[5]);
-  }
-  for (uint32_t r = 0; r < kMaxRounds; ++r) {
-    if (r >= s.rounds) break;
-    for (int l = 0; l < LANES; ++l) {
-      const uint32_t x = (a[l] * (factors[l] >> 4 * r | 1) + (summands[l] >> 4 * r)) & mask;
-      a[l] = x ^ (x >> shift);
-    }
-  }
-  for (int l = 0; l < LANES; ++l) j[l] = 8 * a[l] + c[l];
-}
-
-// Slot of its window -> position of the lap, in place.
-template <int LANES>
-RPG_LAW void unscramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t (&j)[LANES]) {
-  const uint32_t bits = s.bits, shift = s.shift, mask = (1u << bits) - 1;
-  uint32_t a[LANES], row[LANES], factors[LANES], summands[LANES];
-  for (int l = 0; l < LANES; ++l) {
-    a[l] = j[l] >> 3;
-    factors[l] = hash_word(8 * lap[l] + (j[l] & 7), s.key[2], s.key[3]);
-    summands[l] = hash_word(8 * lap[l] + (j[l] & 7), s.key[4], s.key[5]);
-  }
-  for (uint32_t r = s.rounds; r-- > 0;) {
-    uint32_t high[LANES];  // undoes a ^= a >> shift from the top down
-    for (int l = 0; l < LANES; ++l) high[l] = a[l];
-    for (uint32_t t = shift; t < bits; t += shift) {
-      for (int l = 0; l < LANES; ++l) high[l] = a[l] ^ (high[l] >> shift);
-    }
-    for (int l = 0; l < LANES; ++l) {
-      const uint32_t inverse = odd_inverse(factors[l] >> 4 * r | 1);
-      a[l] = (high[l] - (summands[l] >> 4 * r)) * inverse & mask;
-    }
-  }
-  for (int l = 0; l < LANES; ++l) {
-    const uint32_t h = hash_word((lap[l] << bits) + a[l], s.key[0], s.key[1]);
-    row[l] = row_of_residue(j[l] & 7, h);
-  }
-  for (int l = 0; l < LANES; ++l) j[l] = 8 * a[l] + row[l];
-}
 
 // What evaluating positions of one band takes. Of BandLaw: `permutation` is that of whole units,
 // `base` the slot at which the window of the band's first cell begins.
@@ -180,15 +88,15 @@ RPG_LAW uint32_t order(const WindowBand& law, uint32_t n, uint32_t b) {
   return (n - row) * law.blocks + b * height + row;
 }
 
-// A piece of a column in the order of positions.
-struct Column {
+// A piece of a column of blocks: positions p, p + 1 ... that lie below each other in one strip.
+struct ColumnPiece {
   uint32_t row;    // of the band
-  uint32_t block;  //
-  uint32_t rows;   // from this one to the end of the strip: positions p, p + 1 ...
+  uint32_t block;  // the number of the column
+  uint32_t rows;   // from this one to the end of the strip
 };
 
-// The inverse of order, and how far the column goes on.
-RPG_LAW Column column_at(const WindowBand& law, uint32_t p) {
+// The inverse of `order`, and how far the column goes on.
+RPG_LAW ColumnPiece column_piece_at(const WindowBand& law, uint32_t p) {
   const uint32_t strips = law.rows & ~(kStrip - 1);
   uint32_t height = kStrip, base;
   if (p < strips * law.blocks) {
@@ -240,8 +148,8 @@ RPG_LAW void from_address(const WindowBand& law, uint32_t (&z)[LANES]) {
 // are below 2^31 + 2^28 slots.
 RPG_LAW uint32_t base_of_lap(uint32_t lap, const Divider& by_laps, uint32_t window,
                              const Divider& by_slots, uint32_t base) {
-  const uint32_t before = divide(lap, by_laps) * window, slots = by_slots.divisor;
-  const uint32_t rest = 2 * modulo(before / 2, by_slots) + (before & 1);
+  const uint32_t unwrapped = divide(lap, by_laps) * window, slots = by_slots.divisor;
+  const uint32_t rest = 2 * modulo(unwrapped / 2, by_slots) + (unwrapped & 1);
   return add_mod(base, min_u32(rest, rest - slots), slots);
 }
 
@@ -282,17 +190,19 @@ RPG_LAW void sign_words_of(const WindowBand& law, int w, const uint32_t (&p)[LAN
   }
 }
 
-// A run of positions inside one cell: p, p + 1 ... have the addresses z, z + 1 ... (from F).
-struct Part {
+// A unit, or what a band has of one: positions p, p + 1 ... have the addresses z, z + 1 ... (from
+// F) of one cell.
+struct UnitPiece {
   uint32_t p;
   uint32_t z;
   uint32_t count;  // at most a cell; 0: there is none
 };
 
-// Of a band: part 0 finishes the cell before, 1 to `units` are whole units, the last is the rest.
-RPG_LAW uint32_t parts_of(const WindowBand& law) { return law.units + 2; }
+// How many of them a band has: piece 0 finishes the cell that an earlier layer began, pieces 1 to
+// `units` are whole units, the last is the rest.
+RPG_LAW uint32_t unit_pieces_of(const WindowBand& law) { return law.units + 2; }
 
-RPG_LAW Part part_at(const WindowBand& law, uint32_t i) {
+RPG_LAW UnitPiece unit_piece_at(const WindowBand& law, uint32_t i) {
   if (i == 0) return {0, 0, law.head};
   const uint32_t p = law.head + (i - 1) * law.cell;
   if (i > law.units) return {p, p, law.positions - p};

@@ -8,13 +8,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../law.h"
+#include "law/ring.h"
 
 namespace rpg {
 
 enum class Dtype : int { kFloat64 = 0, kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3 };
 
-namespace {  // compiled once per instruction set, see law.h
+namespace {  // compiled once per instruction set, see law/ring.h
 
 RPG_LAW float as_float(uint32_t bits) {
   float value;

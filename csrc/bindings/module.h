@@ -6,7 +6,7 @@
 
 #include <stdexcept>
 
-#include "law.h"
+#include "law/ring.h"
 
 namespace rpg {
 
@@ -15,14 +15,17 @@ T* address(uintptr_t value) {
   return reinterpret_cast<T*>(value);
 }
 
-inline void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
+inline void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(message);
 }
 
 // Adds the methods that run linear layers and convolutions.
 void bind_linear(pybind11::class_<LayerLaw>& law);
 
-// Adds the submodules of the CUDA kernels.
+// Adds the submodule of the CUDA kernels.
 void bind_cuda(pybind11::module_& m);
+
+// Adds what only development builds have, after bind_cuda.
+void bind_development(pybind11::module_& m);
 
 }  // namespace rpg

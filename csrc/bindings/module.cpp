@@ -1,7 +1,7 @@
 // The Python module rpg_kernels.native._native. It knows nothing of torch: arguments are integers
-// (addresses, sizes, a stream), which rpg_kernels/native.py checks and takes from tensors.
+// (addresses, sizes, a stream), which rpg_kernels/native checks and takes from tensors.
 
-#include "bindings.h"
+#include "bindings/module.h"
 
 #include <pybind11/pybind11.h>
 
@@ -10,7 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "cuda/law.h"
-#include "window_law.h"
+#include "law/window.h"
 
 namespace py = pybind11;
 
@@ -150,6 +150,11 @@ py::dict build_info() {
   info["isa"] = kernels().isa;
   info["cuda"] = RPG_CUDA_VERSION;
   info["cuda_architectures"] = RPG_CUDA_ARCHITECTURES;
+#if defined(RPG_HAVE_SIMT)
+  info["simt"] = true;
+#else
+  info["simt"] = false;
+#endif
   return info;
 }
 
@@ -182,6 +187,9 @@ PYBIND11_MODULE(_native, m) {
            py::arg("threads"), py::arg("workspace"), py::arg("workspace_entries"));
   bind_linear(law);
   bind_cuda(m);
+#if defined(RPG_HAVE_SIMT)
+  bind_development(m);
+#endif
 
   m.def(
       "bandwidth",

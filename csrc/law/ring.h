@@ -1,5 +1,5 @@
 // The packing law, version 1, for host and device: which bank slot, and with which sign, a virtual
-// weight reads. docs/law.md is its specification, rpg_kernels/law.py its definition, and
+// weight reads. docs/law.md is its specification, rpg_kernels/law/ring.py its definition, and
 // tests/golden/law1.json the values that must never change.
 //
 //   band v = n / H                        H rows per band, at most 2^31 positions each
@@ -67,11 +67,13 @@ RPG_HOST Divider make_divider(uint32_t divisor) {
   return {divisor, static_cast<uint32_t>((power + divisor - 1) / divisor), log - 1};
 }
 
-RPG_LAW uint32_t divide(uint32_t n, const Divider& by) {
-  return by.divisor == 1 ? n : umulhi(n, by.magic) >> by.shift;
+RPG_LAW uint32_t divide(uint32_t n, const Divider& divider) {
+  return divider.divisor == 1 ? n : umulhi(n, divider.magic) >> divider.shift;
 }
 
-RPG_LAW uint32_t modulo(uint32_t n, const Divider& by) { return n - divide(n, by) * by.divisor; }
+RPG_LAW uint32_t modulo(uint32_t n, const Divider& divider) {
+  return n - divide(n, divider) * divider.divisor;
+}
 
 // The splitmix64 finaliser.
 RPG_HOST uint64_t mix64(uint64_t z) {
@@ -202,7 +204,7 @@ struct LayerLaw {
   int64_t rows_per_band;
   uint32_t minor;
   uint32_t last_minor;
-  // Of the window law (window_law.h), instead of `start`; window 0: the law of this file.
+  // Of the window law (law/window.h), instead of `start`; window 0: the law of this file.
   uint32_t window = 0;
   uint32_t laps = 0;
   uint64_t address = 0;
@@ -261,8 +263,8 @@ RPG_HOST BandLaw make_band_law(const LayerLaw& law, int64_t band) {
                                      last ? law.last_minor : law.minor, keys);
   out.by_slots = make_divider(law.slots);
   // first * blocks stays below 2^63: it is a number of positions.
-  const uint64_t before = static_cast<uint64_t>(first) * static_cast<uint64_t>(law.blocks);
-  out.base = static_cast<uint32_t>((law.start + before % law.slots) % law.slots);
+  const uint64_t preceding = static_cast<uint64_t>(first) * static_cast<uint64_t>(law.blocks);
+  out.base = static_cast<uint32_t>((law.start + preceding % law.slots) % law.slots);
   out.permute = law.permute;
   for (int i = 0; i < 2 * kMaxWords; ++i) out.sign_key[i] = key_at(keys, kSignKey + i);
   return out;
@@ -281,8 +283,9 @@ RPG_LAW uint32_t hash_word(uint32_t x, uint32_t k0, uint32_t k1) {
 template <int LANES>
 RPG_LAW void slots_of(const BandLaw& law, uint32_t (&q)[LANES]) {
   if (law.permute) permute(law.permutation, q);
-  const Divider by = law.by_slots;
-  for (int l = 0; l < LANES; ++l) q[l] = add_mod(law.base, modulo(q[l], by), by.divisor);
+  const Divider by_slots = law.by_slots;
+  for (int l = 0; l < LANES; ++l)
+    q[l] = add_mod(law.base, modulo(q[l], by_slots), by_slots.divisor);
 }
 
 // 32 sign bits of block position q: those of elements 32 w to 32 w + 31.

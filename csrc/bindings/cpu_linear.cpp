@@ -6,7 +6,7 @@
 
 #include <array>
 
-#include "bindings.h"
+#include "bindings/module.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -38,15 +38,16 @@ void check(const LayerLaw& law, int64_t batch, int64_t columns, int threads, int
 }
 
 // (bytes in all, of them copies of activations).
-using Bytes = std::pair<int64_t, int64_t>;
+using WorkspaceBytes = std::pair<int64_t, int64_t>;
 
-template <class Args, Workspace (*Kernels::*OF)(const LayerLaw&, const Args&)>
-Bytes workspace(const LayerLaw& law, int64_t columns, int threads, int batch_tile, int tiles) {
+template <class Args, Workspace (*Kernels::*WORKSPACE_SIZE)(const LayerLaw&, const Args&)>
+WorkspaceBytes workspace(const LayerLaw& law, int64_t columns, int threads, int batch_tile,
+                         int tiles) {
   check(law, 1, columns, threads, batch_tile, tiles);
   Args args{};
   args.threads = threads, args.batch_tile = batch_tile, args.tiles = tiles;
-  const Workspace of = (kernels().*OF)(law, args);
-  return {of.bytes, of.activations};
+  const Workspace size = (kernels().*WORKSPACE_SIZE)(law, args);
+  return {size.bytes, size.activations};
 }
 
 void linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
@@ -78,15 +79,15 @@ void linear_bank_grad(const LayerLaw& law, uintptr_t dy, uintptr_t x, int dtype,
                                    scale, threads, batch_tile, tiles, address<void>(workspace)});
 }
 
-using Pair = std::array<int64_t, 2>;
-using Four = std::array<int64_t, 4>;
+using Int64Pair = std::array<int64_t, 2>;
+using Int64Four = std::array<int64_t, 4>;
 
-constexpr int64_t kMost = int64_t{1} << 60;  // of numbers that are added to others
+constexpr int64_t kMaxPadding = int64_t{1} << 60;  // so that sums with it fit int64
 
 // Sizes are those of tensors, which exist, so that their products fit int64.
-Image checked_image(const LayerLaw& law, const Four& size, const Four& stride, const Pair& kernel,
-                    bool by_tap, const Pair& step, const Pair& padding, const Pair& dilation,
-                    bool channels_last) {
+Image checked_image(const LayerLaw& law, const Int64Four& size, const Int64Four& stride,
+                    const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
+                    const Int64Pair& padding, const Int64Pair& dilation, bool channels_last) {
   Image image{};
   require(size[0] >= 1 && size[1] >= 1 && size[2] >= 0 && size[3] >= 0,
           "size: wanted images and channels");
@@ -101,7 +102,7 @@ Image checked_image(const LayerLaw& law, const Four& size, const Four& stride, c
   for (int d = 0; d < 2; ++d) {
     require(kernel[d] >= 1 && kernel[d] <= INT32_MAX, "kernel: wanted 1 to 2^31 - 1");
     require(step[d] >= 1, "step: wanted at least 1");
-    require(padding[d] >= 0 && padding[d] < kMost, "padding: wanted 0 to 2^60 - 1");
+    require(padding[d] >= 0 && padding[d] < kMaxPadding, "padding: wanted 0 to 2^60 - 1");
     const int64_t padded = size[2 + d] + 2 * padding[d];
     require(padded >= 1 && dilation[d] >= 1 &&
                 (kernel[d] == 1 || dilation[d] <= (padded - 1) / (kernel[d] - 1)),
@@ -123,19 +124,19 @@ Image checked_image(const LayerLaw& law, const Four& size, const Four& stride, c
 }
 
 // (bytes of one part, of them copies of activations).
-Bytes conv2d_workspace(const LayerLaw& law, int threads, int batch_tile, int tiles) {
+WorkspaceBytes conv2d_workspace(const LayerLaw& law, int threads, int batch_tile, int tiles) {
   check_product(law, 1, threads, batch_tile, tiles);
   Conv2dArgs args{};
   args.linear.threads = threads, args.linear.batch_tile = batch_tile, args.linear.tiles = tiles;
-  const Workspace of = kernels().conv2d_workspace(law, args);
-  return {of.bytes, of.activations};
+  const Workspace size = kernels().conv2d_workspace(law, args);
+  return {size.bytes, size.activations};
 }
 
 void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
-            const Four& size, const Four& stride, uintptr_t bias, uintptr_t y, bool channels_last,
-            const Pair& kernel, bool by_tap, const Pair& step, const Pair& padding,
-            const Pair& dilation, double scale, int parts, int threads, int batch_tile, int tiles,
-            uintptr_t workspace_address) {
+            const Int64Four& size, const Int64Four& stride, uintptr_t bias, uintptr_t y,
+            bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
+            const Int64Pair& padding, const Int64Pair& dilation, double scale, int parts,
+            int threads, int batch_tile, int tiles, uintptr_t workspace_address) {
   require(parts >= 1, "parts: wanted at least 1");
   Conv2dArgs args{};
   args.image =
@@ -157,9 +158,9 @@ void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
 }  // namespace
 
 void bind_linear(py::class_<LayerLaw>& law) {
-  using release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<py::gil_scoped_release>;
   const auto sizes = [&](const char* name, auto function) {
-    law.def(name, function, release(), py::arg("columns"), py::arg("threads"),
+    law.def(name, function, Release(), py::arg("columns"), py::arg("threads"),
             py::arg("batch_tile"), py::arg("tiles"));
   };
   sizes("linear_workspace", &workspace<LinearArgs, &Kernels::linear_workspace>);
@@ -167,20 +168,20 @@ void bind_linear(py::class_<LayerLaw>& law) {
         &workspace<LinearInputGradArgs, &Kernels::linear_input_grad_workspace>);
   sizes("linear_bank_grad_workspace",
         &workspace<LinearBankGradArgs, &Kernels::linear_bank_grad_workspace>);
-  law.def("linear", &linear, release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
+  law.def("linear", &linear, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
           py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"),
           py::arg("scale"), py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"),
           py::arg("workspace"));
-  law.def("linear_input_grad", &linear_input_grad, release(), py::arg("ring"),
+  law.def("linear_input_grad", &linear_input_grad, Release(), py::arg("ring"),
           py::arg("bank_dtype"), py::arg("dy"), py::arg("dy_dtype"), py::arg("dx"),
           py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));
-  law.def("linear_bank_grad", &linear_bank_grad, release(), py::arg("dy"), py::arg("x"),
+  law.def("linear_bank_grad", &linear_bank_grad, Release(), py::arg("dy"), py::arg("x"),
           py::arg("dtype"), py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
           py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));
-  law.def("conv2d_workspace", &conv2d_workspace, release(), py::arg("threads"),
+  law.def("conv2d_workspace", &conv2d_workspace, Release(), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
-  law.def("conv2d", &conv2d, release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
+  law.def("conv2d", &conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
           py::arg("x_dtype"), py::arg("size"), py::arg("stride"), py::arg("bias"), py::arg("y"),
           py::arg("channels_last"), py::arg("kernel"), py::arg("by_tap"), py::arg("step"),
           py::arg("padding"), py::arg("dilation"), py::arg("scale"), py::arg("parts"),
