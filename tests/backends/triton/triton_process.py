@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import brute_force as brute
+import processes
 import pytest
 import torch
 
@@ -44,14 +44,8 @@ def run(*names: str, interpreted: bool) -> None:
         filter(None, (str(CASES.parent), str(HELPERS), os.environ.get("PYTHONPATH", "")))
     )
     files = [CASES / name for name in names]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=CASES.parents[3],
-    )
+    pytests = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+    done = processes.run(*pytests, *files, env=environment, cwd=CASES.parents[3])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
