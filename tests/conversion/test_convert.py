@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-import subprocess
-import sys
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -335,7 +334,7 @@ def test_the_same_seed_is_the_same_map_in_another_process() -> None:
         f"spec = u.spec_from_file_location('t', {__file__!r}); "
         "m = u.module_from_spec(spec); spec.loader.exec_module(m); print(m.fingerprint(seed=5))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = processes.python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == fingerprint(seed=5)
 

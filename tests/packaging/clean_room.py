@@ -20,6 +20,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from packaging.requirements import Requirement
 
@@ -72,15 +73,8 @@ def run(
     cwd: Path | None = None,
     before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(word) for word in command],
-        env=environment() if env is None else env,
-        cwd=cwd,
-        preexec_fn=before,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    env = environment() if env is None else env
+    return processes.run(*command, env=env, cwd=cwd, preexec_fn=before)
 
 
 def checked(

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import processes
 
 # Needed by extras or by other back ends, so never by the import.
 OPTIONAL = ("matplotlib", "numpy", "PIL", "sklearn", "tqdm", "triton")
 
 
 def run_python(code: str) -> str:
-    # Byte code may be written, as in normal use: compiling our sources is not what is measured.
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
-    )
+    result = processes.python(code)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -45,13 +39,20 @@ def test_a_layer_runs_without_any_optional_module() -> None:
     assert shape == "2 4"
 
 
-def test_import_adds_under_300_ms_to_torch() -> None:
-    # The best of three: the first run writes the byte code.
+def test_import_adds_few_modules_and_little_work_to_torch() -> None:
+    # Counted, not timed: 62 modules and 17 000 calls of Python functions, half of those the
+    # dataclasses', were less than 0.1 s. A busy machine counts the same.
     code = (
-        "import time, torch\n"
-        "start = time.perf_counter()\n"
+        "import sys, torch\n"
+        "before, calls = set(sys.modules), 0\n"
+        "def count(frame, event, argument):\n"
+        "    global calls\n"
+        "    calls += event == 'call'\n"
+        "sys.setprofile(count)\n"
         "import rpg_kernels\n"
-        "print(time.perf_counter() - start)"
+        "sys.setprofile(None)\n"
+        "print(len(set(sys.modules) - before), calls)"
     )
-    best = min(float(run_python(code)) for _ in range(3))
-    assert best < 0.3, f"import rpg_kernels takes {best:.2f} s after import torch"
+    modules, calls = map(int, run_python(code).split())
+    assert 20 < modules < 100
+    assert calls < 40_000

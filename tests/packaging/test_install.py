@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -241,5 +240,5 @@ def test_wheel_installs_no_file_outside_its_package(pure: Path, tmp_path: Path) 
     room.install("--no-deps", pure)
     assert {path.name for path in room.site.iterdir()} == {"rpg_kernels", INFO}
     assert (room.folder / "bin" / "rpg-kernels").exists()
-    done = subprocess.run([room.folder / "bin" / "rpg-kernels"], capture_output=True, text=True)
+    done = clean_room.run(room.folder / "bin" / "rpg-kernels")
     assert "No module named 'torch'" in done.stderr

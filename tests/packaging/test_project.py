@@ -10,6 +10,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import processes
 import pytest
 
 from rpg_kernels._version import __version__
@@ -28,9 +29,7 @@ def read(name: str) -> str:
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     # These tests usually run under make themselves; its flags are not meant for this one.
     env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    return subprocess.run(
-        ["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
-    )
+    return processes.run("make", *arguments, cwd=ROOT, env=env)
 
 
 def test_version_has_one_source() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 import rpg_kernels as rpg
 from rpg_kernels import native
 from rpg_kernels.backends.cpu import rules
+from rpg_kernels.law.placement import parse
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
 
@@ -83,7 +85,7 @@ def load_in_forked_workers() -> None:
     problem = Problem()
     wanted = [result.flatten() for result in problem.results()]
     loader = torch.utils.data.DataLoader(
-        Lookups(), num_workers=2, multiprocessing_context="fork", timeout=60
+        Lookups(), num_workers=2, multiprocessing_context="fork", timeout=processes.HANGS
     )
     for index, item in enumerate(loader):
         one = torch.stack([result[index] for result in wanted])
@@ -102,7 +104,7 @@ def fork() -> None:
         if pid := os.fork():
             assert os.waitpid(pid, 0)[1] == 0
             return
-        signal.alarm(60)  # nobody else would end a child that hangs
+        signal.alarm(processes.HANGS)  # nobody else would end a child that hangs
         try:
             assert native.threads() == 1
             for got, exact in zip(problem.results(), wanted, strict=True):
@@ -119,14 +121,8 @@ def fork() -> None:
 
 
 def process(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join((str(ROOT / "tests" / "helpers"), str(ROOT)))
-    return subprocess.run(
-        [sys.executable, "-c", f"import test_cpu_surroundings as t; {program}; print('right')"],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    code = f"import test_cpu_surroundings as t; {program}; print('right')"
+    return processes.python(code, **environment)
 
 
 def assert_right(done: subprocess.CompletedProcess[str]) -> None:
@@ -207,7 +203,7 @@ def test_other_threads_run_meanwhile(set_threads: Callable[[int], None]) -> None
     set_threads(1)
     problem = Problem()
     problem.x = problem.x.repeat(500, 1)
-    law = native.layer_law(rpg.placement.parse(problem.spec).law)
+    law = native.layer_law(parse(problem.spec).law)
     step = rules.check("linear", problem.spec, len(problem.x))
     y, memory = problem.x.new_empty(len(problem.x), 1000), rules.workspace(step)
     arguments = (problem.bank.data_ptr(), 1, problem.x.data_ptr(), 1, 0, y.data_ptr())

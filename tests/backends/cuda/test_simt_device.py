@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[3]
@@ -22,14 +22,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [Path(__file__).with_name("simt_device.cpp"), ROOT / "csrc" / "simt" / "device.cpp"]
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-DRPG_SIMT"]
     command += [f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = processes.run(*command)
     assert done.returncode == 0, done.stderr
     return out
 
 
 def run(program: Path, kernel: str) -> list[list[float]]:
     """What a kernel wrote, [orders][CTAs * threads]."""
-    done = subprocess.run([str(program), kernel], capture_output=True, text=True)
+    done = processes.run(program, kernel)
     assert done.returncode == 0, done.stdout + done.stderr
     results = [[float(word) for word in line.split()] for line in done.stdout.splitlines()]
     assert len(results) == ORDERS
@@ -91,7 +91,7 @@ def test_faults_that_change_results(program: Path, kernel: str) -> None:
     ],
 )
 def test_faults_that_stop_the_launch(program: Path, kernel: str, sentence: str) -> None:
-    done = subprocess.run([str(program), kernel], capture_output=True, text=True)
+    done = processes.run(program, kernel)
     assert done.returncode == 1
     assert sentence in done.stdout
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -356,17 +354,12 @@ def test_the_reference_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_environment_switch() -> None:
     code = "from rpg_kernels import native; print(native.available(), native.why_not())"
-    run = [sys.executable, "-c", code]
-    environment = {**os.environ, "RPG_KERNELS_NATIVE": "0"}
-    said = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
-    assert said.strip() == "False RPG_KERNELS_NATIVE=0 is set"
+    done = processes.python(code, RPG_KERNELS_NATIVE="0")
+    assert done.stdout.strip() == "False RPG_KERNELS_NATIVE=0 is set"
 
 
 def test_an_instruction_set_that_is_not_there() -> None:
     code = "from rpg_kernels import native; native.build_info()"
-    environment = {**os.environ, "RPG_KERNELS_ISA": "mmx"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    done = processes.python(code, RPG_KERNELS_ISA="mmx")
     assert done.returncode != 0
     assert "RPG_KERNELS_ISA: got mmx, wanted " in done.stderr

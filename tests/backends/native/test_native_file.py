@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 import rpg_kernels
@@ -82,9 +82,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = processes.run(sys.executable, "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     shape, said = done.stdout.splitlines()
     assert shape == "torch.Size([3, 5])"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import window_brute
@@ -72,13 +70,7 @@ def test_golden_vectors_on_every_instruction_set(isa: str) -> None:
         "import test_native_window as t; from rpg_kernels import native; t.check_golden(); "
         "print(native.build_info()['isa'])"
     )
-    path = os.pathsep.join((str(Path(__file__).parent), str(ROOT / "tests" / "helpers"), str(ROOT)))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "RPG_KERNELS_ISA": isa, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    done = processes.python(code, RPG_KERNELS_ISA=isa)
     if f"RPG_KERNELS_ISA: got {isa}" in done.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert (done.returncode, done.stdout.strip()) == (0, isa), done.stderr
@@ -252,13 +244,12 @@ def test_unit_tables_and_inverses(isa: str, tmp_path: Path) -> None:
     source = Path(__file__).with_name("unit_table.cpp")
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", *FLAGS[isa]]
     command += ["-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
-    watched = subprocess.run(
-        [*command, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], capture_output=True
-    )
+    sanitize = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    watched = processes.run(*command, *sanitize)
     if watched.returncode:  # compilers come without the sanitizers' libraries
-        done = subprocess.run([*command, "-Werror"], capture_output=True, text=True)
+        done = processes.run(*command, "-Werror")
         assert done.returncode == 0, done.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True)
+    done = processes.run(program)
     if done.returncode == -4:  # SIGILL
         pytest.skip(f"this processor has no {isa}")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +21,7 @@ def compiler() -> str:
     gcc = shutil.which("g++")
     if gcc is None:
         pytest.skip("no g++")
-    asked = subprocess.run([gcc, "--version"], capture_output=True, text=True)
+    asked = processes.run(gcc, "--version")
     if "Free Software Foundation" not in asked.stdout:
         pytest.skip("g++ is not GCC")
     return gcc
@@ -37,7 +38,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     built = subprocess.run([gcc, *flags, str(trivial), "-o", f"{folder}/trivial"])
     if built.returncode:
         pytest.skip(f"the compiler comes without the sanitizer: {request.param}")
-    ran = subprocess.run([f"{folder}/trivial"], capture_output=True, text=True)
+    ran = processes.run(folder / "trivial")
     if ran.returncode:  # addresses are laid out as the sanitizer does not know them
         pytest.skip(f"the sanitizer does not run here: {ran.stderr.strip()[:200]}")
     sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in KERNELS]
@@ -59,13 +60,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     options = "halt_on_error=1:exitcode=66"
-    return subprocess.run(
-        [str(program), *arguments],
-        env={**os.environ, "TSAN_OPTIONS": options},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return processes.run(program, *arguments, env={**os.environ, "TSAN_OPTIONS": options})
 
 
 def test_kernels_are_clean(program: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,28 @@ _INNERMOST = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one architecture."""
+    """One kernel for one architecture; what is not asked for is not disassembled."""
 
     ptx: str
-    sass: str
-    registers: int
-    spills: int
+    cubin: bytes
     shared: int
     warps: int
+
+    @cached_property
+    def sass(self) -> str:
+        """The machine code as text."""
+        return _tool("nvdisasm", self.cubin, "-c")
+
+    @cached_property
+    def registers(self) -> int:
+        """Of a thread."""
+        usage = _tool("cuobjdump", self.cubin, "-res-usage")
+        return int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory."""
+        return len(SPILL.findall(self.sass))
 
     @property
     def spills_in_loop(self) -> int:
@@ -155,19 +170,14 @@ def build(
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return Compiled(done.asm["ptx"], done.asm["cubin"], done.metadata.shared, config.warps)
+
+
+def _tool(name: str, cubin: bytes, *arguments: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(done.asm["cubin"])
-        sass = _tool("nvdisasm", "-c", file.name)
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    spills = len(SPILL.findall(sass))
-    return Compiled(done.asm["ptx"], sass, registers, spills, done.metadata.shared, config.warps)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run(
-        [TOOLS / name, *arguments], capture_output=True, text=True, check=True
-    ).stdout
+        Path(file.name).write_bytes(cubin)
+        command = [str(TOOLS / name), *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def linear_constants(

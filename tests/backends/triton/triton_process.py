@@ -8,35 +8,47 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import brute_force as brute
+import processes
 import pytest
 import torch
 
+import rpg_kernels as rpg
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
+if INTERPRETED:
+    from triton.runtime import interpreter
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 CASES = Path(__file__).parent / "cases"
 HELPERS = Path(__file__).parents[2] / "helpers"
+
+if INTERPRETED:
+    # It computes every sum and product again in int64, to compare it with the dtype's range, and
+    # then drops the answer, since debug is off: more than half of the time of these tests.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
 
-def run(name: str, *, interpreted: bool) -> None:
-    """Run one file of cases and fail with its output."""
+def run(*names: str, interpreted: bool) -> None:
+    """Run files of cases and fail with their output."""
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(CASES.parent), str(HELPERS), os.environ.get("PYTHONPATH", "")))
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", CASES / name],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=CASES.parents[3],
-    )
+    files = [CASES / name for name in names]
+    pytests = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+    done = processes.run(*pytests, *files, env=environment, cwd=CASES.parents[3])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def bank_of(dof: int, dtype: torch.dtype, **arguments: object) -> rpg.ParameterBank:
+    """For tests that are not about the law: without its rounds, which take the interpreter long."""
+    return brute.bank_of(dof, dtype, **{"permute": not INTERPRETED, **arguments})

@@ -14,7 +14,7 @@ import naive_calls as calls
 import pytest
 import torch
 from torch import Tensor
-from triton_process import DEVICE, INTERPRETED
+from triton_process import DEVICE, INTERPRETED, bank_of
 
 import rpg_kernels as rpg
 from rpg_kernels.backends import dispatch
@@ -96,16 +96,12 @@ def check(
     return got
 
 
-def on_bank(dof: int, dtype: torch.dtype, **arguments: object) -> rpg.ParameterBank:
-    return brute.bank_of(dof, dtype, **arguments)
-
-
 @pytest.mark.parametrize("seed", range(24 if INTERPRETED else 60))
 def test_random(seed: int) -> None:
     rng = random.Random(seed)
     g, dtype = GRANULARITY[seed % 8], DTYPES[seed % 5 % len(DTYPES)]
     bank_dtype = rng.choice([dtype, torch.float32])
-    bank = on_bank(
+    bank = brute.bank_of(
         rng.randrange(g, 3000),
         bank_dtype,
         granularity=g,
@@ -147,7 +143,8 @@ def test_naive(window: tuple[int, int] | None) -> None:
 @pytest.mark.parametrize(("g", "reflect"), [(4, "vector"), (32, "vector"), (32, "element")])
 def test_scratch_stays_within_the_limit_and_changes_no_result(g: int, reflect: str) -> None:
     """Row bands, column bands, operand copies or none: the weights are the same bits."""
-    bank = on_bank(600, torch.float16, granularity=g, reflect=reflect)
+    permute = not INTERPRETED or g == 4
+    bank = bank_of(600, torch.float16, granularity=g, reflect=reflect, permute=permute)
     weight = bank.place((24, 72), scale=0.5).narrow(1, 7, 60)
     x, dy = torch.randn(17, 60).half(), torch.randn(17, 24).half()
     tiles = Config(16, 16, 32, 4, 2)
@@ -181,7 +178,8 @@ def test_scratch_stays_within_the_limit_and_changes_no_result(g: int, reflect: s
 @pytest.mark.parametrize(("g", "reflect"), [(4, "vector"), (64, "element")])
 def test_tiles_of_every_configuration_hold_the_same_bits(g: int, reflect: str) -> None:
     """Against the unit matrix a product is the weight itself."""
-    bank = on_bank(1500, torch.float16, granularity=g, reflect=reflect)
+    permute = not INTERPRETED or g == 64
+    bank = bank_of(1500, torch.float16, granularity=g, reflect=reflect, permute=permute)
     weight = bank.place((18, 64), scale=1.0).narrow(1, 3, 58)
     wanted = brute.unpack(weight, brute.ring(bank)).detach().half()
     on, spec = bank.weight.detach().to(DEVICE), weight.spec
@@ -209,7 +207,7 @@ def test_law_of_several_bands(g: int) -> None:
     """More than 2^31 positions: a launch per band, results that add up."""
     rows = 2**31 // 4
     matrix = (rows, 8 * g)
-    bank = on_bank(1000, torch.float32, granularity=g, reflect="element")
+    bank = brute.bank_of(1000, torch.float32, granularity=g, reflect="element")
     whole = Placement(bank.generator, 3, g * 5, matrix, 0.5)
     height = whole.law.rows_per_band
     assert height < rows
@@ -233,7 +231,7 @@ def test_law_of_several_bands(g: int) -> None:
 
 @pytest.mark.parametrize(("g", "reflect"), [(2, "vector"), (16, "element")])
 def test_deterministic_bank_gradient(g: int, reflect: str) -> None:
-    bank = on_bank(500, torch.float32, granularity=g, reflect=reflect)
+    bank = bank_of(500, torch.float32, granularity=g, reflect=reflect)
     weight = bank.place((15, 60), scale=0.6).narrow(1, 5, 50).narrow(0, 2, 12)
     x, dy = torch.randn(33, 50), torch.randn(33, 12)
     torch.use_deterministic_algorithms(True)
@@ -260,7 +258,7 @@ def test_deterministic_bank_gradient_of_a_table() -> None:
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "leading", "flipped"])
 def test_strides(layout: str) -> None:
-    weight = on_bank(700, torch.float32, granularity=16).place((20, 50))
+    weight = bank_of(700, torch.float32, granularity=16).place((20, 50))
 
     def of(columns: int) -> Tensor:
         x = torch.randn(6, columns)
@@ -277,7 +275,7 @@ def test_strides(layout: str) -> None:
 
 
 def test_misaligned_and_non_contiguous_banks() -> None:
-    bank = on_bank(640, torch.float16, granularity=16, reflect="element")
+    bank = bank_of(640, torch.float16, granularity=16, reflect="element")
     weight = bank.place((20, 50))
     x, dy = torch.randn(3, 50).half(), torch.randn(3, 20).half()
     values = bank.weight.detach().clone()
@@ -290,7 +288,7 @@ def test_misaligned_and_non_contiguous_banks() -> None:
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0), ()])
 def test_empty_batch_and_no_batch(leading: tuple[int, ...]) -> None:
-    weight = on_bank(640, torch.float32, granularity=16).place((20, 50))
+    weight = bank_of(640, torch.float32, granularity=16).place((20, 50))
     y, dx, dw = check(weight, torch.randn(*leading, 50), torch.randn(*leading, 20))
     assert y.shape == (*leading, 20)
     assert dx.shape == (*leading, 50)
@@ -299,7 +297,7 @@ def test_empty_batch_and_no_batch(leading: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("reflect", REFLECT)
 def test_nan_reaches_what_reads_it_and_nothing_else(reflect: str) -> None:
-    bank = on_bank(2048, torch.float16, granularity=16, reflect=reflect)
+    bank = bank_of(2048, torch.float16, granularity=16, reflect=reflect)
     weight = bank.place((12, 43))
     index, _ = brute.index_and_sign(weight)
     unread = sorted(set(range(bank.dof)) - set(index.flatten().tolist()))
@@ -319,7 +317,7 @@ def test_nan_reaches_what_reads_it_and_nothing_else(reflect: str) -> None:
 
 
 def test_through_dispatch_and_autograd() -> None:
-    bank = on_bank(640, torch.float32, granularity=16).to(DEVICE)
+    bank = bank_of(640, torch.float32, granularity=16).to(DEVICE)
     layer = rpg.nn.Linear(50, 20, bank=bank).to(DEVICE)
     x = torch.randn(3, 50, device=DEVICE, requires_grad=True)
     grads = {}
@@ -360,7 +358,7 @@ def test_fp16_products_of_an_fp32_bank_out_of_its_range(
     std: float, scale: float, limit: int
 ) -> None:
     """scale * w is rounded to fp16, as by the reference, not w, which fp16 cannot hold."""
-    bank = on_bank(640, torch.float32, granularity=16, reflect="vector")
+    bank = bank_of(640, torch.float32, granularity=16, reflect="vector")
     with torch.no_grad():
         bank.weight.mul_(std / bank.weight.std())
     weight = bank.place((20, 50), scale=scale)
@@ -370,7 +368,7 @@ def test_fp16_products_of_an_fp32_bank_out_of_its_range(
 
 
 def test_infinity_in_the_last_row_stays_infinite() -> None:
-    bank = on_bank(640, torch.float32, granularity=16, reflect="none")
+    bank = bank_of(640, torch.float32, granularity=16, reflect="none")
     weight = bank.place((21, 50))
     index, _ = brute.index_and_sign(weight)
     with torch.no_grad():
@@ -382,7 +380,7 @@ def test_infinity_in_the_last_row_stays_infinite() -> None:
 
 
 def test_bias_with_strides() -> None:
-    weight = on_bank(700, torch.float32, granularity=16).place((20, 50))
+    weight = bank_of(700, torch.float32, granularity=16).place((20, 50))
     x, dy = torch.randn(6, 50), torch.randn(6, 20)
     for bias in (torch.randn(40)[::2], torch.randn(1).expand(20)):
         check(weight, x, dy, bias, TILES)
@@ -399,7 +397,7 @@ def test_table_with_strides_is_refused() -> None:
 
 
 def test_more_rows_than_one_launch_can_number() -> None:
-    weight = on_bank(700, torch.float16, granularity=16).place((20, 50))
+    weight = bank_of(700, torch.float16, granularity=16).place((20, 50))
     x, dy = torch.randn(41, 50).half(), torch.randn(41, 20).half()
     with mock.patch.object(plan, "MAX_ROWS", 16):
         check(weight, x, dy, None, TILES)
@@ -412,7 +410,7 @@ def test_more_rows_than_one_launch_can_number() -> None:
 
 @pytest.mark.parametrize("splits", [2, 3, 7])
 def test_bank_gradient_in_parts_of_the_batch(splits: int) -> None:
-    weight = on_bank(700, torch.float16, granularity=16).place((20, 50))
+    weight = bank_of(700, torch.float16, granularity=16).place((20, 50))
     for m in (5, 47):  # fewer steps than parts, and more
         x, dy = torch.randn(m, 50).half(), torch.randn(m, 20).half()
         check(weight, x, dy, None, replace(TILES, splits=splits))

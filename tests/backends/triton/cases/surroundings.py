@@ -9,7 +9,7 @@ import brute_force as brute
 import pytest
 import torch
 from torch import Tensor
-from triton_process import DEVICE, INTERPRETED
+from triton_process import DEVICE, INTERPRETED, bank_of
 
 import rpg_kernels as rpg
 from rpg_kernels.functional import embedding, linear
@@ -38,11 +38,9 @@ def triton() -> Iterator[None]:
 def place(
     rows: int, columns: int, dtype: torch.dtype = torch.float32, **arguments: Any
 ) -> rpg.VirtualWeight:
-    """A weight on a bank of its own. The law has no rounds: they take the interpreter long."""
-    given = {"granularity": 16, "permute": not INTERPRETED, **arguments}
-    weight = brute.bank_of(min(640, rows * columns + 200), dtype, **given).place(
-        (rows, columns), scale=0.6
-    )
+    """A weight on a bank of its own."""
+    bank = bank_of(min(640, rows * columns + 200), dtype, **{"granularity": 16, **arguments})
+    weight = bank.place((rows, columns), scale=0.6)
     weight.bank.to(DEVICE)
     return weight
 
