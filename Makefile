@@ -100,7 +100,7 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.created $(INPUTS)
 	$(PIP) install --quiet -c constraints-dev.txt -e '.[$(patsubst .%,%,$(@F))]'
 	@rm $(VENV)/.installing
 	@$(BIN)/python -c "from rpg_kernels import native; native.available() or \
-		print('Without the compiled half:', native.why_not())"
+		print('Without the native module:', native.why_not())"
 	@touch $@
 
 FORCE:

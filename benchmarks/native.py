@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not native.available():
-        raise SystemExit(f"the compiled half is not in use: {native.why_not()}")
+        raise SystemExit(f"the native module is not in use: {native.why_not()}")
 
     runs = []
     for threads in args.threads:

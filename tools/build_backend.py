@@ -1,4 +1,4 @@
-"""The build backend: setuptools, and CMake for the compiled half where there is a C++ compiler.
+"""The build backend: setuptools, and CMake for the native module where there is a C++ compiler.
 
 Environment variables, see CONTRIBUTING.md::
 
@@ -46,7 +46,7 @@ WAY_OUT = (
 
 
 class BuildError(SystemExit):
-    """The compiled half cannot be built; says why, and how to install without it.
+    """The native module cannot be built; says why, and how to install without it.
 
     It ends the build without a traceback, so that pip's output ends with the reason.
     """
@@ -81,7 +81,7 @@ def plan() -> Plan:
     if mode == "python":
         return Plan(None, None, reason="RPG_KERNELS_BUILD=python was set when it was installed")
     if sys.platform not in ("linux", "darwin"):
-        reason = f"the compiled half is built on Linux and macOS only, not on {sys.platform}"
+        reason = f"the native module is built on Linux and macOS only, not on {sys.platform}"
         cxx = None
     else:
         cxx = _asked("CXX") or _which("c++", "g++", "clang++")
@@ -225,7 +225,7 @@ class BuildNative(build_ext):
         print(done.stdout)
         if done.returncode:
             step = "compiling" if "--build" in command else "configuring"
-            raise BuildError(f"{step} the compiled half failed: {_reason(done.stdout)}")
+            raise BuildError(f"{step} the native module failed: {_reason(done.stdout)}")
 
 
 def _reason(said: str) -> str:

@@ -111,7 +111,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _native() -> str:
-    """The compiled half in use, or why there is none."""
+    """The native module in use, or why there is none."""
     info = native.build_info()
     if not native.available():
         return f"not in use: {native.why_not()}"

@@ -77,7 +77,7 @@ ENVIRONMENT = {
     "rpg_kernels": text("version"),
     "commit": text("of the checkout, `-dirty` with changes; null outside one", nullable=True),
     "sources": text("first 16 hex digits of a SHA-256 over the package's Python, C++ and CUDA"),
-    "native": text("instruction set and compiler of the compiled half, or why it is not in use"),
+    "native": text("instruction set and compiler of the native module, or why it is not in use"),
     "settings": Field("map", "environment variables RPG_KERNELS_*", {"*": text("")}),
 }
 OPTIONS = {

@@ -108,7 +108,7 @@ def heading(record: Mapping[str, Any]) -> Iterator[str]:
     changes = " with changes" if (e["commit"] or "").endswith("-dirty") else ""
     yield f"{e['device_name']}{threads}; torch {e['torch']}; commit {commit}{changes}"
     if e["native"].startswith("not in use"):
-        yield f"The compiled half was {e['native']}"
+        yield f"The native module was {e['native']}"
     if not record["complete"]:
         yield "INTERRUPTED: only what was finished is here"
     for reason in record["load"]["busy"]:

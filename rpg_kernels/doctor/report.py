@@ -13,7 +13,7 @@ TITLES = {
     "machine": "machine",
     "devices": "CUDA devices",
     "compilers": "compilers found now",
-    "build": "compiled half",
+    "build": "native module",
     "settings": "settings in force",
     "backends": "back ends",
     "self_tests": "self-tests",

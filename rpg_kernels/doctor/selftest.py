@@ -3,7 +3,7 @@
 An operator is judged by ``max|out - ref64| <= 2 * max|torch - ref64| + eps``: ref64 is torch's own
 function in float64 on the CPU with an explicit weight, torch the same in the operator's dtype on
 its device. The explicit weight is written out from the law and the bank here, position by
-position; neither the back ends nor the compiled half have a part in it.
+position; neither the back ends nor the native module have a part in it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The compiled half of the package: the packing law, unpack and pack in C++, without torch in it.
+"""The native module of the package: the packing law, unpack and pack in C++, without torch in it.
 
 It may be absent: an install without a C++ compiler is pure Python. The reference uses it for CPU
 tensors when it is there, with identical results; ``RPG_KERNELS_NATIVE=0`` leaves it aside.
@@ -64,24 +64,24 @@ def _load() -> tuple[Any, str]:
         found = importlib.util.find_spec(_MODULE)
         missing = cut_short(Path(found.origin)) if found and found.origin else ""
         if missing:
-            return None, f"the compiled module cannot be loaded: {missing}; install again"
+            return None, f"the native module cannot be loaded: {missing}; install again"
         module: Any = importlib.import_module(_MODULE)
         built = module.build_info()  # raises when this processor cannot run it
     except ModuleNotFoundError:
-        return None, _build_record().get("reason") or "the compiled module was not built"
+        return None, _build_record().get("reason") or "the native module was not built"
     except (ImportError, RuntimeError) as error:
         if os.environ.get(ENVIRONMENT_ISA) and isinstance(error, RuntimeError):
             raise
-        return None, f"the compiled module cannot be loaded: {error}"
+        return None, f"the native module cannot be loaded: {error}"
     if built.get("version") != __version__ or built["law"] != WINDOW_LAW:
         of = f"version {built.get('version')}, law {built['law']}"
         wanted = f"version {__version__}, law {WINDOW_LAW}; install again"
-        return None, f"the compiled module cannot be loaded: got {of}, wanted {wanted}"
+        return None, f"the native module cannot be loaded: got {of}, wanted {wanted}"
     return module, ""
 
 
 def broken() -> str:
-    """What is wrong with a compiled module that is there and cannot be used; "" otherwise."""
+    """What is wrong with a native module that is there and cannot be used; "" otherwise."""
     module, reason = _load()
     return reason if module is None and "cannot be loaded" in reason else ""
 
@@ -96,17 +96,17 @@ def _build_record() -> dict[str, str]:
 
 
 def available() -> bool:
-    """True when the compiled module is there and in use."""
+    """True when the native module is there and in use."""
     return _enabled and _load()[0] is not None
 
 
 def module() -> Any:
-    """The compiled module; ask ``available`` before."""
+    """The native module; ask ``available`` before."""
     return _load()[0]
 
 
 def why_not() -> str:
-    """Why the compiled module is not in use; "" when it is."""
+    """Why the native module is not in use; "" when it is."""
     return _load()[1] if _enabled else f"{ENVIRONMENT_NATIVE}=0 is set"
 
 
@@ -154,7 +154,7 @@ def covers(architectures: list[str], capability: str) -> bool | None:
 
 
 def handles(*tensors: Tensor) -> bool:
-    """True when the compiled module is in use and can work on these tensors."""
+    """True when the native module is in use and can work on these tensors."""
     return available() and all(
         type(t) in (Tensor, torch.nn.Parameter)
         and t.device.type == "cpu"

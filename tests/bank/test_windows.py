@@ -24,7 +24,7 @@ REFLECT = ("element", "vector", "none")
 
 @pytest.fixture(params=["C++", "PyTorch"], autouse=True)
 def half(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the compiled half, if there is one, and without."""
+    """With the native module, if there is one, and without."""
     if request.param == "PyTorch":
         monkeypatch.setattr(native, "_enabled", False)
     elif not native.available():

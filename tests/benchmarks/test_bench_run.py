@@ -64,7 +64,7 @@ def test_a_whole_run_is_valid_and_complete(op: str, tmp_path: Path) -> None:
         assert memory["persistent"] == sum(memory[kind] for kind in kinds)
         assert len(got["floors"]) == (3 if op == "linear" else 0)
         assert all(floor["percent"] > 0 for floor in got["floors"].values())
-        # Lookups on CPUs go to the compiled half, which is not among NAMES, where there is one.
+        # Lookups on CPUs go to the native module, which is not among NAMES, where there is one.
         reference = op != "embedding" or not native.available()
         assert got["chosen"] == (reference and name == "rpg-reference")
     assert row(record, "rpg-reference")["memory"]["per_dof"]["persistent"] == (16 * 200 + 4) / 200

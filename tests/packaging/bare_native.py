@@ -1,4 +1,4 @@
-"""Evaluates the golden vectors by the compiled module alone; run in a Python without torch.
+"""Evaluates the golden vectors by the native module alone; run in a Python without torch.
 
 Arguments: the module's file, the golden vectors. Prints what was found as JSON.
 """

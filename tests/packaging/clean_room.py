@@ -173,7 +173,7 @@ class Room:
         return checked(self.python, *words, env=environment(**changes), cwd=self.folder)
 
     def module(self) -> Path:
-        """The compiled module."""
+        """The native module."""
         (found,) = (self.site / "rpg_kernels" / "native").glob("_native.*.so")
         return found
 
@@ -208,7 +208,7 @@ def interpreter(version: str) -> str | None:
 
 
 def native_tag(version: tuple[int, int] = sys.version_info[:2]) -> str:
-    """The tag of a wheel with a compiled module: interpreter, its ABI, platform."""
+    """The tag of a wheel with a native module: interpreter, its ABI, platform."""
     python = "cp{}{}".format(*version)
     return f"{python}-{python}-{re.sub(r'[-.]', '_', sysconfig.get_platform())}"
 
@@ -230,7 +230,7 @@ def with_torch(wheel: Path, folder: Path) -> Room:
 
 
 def look_at(module: Path, python: Path) -> dict[str, Any]:
-    """What bare_native.py finds of a compiled module; no GPU is seen."""
+    """What bare_native.py finds of a native module; no GPU is seen."""
     env = environment(CUDA_VISIBLE_DEVICES="")
     bare = Path(__file__).with_name("bare_native.py")
     found: dict[str, Any] = json.loads(checked(python, "-I", bare, module, GOLDEN, env=env))

@@ -78,7 +78,7 @@ def test_a_compiler_that_fails(
 ) -> None:
     broken = script(tmp_path / "c++", body)
     said = refused(room, source, CXX=broken)
-    assert said.startswith("configuring the compiled half failed: ")
+    assert said.startswith("configuring the native module failed: ")
     assert re.search(reason, said)
 
 
@@ -90,7 +90,7 @@ def test_a_compiler_that_fails_at_one_file(
     body = f'case "$*" in *csrc/bindings/module.cpp*) {error};; esac'
     broken = script(tmp_path / "c++", f'{body}\nexec {compiler} "$@"')
     said = refused(room, source, CXX=broken, RPG_KERNELS_BUILD="cpu")
-    assert said == "compiling the compiled half failed: c++: error: out of memory"
+    assert said == "compiling the native module failed: c++: error: out of memory"
 
 
 @needs_compiler
@@ -99,7 +99,7 @@ def test_an_error_in_the_source(room: Room, source: Path, compiler: Path) -> Non
         file.write("inline int broken() { return not_declared; }\n")
     said = refused(room, source, CXX=compiler, RPG_KERNELS_BUILD="cpu")
     where = r"ring\.h:\d+:\d+: error: \W*not_declared"
-    assert re.match(rf"compiling the compiled half failed: \S*{where}", said)
+    assert re.match(rf"compiling the native module failed: \S*{where}", said)
     assert said.count("error:") == 1, "once for every instruction set"
 
 
@@ -139,7 +139,7 @@ def test_an_nvcc_that_refuses_the_compiler(room: Room, source: Path, tmp_path: P
     why = "host_config.h:132:2: error: #error -- unsupported GNU version!"
     broken = script(tmp_path / "nvcc", f"{known}\necho '{why}' >&2; exit 1")
     said = refused(room, source, CUDACXX=broken)
-    assert said == f"configuring the compiled half failed: {why}"
+    assert said == f"configuring the native module failed: {why}"
 
 
 @needs_compiler

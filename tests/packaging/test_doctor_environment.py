@@ -237,7 +237,7 @@ def test_back_ends_of_a_table_with_two(
 
 
 def test_a_compiled_module_that_does_not_load_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "the compiled module cannot be loaded: file too short"
+    said = "the native module cannot be loaded: file too short"
     monkeypatch.setattr(native, "_load", lambda: (None, said))
     with pytest.raises(RuntimeError, match=said):
         environment.build()

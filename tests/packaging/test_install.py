@@ -36,7 +36,7 @@ STEM = f"rpg_kernels-{__version__}"
 INFO = f"{STEM}.dist-info"
 OTHER_PYTHONS = [f"3.{n}" for n in (11, 12, 13) if n != sys.version_info.minor]
 
-# A layer forward and backward, then what the compiled half says of itself.
+# A layer forward and backward, then what the native module says of itself.
 USE = """
 import json, torch, rpg_kernels as rpg
 from rpg_kernels import native

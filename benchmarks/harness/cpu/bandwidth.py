@@ -37,7 +37,7 @@ def measure(threads: int) -> list[Level]:
     """The rates of a number of threads, the best of several samples; about a second.
 
     A cache is read in half of its size, memory in four times that of the last cache, which all
-    threads share. Empty without the compiled half.
+    threads share. Empty without the native module.
     """
     if not native.available():
         return []

@@ -89,7 +89,7 @@ LAYERS_FILE = {
         },
     ),
     "rates": _list(
-        "the best of all series; empty without the compiled half", Field("object", "", _RATE)
+        "the best of all series; empty without the native module", Field("object", "", _RATE)
     ),
     "matrix_per_s": Field(
         "map", "operations per second of a large product, by dtype, the best", {"*": number("")}

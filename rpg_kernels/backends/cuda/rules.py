@@ -44,7 +44,7 @@ class Gpu:
     """What a launch depends on.
 
     Args:
-        backend: ``"cuda"`` or ``"simt"``, which is also the part of the compiled module.
+        backend: ``"cuda"`` or ``"simt"``, which is also the part of the native module.
         sms: streaming multiprocessors.
         shared_bytes: shared memory that a block may have.
     """
@@ -69,7 +69,7 @@ def gpu(device: torch.device) -> Gpu:
 
 
 def kernels(on: Gpu) -> Any:
-    """The part of the compiled module that runs there."""
+    """The part of the native module that runs there."""
     return getattr(native.module(), on.backend)
 
 

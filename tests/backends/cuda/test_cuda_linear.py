@@ -31,7 +31,7 @@ from rpg_kernels.backends.triton import rules as triton
 from rpg_kernels.law.placement import Placement
 
 needs_cuda_build = pytest.mark.skipif(
-    not native.build_info().get("cuda"), reason="the compiled half has no CUDA kernels"
+    not native.build_info().get("cuda"), reason="the native module has no CUDA kernels"
 )
 GPU = torch.device("cuda", 0)
 FILLS = [WINDOW, RING, GATHERED]

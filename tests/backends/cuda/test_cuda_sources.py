@@ -31,7 +31,7 @@ POINTS: dict[str, Any] = {
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 needs_cuda_build = pytest.mark.skipif(
-    not native.build_info().get("cuda"), reason="the compiled half has no CUDA kernels"
+    not native.build_info().get("cuda"), reason="the native module has no CUDA kernels"
 )
 
 

@@ -1,4 +1,4 @@
-"""A compiled module whose file was cut short: said in a sentence, where the loader would crash."""
+"""A native module whose file was cut short: said in a sentence, where the loader would crash."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ except RuntimeError as error:
     assert done.returncode == 0, done.stderr
     shape, said = done.stdout.splitlines()
     assert shape == "torch.Size([3, 5])"
-    assert said.startswith(f"the compiled module cannot be loaded: {module} has ")
+    assert said.startswith(f"the native module cannot be loaded: {module} has ")
     assert said.endswith("; install again")
