@@ -24,7 +24,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench report docs gpu-check FORCE
+.PHONY: help demo test lint bench report gpu-check FORCE
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
@@ -51,9 +51,6 @@ endif
 
 report: $(VENV)/.dev ## write tables and plots from benchmarks/results (ARGS=--check fails when stale)
 	$(BIN)/python -m benchmarks.harness.report $(ARGS)
-
-docs: ## build the documentation (not built yet)
-	$(error make $@ is not built yet)
 
 # Installs nothing: for a machine without a network, whose python3 has torch and pytest.
 gpu-check: ## everything that needs a GPU, in under nine minutes (OUT=DIR; ARGS="--parts tests micro")

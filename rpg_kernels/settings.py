@@ -20,7 +20,8 @@ _ENVIRONMENT = os.environ.get(ENVIRONMENT_BACKEND, "")
 
 
 class Restore:
-    """What a setter returns: ignored, the setting stays; used in ``with``, it is taken back."""
+    """What a setter returns. Ignore it and the setting stays; at the end of a ``with`` block the
+    earlier setting returns."""
 
     def __init__(self, undo: dict[str, int] | str) -> None:
         self._undo = undo

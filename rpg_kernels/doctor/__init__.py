@@ -38,7 +38,7 @@ from typing import Any
 
 from rpg_kernels.backends import dispatch
 from rpg_kernels.doctor import environment, report, selftest
-from rpg_kernels.doctor.guard import one_line
+from rpg_kernels.doctor.report import one_line
 
 __all__ = ["add_arguments", "examine", "run"]
 

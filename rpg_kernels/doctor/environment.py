@@ -25,8 +25,8 @@ from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
 from rpg_kernels.backends import dispatch, registry
 from rpg_kernels.backends.call import OPERATORS, Call
-from rpg_kernels.doctor.guard import one_line
 from rpg_kernels.doctor.machine import commit, cpu_name, sources
+from rpg_kernels.doctor.report import one_line
 from rpg_kernels.law.generator import LAWS
 from rpg_kernels.law.ring import LAW_VERSION
 

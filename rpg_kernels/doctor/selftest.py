@@ -24,7 +24,7 @@ from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.doctor import law_check
 from rpg_kernels.doctor.environment import torch_devices
-from rpg_kernels.doctor.guard import one_line
+from rpg_kernels.doctor.report import one_line
 from rpg_kernels.law.placement import Placement
 
 DOF, GRANULARITY = 1280, 64

@@ -1,4 +1,4 @@
-"""Counters of arrived blocks: zero before a launch, and zero again after it.
+"""Counters of arrived CTAs: zero before a launch, and zero again after it.
 
 Launches of one stream follow each other, so they share counters. What a CUDA graph captured may be
 replayed on any stream, beside anything: it gets counters of its own, which are never given again.

@@ -13,7 +13,7 @@ from rpg_kernels import native
 from rpg_kernels.backends.cuda import counters, rules
 from rpg_kernels.law.placement import Placement
 
-# The order in which simt runs threads and blocks: 0 ascending, 1 descending, others drawn.
+# The order in which simt runs threads and CTAs: 0 ascending, 1 descending, others drawn.
 simt_order = 0
 
 

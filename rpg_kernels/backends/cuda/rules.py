@@ -46,7 +46,7 @@ class Gpu:
     Args:
         backend: ``"cuda"`` or ``"simt"``, which is also the part of the native module.
         sms: streaming multiprocessors.
-        shared_bytes: shared memory that a block may have.
+        shared_bytes: shared memory that a CTA may have.
     """
 
     backend: str
@@ -68,9 +68,9 @@ def gpu(device: torch.device) -> Gpu:
     return _cuda_gpu(device) if device.type == "cuda" else SIMT
 
 
-def kernels(on: Gpu) -> Any:
+def kernels(target: Gpu) -> Any:
     """The part of the native module that runs there."""
-    return getattr(native.module(), on.backend)
+    return getattr(native.module(), target.backend)
 
 
 def unsupported_kind(
@@ -101,7 +101,7 @@ def unsupported_kind(
     if not native.available():
         return native.why_not()
     if backend == "simt":
-        absent = "this build has no simulator: it is part of development builds, `make test`"
+        absent = "the back end simt is part of development builds only (`make test` makes one)"
         return "" if hasattr(native.module(), "simt") else absent
     return _unsupported_gpu(device)
 
@@ -177,17 +177,17 @@ def _aligned(bank: Tensor) -> bool:
 
 @lru_cache(maxsize=4096)
 def _plan(
-    op: str, placement: str, dtype: torch.dtype, batch: int, on: Gpu, room: int
+    op: str, placement: str, dtype: torch.dtype, batch: int, target: Gpu, room: int
 ) -> tuple[Any, int, str]:
     """(the layout of a launch whose workspace takes at most ``room`` bytes, or None; bytes of its
     workspace, or of the smallest; why the weight has none, or "")."""
     p = parse(placement)
     law = native.layer_law(p.law)
-    make = getattr(kernels(on), f"plan_{op}")
-    sms = on.sms
+    make = getattr(kernels(target), f"plan_{op}")
+    sms = target.sms
     while True:
         try:
-            plan = make(law, native.dtype_code(dtype), batch, p.shape[1], sms, on.shared_bytes)
+            plan = make(law, native.dtype_code(dtype), batch, p.shape[1], sms, target.shared_bytes)
         except RuntimeError as error:
             return None, 0, str(error)
         if 4 * plan.workspace <= room:
@@ -198,7 +198,7 @@ def _plan(
 
 
 def plan(
-    op: str, placement: str, dtype: torch.dtype, batch: int, on: Gpu, copy: int
+    op: str, placement: str, dtype: torch.dtype, batch: int, target: Gpu, copy: int
 ) -> tuple[Any, str]:
     """(the layout of a launch, "") or (None, why there is none).
 
@@ -207,15 +207,15 @@ def plan(
         placement: of the weight.
         dtype: of x.
         batch: rows of x, at least 1.
-        on: the GPU.
+        target: the GPU.
         copy: bytes of the bank's copy, see ``copied``.
     """
     reason = unsupported_weight(op, placement)
     if reason:
         return None, reason
-    kind = "cpu" if on.backend == "simt" else "cuda"
+    kind = "cpu" if target.backend == "simt" else "cuda"
     limit = settings.scratch_bytes(kind)
-    made, size, reason = _plan(op, placement, dtype, batch, on, max(0, limit - copy))
+    made, size, reason = _plan(op, placement, dtype, batch, target, max(0, limit - copy))
     if not reason and copy + size > limit:
         what = f", with a copy of the bank in {dtype}" if copy else ""
         reason = f"scratch_limit: got {limit} bytes, wanted at least {copy + size}{what}"
@@ -223,12 +223,12 @@ def plan(
 
 
 def why_slower(
-    op: str, placement: str, dtype: torch.dtype, batch: int, on: Gpu, bank: Tensor | None
+    op: str, placement: str, dtype: torch.dtype, batch: int, target: Gpu, bank: Tensor | None
 ) -> str:
     """Why a call is left to other back ends, or "" where it is predicted to be faster here.
 
     Args:
-        op, placement, dtype, batch, on: as for ``plan``.
+        op, placement, dtype, batch, target: as for ``plan``.
         bank: that the call reads; None where it reads none.
     """
     reason = unsupported_weight(op, placement)
@@ -240,7 +240,7 @@ def why_slower(
     law = parse(placement).law
     if op == "linear_bank_grad" and isinstance(law, WindowLaw) and law.window > MAX_OWNED_WINDOW:
         return f"the CUDA bank gradient is slow with windows of more than {MAX_OWNED_WINDOW} blocks"
-    laid_out, reason = plan(op, placement, dtype, batch, on, copied(bank, dtype))
+    laid_out, reason = plan(op, placement, dtype, batch, target, copied(bank, dtype))
     if laid_out is None:
         return reason
     if laid_out.fill == GATHERED:
@@ -271,12 +271,12 @@ def check(
     Raises:
         RuntimeError: the weight cannot be read here, or the scratch limit is too small.
     """
-    on = gpu(device)
-    laid_out, reason = plan(op, placement, dtype, max(1, batch), on, copied(bank, dtype))
+    target = gpu(device)
+    laid_out, reason = plan(op, placement, dtype, max(1, batch), target, copied(bank, dtype))
     if reason.startswith("scratch_limit"):
-        raise RuntimeError(f"{reason}, for {op} in the {on.backend} back end")
+        raise RuntimeError(f"{reason}, for {op} in the {target.backend} back end")
     if reason:
-        raise RuntimeError(f"backend: got {on.backend!r} for {op}, which cannot run: {reason}")
+        raise RuntimeError(f"backend: got {target.backend!r} for {op}, which cannot run: {reason}")
     return laid_out if batch else None
 
 
@@ -316,5 +316,5 @@ class Cuda(Backend):
         return self.unsupported(call) or self._why_slower(call)
 
     def _why_slower(self, call: Call) -> str:
-        on = gpu(call.device)
-        return why_slower(call.op, call.placement, call.dtype, call.rows, on, call.bank)
+        target = gpu(call.device)
+        return why_slower(call.op, call.placement, call.dtype, call.rows, target, call.bank)

@@ -1,1 +1,1 @@
-"""The reference back end: plain PyTorch, bounded by the scratch limit; what correct means."""
+"""The reference back end: plain PyTorch within the scratch limit; naive.py says what is right."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from rpg_kernels import settings
-from rpg_kernels.backends.reference.tiles import Tile
+from rpg_kernels.backends.reference.tiles import Tile, row_spans
 from rpg_kernels.law.placement import Placement, split
 
 
@@ -28,18 +28,8 @@ def row_tiles(
         device: whose limit counts.
         groups: of a convolution.
     """
-    total = p.selected_shape[0]
-    per_group = total // groups
     height = _fitting(p, 0, dtype, device)
-    if height >= per_group:
-        spans = list(split(total, height - height % per_group))
-    else:
-        spans = [
-            (group * per_group + offset, count)
-            for group in range(groups)
-            for offset, count in split(per_group, height)
-        ]
-    for row, count in spans:
+    for row, count in row_spans(p.selected_shape[0], height, groups):
         yield Tile(row, 0, p.narrow(0, row, count))
 
 

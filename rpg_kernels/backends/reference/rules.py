@@ -23,7 +23,7 @@ def fits(p: Placement, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Reference(Backend):
-    """Plain PyTorch: what correct means, and what runs where nothing else does."""
+    """What runs where nothing else does: PyTorch, and the native module's unpack and pack."""
 
     name = "reference"
     summary = "plain PyTorch, unpacked tile by tile within the scratch limit"

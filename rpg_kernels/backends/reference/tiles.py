@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, native, settings
-from rpg_kernels.law.placement import Placement, split
+from rpg_kernels.law.placement import Placement, Range, split
 from rpg_kernels.law.ring import WORD_BITS, sign_bits
 
 _LAW_BYTES = 96  # per position: twelve int64 tensors alive at once in the law
@@ -64,20 +64,32 @@ def tiles(
     """
     rows, columns = tile_size(p, device, bytes_per_weight)
     total, channels = p.selected_shape[:2]
-    per_group = total // groups
-    if rows >= per_group:
-        rows -= rows % per_group
-        spans = list(split(total, rows))
-    else:
-        spans = [
-            (group * per_group + offset, length)
-            for group in range(groups)
-            for offset, length in split(per_group, rows)
-        ]
-    for row, height in spans:
-        band = p.narrow(0, row, height)
+    for row, height in row_spans(total, rows, groups):
+        part = p.narrow(0, row, height)
         for column, width in split(channels, columns):
-            yield Tile(row, column, band.narrow(1, column, width))
+            yield Tile(row, column, part.narrow(1, column, width))
+
+
+def row_spans(total: int, most: int, groups: int) -> list[Range]:
+    """(first row, rows) of parts of at most ``most`` rows: whole groups, or within one.
+
+    Args:
+        total: rows of the weight.
+        most: at least 1.
+        groups: of a convolution.
+
+    Example:
+        >>> row_spans(12, 8, 3), row_spans(12, 3, 2)
+        ([(0, 8), (8, 4)], [(0, 3), (3, 3), (6, 3), (9, 3)])
+    """
+    per_group = total // groups
+    if most >= per_group:
+        return list(split(total, most - most % per_group))
+    return [
+        (group * per_group + first, rows)
+        for group in range(groups)
+        for first, rows in split(per_group, most)
+    ]
 
 
 def tile_size(p: Placement, device: torch.device, bytes_per_weight: int) -> tuple[int, int]:
@@ -110,8 +122,8 @@ def fitting_size(
     rows, channels = p.selected_shape[:2]
     if row <= budget:
         return min(rows, budget // row), channels
-    unit = p.matrix.runs * p.matrix.block
-    return 1, (budget // unit - straddle) * p.matrix.block
+    block_of_runs = p.matrix.runs * p.matrix.block
+    return 1, (budget // block_of_runs - straddle) * p.matrix.block
 
 
 def _row(p: Placement) -> tuple[int, int, int]:
@@ -123,8 +135,9 @@ def _row(p: Placement) -> tuple[int, int, int]:
         return row, row, 0
     straddle = int(p.selection[1][0] % matrix.block != 0)
     run_blocks = min(matrix.run_blocks, -(-p.selected_shape[1] // matrix.block) + straddle)
-    unit = matrix.runs * matrix.block  # one more block in every run
-    return unit * run_blocks, unit * min(run_blocks, 1 + straddle), straddle
+    block_of_runs = matrix.runs * matrix.block  # one more block in every run
+    least = block_of_runs * min(run_blocks, 1 + straddle)
+    return block_of_runs * run_blocks, least, straddle
 
 
 def _position_bytes(p: Placement) -> int:
@@ -162,7 +175,7 @@ def unpack_tile(
     if table is None and native.handles(ring, out):
         native.unpack(p.law, ring, out, p.scale, _region(p, rows), lookup)
     else:
-        for offset, n, b in _position_chunks(p, bank.device, lookup):
+        for offset, n, b in _position_groups(p, bank.device, lookup):
             part = out[offset : offset + n.numel()]
             slot, negative = _read(p, table, n, b)
             torch.index_select(ring, 0, slot, out=part)
@@ -202,7 +215,7 @@ def pack_tile(
         region = _region(p, runs.shape[0])
         native.pack(p.law, source, ring, p.scale, region, lookup, law_bytes)
         return
-    for offset, n, b in _position_chunks(p, grad.device, lookup):
+    for offset, n, b in _position_groups(p, grad.device, lookup):
         part = source[offset : offset + n.numel()]
         slot, negative = _read(p, table, n, b)
         _reflect_(part, negative, 1.0)
@@ -241,7 +254,7 @@ def _region(p: Placement, rows: int) -> tuple[int, int, int, int, int, int]:
     return first_row, rows, matrix.runs, matrix.run_blocks, columns.low, columns.count
 
 
-def _position_chunks(
+def _position_groups(
     p: Placement, device: torch.device, lookup: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(offset, rows n, blocks b) over the positions of a tile, some at a time."""

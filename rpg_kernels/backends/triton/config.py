@@ -50,9 +50,11 @@ _TILES = {
 _SUMMED = {"": 2, "input_grad": 1, "bank_grad": 0}
 
 
-def _choose(op: str, m: int, n: int, k: int, block: int, low: bool, on: Gpu, times: int) -> Config:
+def _choose(
+    op: str, m: int, n: int, k: int, block: int, low: bool, target: Gpu, times: int
+) -> Config:
     summed, sizes = _SUMMED[op.partition("_")[2]], (m, n, k)
-    largest = list(_TILES[op][0 if low and on.shared else 1 if low else 2])
+    largest = list(_TILES[op][0 if low and target.shared else 1 if low else 2])
     tile = [_power_of_two(size, 16, high) for size, high in zip(sizes, largest, strict=True)]
     if block < 8:  # every element finds its own entry, which takes registers
         tile[2] = min(tile[2], 32)
@@ -60,14 +62,14 @@ def _choose(op: str, m: int, n: int, k: int, block: int, low: bool, on: Gpu, tim
 
     def few() -> bool:
         tiles = times * math.prod(-(-sizes[i] // tile[i]) for i in kept)
-        return 8 * tiles < 7 * on.processors
+        return 8 * tiles < 7 * target.processors
 
     # A bank gradient whose batch is long is cut along it instead, at 8 bytes of atomics per weight
     # and part: less than its operands as long as a part is several steps.
     most = sizes[0] // (8 * tile[0]) if summed == 0 else 1
     if most > 1 and few():
         tiles = times * math.prod(-(-sizes[i] // tile[i]) for i in kept)
-        splits = min(most, -(-on.processors // tiles))
+        splits = min(most, -(-target.processors // tiles))
         times *= splits
     # Rows or columns of the weight first; then the batch, which is halved down to 64 only.
     for i, floor in ((2, 128), (1, 128), (0, 64), (2, 64), (1, 64), (2, 32), (1, 32)):
@@ -123,7 +125,7 @@ def choose(
     k: int,
     block: int,
     dtype: torch.dtype,
-    on: Gpu | bool = True,
+    target: Gpu | bool = True,
     times: int = 1,
 ) -> Config:
     """The configuration of a call by its sizes.
@@ -137,7 +139,7 @@ def choose(
             group, and columns of a run (geometry.VirtualMatrix).
         block: elements per block of the layer.
         dtype: that the product is computed in.
-        on: the GPU.
+        target: the GPU.
         times: products of these sizes side by side, of groups and of taps.
 
     Example:
@@ -148,9 +150,9 @@ def choose(
     """
     if op in ("embedding", "embedding_bank_grad", "unpack", "pack"):
         return _without_product(m, n, block)
-    if isinstance(on, bool):
-        on = Gpu(on)
-    return _choose(op, m, n, k, block, dtype.itemsize == 2, on, times)
+    if isinstance(target, bool):
+        target = Gpu(target)
+    return _choose(op, m, n, k, block, dtype.itemsize == 2, target, times)
 
 
 def dot_precision(dtype: torch.dtype, convolution: bool = False) -> str:

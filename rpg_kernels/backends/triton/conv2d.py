@@ -17,8 +17,8 @@ from rpg_kernels.backends.reference import conv2d as reference
 from rpg_kernels.backends.triton import linear as pointwise
 from rpg_kernels.backends.triton import pixels, plan, weights
 from rpg_kernels.backends.triton.config import Config, dot_precision
-from rpg_kernels.backends.triton.conv2d_bank import conv2d_bank_grad
-from rpg_kernels.backends.triton.conv2d_input import conv2d_input_grad
+from rpg_kernels.backends.triton.conv2d_bank_grad import conv2d_bank_grad
+from rpg_kernels.backends.triton.conv2d_input_grad import conv2d_input_grad
 from rpg_kernels.law.placement import Placement, parse
 
 __all__ = ["conv2d", "conv2d_bank_grad", "conv2d_input_grad"]
@@ -225,28 +225,32 @@ def conv2d(
         count = p.matrix.runs * p.block_columns.count
         at_most = plan.rows_that_fit(bank_operand.left, rows, count, c.block_n)
         in_scratch = table is None and at_most > 0
-        for band in plan.bands(p, x.device, at_most if in_scratch else plan.INT32_MAX):
-            entries = _entries(p, band, table, bank_operand, in_scratch)
-            part = slice(band.row, band.row + band.rows)
+        for launch in plan.launches(p, x.device, at_most if in_scratch else plan.INT32_MAX):
+            entries = _entries(p, launch, table, bank_operand, in_scratch)
+            part = slice(launch.row, launch.row + launch.rows)
             added = None if bias is None else bias[part]
             for image, number in pixels.images(x.shape[0], out_h * out_w):
                 some = slice(image, image + number)
                 _launch(
-                    x[some], bank_operand, entries, added, y[some, part], p, band, view, groups, c
+                    x[some], bank_operand, entries, added, y[some, part], p, launch, view, groups, c
                 )
-            del entries  # before the next band's are made
+            del entries  # before the next launch's are made
     return y
 
 
 def _entries(
-    p: Placement, band: plan.Band, table: Tensor | None, bank: plan.Operand, in_scratch: bool
+    p: Placement,
+    launch: plan.LaunchRows,
+    table: Tensor | None,
+    bank: plan.Operand,
+    in_scratch: bool,
 ) -> plan.Entries:
     if table is not None:
-        return plan.entries_of_table(table, p, band)
+        return plan.entries_of_table(table, p, launch)
     if in_scratch:
         cols = p.block_columns
-        return plan.entries_in_scratch(p, band, cols.low, cols.count, bank.sign)
-    return plan.entries_in_line(band)
+        return plan.entries_in_scratch(p, launch, cols.low, cols.count, bank.sign)
+    return plan.entries_in_line(launch)
 
 
 def _launch(
@@ -256,7 +260,7 @@ def _launch(
     bias: Tensor | None,
     y: Tensor,
     p: Placement,
-    band: plan.Band,
+    launch: plan.LaunchRows,
     view: pixels.Reads,
     groups: int,
     c: Config,
@@ -264,20 +268,20 @@ def _launch(
     cols, matrix, columns = p.block_columns, p.matrix, p.selected_shape[1]
     parts = -(-cols.count * matrix.block // c.block_k)
     even = cols.first == 0 and cols.length == parts * c.block_k
-    g = pixels.groups_of(p, groups, band.row, band.rows)
+    g = pixels.groups_of(p, groups, launch.row, launch.rows)
     m = y.shape[0] * y.shape[2] * y.shape[3]
     tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
     _forward_kernel[(plan.cdiv(m, c.block_m) * tiles_n,)](
-        x, bank.ring, band.words, entries.tensor, y if bias is None else bias, y,
-        m, band.rows, *x.shape[2:], *y.shape[2:], *x.stride(), *y.stride(), *view.numbers,
+        x, bank.ring, launch.words, entries.tensor, y if bias is None else bias, y,
+        m, launch.rows, *x.shape[2:], *y.shape[2:], *x.stride(), *y.stride(), *view.numbers,
         g.per_group, g.first, g.offset, columns, matrix.channels, p.selection[1][0],
-        entries.stride, band.row0, matrix.blocks, matrix.run_blocks,
+        entries.stride, launch.row0, matrix.blocks, matrix.run_blocks,
         cols.low, cols.count, cols.first, cols.length, tiles_n, bank.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs, EVEN_K=even,
         WHOLE=even and cols.count == matrix.run_blocks, BY_TAP=matrix.by_tap, BITS=view.in_bits,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1], PARTS=parts,
         HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype, convolution=True),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=pointwise._stages(bank, x, entries, c),
     )  # fmt: skip

@@ -229,14 +229,14 @@ def _launch(
     width = min(c.block_k, matrix.block) if matrix.block >= 8 else c.block_k
     steps = -(-cols.count * matrix.block // width)
     with plan.on_device(indices):
-        for band in plan.bands(p, indices.device):
-            in_line = plan.entries_in_line(band)
-            entries = in_line if table is None else plan.entries_of_table(table, p, band)
+        for launch in plan.launches(p, indices.device):
+            in_line = plan.entries_in_line(launch)
+            entries = in_line if table is None else plan.entries_of_table(table, p, launch)
             kernel[(plan.cdiv(m, c.block_m) * steps,)](
-                *source, band.words, entries.tensor, flat, *result, m, p.selected_shape[1],
-                *strides, band.row, band.rows, band.row0, matrix.blocks, cols.low, cols.first,
+                *source, launch.words, entries.tensor, flat, *result, m, p.selected_shape[1],
+                *strides, launch.row, launch.rows, launch.row0, matrix.blocks, cols.low, cols.first,
                 steps, p.scale,
                 G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p),
-                ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+                ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
                 BLOCK_M=c.block_m, BLOCK_K=width, num_warps=c.warps,
             )  # fmt: skip

@@ -4,8 +4,8 @@ A position (n, b) is a row of the launch and a block of the row. Its *entry* is 
 reads, an int32, made in one of three ways (``SOURCE``):
 
     "law"      computed here, 60 to 110 lane-instructions in every thread that holds part of a row
-    "scratch"  read from entry_ptr [blocks of the launch, rows of the launch], written by slots.py;
-               entry_stride is the number of rows
+    "scratch"  read from entry_ptr [blocks of the launch, rows of the launch], which entry_table.py
+               writes; entry_stride is the number of rows
     "table"    read from entry_ptr [rows, blocks], an explicit table (bit 31 is the sign)
 
 and its sign comes in one of four (``SIGN``):

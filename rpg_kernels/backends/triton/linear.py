@@ -1,4 +1,4 @@
-"""Fused y = x·Ŵᵀ + bias and dx = dy·Ŵ; dw = scale·Gᵀ·(dyᵀ·x) is in linear_bank.py.
+"""Fused y = x·Ŵᵀ + bias and dx = dy·Ŵ; dw = scale·Gᵀ·(dyᵀ·x) is in linear_bank_grad.py.
 
 Ŵ exists only as tiles in shared memory. Signatures are those of the reference.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg_kernels.backends.triton import plan, weights
 from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gpu
-from rpg_kernels.backends.triton.linear_bank import linear_bank_grad
+from rpg_kernels.backends.triton.linear_bank_grad import linear_bank_grad
 from rpg_kernels.law.placement import Placement, parse, split
 
 __all__ = ["linear", "linear_bank_grad", "linear_input_grad"]
@@ -245,20 +245,22 @@ def linear(
         bank_operand = plan.operand(bank, p, x.dtype, tiles=plan.cdiv(m, c.block_m))
         at_most = plan.rows_that_fit(bank_operand.left, rows, cols.count, c.block_n)
         in_scratch = table is None and at_most > 0
-        for band in plan.bands(p, x.device, at_most if in_scratch else plan.INT32_MAX):
+        for launch in plan.launches(p, x.device, at_most if in_scratch else plan.INT32_MAX):
             if table is not None:
-                entries = plan.entries_of_table(table, p, band)
+                entries = plan.entries_of_table(table, p, launch)
             elif in_scratch:
-                entries = plan.entries_in_scratch(p, band, cols.low, cols.count, bank_operand.sign)
+                entries = plan.entries_in_scratch(
+                    p, launch, cols.low, cols.count, bank_operand.sign
+                )
             else:
-                entries = plan.entries_in_line(band)
-            part = slice(band.row, band.row + band.rows)
+                entries = plan.entries_in_line(launch)
+            part = slice(launch.row, launch.row + launch.rows)
             for top, height in split(m, plan.MAX_ROWS):
                 batch = slice(top, top + height)
                 _launch_forward(
-                    a[batch], bank_operand, entries, added, out[batch], part, p, band, c
+                    a[batch], bank_operand, entries, added, out[batch], part, p, launch, c
                 )
-            del entries  # before the next band's are made
+            del entries  # before the next launch's are made
     return y
 
 
@@ -270,28 +272,28 @@ def _launch_forward(
     out: Tensor,
     part: slice,
     p: Placement,
-    band: plan.Band,
+    launch: plan.LaunchRows,
     c: Config,
 ) -> None:
     m, columns = a.shape
     cols, g = p.block_columns, p.matrix.block
     steps = _steps(p, c, cols.count)
-    grid = (plan.cdiv(m, c.block_m) * plan.cdiv(band.rows, c.block_n),)
+    grid = (plan.cdiv(m, c.block_m) * plan.cdiv(launch.rows, c.block_n),)
     of_n, of_k = (
-        plan.unit(out.dtype, band.rows, out.stride(0)),
+        plan.unit(out.dtype, launch.rows, out.stride(0)),
         plan.unit(a.dtype, columns, a.stride(0)),
     )
     of_k = of_k if cols.first % of_k == 0 else 1
     _forward_kernel[grid](
-        a, bank.ring, band.words, entries.tensor, out if bias is None else bias[part],
-        out[:, part], m, band.rows // of_n, columns // of_k,
+        a, bank.ring, launch.words, entries.tensor, out if bias is None else bias[part],
+        out[:, part], m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_k, a.stride(1), out.stride(0) // of_n,
-        entries.stride, band.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps,
+        entries.stride, launch.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps,
         bank.scale,
         G=g, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=cols.first == 0 and columns == steps * c.block_k, HAS_BIAS=bias is not None,
         UNIT_N=of_n, UNIT_K=of_k, PRECISION=dot_precision(a.dtype),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=_stages(bank, a, entries, c),
     )  # fmt: skip
@@ -322,33 +324,33 @@ def linear_input_grad(
     unit = max(1, c.block_k // g)  # blocks that a launch must hold whole
     with plan.on_device(dy):
         bank_operand = plan.operand(bank, p, dy.dtype, tiles=plan.cdiv(m, c.block_m))
-        all_bands = list(plan.bands(p, dy.device))
-        several = len(all_bands) > 1
+        launches = list(plan.launches(p, dy.device))
+        several = len(launches) > 1
         out = dx.view(-1, columns)
         if several:
             out = torch.empty_like(out, dtype=torch.float32)
-        for band in all_bands:
-            fits = bank_operand.left // (4 * band.rows) // unit * unit
+        for launch in launches:
+            fits = bank_operand.left // (4 * launch.rows) // unit * unit
             in_scratch = table is None and fits >= min(unit, cols.count)
             width = min(fits, cols.count) if in_scratch else cols.count
             for offset in range(0, cols.count, width):
                 low, count = cols.low + offset, min(width, cols.count - offset)
                 if table is not None:
-                    entries = plan.entries_of_table(table, p, band)
+                    entries = plan.entries_of_table(table, p, launch)
                 elif in_scratch:
-                    entries = plan.entries_in_scratch(p, band, low, count, bank_operand.sign)
+                    entries = plan.entries_in_scratch(p, launch, low, count, bank_operand.sign)
                 else:
-                    entries = plan.entries_in_line(band)
+                    entries = plan.entries_in_line(launch)
                 # Columns of dx that these blocks hold, and where they begin in the first block.
                 begin = max(0, offset * g - cols.first)
                 end = min(columns, (offset + count) * g - cols.first)
                 first = cols.first if offset == 0 else 0
-                part = a[:, band.row : band.row + band.rows]
+                part = a[:, launch.row : launch.row + launch.rows]
                 for top, height in split(m, plan.MAX_ROWS):
                     batch = slice(top, top + height)
                     _launch_input_grad(
                         part[batch], bank_operand, entries, out[batch, begin:end],
-                        p, band, c, low, count, first, band.row > 0,
+                        p, launch, c, low, count, first, launch.row > 0,
                     )  # fmt: skip
                 del entries
         if several:
@@ -362,7 +364,7 @@ def _launch_input_grad(
     entries: plan.Entries,
     out: Tensor,
     p: Placement,
-    band: plan.Band,
+    launch: plan.LaunchRows,
     c: Config,
     low: int,
     count: int,
@@ -372,19 +374,19 @@ def _launch_input_grad(
     m, columns = out.shape
     steps = _steps(p, c, count)
     of_n, of_k = (
-        plan.unit(a.dtype, band.rows, a.stride(0)),
+        plan.unit(a.dtype, launch.rows, a.stride(0)),
         plan.unit(out.dtype, columns, out.stride(0)),
     )
     of_k = of_k if first % of_k == 0 else 1
     _input_grad_kernel[(plan.cdiv(m, c.block_m) * steps,)](
-        a, bank.ring, band.words, entries.tensor, out, m, band.rows // of_n, columns // of_k,
-        a.stride(0) // of_n, a.stride(1), out.stride(0) // of_k, entries.stride, band.row0,
+        a, bank.ring, launch.words, entries.tensor, out, m, launch.rows // of_n, columns // of_k,
+        a.stride(0) // of_n, a.stride(1), out.stride(0) // of_k, entries.stride, launch.row0,
         p.matrix.blocks, low, first // of_k, steps, bank.scale,
         G=p.matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
-        EVEN_K=first == 0 and columns == steps * c.block_k, EVEN_N=band.rows % c.block_n == 0,
+        EVEN_K=first == 0 and columns == steps * c.block_k, EVEN_N=launch.rows % c.block_n == 0,
         UNIT_N=of_n, UNIT_K=of_k, ADD=add,
         PRECISION=dot_precision(a.dtype),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=_stages(bank, a, entries, c),
     )  # fmt: skip

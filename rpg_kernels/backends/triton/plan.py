@@ -1,4 +1,4 @@
-"""What a call prepares on the host: the operand copy of the bank, row bands, entries in scratch.
+"""What a call prepares on the host: the bank as an operand, rows of a launch, entries in scratch.
 
 What grows with a layer comes from ``scratch`` and stays within the scratch limit. Not counted:
 the law's words, 512 bytes per layer and band, which are kept, and copies of a bank that is not
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
+from rpg_kernels.backends.triton import entry_table, window_law
 from rpg_kernels.backends.triton import law as law_1
-from rpg_kernels.backends.triton import slots, window_law
 from rpg_kernels.backends.triton.config import products_read_shared
 from rpg_kernels.backends.triton.rules import interpreted
 from rpg_kernels.law.generator import TableGenerator
@@ -155,7 +155,7 @@ def rows_that_fit(left: int, rows: int, blocks: int, block_n: int) -> int:
 
 
 @dataclass(frozen=True)
-class Band:
+class LaunchRows:
     """Rows of one launch, all in one band of the law.
 
     Args:
@@ -175,7 +175,7 @@ class Band:
     band: int
 
 
-def bands(p: Placement, device: torch.device, at_most: int = INT32_MAX) -> Iterator[Band]:
+def launches(p: Placement, device: torch.device, at_most: int = INT32_MAX) -> Iterator[LaunchRows]:
     """The selected rows in order, cut where the law's bands end and after ``at_most`` rows."""
     first, rows = p.selection[0]
     table = isinstance(p.generator, TableGenerator)
@@ -185,9 +185,9 @@ def bands(p: Placement, device: torch.device, at_most: int = INT32_MAX) -> Itera
         band, row0 = divmod(first + row, height)
         count = min(rows - row, height - row0, at_most)
         if table:
-            yield Band(row, count, 0, _no_law(device), (0, 0, 0), band)
+            yield LaunchRows(row, count, 0, _no_law(device), (0, 0, 0), band)
         else:
-            yield Band(row, count, row0, *_law(p.law, band, device), band)
+            yield LaunchRows(row, count, row0, *_law(p.law, band, device), band)
         row += count
 
 
@@ -213,23 +213,27 @@ class Entries:
     stride: int
 
 
-def entries_of_table(table: Tensor, p: Placement, band: Band) -> Entries:
+def entries_of_table(table: Tensor, p: Placement, launch: LaunchRows) -> Entries:
     """A view of the table that begins at the launch's first row."""
     if not table.is_contiguous():
         raise _checks.fail("table", f"strides {table.stride()}", "a contiguous table")
-    first = p.start + (p.selection[0][0] + band.row) * p.matrix.blocks
+    first = p.start + (p.selection[0][0] + launch.row) * p.matrix.blocks
     return Entries("table", table[first:], 0)
 
 
-def entries_in_line(band: Band) -> Entries:
+def entries_in_line(launch: LaunchRows) -> Entries:
     """The law, evaluated where it is needed."""
-    return Entries("law", band.words, 0)
+    return Entries("law", launch.words, 0)
 
 
-def entries_in_scratch(p: Placement, band: Band, low: int, count: int, sign: str) -> Entries:
+def entries_in_scratch(
+    p: Placement, launch: LaunchRows, low: int, count: int, sign: str
+) -> Entries:
     """4 * rows * runs * count bytes of scratch: blocks low .. low + count of every run."""
     matrix = p.matrix
-    out = scratch((matrix.runs * count, band.rows), torch.int32, band.words.device)
+    out = scratch((matrix.runs * count, launch.rows), torch.int32, launch.words.device)
     runs = (matrix.runs, matrix.run_blocks)
-    slots.write(out, band.words, band.row0, matrix.blocks, low, sign, band.rounds, *runs)
-    return Entries("scratch", out, band.rows)
+    entry_table.write(
+        out, launch.words, launch.row0, matrix.blocks, low, sign, launch.rounds, *runs
+    )
+    return Entries("scratch", out, launch.rows)

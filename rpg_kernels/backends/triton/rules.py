@@ -10,11 +10,23 @@ from typing import cast
 
 import torch
 
-from rpg_kernels.backends.call import OPERATORS, Call
+from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.reference.rules import fits
 from rpg_kernels.backends.registry import Backend, TileKernels
 from rpg_kernels.law.placement import parse
 
+OPERATORS = (
+    "linear",
+    "linear_input_grad",
+    "linear_bank_grad",
+    "conv2d",
+    "conv2d_input_grad",
+    "conv2d_bank_grad",
+    "embedding",
+    "embedding_bank_grad",
+    "unpack",
+    "pack",
+)
 # Rows of the batch from which unpacking once is predicted to cost less than signing every element
 # in every tile: docs/kernels.md has the arithmetic. Signs of whole vectors cost no register pass,
 # so there the fused kernels are predicted to win at every size. The bank gradient signs its result

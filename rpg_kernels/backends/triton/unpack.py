@@ -12,7 +12,7 @@ from rpg_kernels._checks import INT32_MAX as _INT32_MAX
 from rpg_kernels.backends.reference import tiles
 from rpg_kernels.backends.reference import unpack as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
-from rpg_kernels.backends.triton import entries, gather, plan, weights
+from rpg_kernels.backends.triton import entries, plan, sum_uses, weights
 from rpg_kernels.backends.triton.config import Config, choose
 from rpg_kernels.law.placement import Placement, parse
 
@@ -146,17 +146,17 @@ def unpack_tile(
     steps = -(-padded // c.block_k)
     first = cols.first if matrix.by_tap else p.selection[1][0]
     with plan.on_device(bank):
-        for band in plan.bands(p, bank.device):
-            in_line = plan.entries_in_line(band)
-            entries = in_line if table is None else plan.entries_of_table(table, p, band)
-            part = dense[band.row : band.row + band.rows]
-            _unpack_kernel[(plan.cdiv(band.rows, c.block_n) * steps,)](
-                ring, band.words, entries.tensor, part, *part.stride(),
-                band.rows, columns, matrix.channels, matrix.run, matrix.run_blocks, matrix.runs,
-                band.row0, matrix.blocks, cols.low, cols.count, first, steps, p.scale,
+        for launch in plan.launches(p, bank.device):
+            in_line = plan.entries_in_line(launch)
+            entries = in_line if table is None else plan.entries_of_table(table, p, launch)
+            part = dense[launch.row : launch.row + launch.rows]
+            _unpack_kernel[(plan.cdiv(launch.rows, c.block_n) * steps,)](
+                ring, launch.words, entries.tensor, part, *part.stride(),
+                launch.rows, columns, matrix.channels, matrix.run, matrix.run_blocks, matrix.runs,
+                launch.row0, matrix.blocks, cols.low, cols.count, first, steps, p.scale,
                 G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p),
                 BY_TAP=matrix.by_tap, ONE_TAP=matrix.taps == 1,
-                ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+                ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
                 BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps,
             )  # fmt: skip
     return dense.unflatten(2, kernel) if kernel else dense.squeeze(2)
@@ -172,9 +172,9 @@ def add(grad: Tensor, dense: Tensor, p: Placement) -> None:
     """
     taps = dense.unsqueeze(2) if dense.dim() == 2 else dense.flatten(2)
     with plan.on_device(dense):
-        for band in plan.bands(p, dense.device):
-            part = taps[band.row : band.row + band.rows]
-            gather.add(grad.view(-1, p.matrix.block), part, p, band)
+        for launch in plan.launches(p, dense.device):
+            part = taps[launch.row : launch.row + launch.rows]
+            sum_uses.add(grad.view(-1, p.matrix.block), part, p, launch)
 
 
 def pack_tile(grad: Tensor, dense: Tensor, table: Tensor | None, p: Placement) -> None:

@@ -1,6 +1,6 @@
 """The window law in Triton: device functions on the order p of positions, and their words.
 
-docs/window_law.md is its specification, rpg_kernels/window_law.py its definition. The words stand
+docs/window_law.md is its specification, rpg_kernels/law/window.py its definition. The words stand
 in a vector like law 1's, so that kernels of both laws differ by the constant ``SCRAMBLE`` alone:
 
     0        law 1

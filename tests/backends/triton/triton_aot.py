@@ -18,13 +18,13 @@ from triton.compiler import ASTSource
 
 from rpg_kernels.backends.triton import (
     conv2d,
-    conv2d_bank,
-    conv2d_input,
+    conv2d_bank_grad,
+    conv2d_input_grad,
     embedding,
-    gather,
+    entry_table,
     linear,
-    linear_bank,
-    slots,
+    linear_bank_grad,
+    sum_uses,
     unpack,
 )
 from rpg_kernels.backends.triton.config import Config, Gpu, choose
@@ -37,15 +37,15 @@ MMA = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|UTCQMMA)\b")
 KERNELS = {
     "linear": linear._forward_kernel,
     "linear_input_grad": linear._input_grad_kernel,
-    "linear_bank_grad": linear_bank._bank_grad_kernel,
+    "linear_bank_grad": linear_bank_grad._bank_grad_kernel,
     "conv2d": conv2d._forward_kernel,
-    "conv2d_input_grad": conv2d_input._input_grad_kernel,
-    "conv2d_bank_grad": conv2d_bank._bank_grad_kernel,
+    "conv2d_input_grad": conv2d_input_grad._input_grad_kernel,
+    "conv2d_bank_grad": conv2d_bank_grad._bank_grad_kernel,
     "embedding": embedding._embedding_kernel,
     "embedding_bank_grad": embedding._embedding_grad_kernel,
     "unpack": unpack._unpack_kernel,
-    "pack": gather._gather_kernel,
-    "slots": slots._slots_kernel,
+    "pack": sum_uses._gather_kernel,
+    "slots": entry_table._slots_kernel,
 }
 # Integers that are multiples of 16 in the layers that must be fast.
 _ALIGNED = (

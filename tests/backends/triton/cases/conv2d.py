@@ -21,7 +21,7 @@ from triton_process import DEVICE, INTERPRETED, bank_of
 import rpg_kernels as rpg
 from rpg_kernels import _tensors
 from rpg_kernels.backends.triton import conv2d as kernels
-from rpg_kernels.backends.triton import conv2d_input, pixels, plan
+from rpg_kernels.backends.triton import conv2d_input_grad, pixels, plan
 from rpg_kernels.backends.triton.config import Config
 from rpg_kernels.law.placement import Placement
 
@@ -41,7 +41,7 @@ def poison() -> Iterator[None]:
 
     with (
         mock.patch.object(kernels, "empty_image", image),
-        mock.patch.object(conv2d_input, "empty_image", image),
+        mock.patch.object(conv2d_input_grad, "empty_image", image),
         mock.patch.object(plan, "scratch", scratch),
         mock.patch.object(plan, "COPY_FROM", 1),  # small layers copy the bank too
     ):

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton_process import DEVICE
 
+from rpg_kernels.backends.triton import entry_table, plan  # noqa: F401  (plan repairs the interpreter)
 from rpg_kernels.backends.triton import law as device_law
-from rpg_kernels.backends.triton import plan, slots  # noqa: F401  (plan repairs the interpreter)
 from rpg_kernels.law.ring import LayerLaw, Permutation
 from rpg_kernels.law.window import WindowLaw
 
@@ -88,7 +88,7 @@ def test_golden_layers(name: str) -> None:
         pytest.skip("too slow in the interpreter")
     out = torch.full((law.blocks, law.rows), -1, dtype=torch.int32, device=DEVICE)
     words = device_law.law_words(law, 0, DEVICE)
-    slots.write(out, words, 0, law.blocks, 0, "none", device_law.rounds(law, 0))
+    entry_table.write(out, words, 0, law.blocks, 0, "none", device_law.rounds(law, 0))
     data = out.t().contiguous().cpu().numpy().astype("<i4").tobytes()
     assert hashlib.sha256(data).hexdigest() == entry["slots sha256"]
 

@@ -21,9 +21,9 @@ from rpg_kernels.backends.triton import (
     conv2d,
     embedding,
     entries,
+    entry_table,
     linear,
     plan,
-    slots,
     unpack,
     window_law,
 )
@@ -223,7 +223,7 @@ def test_entries_in_scratch() -> None:
         ("entry", torch.where(negative, slot - 2**31, slot)),
     ):
         out = torch.full((9, 65), -1, dtype=torch.int32, device=DEVICE)
-        slots.write(out, words, 5, 24, 2, sign, rounds, runs=3, run_blocks=8)
+        entry_table.write(out, words, 5, 24, 2, sign, rounds, runs=3, run_blocks=8)
         assert torch.equal(out.t().cpu().long(), wanted)
 
 

@@ -244,7 +244,7 @@ def conv2d_input_grad(
     """dy ``[B, out, H', W']`` -> dx of ``input_size`` in dy's memory format.
 
     Entries in scratch are cut by columns, whose results are independent; rows add up only where
-    the law itself has several bands, and then in fp32.
+    the law itself has several launches, and then in fp32.
     """
     p = parse(placement)
     if pixels.is_pointwise(dy, p, stride, padding, groups):
@@ -265,27 +265,28 @@ def conv2d_input_grad(
         c = replace(c, block_k=16)
     with plan.on_device(dy):
         operand = plan.operand(bank, p, dy.dtype, tiles=plan.cdiv(m, c.block_m))
-        bands = list(plan.bands(p, dy.device))
-        out = dx.float() if len(bands) > 1 else dx
-        if len(bands) > 1 or len(classes) < stride[0] * stride[1]:
+        launches = list(plan.launches(p, dy.device))
+        out = dx.float() if len(launches) > 1 else dx
+        if len(launches) > 1 or len(classes) < stride[0] * stride[1]:
             out.zero_()
-        for band in bands:
+        for launch in launches:
             room = operand.left if table is None else 0
-            in_scratch, cuts = _cut(p, band, room, c)
+            in_scratch, cuts = _cut(p, launch, room, c)
             for columns in cuts:
                 if table is not None:
-                    entries = plan.entries_of_table(table, p, band)
+                    entries = plan.entries_of_table(table, p, launch)
                 elif in_scratch:
                     blocks = (columns.low, columns.count)
-                    entries = plan.entries_in_scratch(p, band, *blocks, operand.sign)
+                    entries = plan.entries_in_scratch(p, launch, *blocks, operand.sign)
                 else:
-                    entries = plan.entries_in_line(band)
+                    entries = plan.entries_in_line(launch)
                 for one in classes:
                     for image, number in pixels.images(dx.shape[0], one.height * one.width):
                         some = slice(image, image + number)
                         _launch(
-                            dy[some, band.row : band.row + band.rows], operand, entries,
-                            out[some], p, band, columns, one, stride, groups, c, len(bands) > 1,
+                            dy[some, launch.row : launch.row + launch.rows], operand, entries,
+                            out[some], p, launch, columns, one, stride, groups, c,
+                            len(launches) > 1,
                         )  # fmt: skip
                 del entries
         if out is not dx:
@@ -293,14 +294,16 @@ def conv2d_input_grad(
     return dx
 
 
-def _cut(p: Placement, band: plan.Band, room: int, c: Config) -> tuple[bool, list[_Columns]]:
+def _cut(
+    p: Placement, launch: plan.LaunchRows, room: int, c: Config
+) -> tuple[bool, list[_Columns]]:
     """Whether entries go to scratch, and the launches' columns so that they fit ``room`` bytes."""
     cols, matrix, g = p.block_columns, p.matrix, p.matrix.block
     if not matrix.by_tap:
-        in_scratch = 4 * band.rows * matrix.blocks <= room
+        in_scratch = 4 * launch.rows * matrix.blocks <= room
         return in_scratch, [_Columns(0, matrix.blocks, 0, 0, p.selected_shape[1])]
     unit = max(1, c.block_k // g)  # blocks that a launch must hold whole
-    fits = room // (4 * band.rows * matrix.runs) // unit * unit
+    fits = room // (4 * launch.rows * matrix.runs) // unit * unit
     in_scratch = fits >= min(unit, cols.count)
     width = min(fits, cols.count) if in_scratch else cols.count
     cuts = []
@@ -319,7 +322,7 @@ def _launch(
     entries: plan.Entries,
     dx: Tensor,
     p: Placement,
-    band: plan.Band,
+    launch: plan.LaunchRows,
     columns: _Columns,
     one: pixels.ResidueClass,
     stride: Sequence[int],
@@ -332,15 +335,15 @@ def _launch(
     m = out.shape[0] * one.height * one.width
     padded = columns.count * matrix.block if matrix.by_tap else columns.length
     steps = plan.cdiv(padded, c.block_k)
-    g = pixels.groups_of(p, groups, band.row, band.rows)
+    g = pixels.groups_of(p, groups, launch.row, launch.rows)
     tiles_k = g.count * steps
-    even_n = g.per_group % c.block_n == 0 and g.offset == 0 and band.rows % g.per_group == 0
+    even_n = g.per_group % c.block_n == 0 and g.offset == 0 and launch.rows % g.per_group == 0
     _input_grad_kernel[(plan.cdiv(m, c.block_m) * tiles_k,)](
-        dy, bank.ring, band.words, entries.tensor, out,
-        m, band.rows, *dy.shape[2:], one.height, one.width, *dy.stride(), *out.stride(),
+        dy, bank.ring, launch.words, entries.tensor, out,
+        m, launch.rows, *dy.shape[2:], one.height, one.width, *dy.stride(), *out.stride(),
         *view.numbers, view.first_tap, *view.taps_apart,
         g.per_group, g.first, g.offset, p.selected_shape[1], matrix.channels, p.selection[1][0],
-        entries.stride, band.row0, matrix.blocks, matrix.run_blocks, columns.low, columns.count,
+        entries.stride, launch.row0, matrix.blocks, matrix.run_blocks, columns.low, columns.count,
         columns.first, columns.length, steps, tiles_k, bank.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=columns.first == 0 and columns.length == steps * c.block_k, EVEN_N=even_n,
@@ -348,7 +351,7 @@ def _launch(
         TAPS_H=view.taps[0], TAPS_W=view.taps[1],
         PARTS=plan.cdiv(g.per_group, c.block_n), ADD=add,
         PRECISION=dot_precision(dy.dtype, convolution=True),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=pointwise._stages(bank, dy, entries, c),
     )  # fmt: skip

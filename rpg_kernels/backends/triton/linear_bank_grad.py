@@ -10,7 +10,7 @@ from torch import Tensor
 from rpg_kernels import settings
 from rpg_kernels.backends.reference import linear as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
-from rpg_kernels.backends.triton import gather, plan, weights
+from rpg_kernels.backends.triton import plan, sum_uses, weights
 from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gpu
 from rpg_kernels.law.placement import Placement, parse, split
 
@@ -143,40 +143,48 @@ def linear_bank_grad(
     at_most = plan.rows_that_fit(limit, rows, cols.count, c.block_n)
     in_scratch = table is None and not deterministic and at_most > 0
     with plan.on_device(dy):
-        for band in plan.bands(p, dy.device, at_most if in_scratch else plan.INT32_MAX):
+        for launch in plan.launches(p, dy.device, at_most if in_scratch else plan.INT32_MAX):
             if deterministic:
-                _add_in_order(a, b, ring, p, band, c, height)
+                _add_in_order(a, b, ring, p, launch, c, height)
                 continue
             if table is not None:
-                entries = plan.entries_of_table(table, p, band)
+                entries = plan.entries_of_table(table, p, launch)
             elif in_scratch:
                 sign = plan.sign_kind(p)
-                entries = plan.entries_in_scratch(p, band, cols.low, cols.count, sign)
+                entries = plan.entries_in_scratch(p, launch, cols.low, cols.count, sign)
             else:
-                entries = plan.entries_in_line(band)
-            part = a[:, band.row : band.row + band.rows]
+                entries = plan.entries_in_line(launch)
+            part = a[:, launch.row : launch.row + launch.rows]
             for top, count in split(m, plan.MAX_ROWS):
                 batch = slice(top, top + count)
-                _launch(part[batch], b[batch], entries, ring, p, band, c)
-            del entries  # before the next band's are made
+                _launch(part[batch], b[batch], entries, ring, p, launch, c)
+            del entries  # before the next launch's are made
     return grad.to(dtype)
 
 
 def _add_in_order(
-    a: Tensor, b: Tensor, ring: Tensor, p: Placement, band: plan.Band, c: Config, height: int
+    a: Tensor,
+    b: Tensor,
+    ring: Tensor,
+    p: Placement,
+    launch: plan.LaunchRows,
+    c: Config,
+    height: int,
 ) -> None:
     """ring += scale · Gᵀ · (aᵀ·b), at most ``height`` rows of the weight at a time."""
     columns = b.shape[1]
-    for offset, count in split(band.rows, height):
-        row = band.row + offset
+    for offset, count in split(launch.rows, height):
+        row = launch.row + offset
         dense = plan.scratch((count, columns), torch.float32, a.device)
-        part = plan.Band(row, count, band.row0 + offset, band.words, band.rounds, band.band)
+        part = plan.LaunchRows(
+            row, count, launch.row0 + offset, launch.words, launch.rounds, launch.band
+        )
         rows = a[:, row : row + count]
         for top, many in split(a.shape[0], plan.MAX_ROWS):
             batch = slice(top, top + many)
-            entries = plan.entries_in_line(band)
+            entries = plan.entries_in_line(launch)
             _launch(rows[batch], b[batch], entries, dense, p, part, c, scatter=False, add=top > 0)
-        gather.add(ring, dense.view(count, columns, 1), p, part)
+        sum_uses.add(ring, dense.view(count, columns, 1), p, part)
         del dense
 
 
@@ -193,7 +201,7 @@ def _launch(
     entries: plan.Entries,
     out: Tensor,
     p: Placement,
-    band: plan.Band,
+    launch: plan.LaunchRows,
     c: Config,
     scatter: bool = True,
     add: bool = False,
@@ -202,18 +210,18 @@ def _launch(
     steps = -(-cols.count * g // c.block_k)
     splits, span = spans(m, c, scatter)
     of_n, of_k = (
-        plan.unit(a.dtype, band.rows, a.stride(0)),
+        plan.unit(a.dtype, launch.rows, a.stride(0)),
         plan.unit(b.dtype, columns, b.stride(0)),
     )
     of_k = of_k if cols.first % of_k == 0 else 1
-    _bank_grad_kernel[(plan.cdiv(band.rows, c.block_n) * steps * splits,)](
-        a, b, band.words, entries.tensor, out, m, band.rows // of_n, columns // of_k,
+    _bank_grad_kernel[(plan.cdiv(launch.rows, c.block_n) * steps * splits,)](
+        a, b, launch.words, entries.tensor, out, m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_n, a.stride(1), b.stride(0) // of_k, b.stride(1), entries.stride,
-        band.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps, span, p.scale,
+        launch.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps, span, p.scale,
         G=g, SOURCE=entries.source, SIGN=plan.sign_kind(p), SCATTER=scatter, ADD=add,
         UNIT_N=of_n, UNIT_K=of_k,
         PRECISION=dot_precision(a.dtype),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip

@@ -104,22 +104,22 @@ def _gather_kernel(
     tl.store(out, tl.load(out, mask=mask, other=0.0) + acc * scale, mask=mask)
 
 
-def add(ring: Tensor, dense: Tensor, p: Placement, band: plan.Band) -> None:
+def add(ring: Tensor, dense: Tensor, p: Placement, launch: plan.LaunchRows) -> None:
     """ring += scale · Gᵀ · dense for the rows of one launch.
 
     Args:
         ring: fp32 ``[slots, block]``, contiguous.
         dense: ``[rows, columns, taps]`` of the selection, any strides.
         p: the weight; not one with a table, which has no inverse.
-        band: the rows.
+        launch: the rows.
     """
     matrix = p.matrix
     block_s = max(1, 1024 // matrix.block)
     rows, columns, _ = dense.shape
     _gather_kernel[(plan.cdiv(ring.shape[0], block_s),)](
-        dense, band.words, ring, *dense.stride(), rows, columns, p.selection[1][0],
-        matrix.channels, matrix.run, matrix.run_blocks, band.row0, matrix.blocks, p.scale,
+        dense, launch.words, ring, *dense.stride(), rows, columns, p.selection[1][0],
+        matrix.channels, matrix.run, matrix.run_blocks, launch.row0, matrix.blocks, p.scale,
         G=matrix.block, SIGN=plan.sign_kind(p), BY_TAP=matrix.by_tap,
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
         BLOCK_S=block_s,
     )  # fmt: skip

@@ -13,8 +13,8 @@ from torch import Tensor
 from rpg_kernels import settings
 from rpg_kernels.backends.reference import conv2d as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
-from rpg_kernels.backends.triton import gather, linear_bank, pixels, plan, weights
 from rpg_kernels.backends.triton import law as device_law
+from rpg_kernels.backends.triton import linear_bank_grad, pixels, plan, sum_uses, weights
 from rpg_kernels.backends.triton.config import Config, dot_precision
 from rpg_kernels.law.placement import Placement, parse, split
 
@@ -209,7 +209,7 @@ def conv2d_bank_grad(
     if _same_lines(dy, x) and pixels.is_pointwise(x, p, stride, padding, groups):
         lines = dy.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
         matrix = pixels.as_matrix(placement)
-        return linear_bank.linear_bank_grad(*lines, table, matrix, dtype, config)
+        return linear_bank_grad.linear_bank_grad(*lines, table, matrix, dtype, config)
     columns, taps = p.selected_shape[1], p.matrix.taps
     deterministic = torch.are_deterministic_algorithms_enabled()
     height = settings.scratch_bytes(dy.device.type) // (4 * columns * taps)
@@ -228,26 +228,28 @@ def conv2d_bank_grad(
     at_most = plan.rows_that_fit(limit, rows, p.matrix.runs * cols.count, c.block_n)
     in_scratch = table is None and not deterministic and at_most > 0
     with plan.on_device(dy):
-        for band in plan.bands(p, dy.device, at_most if in_scratch else plan.INT32_MAX):
-            entries = plan.entries_in_line(band)
+        for launch in plan.launches(p, dy.device, at_most if in_scratch else plan.INT32_MAX):
+            entries = plan.entries_in_line(launch)
             if table is not None:
-                entries = plan.entries_of_table(table, p, band)
+                entries = plan.entries_of_table(table, p, launch)
             elif in_scratch:
                 sign = plan.sign_kind(p)
-                entries = plan.entries_in_scratch(p, band, cols.low, cols.count, sign)
+                entries = plan.entries_in_scratch(p, launch, cols.low, cols.count, sign)
             for image, number in pixels.images(dy.shape[0], dy.shape[2] * dy.shape[3]):
                 some = slice(image, image + number)
                 if not deterministic:
-                    _launch(dy[some], x[some], entries, ring, p, band, view, groups, c)
+                    _launch(dy[some], x[some], entries, ring, p, launch, view, groups, c)
                     continue
-                for offset, count in split(band.rows, height):
-                    row, row0 = band.row + offset, band.row0 + offset
-                    part = plan.Band(row, count, row0, band.words, band.rounds, band.band)
+                for offset, count in split(launch.rows, height):
+                    row, row0 = launch.row + offset, launch.row0 + offset
+                    part = plan.LaunchRows(
+                        row, count, row0, launch.words, launch.rounds, launch.band
+                    )
                     dense = plan.scratch((count, taps, columns), torch.float32, dy.device)
                     _launch(dy[some], x[some], entries, dense, p, part, view, groups, c, False)
-                    gather.add(ring, dense.transpose(1, 2), p, part)
+                    sum_uses.add(ring, dense.transpose(1, 2), p, part)
                     del dense
-            del entries  # before the next band's are made
+            del entries  # before the next launch's are made
     return grad.to(dtype)
 
 
@@ -269,34 +271,34 @@ def _launch(
     entries: plan.Entries,
     out: Tensor,
     p: Placement,
-    band: plan.Band,
+    launch: plan.LaunchRows,
     view: pixels.Reads,
     groups: int,
     c: Config,
     scatter: bool = True,
 ) -> None:
     cols, matrix = p.block_columns, p.matrix
-    dy = dy[:, band.row : band.row + band.rows]
+    dy = dy[:, launch.row : launch.row + launch.rows]
     batch, _, out_h, out_w = dy.shape
     stride_b, _, stride_h, stride_w = dy.stride()
     lines = stride_h == out_w * stride_w and stride_b == out_h * stride_h
     parts = plan.cdiv(cols.count * matrix.block, c.block_k)
-    g = pixels.groups_of(p, groups, band.row, band.rows)
+    g = pixels.groups_of(p, groups, launch.row, launch.rows)
     tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
     m, tiles = batch * out_h * out_w, tiles_n * parts * matrix.runs
-    splits, span = linear_bank.spans(m, c, scatter)
+    splits, span = linear_bank_grad.spans(m, c, scatter)
     _bank_grad_kernel[(tiles * splits,)](
-        dy, x, band.words, _magic(out_h, out_w, dy.device), entries.tensor, out,
-        m, band.rows, *x.shape[2:], out_h, out_w, *dy.stride(), *x.stride(),
+        dy, x, launch.words, _magic(out_h, out_w, dy.device), entries.tensor, out,
+        m, launch.rows, *x.shape[2:], out_h, out_w, *dy.stride(), *x.stride(),
         *view.numbers, g.per_group, g.first, g.offset,
         p.selected_shape[1], matrix.channels, p.selection[1][0],
-        entries.stride, band.row0, matrix.blocks, matrix.run_blocks,
+        entries.stride, launch.row0, matrix.blocks, matrix.run_blocks,
         cols.low, cols.count, cols.first, cols.length, parts, tiles_n, tiles, span, p.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p), LINES=lines,
         BY_TAP=matrix.by_tap, SCATTER=scatter,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1],
         PRECISION=dot_precision(dy.dtype, convolution=True),
-        ROUNDS=band.rounds[0], SWAP_ROUNDS=band.rounds[1], SCRAMBLE=band.rounds[2],
+        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
