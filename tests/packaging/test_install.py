@@ -59,7 +59,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rpg_kernels" / "native" / "_native.cpython-39-other.so").write_bytes(b"stale")
     (folder / "rpg_kernels" / "native" / "_native_build.json").write_text('{"reason": "stale"}')
     for library in ("build/lib", "build/lib.linux-x86_64-cpython-311"):
-        (folder / library / "rpg_kernels").mkdir(parents=True)
+        (folder / library / "rpg_kernels" / "native").mkdir(parents=True)
         (folder / library / "rpg_kernels" / "renamed_since.py").write_text("")
         (folder / library / "rpg_kernels" / "native" / "_native.cpython-39-other.so").write_bytes(
             b"stale"
@@ -158,7 +158,7 @@ def test_without_nvcc(sdist: Path, builder: Room, compiler: Path, tmp_path: Path
     said = json.loads(room.run("-c", USE))
     assert Path(said["file"]).is_relative_to(room.site)
     assert said["why not"] == ""
-    assert said["build"]["cuda"] == ""
+    assert (said["build"]["cuda"], said["build"]["simt"]) == ("", False)
     assert "nvcc was not found; put it on PATH or set CUDA_HOME" in said["build"]["note"]
     assert "pip install --force-reinstall" in said["build"]["note"]
     found = look_at(room.module(), room.python)
