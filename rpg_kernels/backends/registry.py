@@ -96,7 +96,9 @@ def _beside(module: str, op: str) -> ModuleType:
     return importlib.import_module(f"{module.rpartition('.')[0]}.{OPERATORS[op]}")
 
 
-_backends: dict[str, Backend] = {}  # in the order in which they are asked
+# In the order in which they are asked. Replaced and never changed, since calls on other threads may
+# be going through it.
+_backends: dict[str, Backend] = {}
 
 
 def register(backend: Backend, before: str = "") -> None:
@@ -109,14 +111,14 @@ def register(backend: Backend, before: str = "") -> None:
     Raises:
         ValueError: the name is taken, or ``before`` is not registered.
     """
+    global _backends
     if backend.name in (*_backends, "auto", ""):
         raise ValueError(f"backend.name: got {backend.name!r}, wanted a name that is not taken")
     names = list(_backends)
     at = names.index(_known("before", before)) if before else len(names)
     ordered = [*_backends.values()]
     ordered.insert(at, backend)
-    _backends.clear()
-    _backends.update((each.name, each) for each in ordered)
+    _backends = {each.name: each for each in ordered}
 
 
 def unregister(name: str) -> None:
@@ -125,7 +127,9 @@ def unregister(name: str) -> None:
     Raises:
         ValueError: it is not registered.
     """
-    del _backends[_known("name", name)]
+    global _backends
+    gone = _known("name", name)
+    _backends = {key: backend for key, backend in _backends.items() if key != gone}
 
 
 def names() -> tuple[str, ...]:

@@ -106,6 +106,16 @@ def test_order_and_names_of_the_registry() -> None:
     assert registry.names() == before
 
 
+def test_registering_leaves_calls_that_are_being_decided_alone() -> None:
+    """They run on other threads; the registry was emptied once, and filled again."""
+    for change in (registry.register, lambda _: registry.unregister("recorder")):
+        before, asked = registry.names(), registry.backends()
+        seen = [next(asked).name]
+        change(Recorder())
+        seen += [backend.name for backend in asked]
+        assert tuple(seen) == before
+
+
 def test_an_operator_that_is_forced_to_an_unknown_name(weight: rpg.VirtualWeight) -> None:
     """As an exported program may be, that was made where the back end was registered."""
     with pytest.raises(ValueError, match="backend: got 'nobody', wanted one of auto, "):

@@ -307,7 +307,7 @@ class Cuda(Backend):
     def explain(self, call: Call) -> str:
         """Why a product on a CUDA device was left."""
         if self.takes(call):
-            if call.forced and call.x.numel():
+            if call.forced and call.op in PRODUCTS and call.x.numel():
                 given = (call.op, call.placement, call.device, call.dtype, call.rows, call.bank)
                 check(*given)
             return self.summary

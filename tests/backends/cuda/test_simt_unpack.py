@@ -10,6 +10,8 @@ import torch
 from small_batches import DTYPES
 
 import rpg_kernels as rpg
+from rpg_kernels.backends import dispatch
+from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cuda import launch, rules
 
 pytestmark = small.needs_simt
@@ -93,3 +95,12 @@ def test_they_are_one_anothers_derivative() -> None:
     assert weight.bank.weight.grad is not None
     assert weight.bank.weight.grad.equal(wanted)
     assert not rules.unsupported_weight("pack", weight.spec)
+
+
+@pytest.mark.parametrize("name", ["unpack", "pack"])
+def test_explained_where_it_is_forced(name: str) -> None:
+    """Only products have a layout; explaining these two once asked for theirs."""
+    problem = small.made((300, 110), "simt")
+    x = problem.bank if name == "unpack" else torch.randn(300, 110)
+    explained = dispatch.explain(Call(name, x, problem.weight.spec, forced="simt"))
+    assert (explained.op, explained.backend) == (name, "simt")
