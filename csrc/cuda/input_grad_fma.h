@@ -31,9 +31,9 @@ RPG_HOST InputGradPlan fma_plan(const Layer& layer, const Tiling& tiling, int ro
                                 int batch_tile) {
   InputGradPlan out{};
   out.layout = stage_layout(layer, tiling, row_bytes);
-  out.lap_slots = tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
+  out.terms_per_lap = tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
   out.terms = out.layout.end;
-  out.entry = out.terms + 4 * batch_tile * out.lap_slots;
+  out.entry = out.terms + 4 * batch_tile * out.terms_per_lap;
   out.sums = out.entry + 4 * kMaxRows;
   out.last = out.sums + 4 * 2 * kPitch * batch_tile;
   out.bytes = out.last + kAlign;
@@ -42,7 +42,7 @@ RPG_HOST InputGradPlan fma_plan(const Layer& layer, const Tiling& tiling, int ro
 
 template <int BATCH>
 struct InputGradFma {
-  Shared<float> t;         // [plane][lap_slots][kVectorRows]
+  Shared<float> t;         // [plane][terms_per_lap][kVectorRows]
   Shared<uint32_t> entry;  // [rows]
   float dy[FmaShape<BATCH>::kRows][BATCH];
 };
@@ -51,7 +51,7 @@ template <int BATCH>
 RPG_FUNCTION InputGradFma<BATCH> fma_shared(const InputGradKernelArgs& args, const Tile& tile,
                                             int m0) {
   InputGradFma<BATCH> out;
-  out.t = Shared<float>(args.terms, BATCH * args.lap_slots);
+  out.t = Shared<float>(args.terms, BATCH * args.terms_per_lap);
   out.entry = Shared<uint32_t>(args.entry, kMaxRows);
   const float* const dy = static_cast<const float*>(args.dy) + tile.row;
   RPG_UNROLL
@@ -87,7 +87,7 @@ RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, i
       RPG_UNROLL
       for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
         float* const target =
-            memory.t.span(t_at<BATCH>(plane, term, args.lap_slots), DyVectors::kVectorRows);
+            memory.t.span(t_at<BATCH>(plane, term, args.terms_per_lap), DyVectors::kVectorRows);
         auto v = load<Vector<float, DyVectors::kVectorRows>>(target);
         RPG_UNROLL
         for (int m = 0; m < DyVectors::kVectorRows; ++m) {
@@ -141,7 +141,7 @@ RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
   for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
     RPG_LOOP
     for (int i = thread(); i < terms * DyVectors::kVectorRows; i += kThreads) {
-      memory.t[t_at<BATCH>(plane, 0, args.lap_slots) + i] = 0.f;
+      memory.t[t_at<BATCH>(plane, 0, args.terms_per_lap) + i] = 0.f;
     }
   }
   sync();
@@ -166,7 +166,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
     RPG_UNROLL
     for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
       const auto v = load<Vector<float, DyVectors::kVectorRows>>(
-          memory.t.span(t_at<BATCH>(plane, term, args.lap_slots), DyVectors::kVectorRows));
+          memory.t.span(t_at<BATCH>(plane, term, args.terms_per_lap), DyVectors::kVectorRows));
       RPG_UNROLL
       for (int m = 0; m < DyVectors::kVectorRows; ++m) {
         sum[0][plane * DyVectors::kVectorRows + m] =

@@ -34,8 +34,8 @@ RPG_FUNCTION Share share_of(const InputGradKernelArgs& args) {
   const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * elements + lane / 8 % 2;
   const int sums = part * BATCH + (BATCH == 1 ? 0 : 2 * (lane % 4));
   const int row = lane % 16, second = lane / 16;
-  int p = row + second * (BATCH == 8 ? args.lap_slots : args.plane);
-  if (BATCH == 1) p = lane / 4 * args.lap_slots + 2 * (lane % 4);
+  int p = row + second * (BATCH == 8 ? args.terms_per_lap : args.plane);
+  if (BATCH == 1) p = lane / 4 * args.terms_per_lap + 2 * (lane % 4);
   return {kept(part),
           kWarps / groups,
           kept(slot),
@@ -59,7 +59,7 @@ template <int BATCH, int LAPS>
 RPG_FUNCTION Operand<BATCH, LAPS> operand(const InputGradKernelArgs& args, const Share& share,
                                           int lap) {
   constexpr int kStep = BATCH == 8 ? 2 : 1;
-  const int lap_bytes = args.lap_slots * kSlotBytes<BATCH>;
+  const int lap_bytes = args.terms_per_lap * kSlotBytes<BATCH>;
   Operand<BATCH, LAPS> out;
   RPG_UNROLL
   for (int i = 0; i < out.kReads; ++i) {

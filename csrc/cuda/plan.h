@@ -60,7 +60,7 @@ static inline Tiling tiling_of_windows(const LayerLaw& law, int row_bytes, int m
     if (law.rows / rows * rows * 4 < law.rows * 3) continue;  // a rest of more than a quarter
     out.fill = Fill::kWindows;
     out.rows = rows;
-    out.first = static_cast<int>(law.rows / rows);
+    out.filled_tiles = static_cast<int>(law.rows / rows);
     out.places = static_cast<int>(places);
     return out;
   }
@@ -73,31 +73,33 @@ static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int stages, i
   Tiling out = tiling_of_windows(law, row_bytes, max_bytes, largest);
   out.stages = stages;
   const int64_t ring_bytes = int64_t{law.slots} * row_bytes;
-  if (!out.first && law.reflect != Reflect::kElement && ring_bytes <= max_bytes * int64_t{stages}) {
+  if (!out.filled_tiles && law.reflect != Reflect::kElement &&
+      ring_bytes <= max_bytes * int64_t{stages}) {
     out.fill = Fill::kRing;
     out.rows = largest;
     while (out.rows >= 2 * law.rows && out.rows > 64) out.rows /= 2;
-    out.first = static_cast<int>((law.rows + out.rows - 1) / out.rows);
+    out.filled_tiles = static_cast<int>((law.rows + out.rows - 1) / out.rows);
     out.places = round_up(law.slots, kMmaBlocks);
-    out.rest = out.rows;
+    out.gathered_rows = out.rows;
     out.stages = 1;
   }
   if (out.fill != Fill::kRing) {
     if (!out.places) out.places = 2 * kThreads;
     while (out.places * row_bytes > max_bytes && out.places > 64) out.places /= 2;
-    out.rest = out.places < 2 * kThreads ? out.places : 2 * kThreads;
+    out.gathered_rows = out.places < 2 * kThreads ? out.places : 2 * kThreads;
   }
-  const int64_t left = law.rows - int64_t{out.first} * out.rows;
-  if (left <= 0 && out.fill == Fill::kWindows) out.rest = 0;
-  out.tiles = out.first + (left > 0 ? static_cast<int>((left + out.rest - 1) / out.rest) : 0);
+  const int64_t left = law.rows - int64_t{out.filled_tiles} * out.rows;
+  if (left <= 0 && out.fill == Fill::kWindows) out.gathered_rows = 0;
+  out.tiles = out.filled_tiles +
+              (left > 0 ? static_cast<int>((left + out.gathered_rows - 1) / out.gathered_rows) : 0);
   return out;
 }
 
 static inline Tiling tiling_of(const Plan& plan) {
   return {static_cast<Fill>(plan.fill),
           plan.rows,
-          plan.first,
-          plan.rest,
+          plan.filled_tiles,
+          plan.gathered_rows,
           plan.tiles,
           plan.places,
           plan.stages};
@@ -129,8 +131,9 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
     out.shared_bytes = bytes(tiling, batch_tile);
     if (out.shared_bytes > device.shared_bytes) return false;
     out.fill = static_cast<int>(tiling.fill);
-    out.rows = tiling.rows, out.first = tiling.first, out.tiles = tiling.tiles;
-    out.rest = tiling.rest, out.places = tiling.places, out.stages = tiling.stages;
+    out.rows = tiling.rows, out.filled_tiles = tiling.filled_tiles, out.tiles = tiling.tiles;
+    out.gathered_rows = tiling.gathered_rows, out.places = tiling.places,
+    out.stages = tiling.stages;
     out.batch_tile = batch_tile;
     out.batch_tiles = static_cast<int>((batch + batch_tile - 1) / batch_tile);
     if (out.batch_tiles > kMaxGridZ) {

@@ -1,13 +1,12 @@
 // Which instruction set's kernels to use.
 
-#include "cpu/kernels.h"
-
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace rpg {
 
