@@ -1,4 +1,4 @@
-// Which instruction set's kernels to use.
+// Chooses the instruction set whose kernels run. This file is compiled once.
 
 #include <cstdlib>
 #include <cstring>

@@ -206,7 +206,7 @@ constexpr Powers make_powers() {
 
 constexpr Powers kToBit15 = make_powers();
 
-// Signs of positions p, p + 1 ... into bit 15.
+// Puts the signs of positions p, p + 1 ... into bit 15.
 inline void add_signs(const WindowBand& law, uint32_t p, uint32_t count, uint16_t* out) {
   constexpr uint32_t kWords = 16;
   for (uint32_t done = 0; done < count;) {

@@ -70,7 +70,8 @@ class WindowWalk {
     }
   }
 
-  // The same for `count` positions from p on, which lie in this strip and in one cell.
+  // Calls visit(piece) for `count` positions from p on, which lie in this strip and in one unit,
+  // and whose addresses begin with z.
   template <class Visit>
   void walk(const Strip& strip, uint32_t p, uint32_t z, uint32_t count, Entry* entry,
             const Visit& visit) const {
@@ -96,8 +97,8 @@ class WindowWalk {
 
   int64_t cells() const { return cells_of(band_); }
 
-  // Calls visit(piece) for the positions of a cell; `first` is the number of the band's first
-  // strip.
+  // Calls visit(piece) for the positions that read a cell; `first` is the number of the band's
+  // first strip.
   template <class Visit>
   void walk_cell(const std::vector<Strip>& strips, size_t first, int64_t cell, Entry* entry,
                  const Visit& visit) const {

@@ -17,17 +17,17 @@
 
 namespace rpg::RPG_DEVICE {
 
-constexpr uint32_t kPair = 0x10001;  // A number of 16 bits times it is that number in both halves.
+constexpr uint32_t kPair = 0x10001;  // times 16 bits: the same bits in both halves
 
 // What a lane does in the same way in all laps. Its one hash gives the factors of a residue, or the
 // summands of one, or the word of an octet.
 struct EntryLane {
   uint32_t shift, times, plus, key[2];
-  uint32_t mask, pair_mask;          // They keep the number of an octet, and of two in halves.
-  uint32_t octets;                   // Octets 0 to 3 and 4 to 7, in two halves.
-  uint32_t octet_bits;               // Bits 30 and 31: modulo 4, the octet that it hashes.
-  uint32_t place_step, first_place;  // An octet a gives place place_step a + first_place, which
-                                     // stands in both halves.
+  uint32_t mask, pair_mask;  // They keep the number of an octet, and of two in halves.
+  uint32_t octets;           // Octets 0 to 3 and 4 to 7, in two halves.
+  uint32_t octet_bits;       // Bits 30 and 31: modulo 4, the octet that it hashes.
+  uint32_t place_step;       // Octet a of a lane's residue has place place_step a + first_place,
+  uint32_t first_place;      // which stands in both halves.
 };
 
 RPG_FUNCTION EntryLane lane_of(const WindowBand& law, Entries entries) {
@@ -120,7 +120,7 @@ RPG_FUNCTION void visit_rows(const Layer& layer, const Tile& tile, const ColumnR
   const int stretches = tile.rows / kStretch, warp = thread() / kWarp;
   if (PLAIN) return visit_lap<2, true>(law, lane, column, 2 * warp, visit);
   const bool pairs = stretches > 1 && !((law.scramble.window | law.offset) & kStretch);
-  if (pairs) {  // of one lap
+  if (pairs) {  // two stretches of one lap at a time
     RPG_LOOP
     for (int i = 2 * warp; i < stretches; i += 2 * kWarps) {
       visit_lap<2, false>(law, lane, column, i, visit);

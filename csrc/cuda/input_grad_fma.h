@@ -14,7 +14,7 @@
 
 namespace rpg::RPG_DEVICE {
 
-// How many rows of dy at a time.
+// How many rows of dy are taken at a time.
 template <int BATCH>
 struct FmaShape {
   static constexpr int kRows = 4;                         // of a thread
@@ -22,8 +22,8 @@ struct FmaShape {
   static constexpr int kPlanes = BATCH / kVectorRows;
 };
 
-// From the sums of a row of dx's even elements to those of its odd ones, which are read together:
-// on different banks.
+// The sums of a row of dx's odd elements lie so far behind those of its even ones. Both are read
+// together, so they are on different banks.
 constexpr int kPitch = kThreads + 16;
 
 // T holds places, or rows where the ring is whole.
@@ -71,7 +71,7 @@ RPG_FUNCTION int t_at(int plane, int term, int terms) {
   return (plane * terms + term) * FmaShape<BATCH>::kVectorRows;
 }
 
-// T of a column, from entries and dy; ends with a barrier.
+// Adds T of a column from entries and dy; ends with a barrier.
 template <int BATCH>
 RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, int laps,
                             const InputGradFma<BATCH>& memory) {
@@ -119,7 +119,7 @@ RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile
   sync();
 }
 
-// T of column b, whose stage holds `places`.
+// Makes T of column b, whose stage holds `places`.
 template <int BATCH>
 RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
                             const ColumnReads& column, const EntryLane& lane, int b, int places,
@@ -130,7 +130,7 @@ RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
   if (tile.fill == Fill::kWindows) {
     window_entries<false>(layer, tile, column, lane, memory.entry);
     laps = static_cast<int>(column.windows[column.windows[0].count].lap);
-    // Where columns end inside laps.
+    // Columns end inside laps.
     if (layer.law.offset & (layer.law.scramble.window - 1)) {
       clear_unread<BATCH>(args, tile, places, memory, stage);
     }
@@ -148,7 +148,8 @@ RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
   add_terms<BATCH>(args, tile, laps, memory);
 }
 
-// dx of a pair of elements, this part's share of the terms: sums[2 m + odd element][thread].
+// Makes dx of a pair of elements, of this part's share of the terms: sums[2 m + odd
+// element][thread].
 template <int BATCH>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile, int places,
                                       const Stage& stage, const InputGradFma<BATCH>& memory,
@@ -183,7 +184,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
   }
 }
 
-// Element e of row m of dx, from the sums of parts, in order.
+// Returns element e of row m of dx: the sums of parts, added in order.
 RPG_FUNCTION float fma_total(int block, int m, int e, const Shared<float>& sums) {
   const int pairs = block / 2;
   float total = 0;

@@ -101,8 +101,8 @@ RPG_FUNCTION void multiply_laps(const InputGradMma& memory, const Operand<BATCH,
   }
 }
 
-// The same for all slots of a window that are this warp's; WINDOW: how many it has, if that is
-// known. `blocks` are the window's.
+// c += blocks times LAPS laps of P, for all slots of a window that are this warp's. WINDOW: how
+// many slots it has, if that is known. `blocks` are the window's.
 template <class Math, int BATCH, int LAPS, int BLOCK, int WINDOW = 0>
 RPG_FUNCTION void multiply_slots(const InputGradKernelArgs& args, const InputGradMma& memory,
                                  const Shared<uint4>& blocks, const Share& share, int lap, int end,
@@ -142,7 +142,7 @@ RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGr
   }
 }
 
-// dx of the column: sums[part, m, e]. PLAIN: of the most common tiles (stage.h).
+// Makes dx of the column: sums[part, m, e]. PLAIN: the tile is of the most common kind (stage.h).
 template <class Math, int BATCH, bool PLAIN>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile,
                                       const ColumnReads& column, const Share& share,
@@ -222,7 +222,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
   }
 }
 
-// Elements e ... of row m of dx, from the sums of parts, in order.
+// Returns elements e ... of row m of dx: the sums of parts, added in order.
 template <int BATCH, int COUNT>
 RPG_FUNCTION Vector<float, COUNT> mma_total(int parts, int m, int e, const Shared<float>& sums) {
   const Shared<float> row = sums.tail(m * kSumPitch + e);

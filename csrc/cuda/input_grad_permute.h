@@ -18,7 +18,7 @@ struct InputGradMma {
   Shared<uint32_t> flag;  // [places]: whether a row reads it, or the places of a ring's rows
 };
 
-// Bytes of a slot of P, and of a row of dy.
+// How many bytes a term of P has, and a row of dy.
 template <int BATCH>
 constexpr int kSlotBytes = BATCH == 1 ? 2 : 16;
 
@@ -102,7 +102,7 @@ RPG_FUNCTION void put(const InputGradKernelArgs& args, const InputGradMma& memor
   }
 }
 
-// Slots from `begin` on become zeros, of each plane up to `end`.
+// Makes zeros of the terms of P from `begin` to `end` - 1, in each plane.
 template <int BATCH>
 RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& memory, int begin,
                         int end) {

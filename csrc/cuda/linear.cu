@@ -35,7 +35,7 @@ namespace rpg::RPG_DEVICE {
 
 namespace {
 
-// y[m, n] from its sum.
+// Writes y[m, n], whose sum is `sum`.
 template <class T>
 RPG_FUNCTION void write(const LinearKernelArgs& args, int m, int n, float sum) {
   sum *= args.scale;

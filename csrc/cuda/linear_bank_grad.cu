@@ -4,7 +4,7 @@
 //   dw[slot]   += Σ_m T[slot, m] x[m, column]
 //
 // No dense gradient, no atomics. A CTA owns kOwned slots of the ring and goes through
-// the cells (law/window.h) that draw from them, piece of a column by piece; in one lap of a window
+// the units (law/window.h) that draw from them, piece of a column by piece; in one lap of a window
 // all slots differ, so a lap's terms are added together, with a barrier between laps. Its gradient
 // stays in registers, kOwned / parts · 2 of a thread, and is written once. Where the ring has fewer
 // owners than the device has processors, several CTAs share an owner's cells, and the last of
@@ -171,7 +171,7 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
           uint32_t j[1] = {address & (window - 1)};
           const uint32_t lap[1] = {law.lap + (address >> log)};
           if (law.permute) scramble(law.scramble, lap, j);
-          // Of this pass only: the window may reach the owner's slots of the next one too.
+          // Only this pass counts: the window may reach the owner's slots of the next one too.
           const uint32_t place = min_u32(offset + j[0], kPlaceMask);
           entry[i] = place | ((address >> log) - first_lap) << 24 | block_sign(args.layer, p);
         }

@@ -40,7 +40,7 @@ RPG_FUNCTION Output output_of(const InputGradKernelArgs& args, int m0, bool four
           kept((tile + m0 + m) * args.layer.columns + e)};
 }
 
-// Column b of this tile's sums, or of dx where there is one tile, from the sums of parts.
+// Writes column b of this tile's sums, or of dx where there is one tile, from the sums of parts.
 template <class Math, int BATCH>
 RPG_FUNCTION void write_column(const InputGradKernelArgs& args, const Output& out, int b, int batch,
                                const Share& share, const Shared<float>& sums) {

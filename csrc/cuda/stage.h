@@ -30,9 +30,8 @@ RPG_HOST Bank bank_of(const void* ring, uint32_t slots, int row_bytes) {
 }
 
 struct Stage {
-  Shared<uint4> blocks;  // [places, chunks]
-  Shared<uint32_t>
-      entries;  // [gathered_rows], the slots and signs that a gathered tile's rows read
+  Shared<uint4> blocks;      // [places, chunks]
+  Shared<uint32_t> entries;  // [gathered_rows], slots and signs, in a gathered tile
 };
 
 // Where a CTA's stages are in shared memory. It is found on the host; sizes are bytes.
