@@ -7,6 +7,7 @@
 
 #include "bindings/module.h"
 #include "cuda/linear.h"
+#include "cuda/unpack.h"
 
 namespace py = pybind11;
 

@@ -24,7 +24,8 @@ inline void set_element(Dtype dtype, void* values, int64_t i, float value) {
   }
 }
 
-// One block of rows m0 ... of x [batch, columns]: out [BLOCK, BATCH] or, BY_ROW, [BATCH, BLOCK].
+// Loads one block of rows m0 ... of x [batch, columns]: out [BLOCK, BATCH] or, BY_ROW, [BATCH,
+// BLOCK].
 template <int BLOCK, int BATCH, bool BY_ROW>
 inline void load_block(Dtype dtype, const void* x, int64_t columns, int64_t m0, int rows,
                        int64_t block, float* out) {
@@ -53,7 +54,7 @@ struct BatchTiles {
   float* block_of(int tile, int64_t block) const {
     return memory + (tile * blocks + block) * BLOCK * BATCH;
   }
-  // Rows m0 ... of x [batch, columns].
+  // Loads one block of rows m0 ... of x [batch, columns].
   void load(Dtype dtype, const void* x, int64_t columns, int64_t m0, int64_t block) const {
     for (int tile = 0; tile < count(); ++tile) {
       load_block<BLOCK, BATCH, BY_ROW>(dtype, x, columns, m0 + int64_t{tile} * BATCH, rows_of(tile),

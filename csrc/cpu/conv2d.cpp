@@ -151,7 +151,8 @@ inline bool load_spans(const Image& g, const typename T::Bits* x, const PixelOff
   return true;
 }
 
-// The same where the channels of a pixel lie side by side, 16 of them at a time: how many it did.
+// Does the same where the channels of a pixel lie side by side, 16 of them at a time; returns how
+// many it did.
 template <class T>
 inline int load_lines(const typename T::Bits* x, const PixelOffsets& offsets, int64_t c, int count,
                       float* out) {
@@ -272,7 +273,7 @@ void store_tiles(const Image& g, const LinearArgs& args, const PixelSums& sums) 
   return g.channels_last ? store_lines<T>(g, args, sums) : store_planes<T>(g, args, sums);
 }
 
-// Of tiles of fewer pixels than a vector has lanes.
+// Stores tiles of fewer pixels than a vector has lanes.
 void store_each(const Image& g, const LinearArgs& args, const PixelSums& sums) {
   const int64_t plane = g.out_height * g.out_width;
   for (int64_t m = 0; m < sums.rows; ++m) {

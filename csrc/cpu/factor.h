@@ -22,7 +22,7 @@ namespace {  // compiled once per instruction set, see law/ring.h
 
 constexpr bool by_row(int batch) { return batch <= 4; }
 
-// What a position reads: the slot, and the sign in the highest bit.
+// The parts of an entry: the slot that a position reads, and in its highest bit the sign.
 template <class Entry>
 struct EntryOf {
   static constexpr int kShift = 8 * sizeof(Entry) - 1;
@@ -278,8 +278,8 @@ inline void add_input_grad_of(const RingWindow<BLOCK>& window, const Terms& term
   }
 }
 
-// The same of all terms: sums of 64 are made first, since one of thousands in a row loses two
-// decimal places.
+// dx_b += Σ T[w] window[w] of all terms: sums of 64 are made first, since one sum of thousands
+// loses two decimal places.
 template <int BLOCK, int BATCH>
 inline void add_input_grad(const RingWindow<BLOCK>& window, const Terms& terms, float* dx) {
   constexpr int kSummedTerms = 64;

@@ -1,5 +1,5 @@
-// The CPU kernels. Each source file here is compiled once per instruction set, into its own
-// namespace, and `kernels()` picks the best that the machine has.
+// The CPU kernels. Their source files are compiled once per instruction set, each into its own
+// namespace; choose_isa.cpp, which is compiled once, picks the best that the machine has.
 
 #pragma once
 
@@ -7,36 +7,10 @@
 
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
-#include "cpu/region.h"
-#include "law/number.h"
+#include "cpu/unpack.h"
 #include "law/ring.h"
 
 namespace rpg {
-
-// Ŵ's blocks [positions, block], or what a cut leaves of them, = scale · G · ring [slots, block].
-struct UnpackArgs {
-  Region region;
-  Cut cut;
-  Dtype dtype;  // of ring and out
-  const void* ring;
-  void* out;
-  double scale;
-  int threads;
-};
-
-// grad [slots, block] += scale · Gᵀ · dense [positions, block], position by position; zeros where
-// the cut leaves nothing.
-struct PackArgs {
-  Region region;
-  Cut cut;
-  Dtype dtype;  // of dense
-  const void* dense;
-  void* grad;  // float64 for float64, otherwise float32
-  double scale;
-  int threads;
-  uint32_t* workspace;  // [workspace_entries], 1 + words entries per position; for threads > 1
-  int64_t workspace_entries;
-};
 
 struct Kernels {
   const char* isa;

@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kLanes = 64;
 
-// Calls evaluate(band_law, q, first, size) for runs of positions first ... of one band each.
+// Calls evaluate(band_law, q, first, size) for positions first ... first + size - 1 of the list,
+// which are of one band.
 template <class Evaluate>
-void by_runs(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t count, int threads,
+void by_band(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t count, int threads,
              const Evaluate& evaluate) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int part = 0; part < threads; ++part) {
@@ -43,7 +44,7 @@ void by_runs(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t co
 
 void slots(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t count, int64_t* out,
            int threads) {
-  by_runs(law, n, b, count, threads,
+  by_band(law, n, b, count, threads,
           [&](const WindowBand& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
             any_slots_of(band_law, q);
             for (int l = 0; l < size; ++l) out[first + l] = q[l];
@@ -53,7 +54,7 @@ void slots(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t coun
 void sign_words(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t count,
                 int64_t* out, int threads) {
   const int words = words_of(law);
-  by_runs(law, n, b, count, threads,
+  by_band(law, n, b, count, threads,
           [&](const WindowBand& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
             for (int w = 0; w < words; ++w) {
               uint32_t word[kLanes];

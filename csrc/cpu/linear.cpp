@@ -60,7 +60,7 @@ LinearLayout linear_layout(const LayerLaw& law, const std::vector<Strip>& strips
   out.s = slots < out.height ? (slots + kSpareSlots) * (batch_tile == 1 ? 2 : batch_tile) : 0;
   out.s = round_up(out.s, kLineFloats);
   out.sums = round_up(out.height * batch_tile * tiles, kLineFloats);
-  // Of an image each part gathers one block after the other.
+  // A part gathers the blocks of an image one after the other.
   out.x = (args.image ? args.threads : law.blocks) * law.granularity * batch_tile * tiles;
   return out;
 }

@@ -20,9 +20,8 @@ struct Region {
   int64_t count;
 };
 
-// Of the elements of a run of blocks, those that are in memory: rows [rows · runs, length] of
-// elements `first` to `first + length`, so that of a run's first and last block a part may be cut
-// off.
+// Which elements of a run's blocks are in memory: `first` to `first + length`, as rows [rows ·
+// runs, length]. So a part of a run's first and of its last block may be cut off.
 struct Cut {
   int64_t first;
   int64_t length;
@@ -75,8 +74,8 @@ inline void any_sign_words_of(const WindowBand& law, int w, const uint32_t (&q)[
   }
 }
 
-// In the law without windows whole rows of one band are consecutive positions: walk them as one
-// run.
+// In the law without windows whole rows of one band are consecutive positions: they are walked as
+// one row of one run.
 inline Region merged(const LayerLaw& law, Region region) {
   if (region.count == region.run_blocks) {
     region.count = region.run_blocks = law.blocks;

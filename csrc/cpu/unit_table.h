@@ -1,4 +1,4 @@
-// Slots and signs of whole runs of positions at once: what kernels of the window law read.
+// Places and signs of many consecutive positions at once: what kernels of the window law read.
 //
 //   entry = place in the window | sign << 15        of positions p ... p + count - 1 of one cell
 //
@@ -76,8 +76,8 @@ inline void place_octet(const uint16_t* by_class, uint32_t pattern, uint16_t* by
 #endif
 }
 
-// Of LAPS laps from `lap`: positions `low` to `high` - 1, counted from the first one's beginning. A
-// vector holds octets o, o + 1 ... of each lap.
+// The places of positions `low` to `high` - 1 of LAPS laps, counted from the beginning of the
+// first, `lap`. A vector holds octets o, o + 1 ... of each lap.
 template <uint32_t LAPS, uint32_t ROUNDS, bool WHOLE>
 void places(const Scramble& s, uint32_t lap, uint32_t low, uint32_t high, uint16_t* out) {
   constexpr uint32_t kOctetsOfLap = kOctets / LAPS;         // octets of a lap in a vector
@@ -120,11 +120,12 @@ void places(const Scramble& s, uint32_t lap, uint32_t low, uint32_t high, uint16
   const bool single = !WHOLE && high <= s.window;  // lap only: slices outside are left out
   for (uint32_t first = single ? low / 8 / slice * slice : 0;
        first < octets && !(single && 8 * first >= high); first += slice) {
-    uint16_t pattern[LAPS * kSlice];  // by lap, then by octet: one run where slices are laps
-    const uint32_t run = slice == octets ? LAPS * slice : slice;
-    for (uint32_t i = 0; i < LAPS * slice; i += run) {
+    uint16_t pattern[LAPS * kSlice];  // by lap, then by octet
+    // Octets of all laps have consecutive numbers where slices are whole laps.
+    const uint32_t consecutive = slice == octets ? LAPS * slice : slice;
+    for (uint32_t i = 0; i < LAPS * slice; i += consecutive) {
       const uint32_t x = ((lap + i / slice) << s.bits) + first;
-      for (uint32_t k = 0; k < run; ++k) {
+      for (uint32_t k = 0; k < consecutive; ++k) {
         pattern[i + k] = pattern_of(hash_word(x + k, s.key[0], s.key[1]));
       }
     }
@@ -171,7 +172,7 @@ void places_of_laps(const Scramble& s, uint32_t lap, uint32_t j, uint32_t count,
   }
 }
 
-// Positions j, j + 1 ... from the beginning of a lap.
+// The places of positions j, j + 1 ..., counted from the beginning of a lap.
 template <uint32_t ROUNDS>
 void places_of(const Scramble& s, uint32_t lap, uint32_t j, uint32_t count, uint16_t* out) {
   while (count) {
@@ -205,7 +206,7 @@ constexpr Powers make_powers() {
 
 constexpr Powers kToBit15 = make_powers();
 
-// Signs of positions p, p + 1 ... into bit 15.
+// Puts the signs of positions p, p + 1 ... into bit 15.
 inline void add_signs(const WindowBand& law, uint32_t p, uint32_t count, uint16_t* out) {
   constexpr uint32_t kWords = 16;
   for (uint32_t done = 0; done < count;) {
@@ -239,7 +240,7 @@ inline void add_signs(const WindowBand& law, uint32_t p, uint32_t count, uint16_
 }  // namespace table
 
 // Entries of positions p ... p + count - 1, whose addresses z ... are of one cell; out [count].
-// Signs only with one for a block; elements' signs are not in the table.
+// Signs are in the table only where each block has one; those of elements are not.
 inline void unit_table(const WindowBand& law, uint32_t p, uint32_t z, uint32_t count,
                        uint16_t* out) {
   const Scramble& s = law.scramble;

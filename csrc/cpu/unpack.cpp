@@ -132,10 +132,11 @@ inline bool whole(const Region& region, const Cut& cut, int block) {
 template <class Bits>
 inline const Bits* block_at(const Bits* dense, const Region& region, const Cut& cut,
                             int64_t position, int block, Bits* buffer) {
-  const CutBlock piece = cut_block(region, cut, position, block);
-  if (piece.high - piece.low == block) return dense + piece.begin;
+  const CutBlock in_memory = cut_block(region, cut, position, block);
+  if (in_memory.high - in_memory.low == block) return dense + in_memory.begin;
   std::memset(buffer, 0, sizeof(Bits) * block);
-  std::memcpy(buffer + piece.low, dense + piece.begin, sizeof(Bits) * (piece.high - piece.low));
+  std::memcpy(buffer + in_memory.low, dense + in_memory.begin,
+              sizeof(Bits) * (in_memory.high - in_memory.low));
   return buffer;
 }
 
@@ -164,16 +165,16 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
         const Bits* stored = ring + static_cast<int64_t>(group.slot[l]) * block;
         const auto scale = scales[SIGNS ? 0 : group.word[0][l] >> 31];
         const uint32_t* words_of_block = &group.word[0][l];
-        const CutBlock piece = uncut ? CutBlock{(position + l) * block, 0, block}
-                                     : cut_block(args.region, args.cut, position + l, block);
-        if (piece.high - piece.low == block) {
-          copy_block<T, BLOCK, SIGNS>(stored, out + piece.begin, scale, exact, block,
+        const CutBlock in_memory = uncut ? CutBlock{(position + l) * block, 0, block}
+                                         : cut_block(args.region, args.cut, position + l, block);
+        if (in_memory.high - in_memory.low == block) {
+          copy_block<T, BLOCK, SIGNS>(stored, out + in_memory.begin, scale, exact, block,
                                       words_of_block);
         } else {
           Bits buffer[kMaxBlock];
           copy_block<T, BLOCK, SIGNS>(stored, buffer, scale, exact, block, words_of_block);
-          std::memcpy(out + piece.begin, buffer + piece.low,
-                      sizeof(Bits) * (piece.high - piece.low));
+          std::memcpy(out + in_memory.begin, buffer + in_memory.low,
+                      sizeof(Bits) * (in_memory.high - in_memory.low));
         }
       }
     }

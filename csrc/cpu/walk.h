@@ -1,5 +1,9 @@
 // A layer's positions in the order in which factored kernels take them: strips of rows, in a strip
 // column by column, in a column row by row. Each piece of a column comes with what it reads.
+//
+// A piece is rows of one block column that lie below each other in one strip and read one window of
+// the ring, or under law 1 the whole ring: what a ColumnPiece and a UnitPiece (law/window.h) have
+// in common.
 
 #pragma once
 
@@ -18,8 +22,8 @@ struct Strip {
   int64_t height;  // rows
 };
 
-// `count` rows of one block column, from row `row` of the strip: row i reads the slot entry[i] of
-// the `slots` that begin at slot `base` of the ring and wrap around it.
+// A piece has `count` rows of column `block`, from row `row` of the strip. Its row i reads place
+// entry[i] of the `slots` slots that begin at slot `base` of the ring and wrap around it.
 template <class Entry>
 struct Piece {
   const Strip* strip;
@@ -66,7 +70,8 @@ class WindowWalk {
     }
   }
 
-  // The same for `count` positions from p on, which lie in this strip and in one cell.
+  // Calls visit(piece) for `count` positions from p on, which lie in this strip and in one unit,
+  // and whose addresses begin with z.
   template <class Visit>
   void walk(const Strip& strip, uint32_t p, uint32_t z, uint32_t count, Entry* entry,
             const Visit& visit) const {
@@ -77,8 +82,8 @@ class WindowWalk {
     for (uint32_t done = 0; done < count;) {
       const int64_t row = rest % strip.height;
       const int64_t size = std::min<int64_t>(strip.height - row, count - done);
-      const uint32_t place = (z + band_.offset + done) & (window - 1);
-      const int64_t lead = place ? window - place : 0;
+      const uint32_t in_lap = (z + band_.offset + done) & (window - 1);
+      const int64_t lead = in_lap ? window - in_lap : 0;  // rows before the first whole lap
       visit(Piece<Entry>{&strip, rest / strip.height, row, static_cast<int>(size), entry + done,
                          base, static_cast<int>(window), size - lead >= window});
       done += static_cast<uint32_t>(size);
@@ -90,24 +95,21 @@ class WindowWalk {
     if (band != number_) band_ = make_window_band(law_, number_ = band);
   }
 
-  // Cells that the band has addresses in.
-  int64_t cells() const {
-    return (int64_t{band_.offset} + band_.positions + band_.cell - 1) / band_.cell;
-  }
+  int64_t cells() const { return cells_of(band_); }
 
-  // Calls visit(piece) for the positions of a cell; `first` is the number of the band's first
-  // strip.
+  // Calls visit(piece) for the positions that read a cell; `first` is the number of the band's
+  // first strip.
   template <class Visit>
   void walk_cell(const std::vector<Strip>& strips, size_t first, int64_t cell, Entry* entry,
                  const Visit& visit) const {
     const int64_t begin = std::max<int64_t>(0, cell * band_.cell - band_.offset);
     const int64_t end = std::min<int64_t>(band_.positions, (cell + 1) * band_.cell - band_.offset);
-    uint32_t place[1] = {static_cast<uint32_t>(begin)};
-    from_address(band_, place);
+    uint32_t position[1] = {static_cast<uint32_t>(begin)};
+    from_address(band_, position);
     const int64_t shift = strips[first].first;
     size_t strip = first;
     for (int64_t done = 0; done < end - begin;) {
-      const int64_t p = place[0] + done;
+      const int64_t p = position[0] + done;
       while (p + shift >= strips[strip].first + strips[strip].height * law_.blocks) ++strip;
       const int64_t left = strips[strip].first + strips[strip].height * law_.blocks - shift - p;
       const int64_t count = std::min({left, end - begin - done, kEntries});

@@ -3,8 +3,8 @@
 // A tile that reads windows lies in one strip of the window law, so rows of a column have
 // consecutive numbers. It begins and ends at multiples of 64, as do laps: 64 rows, a stretch, read
 // one lap of one window. Ahead of the columns that are worked on, a thread for each window
-// evaluates the law of units, for 8 columns at once, and then a thread for each stretch its address
-// and signs, for 4.
+// evaluates the law of units, for 8 columns at once, and then a thread for each stretch finds its
+// address and signs, for 4 columns at once.
 //
 // A CTA counts its columns from 0, its first.
 
@@ -20,12 +20,16 @@ constexpr int kColumnsAhead = 4;                // columns whose stretches are f
 // Columns whose stretches, and whose windows, are remembered.
 constexpr int kStretchColumns = 2 * kColumnsAhead, kWindowColumns = 4 * kColumnsAhead;
 
-// What entries of rows are: places, places and laps, or indices of S at batch 1, where each place
-// has four copies, 8 by 8 places: on different banks for rows of four neighbouring octets, of which
-// the law fixes no more than the residues of places modulo 8.
-enum class Entries { kPlaces, kLaps, kSpread };
+// What the entry of a row has beside the sign.
+enum class Entries {
+  kPlaces,  // the row's place
+  kLaps,    // the place, and in bits 24 to 29 the number of the lap
+  kSpread,  // the index of one of the place's four copies in S, at batch 1
+};
 
-// Index of copy q modulo 4 of a place.
+// The index of copy q modulo 4 of a place. 8 places have their copies behind each other, so that
+// rows of four neighbouring octets read different banks: the law fixes no more of their places than
+// the residues modulo 8.
 RPG_FUNCTION int spread_place(int place, int q) {
   return (place & ~7) * 4 + (place & 7) + 8 * (q & 3);
 }
@@ -33,7 +37,7 @@ RPG_FUNCTION int spread_place(int place, int q) {
 // What 64 rows of a column read.
 struct alignas(16) Stretch {
   uint32_t address;   // The address of its first row, counted from that of the first cell.
-  uint32_t places;    // The entry of a row that would read the window's first slot.
+  uint32_t entry;     // A row that reads the window's first slot has this entry, less its sign.
   uint32_t signs[2];  // Word j has the signs of rows 32 j ...; that of the first is bit 31.
 };
 
@@ -50,9 +54,9 @@ struct ColumnReads {
   Shared<Stretch> stretches;     // [kMaxStretches]
 };
 
-// Where they are in shared memory, found on the host, in bytes.
+// Where what columns read is in shared memory. It is found on the host; sizes are bytes.
 struct ColumnsLayout {
-  int log_lanes;     // 2^log_lanes threads, at least one for each window of a column.
+  int log_lanes;     // A column has 2^log_lanes threads, at least one for each of its windows.
   int windows;       // The windows of column 0 are here,
   int column_bytes;  // those of each further column so much later.
   int stretches;     // The stretches of column 0 are here.
@@ -67,12 +71,12 @@ RPG_HOST ColumnsLayout columns_of(int most_windows, int begin) {
   return out;
 }
 
-// First byte behind them.
+// The first byte behind them.
 RPG_HOST int end_of(const ColumnsLayout& columns) {
   return columns.stretches + kStretchColumns * kStretchBytes;
 }
 
-// Column i of a CTA.
+// What column i of a CTA reads.
 RPG_FUNCTION ColumnReads column_of(const ColumnsLayout& columns, int i) {
   const int windows = kept(columns.windows + (i & (kWindowColumns - 1)) * columns.column_bytes);
   const int stretches = kept(columns.stretches + (i & (kStretchColumns - 1)) * kStretchBytes);
@@ -85,7 +89,7 @@ struct ColumnRange {
   int first, end;
 };
 
-// Windows of columns i ... i + 7.
+// Finds the windows of columns i ... i + 7.
 RPG_FUNCTION void prepare_windows(const Layer& layer, const Tile& tile,
                                   const ColumnsLayout& columns, const ColumnRange& range, int i) {
   const WindowBand& law = layer.law;
@@ -104,7 +108,7 @@ RPG_FUNCTION void prepare_windows(const Layer& layer, const Tile& tile,
   windows[window] = {window_base(law, piece.z), piece.z - piece.p + law.offset, lap, count};
 }
 
-// Stretches of columns i ... i + 3, whose windows are there.
+// Finds the stretches of columns i ... i + 3, whose windows are known.
 template <Entries ENTRIES>
 RPG_FUNCTION void prepare_stretches(const Layer& layer, const Tile& tile,
                                     const ColumnsLayout& columns, const ColumnRange& range, int i) {
@@ -119,9 +123,9 @@ RPG_FUNCTION void prepare_stretches(const Layer& layer, const Tile& tile,
   const uint32_t first = position(tile, b), p = first + kStretch * stretch;
   const uint32_t window = unit_piece_of(law, p) - unit_piece_of(law, first);
   Stretch out{p + reads.windows[window].shift, window << log, {}};
-  if (ENTRIES == Entries::kSpread) out.places *= 4;
+  if (ENTRIES == Entries::kSpread) out.entry *= 4;
   if (ENTRIES == Entries::kLaps)
-    out.places |= (((p + law.offset) >> log) - ((first + law.offset) >> log)) << 24;
+    out.entry |= (((p + law.offset) >> log) - ((first + law.offset) >> log)) << 24;
   if (layer.reflect == Reflect::kVector) {
     for (int j = 0; j < 2; ++j) {
       out.signs[j] = reversed(hash_word((p >> 5) + j, law.sign_key[0], law.sign_key[1]));
@@ -130,7 +134,7 @@ RPG_FUNCTION void prepare_stretches(const Layer& layer, const Tile& tile,
   reads.stretches[stretch] = out;
 }
 
-// Before the loop over columns; ends with a barrier.
+// Finds what the first columns read, before the loop over columns; ends with a barrier.
 template <Entries ENTRIES>
 RPG_FUNCTION void prepare_first(const Layer& layer, const Tile& tile, const ColumnsLayout& columns,
                                 const ColumnRange& range) {
@@ -140,7 +144,8 @@ RPG_FUNCTION void prepare_first(const Layer& layer, const Tile& tile, const Colu
   sync();
 }
 
-// Behind a barrier of column i, what columns from i + 4 on will need; visible after the next one.
+// Called behind a barrier of column i, finds what columns from i + 4 on read; it is visible after
+// the next barrier.
 template <Entries ENTRIES>
 RPG_FUNCTION void prepare_next(const Layer& layer, const Tile& tile, const ColumnsLayout& columns,
                                const ColumnRange& range, int i) {

@@ -15,7 +15,7 @@
 
 #define RPG_DEVICE cuda
 #define RPG_FUNCTION static __device__ __forceinline__
-// Where inlining would only make code larger.
+// A function that is not inlined, where that would only make code larger.
 #define RPG_CALLED static __device__ __noinline__
 #define RPG_ARGS const __grid_constant__
 #define RPG_KERNEL(THREADS, CTAS) static __global__ void __launch_bounds__(THREADS, CTAS)
@@ -44,7 +44,7 @@ RPG_FUNCTION void sync_warp() { __syncwarp(); }
 
 extern __shared__ uint4 dynamic_shared[];
 
-// Part of the CTA's shared memory; begins at a multiple of 16 bytes.
+// An array in the CTA's shared memory; it begins at a multiple of 16 bytes.
 template <class T>
 class Shared {
  public:
@@ -52,11 +52,11 @@ class Shared {
   __device__ __forceinline__ Shared(int offset, int)
       : data_(reinterpret_cast<T*>(reinterpret_cast<char*>(dynamic_shared) + offset)) {}
   __device__ __forceinline__ T& operator[](int i) const { return data_[i]; }
-  // `count` elements from i on, as one access.
+  // Returns the address of `count` elements from i on, for one access.
   __device__ __forceinline__ T* span(int i, int) const { return data_ + i; }
-  // What begins with element i.
+  // Returns the array that begins with element i.
   __device__ __forceinline__ Shared tail(int i) const { return Shared(data_ + i); }
-  // What begins after so many bytes, of whole elements.
+  // Returns the array that begins after so many bytes, which are whole elements.
   __device__ __forceinline__ Shared tail_at_byte(int bytes) const {
     return Shared(reinterpret_cast<T*>(reinterpret_cast<char*>(data_) + bytes));
   }
@@ -70,13 +70,14 @@ RPG_FUNCTION uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes from global to shared memory, zeros unless `valid`; both addresses aligned.
+// Begins to copy 16 bytes from global to shared memory, or zeros unless `valid`; both addresses are
+// multiples of 16.
 RPG_FUNCTION void copy_async(void* target, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
                "l"(source), "r"(valid ? 16 : 0)
                : "memory");
 }
-// The same of 16 bytes AT bytes behind both addresses.
+// Begins to copy the 16 bytes that lie OFFSET bytes behind both addresses.
 template <int OFFSET>
 RPG_FUNCTION void copy_async(void* target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(shared_address(target)),
@@ -89,8 +90,8 @@ RPG_FUNCTION void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the next of
-// row l / 4 of each.
+// This is ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the
+// next of row l / 4 of each.
 RPG_FUNCTION void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -98,7 +99,7 @@ RPG_FUNCTION void load_matrices(uint32_t (&out)[4], const void* row) {
                : "memory");
 }
 
-// The same of the matrices transposed: elements 2 (l % 4) and the next of column l / 4.
+// Transposes the matrices: a lane gets elements 2 (l % 4) and the next of column l / 4 of each.
 RPG_FUNCTION void load_transposed(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -121,7 +122,7 @@ RPG_FUNCTION void multiply_float16(const MultiplyArgs& m) {
       : "r"(m.a[0]), "r"(m.a[1]), "r"(m.a[2]), "r"(m.a[3]), "r"(m.b[0]), "r"(m.b[1]));
 }
 
-// What lane `lane` of the warp gives; all lanes take part.
+// Returns what lane `lane` of the warp gives; all lanes take part.
 RPG_FUNCTION uint32_t shuffle(uint32_t value, int lane) {
   return __shfl_sync(0xFFFFFFFFu, value, lane);
 }
@@ -135,7 +136,7 @@ RPG_FUNCTION bool arrive(unsigned* counter, unsigned parts) {
   return last;
 }
 
-// x, which the compiler is to keep in a register instead of finding it again at each use.
+// Returns x, which the compiler is to keep in a register instead of finding it again at each use.
 RPG_FUNCTION int kept(int x) {
   asm("" : "+r"(x));
   return x;
@@ -155,7 +156,7 @@ RPG_FUNCTION T* kept(T* x) {
 }
 
 RPG_FUNCTION uint32_t reversed(uint32_t bits) { return __brev(bits); }
-// Byte i of x in both halves.
+// Returns byte i of x in both halves.
 RPG_FUNCTION uint32_t byte_twice(uint32_t x, int i) {
   return __byte_perm(x, 0, 0x4040 + i * 0x101);
 }

@@ -1,4 +1,4 @@
-// Entries of a tile's rows: which place of the stage each reads, and with which sign.
+// The entries of a tile's rows: which place of the stage each reads, and with which sign.
 //
 // In windows they are made class by class, as csrc/cpu/unit_table.h does it: the places 8 A + c of
 // a lap come from octet o and residue c alone, so a lane keeps one c and the keys of its rounds. It
@@ -17,16 +17,17 @@
 
 namespace rpg::RPG_DEVICE {
 
-constexpr uint32_t kPair = 0x10001;  // times a half: both halves
+constexpr uint32_t kPair = 0x10001;  // times 16 bits: the same bits in both halves
 
-// What a lane does in all laps. It hashes, for one, factors of its residue, or summands, or the
-// word of an octet.
+// What a lane does in the same way in all laps. Its one hash gives the factors of a residue, or the
+// summands of one, or the word of an octet.
 struct EntryLane {
   uint32_t shift, times, plus, key[2];
-  uint32_t mask, pair_mask;        // They keep the number of an octet, and of two in halves.
-  uint32_t octets;                 // Octets 0 to 3 and 4 to 7, in two halves.
-  uint32_t octet_bits;             // Bits 30 and 31: modulo 4, the octet that it hashes.
-  uint32_t slot_step, first_slot;  // Octet a has slot slot_step a + first_slot, the latter twice.
+  uint32_t mask, pair_mask;  // They keep the number of an octet, and of two in halves.
+  uint32_t octets;           // Octets 0 to 3 and 4 to 7, in two halves.
+  uint32_t octet_bits;       // Bits 30 and 31: modulo 4, the octet that it hashes.
+  uint32_t place_step;       // Octet a of a lane's residue has place place_step a + first_place,
+  uint32_t first_place;      // which stands in both halves.
 };
 
 RPG_FUNCTION EntryLane lane_of(const WindowBand& law, Entries entries) {
@@ -49,16 +50,15 @@ RPG_FUNCTION EntryLane lane_of(const WindowBand& law, Entries entries) {
           kept((entries == Entries::kSpread ? lane : lane & 7) * kPair)};
 }
 
-// One row of a tile, first + offset, of 32 that begin with `first`: the slot of its window, or of
-// spread places, and its sign in bit 31.
+// Row first + offset of a tile, one of the 32 rows that begin with `first`. It reads `place` of its
+// window, or what spread_place makes of it, with its sign in bit 31 of `sign`.
 struct Row {
   int first, offset;
-  uint32_t slot, sign;
+  uint32_t place, sign;
 };
 
 // Calls visit(row, stretch) for this lane's rows of STRETCHES stretches of one lap, from number
-// `number` on.
-// PLAIN: permuted in seven rounds.
+// `number` on. PLAIN: the law permutes, in seven rounds.
 template <int STRETCHES, bool PLAIN, class Visit>
 RPG_FUNCTION void visit_lap(const WindowBand& law, const EntryLane& lane, const ColumnReads& column,
                             int number, const Visit& visit) {
@@ -92,19 +92,20 @@ RPG_FUNCTION void visit_lap(const WindowBand& law, const EntryLane& lane, const 
   } else {
     h = 0;
   }
-  // Of its octet: what row_of_residue multiplies with and adds, and, in bits 27 to 31, what
-  // it changes the row with, and the octet's place among four.
+  // What row_of_residue takes from the octet's word: `odd` it multiplies with, bits 0 to 2 of
+  // `word` it adds, and bits 27 to 31 change the row: three are the word's, two are the octet's
+  // number among four.
   const uint32_t odd = h >> 3 | 1, word = (h & 7) | (h >> 29) << 27 | lane.octet_bits;
   RPG_UNROLL
   for (int i = 0; i < STRETCHES; ++i) {
-    const uint32_t slots = lane.slot_step * a[i] + lane.first_slot;
+    const uint32_t places = lane.place_step * a[i] + lane.first_place;
     RPG_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int source = 16 + 8 * i + 4 * half + quarter;
       const uint32_t w = shuffle(word, source), times = shuffle(odd, source);
       const uint32_t r = ((c * times + w) & 7) ^ (w >> 27);
-      const uint32_t slot = half ? slots >> 16 : slots & 0xFFFF;
-      visit(Row{kStretch * (number + i) + 32 * half, static_cast<int>(r), slot,
+      const uint32_t place = half ? places >> 16 : places & 0xFFFF;
+      visit(Row{kStretch * (number + i) + 32 * half, static_cast<int>(r), place,
                 stretch[i].signs[half] << r},
             stretch[i]);
     }
@@ -119,7 +120,7 @@ RPG_FUNCTION void visit_rows(const Layer& layer, const Tile& tile, const ColumnR
   const int stretches = tile.rows / kStretch, warp = thread() / kWarp;
   if (PLAIN) return visit_lap<2, true>(law, lane, column, 2 * warp, visit);
   const bool pairs = stretches > 1 && !((law.scramble.window | law.offset) & kStretch);
-  if (pairs) {  // of one lap
+  if (pairs) {  // two stretches of one lap at a time
     RPG_LOOP
     for (int i = 2 * warp; i < stretches; i += 2 * kWarps) {
       visit_lap<2, false>(law, lane, column, i, visit);
@@ -130,17 +131,18 @@ RPG_FUNCTION void visit_rows(const Layer& layer, const Tile& tile, const ColumnR
   }
 }
 
-// Entries of all rows of a tile of windows, as tile.h has them; visible after a barrier.
+// Writes the entries of all rows of a tile of windows, as tile.h has them; they are visible after a
+// barrier.
 template <bool PLAIN>
 RPG_FUNCTION void window_entries(const Layer& layer, const Tile& tile, const ColumnReads& column,
                                  const EntryLane& lane, const Shared<uint32_t>& entry) {
   visit_rows<PLAIN>(layer, tile, column, lane, [&](const Row& row, const Stretch& stretch) {
     entry.tail_at_byte(4 * row.first)[row.offset] =
-        row.slot | stretch.places | (row.sign & 0x80000000u);
+        row.place | stretch.entry | (row.sign & 0x80000000u);
   });
 }
 
-// The same of all other tiles.
+// Writes the entries of all rows of any other tile.
 template <Entries ENTRIES>
 RPG_FUNCTION void row_entries(const Layer& layer, const Tile& tile, int b, const Stage& stage,
                               const Shared<uint32_t>& entry) {

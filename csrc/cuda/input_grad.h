@@ -20,21 +20,22 @@ struct InputGradKernelArgs {
   float scale;
   int batch;
   int splits;
-  int lap_slots;  // A lap of P has so many slots; in fp32: the places of T, or rows.
-  int plane;      // 8 rows of dy have so many slots in P.
-  int terms, dy_at, entry, sums, last;  // Where they are in shared memory, as in InputGradPlan.
+  int terms_per_lap;  // P has room for so many terms in each lap; in fp32: T has so many in all.
+  int plane;          // P has room for so many terms in all, for each 8 rows of dy.
+  int terms, dy_at, entry, sums, last;  // as in InputGradPlan
 };
 
-// Where things are in shared memory, in bytes, and how large T or P is.
+// Where P or T (`terms`) and what goes with it begin in shared memory, in bytes, and how large P or
+// T is.
 struct InputGradPlan {
   StageLayout layout;
-  int lap_slots, plane;
-  int terms, dy, entry, sums, last, bytes;
+  int terms_per_lap, plane;
+  int terms, dy_at, entry, sums, last, bytes;
 };
 
-// Rows of a tile of any kind, at most.
+// The most rows that a tile of any kind has.
 RPG_LAW int most_rows(const Tiling& tiling) {
-  return tiling.rows > tiling.rest ? tiling.rows : tiling.rest;
+  return tiling.rows > tiling.gathered_rows ? tiling.rows : tiling.gathered_rows;
 }
 
 // Sums of parts: [part, m, element], two rows of which are on different banks where 4 lanes write.

@@ -14,7 +14,7 @@
 
 namespace rpg::RPG_DEVICE {
 
-// How many rows of dy at a time.
+// How many rows of dy are taken at a time.
 template <int BATCH>
 struct FmaShape {
   static constexpr int kRows = 4;                         // of a thread
@@ -22,8 +22,8 @@ struct FmaShape {
   static constexpr int kPlanes = BATCH / kVectorRows;
 };
 
-// From the sums of a row of dx's even elements to those of its odd ones, which are read together:
-// on different banks.
+// The sums of a row of dx's odd elements lie so far behind those of its even ones. Both are read
+// together, so they are on different banks.
 constexpr int kPitch = kThreads + 16;
 
 // T holds places, or rows where the ring is whole.
@@ -31,9 +31,9 @@ RPG_HOST InputGradPlan fma_plan(const Layer& layer, const Tiling& tiling, int ro
                                 int batch_tile) {
   InputGradPlan out{};
   out.layout = stage_layout(layer, tiling, row_bytes);
-  out.lap_slots = tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
+  out.terms_per_lap = tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
   out.terms = out.layout.end;
-  out.entry = out.terms + 4 * batch_tile * out.lap_slots;
+  out.entry = out.terms + 4 * batch_tile * out.terms_per_lap;
   out.sums = out.entry + 4 * kMaxRows;
   out.last = out.sums + 4 * 2 * kPitch * batch_tile;
   out.bytes = out.last + kAlign;
@@ -42,7 +42,7 @@ RPG_HOST InputGradPlan fma_plan(const Layer& layer, const Tiling& tiling, int ro
 
 template <int BATCH>
 struct InputGradFma {
-  Shared<float> t;         // [plane][lap_slots][kVectorRows]
+  Shared<float> t;         // [plane][terms_per_lap][kVectorRows]
   Shared<uint32_t> entry;  // [rows]
   float dy[FmaShape<BATCH>::kRows][BATCH];
 };
@@ -51,7 +51,7 @@ template <int BATCH>
 RPG_FUNCTION InputGradFma<BATCH> fma_shared(const InputGradKernelArgs& args, const Tile& tile,
                                             int m0) {
   InputGradFma<BATCH> out;
-  out.t = Shared<float>(args.terms, BATCH * args.lap_slots);
+  out.t = Shared<float>(args.terms, BATCH * args.terms_per_lap);
   out.entry = Shared<uint32_t>(args.entry, kMaxRows);
   const float* const dy = static_cast<const float*>(args.dy) + tile.row;
   RPG_UNROLL
@@ -71,7 +71,7 @@ RPG_FUNCTION int t_at(int plane, int term, int terms) {
   return (plane * terms + term) * FmaShape<BATCH>::kVectorRows;
 }
 
-// T of a column, from entries and dy; ends with a barrier.
+// Adds T of a column from entries and dy; ends with a barrier.
 template <int BATCH>
 RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, int laps,
                             const InputGradFma<BATCH>& memory) {
@@ -87,7 +87,7 @@ RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, i
       RPG_UNROLL
       for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
         float* const target =
-            memory.t.span(t_at<BATCH>(plane, term, args.lap_slots), DyVectors::kVectorRows);
+            memory.t.span(t_at<BATCH>(plane, term, args.terms_per_lap), DyVectors::kVectorRows);
         auto v = load<Vector<float, DyVectors::kVectorRows>>(target);
         RPG_UNROLL
         for (int m = 0; m < DyVectors::kVectorRows; ++m) {
@@ -119,7 +119,7 @@ RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile
   sync();
 }
 
-// T of column b, whose stage holds `places`.
+// Makes T of column b, whose stage holds `places`.
 template <int BATCH>
 RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
                             const ColumnReads& column, const EntryLane& lane, int b, int places,
@@ -130,7 +130,7 @@ RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
   if (tile.fill == Fill::kWindows) {
     window_entries<false>(layer, tile, column, lane, memory.entry);
     laps = static_cast<int>(column.windows[column.windows[0].count].lap);
-    // Where columns end inside laps.
+    // Columns end inside laps.
     if (layer.law.offset & (layer.law.scramble.window - 1)) {
       clear_unread<BATCH>(args, tile, places, memory, stage);
     }
@@ -141,14 +141,15 @@ RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
   for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
     RPG_LOOP
     for (int i = thread(); i < terms * DyVectors::kVectorRows; i += kThreads) {
-      memory.t[t_at<BATCH>(plane, 0, args.lap_slots) + i] = 0.f;
+      memory.t[t_at<BATCH>(plane, 0, args.terms_per_lap) + i] = 0.f;
     }
   }
   sync();
   add_terms<BATCH>(args, tile, laps, memory);
 }
 
-// dx of a pair of elements, this part's share of the terms: sums[2 m + odd element][thread].
+// Makes dx of a pair of elements, of this part's share of the terms: sums[2 m + odd
+// element][thread].
 template <int BATCH>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile, int places,
                                       const Stage& stage, const InputGradFma<BATCH>& memory,
@@ -166,7 +167,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
     RPG_UNROLL
     for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
       const auto v = load<Vector<float, DyVectors::kVectorRows>>(
-          memory.t.span(t_at<BATCH>(plane, term, args.lap_slots), DyVectors::kVectorRows));
+          memory.t.span(t_at<BATCH>(plane, term, args.terms_per_lap), DyVectors::kVectorRows));
       RPG_UNROLL
       for (int m = 0; m < DyVectors::kVectorRows; ++m) {
         sum[0][plane * DyVectors::kVectorRows + m] =
@@ -183,7 +184,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
   }
 }
 
-// Element e of row m of dx, from the sums of parts, in order.
+// Returns element e of row m of dx: the sums of parts, added in order.
 RPG_FUNCTION float fma_total(int block, int m, int e, const Shared<float>& sums) {
   const int pairs = block / 2;
   float total = 0;

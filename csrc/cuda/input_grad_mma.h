@@ -34,8 +34,8 @@ RPG_FUNCTION Share share_of(const InputGradKernelArgs& args) {
   const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * elements + lane / 8 % 2;
   const int sums = part * BATCH + (BATCH == 1 ? 0 : 2 * (lane % 4));
   const int row = lane % 16, second = lane / 16;
-  int p = row + second * (BATCH == 8 ? args.lap_slots : args.plane);
-  if (BATCH == 1) p = lane / 4 * args.lap_slots + 2 * (lane % 4);
+  int p = row + second * (BATCH == 8 ? args.terms_per_lap : args.plane);
+  if (BATCH == 1) p = lane / 4 * args.terms_per_lap + 2 * (lane % 4);
   return {kept(part),
           kWarps / groups,
           kept(slot),
@@ -59,7 +59,7 @@ template <int BATCH, int LAPS>
 RPG_FUNCTION Operand<BATCH, LAPS> operand(const InputGradKernelArgs& args, const Share& share,
                                           int lap) {
   constexpr int kStep = BATCH == 8 ? 2 : 1;
-  const int lap_bytes = args.lap_slots * kSlotBytes<BATCH>;
+  const int lap_bytes = args.terms_per_lap * kSlotBytes<BATCH>;
   Operand<BATCH, LAPS> out;
   RPG_UNROLL
   for (int i = 0; i < out.kReads; ++i) {
@@ -101,8 +101,8 @@ RPG_FUNCTION void multiply_laps(const InputGradMma& memory, const Operand<BATCH,
   }
 }
 
-// The same for all slots of a window that are this warp's; WINDOW: how many it has, if that is
-// known. `blocks` are the window's.
+// c += blocks times LAPS laps of P, for all slots of a window that are this warp's. WINDOW: how
+// many slots it has, if that is known. `blocks` are the window's.
 template <class Math, int BATCH, int LAPS, int BLOCK, int WINDOW = 0>
 RPG_FUNCTION void multiply_slots(const InputGradKernelArgs& args, const InputGradMma& memory,
                                  const Shared<uint4>& blocks, const Share& share, int lap, int end,
@@ -142,7 +142,7 @@ RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGr
   }
 }
 
-// dx of the column: sums[part, m, e]. PLAIN: of the most common tiles (stage.h).
+// Makes dx of the column: sums[part, m, e]. PLAIN: the tile is of the most common kind (stage.h).
 template <class Math, int BATCH, bool PLAIN>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile,
                                       const ColumnReads& column, const Share& share,
@@ -222,7 +222,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
   }
 }
 
-// Elements e ... of row m of dx, from the sums of parts, in order.
+// Returns elements e ... of row m of dx: the sums of parts, added in order.
 template <int BATCH, int COUNT>
 RPG_FUNCTION Vector<float, COUNT> mma_total(int parts, int m, int e, const Shared<float>& sums) {
   const Shared<float> row = sums.tail(m * kSumPitch + e);

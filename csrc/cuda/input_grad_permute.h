@@ -18,7 +18,7 @@ struct InputGradMma {
   Shared<uint32_t> flag;  // [places]: whether a row reads it, or the places of a ring's rows
 };
 
-// Bytes of a slot of P, and of a row of dy.
+// How many bytes a term of P has, and a row of dy.
 template <int BATCH>
 constexpr int kSlotBytes = BATCH == 1 ? 2 : 16;
 
@@ -29,17 +29,18 @@ RPG_HOST InputGradPlan mma_plan(const Layer& layer, const Tiling& tiling, int ro
   InputGradPlan out{};
   out.layout = stage_layout(layer, tiling, row_bytes);
   const int planes = (batch_tile + 7) / 8, slot_bytes = batch_tile == 1 ? 2 : 16 * planes;
-  const int rest = round_up(tiling.fill == Fill::kRing ? tiling.rows : tiling.rest, kMmaBlocks);
-  out.lap_slots = rest, out.plane = rest;
+  const int row_terms =
+      round_up(tiling.fill == Fill::kRing ? tiling.rows : tiling.gathered_rows, kMmaBlocks);
+  out.terms_per_lap = row_terms, out.plane = row_terms;
   if (tiling.fill == Fill::kWindows) {
     const int window = static_cast<int>(layer.law.scramble.window);
     const int laps = tiling.rows / window + (layer.law.offset % window != 0);
-    out.lap_slots = batch_tile == 1 ? window + kLapPad : window;
-    out.plane = laps * out.lap_slots > rest ? laps * out.lap_slots : rest;
+    out.terms_per_lap = batch_tile == 1 ? window + kLapPad : window;
+    out.plane = laps * out.terms_per_lap > row_terms ? laps * out.terms_per_lap : row_terms;
   }
   out.terms = out.layout.end;
-  out.dy = out.terms + round_up(out.plane * slot_bytes, kAlign);
-  out.entry = out.dy + round_up(most_rows(tiling) * slot_bytes, kAlign);
+  out.dy_at = out.terms + round_up(out.plane * slot_bytes, kAlign);
+  out.entry = out.dy_at + round_up(most_rows(tiling) * slot_bytes, kAlign);
   out.sums = out.entry + 4 * kMaxRows;
   const int parts = kWarps / (row_bytes / 32);
   out.last = out.sums + 4 * parts * batch_tile * kSumPitch;
@@ -101,7 +102,7 @@ RPG_FUNCTION void put(const InputGradKernelArgs& args, const InputGradMma& memor
   }
 }
 
-// Slots from `begin` on become zeros, of each plane up to `end`.
+// Makes zeros of the terms of P from `begin` to `end` - 1, in each plane.
 template <int BATCH>
 RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& memory, int begin,
                         int end) {
@@ -132,10 +133,10 @@ RPG_FUNCTION void put_windows(const InputGradKernelArgs& args, const Tile& tile,
     sync();
   }
   visit_rows<PLAIN>(layer, tile, column, lane, [&](const Row& row, const Stretch& stretch) {
-    const int slot = lap_of(stretch.places) * args.lap_slots + static_cast<int>(row.slot);
+    const int slot = lap_of(stretch.entry) * args.terms_per_lap + static_cast<int>(row.place);
     const int row_byte = row.first * kSlotBytes<BATCH> + row.offset * kSlotBytes<BATCH>;
     put<BATCH>(args, memory, row_byte, slot * kSlotBytes<BATCH>, row.sign);
-    if (cut) memory.flag[place_of(stretch.places) + row.slot] = 1;
+    if (cut) memory.flag[place_of(stretch.entry) + row.place] = 1;
   });
   sync();
   if (!cut) return;

@@ -35,7 +35,7 @@ namespace rpg::RPG_DEVICE {
 
 namespace {
 
-// y[m, n] from its sum.
+// Writes y[m, n], whose sum is `sum`.
 template <class T>
 RPG_FUNCTION void write(const LinearKernelArgs& args, int m, int n, float sum) {
   sum *= args.scale;
@@ -97,7 +97,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     }
   }
   sync();
-  for (int i = 0; i < layout.depth - 1; ++i) begin(No{}, first + i, i);
+  for (int i = 0; i < layout.depth - 1; ++i) begin(AnyTiles{}, first + i, i);
   const auto columns = [&](auto plain) {
     constexpr bool kPlain = decltype(plain)::value;
     const int depth = kPlain ? kStages : layout.depth;
@@ -110,7 +110,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
       const Stage stage = stage_of(layout, tiling, current);
       const ColumnReads column = column_of(layout.columns, b - first);
       const int used = kPlain ? 256 : windows ? places_of(layer, column) : row_places;
-      if (b >= unfinished) finish<Number>(layer, tile, used, b, stage);
+      if (b >= unfinished) sign_and_clear<Number>(layer, tile, used, b, stage);
       if (kPlain || windows) {
         window_entries<kPlain>(layer, tile, column, lane, entry);
       } else {
@@ -149,12 +149,12 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
   };
   if constexpr (Math::kTensorCores) {
     if (args.x_aligned && plain_tile(layer, tiling, layout, tile)) {
-      columns(Yes{});
+      columns(PlainTiles{});
     } else {
-      columns(No{});
+      columns(AnyTiles{});
     }
   } else {
-    columns(No{});
+    columns(AnyTiles{});
   }
 
   const int batch = args.batch - m0 < BATCH ? args.batch - m0 : BATCH;
@@ -204,7 +204,7 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearArgs& args) {
       shared_plan(kernel_args.layer, kernel_args.tiling, kernel_args.bank.row_bytes,
                   kernel_args.x_bytes, Sizes::kSums);
   kernel_args.layout = shared.layout, kernel_args.s = shared.s, kernel_args.entry = shared.entry,
-  kernel_args.x_at = shared.x, kernel_args.last = shared.last;
+  kernel_args.x_at = shared.x_at, kernel_args.last = shared.last;
   kernel_args.x = args.x, kernel_args.bias = args.bias, kernel_args.y = args.y;
   kernel_args.partial = args.workspace, kernel_args.counters = args.counters;
   kernel_args.scale = static_cast<float>(args.scale);

@@ -15,16 +15,18 @@ struct Device {
   int shared_bytes;  // A CTA may have so much shared memory.
 };
 
-// How a call is divided; all integers, chosen on the host by `plan_*`, the same on GPU and CPU.
+// How a call is divided; all integers, chosen on the host by `plan_*`, the same on GPU and CPU. The
+// bank gradient cuts the ring and not the rows: fields that say nothing about it are 0 there.
 struct Plan {
   int fill;           // What the first tiles hold (cuda/tile.h): 0 windows, 1 ring, 2 gathered.
   int rows;           // Each of them has so many rows.
-  int first, tiles;   // So many tiles have `fill`, and there are so many in all.
-  int rest;           // Each of the others is gathered and has so many rows.
-  int places;         // A stage holds so many blocks of the bank.
+  int filled_tiles;   // There are so many of them.
+  int tiles;          // There are so many tiles; bank gradient: CTAs that own different slots.
+  int gathered_rows;  // Each tile behind the first ones is gathered and has so many rows.
+  int places;         // A stage holds so many blocks; bank gradient: a CTA owns so many slots.
   int stages;         // So many stages are in flight.
-  int splits;         // So many CTAs share the columns of a tile.
-  int batch_tile;     // So many rows of x are multiplied at a time.
+  int splits;         // So many CTAs share the columns of a tile; bank gradient: the same slots.
+  int batch_tile;     // So many rows of the batch are multiplied at a time.
   int batch_tiles;    // That makes so many tiles of the batch.
   int shared_bytes;   // A CTA needs so much shared memory.
   int64_t workspace;  // The workspace has so many floats.
@@ -74,26 +76,6 @@ struct CudaLinearBankGradArgs {
   void* stream;
 };
 
-// out [N, K] = scale · G ring; dtype of both.
-struct CudaUnpackArgs {
-  Dtype dtype;
-  const void* ring;  // [slots, block]
-  void* out;         // [N, K]
-  int64_t columns;   // K
-  double scale;
-  void* stream;
-};
-
-// grad [slots, block] = scale · Gᵀ dense [N, K].
-struct CudaPackArgs {
-  Dtype dtype;        // of dense
-  const void* dense;  // [N, K]
-  float* grad;        // [slots, block], all of it written
-  int64_t columns;    // K
-  double scale;
-  void* stream;
-};
-
 #define RPG_DECLARE_DEVICE(DEVICE)                                                         \
   namespace DEVICE {                                                                       \
   Plan plan_linear(const LayerLaw&, Dtype, int64_t batch, int64_t columns, const Device&); \
@@ -104,8 +86,6 @@ struct CudaPackArgs {
   void linear(const LayerLaw&, const Plan&, const CudaLinearArgs&);                        \
   void linear_input_grad(const LayerLaw&, const Plan&, const CudaLinearInputGradArgs&);    \
   void linear_bank_grad(const LayerLaw&, const Plan&, const CudaLinearBankGradArgs&);      \
-  void unpack(const LayerLaw&, const CudaUnpackArgs&);                                     \
-  void pack(const LayerLaw&, const CudaPackArgs&);                                         \
   }
 
 RPG_DECLARE_DEVICE(cuda)

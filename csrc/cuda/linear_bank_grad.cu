@@ -4,7 +4,7 @@
 //   dw[slot]   += Σ_m T[slot, m] x[m, column]
 //
 // No dense gradient, no atomics. A CTA owns kOwned slots of the ring and goes through
-// the cells (law/window.h) that draw from them, piece of a column by piece; in one lap of a window
+// the units (law/window.h) that draw from them, piece of a column by piece; in one lap of a window
 // all slots differ, so a lap's terms are added together, with a barrier between laps. Its gradient
 // stays in registers, kOwned / parts · 2 of a thread, and is written once. Where the ring has fewer
 // owners than the device has processors, several CTAs share an owner's cells, and the last of
@@ -44,13 +44,14 @@ struct BankGradKernelArgs {
   int64_t cells;  // The layer has addresses in so many cells.
 };
 
-// A cell's positions are p, p + 1 ...; (p + shift) is the address, as of a window (columns.h).
-struct Cell {
+// The unit that reads a cell, or what the band has of it: positions p, p + 1 ... The address of
+// position p is p + shift, as in a ColumnWindow (columns.h).
+struct CellUnit {
   uint32_t p, count, shift;
 };
 
-RPG_CALLED Cell cell_at(const WindowBand& law, int64_t number) {
-  const int64_t first = number * law.cell - law.offset, end = first + law.cell;
+RPG_CALLED CellUnit unit_of_cell(const WindowBand& law, int64_t cell) {
+  const int64_t first = cell * law.cell - law.offset, end = first + law.cell;
   const uint32_t low = first < 0 ? 0 : static_cast<uint32_t>(first);
   const uint32_t high = end < law.positions ? static_cast<uint32_t>(end) : law.positions;
   uint32_t p[1] = {low};
@@ -157,24 +158,24 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
     const int64_t unwrapped = begin + pass * slots - law.base;  // may be negative
     int64_t k = unwrapped < 0 ? 0 : unwrapped / window;
     for (; k < args.cells && k * window < unwrapped + owned; ++k) {
-      const Cell cell = cell_at(law, k);
+      const CellUnit unit = unit_of_cell(law, k);
       const uint32_t offset = static_cast<uint32_t>(k * window - unwrapped);
-      for (uint32_t done = 0; done < cell.count;) {
-        const ColumnPiece column = column_piece_at(law, cell.p + done);
-        uint32_t rows = min_u32(column.rows, cell.count - done);
+      for (uint32_t done = 0; done < unit.count;) {
+        const ColumnPiece column = column_piece_at(law, unit.p + done);
+        uint32_t rows = min_u32(column.rows, unit.count - done);
         rows = min_u32(rows, kMaxRows);
-        const uint32_t first_lap = (cell.p + done + cell.shift) >> log;
+        const uint32_t first_lap = (unit.p + done + unit.shift) >> log;
         RPG_LOOP
         for (uint32_t i = thread(); i < rows; i += kThreads) {
-          const uint32_t p = cell.p + done + i, address = p + cell.shift;
+          const uint32_t p = unit.p + done + i, address = p + unit.shift;
           uint32_t j[1] = {address & (window - 1)};
           const uint32_t lap[1] = {law.lap + (address >> log)};
           if (law.permute) scramble(law.scramble, lap, j);
-          // Of this pass only: the window may reach the owner's slots of the next one too.
+          // Only this pass counts: the window may reach the owner's slots of the next one too.
           const uint32_t place = min_u32(offset + j[0], kPlaceMask);
           entry[i] = place | ((address >> log) - first_lap) << 24 | block_sign(args.layer, p);
         }
-        const uint32_t last_lap = (cell.p + done + rows - 1 + cell.shift) >> log;
+        const uint32_t last_lap = (unit.p + done + rows - 1 + unit.shift) >> log;
         add_piece<T, BLOCK>(args, column.row, rows, column.block, last_lap - first_lap + 1, owned,
                             entry, t, read, dw);
         done += rows;
@@ -218,8 +219,7 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearBankGradArgs& ar
   kernel_args.scale = static_cast<float>(args.scale);
   kernel_args.batch = static_cast<int>(args.batch);
   kernel_args.owned = plan.places, kernel_args.copies = plan.splits;
-  const WindowBand& band = kernel_args.layer.law;
-  kernel_args.cells = (int64_t{band.offset} + band.positions + band.cell - 1) / band.cell;
+  kernel_args.cells = cells_of(kernel_args.layer.law);
   launch(linear_bank_grad_kernel<T, BLOCK>, {plan.tiles, plan.splits, 1}, kThreads,
          plan.shared_bytes, args.stream, kernel_args);
 }
@@ -240,8 +240,7 @@ Plan plan_linear_bank_grad(const LayerLaw& law, Dtype, int64_t batch, int64_t,
   out.places = static_cast<int>(min_u32(law.window, kOwned));
   out.tiles = static_cast<int>((law.slots - 1) / out.places + 1);
   const WindowBand band = make_window_band(law, 0);
-  const int64_t cells = (int64_t{band.offset} + band.positions + band.cell - 1) / band.cell;
-  const int64_t passes = (band.base + cells * law.window - 1) / law.slots + 1;
+  const int64_t passes = (band.base + cells_of(band) * law.window - 1) / law.slots + 1;
   const int64_t copies = passes < device.sms / out.tiles ? passes : device.sms / out.tiles;
   out.splits = copies < 1 ? 1 : static_cast<int>(copies);
   out.batch_tile = kBatch;

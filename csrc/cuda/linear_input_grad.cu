@@ -40,7 +40,7 @@ RPG_FUNCTION Output output_of(const InputGradKernelArgs& args, int m0, bool four
           kept((tile + m0 + m) * args.layer.columns + e)};
 }
 
-// Column b of this tile's sums, or of dx where there is one tile, from the sums of parts.
+// Writes column b of this tile's sums, or of dx where there is one tile, from the sums of parts.
 template <class Math, int BATCH>
 RPG_FUNCTION void write_column(const InputGradKernelArgs& args, const Output& out, int b, int batch,
                                const Share& share, const Shared<float>& sums) {
@@ -134,7 +134,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     }
   }();
   sync();
-  for (int i = 0; i < layout.depth - 1; ++i) begin(No{}, first + i, i);
+  for (int i = 0; i < layout.depth - 1; ++i) begin(AnyTiles{}, first + i, i);
   const auto columns = [&](auto plain) {
     constexpr bool kPlain = decltype(plain)::value;
     const int depth = kPlain ? kStages : layout.depth;
@@ -147,7 +147,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
       const Stage stage = stage_of(layout, tiling, current);
       const ColumnReads column = column_of(layout.columns, b - first);
       const int places = kPlain ? 256 : windows ? places_of(layer, column) : row_places;
-      if (b >= unfinished) finish<Number>(layer, tile, places, b, stage);
+      if (b >= unfinished) sign_and_clear<Number>(layer, tile, places, b, stage);
       if constexpr (kFma) {
         sum_terms<BATCH>(args, tile, column, lane, b, places, stage, dy);
         input_grad_products<BATCH>(args, tile, places, stage, dy, sums);
@@ -170,11 +170,11 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     }
   };
   if constexpr (kFma) {
-    columns(No{});
+    columns(AnyTiles{});
   } else if (plain_tile(layer, tiling, layout, tile)) {
-    columns(Yes{});
+    columns(PlainTiles{});
   } else {
-    columns(No{});
+    columns(AnyTiles{});
   }
   if (tiling.tiles == 1) return;
   const Shared<int> last(args.last, 1);
@@ -215,10 +215,10 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearInputGradArgs& a
   kernel_args.scale = static_cast<float>(args.scale);
   kernel_args.batch = static_cast<int>(args.batch), kernel_args.splits = plan.splits;
   const InputGradPlan shared = plan_of(kernel_args.layer, kernel_args.tiling, kSize, BATCH);
-  kernel_args.layout = shared.layout, kernel_args.lap_slots = shared.lap_slots,
+  kernel_args.layout = shared.layout, kernel_args.terms_per_lap = shared.terms_per_lap,
   kernel_args.plane = shared.plane;
-  kernel_args.terms = shared.terms, kernel_args.dy_at = shared.dy, kernel_args.entry = shared.entry,
-  kernel_args.sums = shared.sums, kernel_args.last = shared.last;
+  kernel_args.terms = shared.terms, kernel_args.dy_at = shared.dy_at,
+  kernel_args.entry = shared.entry, kernel_args.sums = shared.sums, kernel_args.last = shared.last;
   launch(linear_input_grad_kernel<Math, BATCH>, {plan.tiles, plan.splits, plan.batch_tiles},
          kThreads, plan.shared_bytes, args.stream, kernel_args);
 }

@@ -26,7 +26,7 @@ struct LinearKernelArgs {
   int batch;
   int splits;
   bool x_aligned;                     // rows of x begin at multiples of 16 bytes
-  int s, entry, x_at, x_bytes, last;  // in shared memory: shared_plan
+  int s, entry, x_at, x_bytes, last;  // as in LinearSharedPlan; x_bytes are those of a stage
 };
 
 template <class Math, int BATCH>
@@ -40,7 +40,7 @@ struct LinearShape {
 
   // Byte of chunk c of row m of a column of x, exchanged as those of blocks are (stage.h) where
   // ldmatrix reads it; in fp32 all threads read the same.
-  RPG_FUNCTION int x_at(int m, int c, int block) {
+  RPG_FUNCTION int x_byte(int m, int c, int block) {
     const int chunks = block * kBytes / 16;
     return 16 * (Math::kTensorCores ? chunk_at(m, c, chunks) : m * chunks + c);
   }
@@ -54,10 +54,10 @@ RPG_FUNCTION int s_at(int plane, int place, int places) {
   return (plane * (places + kPlaneGap) + place) * 4;
 }
 
-// Where things are in shared memory, behind the stages.
+// Where S and what goes with it begin in shared memory, behind the stages, in bytes.
 struct LinearSharedPlan {
   StageLayout layout;
-  int s, entry, x, last, bytes;
+  int s, entry, x_at, last, bytes;
 };
 
 RPG_HOST LinearSharedPlan shared_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
@@ -66,8 +66,8 @@ RPG_HOST LinearSharedPlan shared_plan(const Layer& layer, const Tiling& tiling, 
   out.layout = stage_layout(layer, tiling, row_bytes);
   out.s = out.layout.end;
   out.entry = out.s + 4 * s_floats * (tiling.places + kPlaneGap);
-  out.x = out.entry + 4 * kMaxRows;
-  out.last = out.x + out.layout.depth * x_bytes;
+  out.x_at = out.entry + 4 * kMaxRows;
+  out.last = out.x_at + out.layout.depth * x_bytes;
   out.bytes = out.last + kAlign;
   return out;
 }
@@ -90,7 +90,7 @@ RPG_FUNCTION XCopy x_copy(const LinearKernelArgs& args, int m0) {
   const int end = row ? (args.layer.columns - e + block - 1) / block : 0;
   const int64_t first = row ? int64_t{m0 + m} * args.layer.columns + e : 0;
   return {kept(static_cast<const char*>(args.x) + first * Sizes::kBytes),
-          kept(Sizes::x_at(m, c, block)), kept(end), active};
+          kept(Sizes::x_byte(m, c, block)), kept(end), active};
 }
 
 // x [rows m0 ..., column b] into shared memory; zeros behind the batch and the end of a row.
@@ -113,7 +113,7 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0
     const int m = i / block, e = i - m * block;
     const bool valid = m0 + m < args.batch && column + e < columns;
     const int chunk = e * Sizes::kBytes / 16,
-              offset = Sizes::x_at(m, chunk, block) + e * Sizes::kBytes % 16;
+              offset = Sizes::x_byte(m, chunk, block) + e * Sizes::kBytes % 16;
     *reinterpret_cast<Bits*>(x_stage.span(offset, Sizes::kBytes)) =
         valid ? x[int64_t{m0 + m} * columns + column + e] : Bits{0};
   }
@@ -142,7 +142,7 @@ RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
   RPG_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int c = lane / 8 + (block == 64 ? 4 * half : 0);
-    out.x[half] = kept(Sizes::x_at(BATCH == 1 ? 0 : lane % 8, c, block));
+    out.x[half] = kept(Sizes::x_byte(BATCH == 1 ? 0 : lane % 8, c, block));
   }
   RPG_UNROLL
   for (int n = 0; n < Sizes::kTiles; ++n) {
@@ -200,7 +200,7 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args,
   }
 }
 
-// The same in fp32: a thread takes a place.
+// S = blocks · xᵀ in fp32: a thread takes a place.
 template <int BATCH>
 RPG_FUNCTION void products_fma(const LinearKernelArgs& args, int used, const Stage& stage,
                                const Shared<char>& x, const Shared<float>& s) {

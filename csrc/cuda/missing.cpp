@@ -5,6 +5,7 @@
 #include "cuda/ladder.h"
 #include "cuda/law.h"
 #include "cuda/linear.h"
+#include "cuda/unpack.h"
 
 namespace rpg::cuda {
 

@@ -13,7 +13,7 @@ namespace rpg::RPG_DEVICE {
 constexpr int kMaxRows = 1024;    // of a tile, 4 of a thread
 constexpr int kMaxGridZ = 65535;  // CUDA allows no more CTAs in the third direction
 
-// One band of a layer.
+// A layer of a launch is one band.
 static inline Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band = 0) {
   Layer out{};
   out.windows = law.window != 0;
@@ -37,7 +37,8 @@ static inline int round_up(int64_t x, int step) {
   return static_cast<int>((x + step - 1) / step * step);
 }
 
-// Windows that a column of a tile of `rows` reads at most, tiles beginning at multiples of `rows`.
+// How many windows a column of a tile reads at most, where tiles of `rows` rows begin at multiples
+// of `rows`.
 static inline int windows_of(const LayerLaw& law, int rows) {
   const WindowBand band = make_window_band(law, 0);
   const int cell = static_cast<int>(band.cell), offset = static_cast<int>(band.offset);
@@ -46,8 +47,8 @@ static inline int windows_of(const LayerLaw& law, int rows) {
   return rows / cell + 2;
 }
 
-// A tiling that reads windows, in stages of at most `max_bytes` bytes, `largest` rows at most; fill
-// kGather where there is none.
+// Returns a tiling that reads windows, in stages of at most `max_bytes` bytes and tiles of at most
+// `largest` rows; its fill is kGather where there is none.
 static inline Tiling tiling_of_windows(const LayerLaw& law, int row_bytes, int max_bytes,
                                        int largest) {
   Tiling out{};
@@ -60,44 +61,47 @@ static inline Tiling tiling_of_windows(const LayerLaw& law, int row_bytes, int m
     if (law.rows / rows * rows * 4 < law.rows * 3) continue;  // a rest of more than a quarter
     out.fill = Fill::kWindows;
     out.rows = rows;
-    out.first = static_cast<int>(law.rows / rows);
+    out.filled_tiles = static_cast<int>(law.rows / rows);
     out.places = static_cast<int>(places);
     return out;
   }
   return out;
 }
 
-// Rows, fill and places for `stages` of at most `max_bytes` bytes; `largest` rows.
+// Returns the tiling for `stages` stages of at most `max_bytes` bytes and tiles of at most
+// `largest` rows.
 static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int stages, int max_bytes,
                                int largest) {
   Tiling out = tiling_of_windows(law, row_bytes, max_bytes, largest);
   out.stages = stages;
   const int64_t ring_bytes = int64_t{law.slots} * row_bytes;
-  if (!out.first && law.reflect != Reflect::kElement && ring_bytes <= max_bytes * int64_t{stages}) {
+  if (!out.filled_tiles && law.reflect != Reflect::kElement &&
+      ring_bytes <= max_bytes * int64_t{stages}) {
     out.fill = Fill::kRing;
     out.rows = largest;
     while (out.rows >= 2 * law.rows && out.rows > 64) out.rows /= 2;
-    out.first = static_cast<int>((law.rows + out.rows - 1) / out.rows);
+    out.filled_tiles = static_cast<int>((law.rows + out.rows - 1) / out.rows);
     out.places = round_up(law.slots, kMmaBlocks);
-    out.rest = out.rows;
+    out.gathered_rows = out.rows;
     out.stages = 1;
   }
   if (out.fill != Fill::kRing) {
     if (!out.places) out.places = 2 * kThreads;
     while (out.places * row_bytes > max_bytes && out.places > 64) out.places /= 2;
-    out.rest = out.places < 2 * kThreads ? out.places : 2 * kThreads;
+    out.gathered_rows = out.places < 2 * kThreads ? out.places : 2 * kThreads;
   }
-  const int64_t left = law.rows - int64_t{out.first} * out.rows;
-  if (left <= 0 && out.fill == Fill::kWindows) out.rest = 0;
-  out.tiles = out.first + (left > 0 ? static_cast<int>((left + out.rest - 1) / out.rest) : 0);
+  const int64_t left = law.rows - int64_t{out.filled_tiles} * out.rows;
+  if (left <= 0 && out.fill == Fill::kWindows) out.gathered_rows = 0;
+  out.tiles = out.filled_tiles +
+              (left > 0 ? static_cast<int>((left + out.gathered_rows - 1) / out.gathered_rows) : 0);
   return out;
 }
 
 static inline Tiling tiling_of(const Plan& plan) {
   return {static_cast<Fill>(plan.fill),
           plan.rows,
-          plan.first,
-          plan.rest,
+          plan.filled_tiles,
+          plan.gathered_rows,
           plan.tiles,
           plan.places,
           plan.stages};
@@ -106,7 +110,7 @@ static inline Tiling tiling_of(const Plan& plan) {
 // The start of a CTA is taken to cost as much as so many columns.
 constexpr int kStartColumns = 2;
 
-// CTAs that share the columns of each of `tiles`, one at a time on a processor: the number with
+// How many CTAs share the columns of each tile, one CTA at a time on a processor: the number with
 // which a processor takes the fewest columns one after the other, starts of CTAs counted too.
 static inline int splits_of(int64_t tiles, int64_t columns, int64_t sms) {
   int64_t best = 1, least = 0;
@@ -118,8 +122,8 @@ static inline int splits_of(int64_t tiles, int64_t columns, int64_t sms) {
   return static_cast<int>(best);
 }
 
-// The plan of a product: the largest steps, up to `largest` rows of the batch, whose shared memory,
-// bytes(tiling, batch_tile), a CTA may have. Workspace and counters are the kernel's own.
+// Returns the plan of a product: the largest steps, up to `largest` rows of the batch, whose shared
+// memory, bytes(tiling, batch_tile), a CTA may have. Kernels add workspace and counters themselves.
 template <class SharedBytes>
 Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
                 const Device& device, const SharedBytes& bytes) {
@@ -129,8 +133,9 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
     out.shared_bytes = bytes(tiling, batch_tile);
     if (out.shared_bytes > device.shared_bytes) return false;
     out.fill = static_cast<int>(tiling.fill);
-    out.rows = tiling.rows, out.first = tiling.first, out.tiles = tiling.tiles;
-    out.rest = tiling.rest, out.places = tiling.places, out.stages = tiling.stages;
+    out.rows = tiling.rows, out.filled_tiles = tiling.filled_tiles, out.tiles = tiling.tiles;
+    out.gathered_rows = tiling.gathered_rows, out.places = tiling.places,
+    out.stages = tiling.stages;
     out.batch_tile = batch_tile;
     out.batch_tiles = static_cast<int>((batch + batch_tile - 1) / batch_tile);
     if (out.batch_tiles > kMaxGridZ) {

@@ -2,9 +2,9 @@
 // before them are worked on.
 //
 // Block `place` begins at byte place · row_bytes; its chunks of 16 bytes are exchanged so that 8
-// neighbouring blocks' chunks of one number lie in 8 different groups of banks (ldmatrix, and
-// 16-byte reads by neighbouring threads, in one wavefront). With each stage goes a tile of x (or of
-// nothing), and what says which blocks are in it.
+// neighbouring blocks' chunks of one number lie in 8 different groups of banks: ldmatrix, and
+// 16-byte reads by neighbouring threads, take one wavefront. With each stage goes what says which
+// blocks are in it, and in linear.cu a tile of x.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace rpg::RPG_DEVICE {
 
-// Where chunk c of a block is: blocks of 64 bytes share lines of 128 by two.
+// The chunk of a stage at which chunk c of a block lies: two blocks of 64 bytes share 128 bytes.
 RPG_FUNCTION int chunk_at(int place, int c, int chunks) {
   return place * chunks + (c ^ (chunks == 4 ? place >> 1 & 3 : place & 7));
 }
@@ -31,18 +31,19 @@ RPG_HOST Bank bank_of(const void* ring, uint32_t slots, int row_bytes) {
 
 struct Stage {
   Shared<uint4> blocks;      // [places, chunks]
-  Shared<uint32_t> entries;  // [rest], the slots and signs of a gathered tile's rows
+  Shared<uint32_t> entries;  // [gathered_rows], slots and signs, in a gathered tile
 };
 
-// Where a CTA's stages are in shared memory, found on the host, in bytes.
+// Where a CTA's stages are in shared memory. It is found on the host; sizes are bytes.
 struct StageLayout {
-  int depth;       // Stages of columns; where the blocks need one stage, x still has these.
+  int depth;       // So many columns are in flight, also where blocks, of a ring, need one stage.
   int log_chunks;  // A block has 2^log_chunks chunks of 16 bytes.
   int turns;       // All threads copy a window in so many turns, a chunk each.
-  int stage;       // From one stage to the next.
+  int stage;       // The blocks of a stage begin so much behind those of the stage before it.
   ColumnsLayout columns;
-  int entries, entry_step;  // The entries of stage 0, and from one stage to the next.
-  int end;                  // The first byte behind all of it.
+  int entries;     // The entries of stage 0 begin here,
+  int entry_step;  // those of each further stage so much later.
+  int end;         // The first byte behind all of it.
 };
 
 RPG_HOST StageLayout stage_layout(const Layer& layer, const Tiling& tiling, int row_bytes) {
@@ -60,23 +61,23 @@ RPG_HOST StageLayout stage_layout(const Layer& layer, const Tiling& tiling, int 
     out.columns = columns_of(tiling.places / window, out.entries);
     out.entries = end_of(out.columns);
   }
-  out.entry_step = 4 * ((tiling.rest + 3) / 4 * 4);
+  out.entry_step = 4 * ((tiling.gathered_rows + 3) / 4 * 4);
   out.end = out.entries + out.depth * out.entry_step;
   return out;
 }
 
-// Stage i.
+// Stage i of a CTA.
 RPG_FUNCTION Stage stage_of(const StageLayout& layout, const Tiling& tiling, int i) {
   return {Shared<uint4>(i * layout.stage, tiling.places << layout.log_chunks),
-          Shared<uint32_t>(layout.entries + i * layout.entry_step, tiling.rest)};
+          Shared<uint32_t>(layout.entries + i * layout.entry_step, tiling.gathered_rows)};
 }
 
-// The stage `steps` after stage i; at most as many as there are.
+// The number of the stage `steps` after stage i; there are at least as many stages as steps.
 RPG_FUNCTION int stage_after(int depth, int i, int steps) {
   return i + steps >= depth ? i + steps - depth : i + steps;
 }
 
-// Until the copies of the oldest stage that is not yet worked on have arrived.
+// Waits until the copies of the oldest stage that is not yet worked on have arrived.
 RPG_FUNCTION void wait_stage(int depth) {
   if (depth == kStages) {
     wait_copies<kStages - 2>();
@@ -85,8 +86,8 @@ RPG_FUNCTION void wait_stage(int depth) {
   }
 }
 
-// Slots and signs that column b of a gathered tile reads. Threads share the work; visible after a
-// barrier.
+// Writes which slots, and with which signs, column b of a gathered tile reads. Threads share the
+// work; what they wrote is visible after a barrier.
 RPG_FUNCTION void prepare_rows(const Layer& layer, const Tile& tile, int b, const Stage& stage) {
   RPG_LOOP
   for (int i = thread(); i < tile.rows; i += kThreads) {
@@ -95,7 +96,7 @@ RPG_FUNCTION void prepare_rows(const Layer& layer, const Tile& tile, int b, cons
   }
 }
 
-// Places that a stage of windows holds.
+// How many places a stage of windows holds.
 RPG_FUNCTION int places_of(const Layer& layer, const ColumnReads& column) {
   return static_cast<int>(column.windows[0].count << (layer.law.scramble.bits + 3));
 }
@@ -109,10 +110,11 @@ RPG_FUNCTION bool plain_tile(const Layer& layer, const Tiling& tiling, const Sta
          layout.log_chunks == 3 && layout.depth == kStages && layer.law.offset % 256 == 0;
 }
 
-struct Yes {
+// What a loop of columns is compiled for: `plain_tile`, or all tiles.
+struct PlainTiles {
   static constexpr bool value = true;
 };
-struct No {
+struct AnyTiles {
   static constexpr bool value = false;
 };
 
@@ -143,7 +145,7 @@ RPG_FUNCTION void fill_wrapped(const StageLayout& layout, const Bank& bank, uint
   }
 }
 
-// The same of one that ends before, in 8 turns.
+// Begins the copies of a window that ends before the ring does, in 8 turns.
 RPG_FUNCTION void fill_whole(const char* source, const Stage& stage, int index) {
   uint4* const target = stage.blocks.span(index, 7 * kThreads + 1);
   copy_async<0>(target, source);
@@ -156,7 +158,7 @@ RPG_FUNCTION void fill_whole(const char* source, const Stage& stage, int index) 
   copy_async<7 * kTurnBytes>(target, source);
 }
 
-// Begins the copies of a column's windows; PLAIN: of one, in 8 turns.
+// Begins the copies of a column's windows. PLAIN: the column has one, copied in 8 turns.
 template <bool PLAIN>
 RPG_FUNCTION void fill_windows(const Layer& layer, const StageLayout& layout, const Bank& bank,
                                const ColumnReads& column, const BankCopies& copies,
@@ -187,7 +189,7 @@ RPG_FUNCTION void fill_windows(const Layer& layer, const StageLayout& layout, co
   }
 }
 
-// Begins the copies of a gathered column: the block of row i to place i.
+// Begins the copies of a gathered column; the block of row i goes to place i.
 RPG_FUNCTION void fill_rows(const StageLayout& layout, const Bank& bank, const Tile& tile,
                             const BankCopies& copies, const Stage& stage) {
   const int step = kThreads >> layout.log_chunks, first = thread() >> layout.log_chunks;
@@ -222,7 +224,7 @@ RPG_FUNCTION void fill_ring(const StageLayout& layout, const Bank& bank, const S
   }
 }
 
-// Signs of elements, for a gathered stage: each block belongs to one row.
+// Applies the signs of elements to a gathered stage, where each block belongs to one row.
 template <class T>
 RPG_FUNCTION void reflect_elements(const Layer& layer, const Tile& tile, int b,
                                    const Stage& stage) {
@@ -230,25 +232,20 @@ RPG_FUNCTION void reflect_elements(const Layer& layer, const Tile& tile, int b,
   RPG_LOOP
   for (int i = thread(); i < tile.rows * chunks; i += kThreads) {
     const int place = i / chunks, c = i - place * chunks;
-    const uint32_t p[1] = {position(layer, tile.row + place, b)};
     const int first = c * per_chunk;
-    uint32_t word[1];
-    if (layer.windows) {
-      sign_words_of(layer.law, first / 32, p, word);
-    } else {
-      sign_words_of(static_cast<const BandLaw&>(layer.law), first / 32, p, word);
-    }
+    const uint32_t word = sign_word(layer, first / 32, position(layer, tile.row + place, b));
     typename T::Bits bits[16 / sizeof(typename T::Bits)];
     uint4* const stored = stage.blocks.span(chunk_at(place, c, chunks), 1);
     memcpy(bits, stored, 16);
     for (int e = 0; e < per_chunk; ++e) {
-      if (word[0] >> sign_bit(first + e) & 1) bits[e] ^= T::kSign;
+      if (word >> sign_bit(first + e) & 1) bits[e] ^= T::kSign;
     }
     memcpy(stored, bits, 16);
   }
 }
 
-// Elements behind the end of the row are no weights, and 0 times what they hold need not be 0.
+// Clears the elements behind the end of the row: they are no weights, and 0 times what they hold
+// need not be 0.
 template <class T>
 RPG_FUNCTION void clear_padding(int places, int valid, int block, const Stage& stage) {
   const int per_chunk = 16 / sizeof(typename T::Bits), chunks = block / per_chunk;
@@ -262,16 +259,17 @@ RPG_FUNCTION void clear_padding(int places, int valid, int block, const Stage& s
 }
 
 // The first column whose stage, once it has arrived, is not yet what products may read: from there
-// on each needs `finish`.
+// on each needs `sign_and_clear`.
 RPG_FUNCTION int unfinished_from(const Layer& layer) {
   if (layer.reflect == Reflect::kElement) return 0;
   return layer.columns % layer.block ? layer.blocks - 1 : layer.blocks;
 }
 
-// All threads; with barriers.
+// Makes a stage that has arrived what products may read. All threads call it; it ends with a
+// barrier.
 template <class T>
-RPG_FUNCTION void finish(const Layer& layer, const Tile& tile, int places, int b,
-                         const Stage& stage) {
+RPG_FUNCTION void sign_and_clear(const Layer& layer, const Tile& tile, int places, int b,
+                                 const Stage& stage) {
   if (layer.reflect == Reflect::kElement) reflect_elements<T>(layer, tile, b, stage);
   sync();
   const int valid = layer.columns - b * layer.block;

@@ -1,15 +1,17 @@
 // A tile of a layer's rows, and which stored blocks its positions read.
 //
-// A tile is some rows of one column of blocks after the other. For each column a stage in shared
-// memory holds blocks of the bank, and row i of the tile reads one of them, its `place`:
+// A tile is some rows of the layer; a CTA goes through their columns of blocks one after the other.
+// For each column a stage in shared memory holds blocks of the bank, and row i of the tile reads
+// one of them, its `place`:
 //
 //   kWindows  the windows that the column's rows read, one behind the other; tiles of a power of
 //             two of rows, each in one strip of the window law, so that they are few
 //   kRing     the whole bank
 //   kGather   the block of row i at place i
 //
-// Entry of a row: place, with the sign of the block's use in bit 31. Rows of a column that read one
-// window in one lap read different places; where asked for, bits 24 to 29 number a column's laps.
+// The entry of a row is its place, with the sign of the block's use in bit 31. Rows of a column
+// that read one window in one lap read different places; where asked for, bits 24 to 29 of an entry
+// are the number of the lap among the column's.
 
 #pragma once
 
@@ -40,15 +42,15 @@ struct Layer {
 };
 
 // How the rows of a layer are cut into tiles. They are numbered: first those of `rows` rows with
-// `fill`, then the rest, which are gathered.
+// `fill`, then those that are gathered, if rows are left.
 struct Tiling {
-  Fill fill;   // What the stages of the first tiles hold.
-  int rows;    // Each of them has so many rows.
-  int first;   // There are so many of them.
-  int rest;    // Each gathered tile has so many rows.
-  int tiles;   // There are so many tiles of both kinds.
-  int places;  // A stage holds so many blocks, a multiple of kMmaBlocks.
-  int stages;  // So many stages are in flight.
+  Fill fill;          // What the stages of the first tiles hold.
+  int rows;           // Each of them has so many rows.
+  int filled_tiles;   // There are so many of them.
+  int gathered_rows;  // Each of the others has so many rows.
+  int tiles;          // There are so many tiles of both kinds.
+  int places;         // A stage holds so many blocks, a multiple of kMmaBlocks.
+  int stages;         // So many stages are in flight.
 };
 
 constexpr uint32_t kPlaceMask = 0xFFFFFFu;
@@ -72,9 +74,9 @@ RPG_FUNCTION uint32_t position(const Layer& layer, int n, int b) {
 }
 
 RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
-  const bool whole = i < tiling.first;
-  const int height = whole ? tiling.rows : tiling.rest, gathered = i - tiling.first;
-  const int row = whole ? i * height : tiling.first * tiling.rows + gathered * height;
+  const bool whole = i < tiling.filled_tiles;
+  const int height = whole ? tiling.rows : tiling.gathered_rows, gathered = i - tiling.filled_tiles;
+  const int row = whole ? i * height : tiling.filled_tiles * tiling.rows + gathered * height;
   const int left = layer.rows - row;
   const uint32_t number = position(layer, row, 0), step = position(layer, row, 1) - number;
   return {whole ? tiling.fill : Fill::kGather, row, left < height ? left : height, number, step};
@@ -89,20 +91,25 @@ RPG_FUNCTION uint32_t unit_piece_of(const WindowBand& law, uint32_t p) {
   return p < law.head ? 0 : unit;
 }
 
-// Bit 31: the sign of position p's block, for one sign to a block.
-RPG_FUNCTION uint32_t block_sign(const Layer& layer, uint32_t p) {
-  if (layer.reflect != Reflect::kVector) return 0;
+// Sign word w of position p's block, by the layer's law.
+RPG_FUNCTION uint32_t sign_word(const Layer& layer, int w, uint32_t p) {
   const uint32_t q[1] = {p};
   uint32_t word[1];
   if (layer.windows) {
-    sign_words_of(layer.law, 0, q, word);
+    sign_words_of(layer.law, w, q, word);
   } else {
-    sign_words_of(static_cast<const BandLaw&>(layer.law), 0, q, word);
+    sign_words_of(static_cast<const BandLaw&>(layer.law), w, q, word);
   }
-  return word[0] & 0x80000000u;
+  return word[0];
 }
 
-// Slot of position p on the ring.
+// The sign of position p's block in bit 31, where a block has one sign; otherwise 0.
+RPG_FUNCTION uint32_t block_sign(const Layer& layer, uint32_t p) {
+  if (layer.reflect != Reflect::kVector) return 0;
+  return sign_word(layer, 0, p) & 0x80000000u;
+}
+
+// The slot that position p reads.
 RPG_CALLED uint32_t ring_slot(const Layer& layer, uint32_t p) {
   uint32_t q[1] = {p};
   if (layer.windows) {

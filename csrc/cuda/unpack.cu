@@ -15,8 +15,8 @@
 
 #include <stdexcept>
 
-#include "cuda/linear.h"
 #include "cuda/plan.h"
+#include "cuda/unpack.h"
 #include "law/number.h"
 
 namespace rpg::RPG_DEVICE {
@@ -44,18 +44,7 @@ struct PackKernelArgs {
   bool aligned;  // as of unpack
 };
 
-RPG_FUNCTION uint32_t sign_word(const Layer& layer, int w, uint32_t p) {
-  const uint32_t q[1] = {p};
-  uint32_t word[1];
-  if (layer.windows) {
-    sign_words_of(layer.law, w, q, word);
-  } else {
-    sign_words_of(static_cast<const BandLaw&>(layer.law), w, q, word);
-  }
-  return word[0];
-}
-
-// Bit 31 of what element e of position p is multiplied with. `word` is that of e.
+// The sign of element e of a block in bit 31. `word` is the sign word that has e.
 RPG_FUNCTION uint32_t element_sign(const Layer& layer, uint32_t word, int e) {
   if (layer.reflect == Reflect::kNone) return 0;
   return layer.reflect == Reflect::kVector ? word & 0x80000000u : word >> sign_bit(e) << 31;
@@ -104,7 +93,8 @@ unpack_kernel(RPG_ARGS UnpackKernelArgs args) {
   }
 }
 
-// The use number `use` of a slot, in the order of addresses: its position, or that there is none.
+// One of the uses of a slot, which are numbered in the order of addresses: its position, or that
+// there is no such use.
 struct Use {
   uint32_t p;
   bool valid;
@@ -120,7 +110,7 @@ RPG_CALLED Use use_of(const Layer& layer, uint32_t slot, int64_t use) {
     if (layer.law.permute) unpermute(layer.law.permutation, p);
     return {p[0], true};
   }
-  // Of each pass of the windows along the ring: one cell, in it one position of each lap.
+  // In each pass of the windows along the ring one cell reads the slot, once in each of its laps.
   const WindowBand& law = layer.law;
   const uint32_t laps = law.by_laps.divisor, log = law.scramble.bits + 3;
   const int64_t unwrapped = sub_mod(slot, law.base, slots) + use / laps * slots;
@@ -135,7 +125,7 @@ RPG_CALLED Use use_of(const Layer& layer, uint32_t slot, int64_t use) {
   return {p[0], true};
 }
 
-// Uses of a slot, with those that are not there.
+// How many uses a slot may have; `use_of` says which of them there are.
 RPG_FUNCTION int64_t uses_of(const Layer& layer) {
   const int64_t slots = layer.law.by_slots.divisor;
   const int64_t total = int64_t{layer.rows} * layer.blocks;

@@ -189,7 +189,7 @@ RPG_LAW void unpermute(const Permutation& p, uint32_t (&q)[LANES]) {
   for (int l = 0; l < LANES; ++l) q[l] = i[l] * p.minor + j[l];
 }
 
-// The law of one layer, as rpg_kernels.law.LayerLaw.
+// The law of one layer, as rpg_kernels.law.ring.LayerLaw.
 struct LayerLaw {
   uint64_t seed;
   uint64_t layer;
@@ -242,7 +242,8 @@ RPG_HOST LayerLaw make_layer_law(uint64_t seed, uint64_t layer, int64_t rows, in
   return law;
 }
 
-// Of the window law. `address` is in blocks, not wrapped; all as rpg_kernels.window_law checks it.
+// The window law of one layer. `address` is in blocks, not wrapped; all arguments are as
+// rpg_kernels.law.window checks them.
 RPG_HOST LayerLaw make_window_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks,
                                   int granularity, uint32_t slots, uint64_t address,
                                   Reflect reflect, bool permute, uint32_t window, uint32_t laps) {

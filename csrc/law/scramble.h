@@ -1,5 +1,5 @@
 // The scramble of the window law, for host and device: the permutation of a window's slots, another
-// one in each lap, which gives 8 neighbouring rows of an octet 8 different slots modulo 8.
+// one in each lap, which gives the 8 neighbouring rows of an octet places that differ modulo 8.
 // docs/window_law.md is its specification, rpg_kernels/law/scramble.py its definition.
 
 #pragma once
@@ -49,8 +49,8 @@ RPG_LAW uint32_t odd_inverse(uint32_t x) {
   return y;
 }
 
-// Position j of a lap -> slot of its window, in place; `lap` modulo 2^32. Here and below, loops
-// write to local arrays, which cannot overlap a law: otherwise they do not become vector
+// Position j of a lap -> place in the window, written to j; `lap` modulo 2^32. Here and below,
+// loops write to local arrays, which cannot overlap a law: otherwise they do not become vector
 // instructions.
 template <int LANES>
 RPG_LAW void scramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t (&j)[LANES]) {
@@ -72,7 +72,7 @@ RPG_LAW void scramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t 
   for (int l = 0; l < LANES; ++l) j[l] = 8 * a[l] + c[l];
 }
 
-// Slot of its window -> position of the lap, in place.
+// Place in the window -> position of the lap, written to j.
 template <int LANES>
 RPG_LAW void unscramble(const Scramble& s, const uint32_t (&lap)[LANES], uint32_t (&j)[LANES]) {
   const uint32_t bits = s.bits, shift = s.shift, mask = (1u << bits) - 1;

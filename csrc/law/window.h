@@ -26,8 +26,8 @@ constexpr uint32_t kMinWindow = 64;       // in blocks, as everything here
 constexpr uint32_t kMaxWindow = 1 << 22;  // 2^15 slots of 128 blocks
 constexpr uint32_t kMaxLaps = 64;
 
-// What evaluating positions of one band takes. Of BandLaw: `permutation` is that of whole units,
-// `base` the slot at which the window of the band's first cell begins.
+// What evaluating positions of one band takes. From BandLaw it has `permutation`, here that of
+// whole units, and `base`, here the slot at which the window of the band's first cell begins.
 struct WindowBand : BandLaw {
   Scramble scramble;
   Divider by_cell, by_laps, by_blocks;
@@ -72,7 +72,12 @@ RPG_HOST WindowBand make_window_band(const LayerLaw& law, int64_t band) {
   return out;
 }
 
-// Rows of the strip that holds row n of a band of `rows`.
+// How many cells the band has addresses in.
+RPG_LAW int64_t cells_of(const WindowBand& law) {
+  return (int64_t{law.offset} + law.positions + law.cell - 1) / law.cell;
+}
+
+// How many rows the strip has that holds row n of a band of `rows`.
 RPG_LAW uint32_t strip_height(uint32_t n, uint32_t rows) {
   uint32_t x = min_u32(n ^ rows, kStrip);  // its highest bit
   x |= x >> 1;
@@ -82,7 +87,7 @@ RPG_LAW uint32_t strip_height(uint32_t n, uint32_t rows) {
   return x - (x >> 1);
 }
 
-// p of row n of the band and block b.
+// The position p of row n of the band and block b.
 RPG_LAW uint32_t order(const WindowBand& law, uint32_t n, uint32_t b) {
   const uint32_t height = strip_height(n, law.rows), row = n & (height - 1);
   return (n - row) * law.blocks + b * height + row;
@@ -117,19 +122,19 @@ RPG_LAW void change_units(const WindowBand& law, uint32_t (&p)[LANES]) {
   if (!law.permute || !law.units) return;
   const Divider by_cell = law.by_cell;
   const uint32_t head = law.head, units = law.units, cell = law.cell;
-  uint32_t unit[LANES], place[LANES];
+  uint32_t unit[LANES], moved[LANES];
   for (int l = 0; l < LANES; ++l) {
-    const uint32_t u = divide(p[l] - head, by_cell);  // of what is not before the first
+    const uint32_t u = divide(p[l] - head, by_cell);  // nonsense before the first whole unit
     unit[l] = p[l] < head ? units : u;
-    place[l] = unit[l] < units ? unit[l] : 0;
+    moved[l] = unit[l] < units ? unit[l] : 0;
   }
   if (INVERSE) {
-    unpermute(law.permutation, place);
+    unpermute(law.permutation, moved);
   } else {
-    permute(law.permutation, place);
+    permute(law.permutation, moved);
   }
   for (int l = 0; l < LANES; ++l) {
-    const uint32_t change = (place[l] - unit[l]) * cell;
+    const uint32_t change = (moved[l] - unit[l]) * cell;
     p[l] += unit[l] < units ? change : 0;
   }
 }
@@ -153,7 +158,7 @@ RPG_LAW uint32_t base_of_lap(uint32_t lap, const Divider& by_laps, uint32_t wind
   return add_mod(base, min_u32(rest, rest - slots), slots);
 }
 
-// The same of address z (from F).
+// The slot at which the window of address z (counted from F) begins.
 RPG_LAW uint32_t window_base(const WindowBand& law, uint32_t z) {
   const uint32_t lap = (z + law.offset) >> (law.scramble.bits + 3);
   return base_of_lap(lap, law.by_laps, law.scramble.window, law.by_slots, law.base);
@@ -198,8 +203,8 @@ struct UnitPiece {
   uint32_t count;  // at most a cell; 0: there is none
 };
 
-// How many of them a band has: piece 0 finishes the cell that an earlier layer began, pieces 1 to
-// `units` are whole units, the last is the rest.
+// How many unit pieces a band has: piece 0 finishes the cell that an earlier layer began, pieces 1
+// to `units` are whole units, the last is the rest.
 RPG_LAW uint32_t unit_pieces_of(const WindowBand& law) { return law.units + 2; }
 
 RPG_LAW UnitPiece unit_piece_at(const WindowBand& law, uint32_t i) {

@@ -62,7 +62,7 @@ RPG_FUNCTION void store(void* target, const V& value, Site site = {}) {
   std::memcpy(target, &value, sizeof value);
 }
 
-// The thread that runs now.
+// The number of the thread that runs now, and of its CTA.
 int thread();
 int cta_x();
 int cta_y();
@@ -74,7 +74,7 @@ void sync_warp();
 char* shared_memory();
 int shared_bytes();
 
-// Part of the CTA's shared memory; begins at a multiple of 16 bytes.
+// An array in the CTA's shared memory; it begins at a multiple of 16 bytes.
 template <class T>
 class Shared {
  public:
@@ -91,19 +91,19 @@ class Shared {
     note(data_ + index.i, sizeof(T), index.site);
     return data_[index.i];
   }
-  // `count` elements from i on, as one access.
+  // Returns the address of `count` elements from i on, for one access.
   T* span(int i, int count) const {
     if (count > 0) check(i), check(i + count - 1);
     return data_ + i;
   }
-  // What begins with element i.
+  // Returns the array that begins with element i.
   Shared tail(int i) const {
     Shared out(*this);
     check(i);
     out.data_ += i, out.size_ -= i;
     return out;
   }
-  // What begins after so many bytes, of whole elements.
+  // Returns the array that begins after so many bytes, which are whole elements.
   Shared tail_at_byte(int bytes) const { return tail(bytes / static_cast<int>(sizeof(T))); }
 
  private:
@@ -117,9 +117,10 @@ class Shared {
   int size_ = 0;
 };
 
-// 16 bytes from global to shared memory, zeros unless `valid`; both addresses aligned.
+// Begins to copy 16 bytes from global to shared memory, or zeros unless `valid`; both addresses are
+// multiples of 16.
 void copy_async(void* target, const void* source, bool valid, Site site = {});
-// The same of 16 bytes AT bytes behind both addresses.
+// Begins to copy the 16 bytes that lie OFFSET bytes behind both addresses.
 template <int OFFSET>
 inline void copy_async(void* target, const void* source, Site site = {}) {
   copy_async(static_cast<char*>(target) + OFFSET, static_cast<const char*>(source) + OFFSET, true,
@@ -141,26 +142,27 @@ void load_transposed(const MatrixArgs& args);
 void multiply_bfloat16(const MultiplyArgs& args);
 void multiply_float16(const MultiplyArgs& args);
 
-// ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the next of
-// row l / 4 of each.
+// This is ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the
+// next of row l / 4 of each.
 inline void load_matrices(uint32_t (&out)[4], const void* row, Site site = {}) {
   note(row, 16, site);
   load_matrices({out, row});
 }
 
-// The same of the matrices transposed: elements 2 (l % 4) and the next of column l / 4.
+// Transposes the matrices: a lane gets elements 2 (l % 4) and the next of column l / 4 of each.
 inline void load_transposed(uint32_t (&out)[4], const void* row, Site site = {}) {
   note(row, 16, site);
   load_transposed({out, row});
 }
 
-// What lane `lane` of the warp gives; all lanes take part.
+// Returns what lane `lane` of the warp gives; all lanes take part.
 uint32_t shuffle(uint32_t value, int lane);
 
 // Counts to `parts`: true for the last, and the count is 0 again.
 bool arrive(unsigned* counter, unsigned parts);
 
-// x, which a GPU's compiler is to keep in a register instead of finding it again at each use.
+// Returns x, which a GPU's compiler is to keep in a register instead of finding it again at each
+// use.
 template <class T>
 inline T kept(T x) {
   return x;
@@ -171,7 +173,7 @@ inline uint32_t reversed(uint32_t bits) {
   for (int i = 0; i < 32; ++i) out |= (bits >> i & 1) << (31 - i);
   return out;
 }
-// Byte i of x in both halves.
+// Returns byte i of x in both halves.
 inline uint32_t byte_twice(uint32_t x, int i) { return (x >> 8 * i & 255) * 0x10001; }
 
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

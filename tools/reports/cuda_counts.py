@@ -67,7 +67,7 @@ _COMMON = {
     "other": [
         region("stage.h", "void reflect_elements("),
         region("stage.h", "void clear_padding("),
-        region("stage.h", "void finish("),
+        region("stage.h", "void sign_and_clear("),
     ],
 }
 LINEAR = {

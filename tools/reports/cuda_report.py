@@ -72,7 +72,7 @@ def case_of(name: str, fill: str = "windows") -> Case:
     kernel, batch = name.split("_kernel<")[0], batch_of(name)
     p = plan(kernel, 14336, 4096, batch, code_of(name), fill)
     made = FILLS[p.fill]
-    return Case(batch, fill=made, rows=p.rest if made == "gather" else p.rows)
+    return Case(batch, fill=made, rows=p.gathered_rows if made == "gather" else p.rows)
 
 
 def code_of(name: str) -> int:

@@ -89,7 +89,7 @@ def test_scratch_stays_within_the_limit_and_changes_no_result(g: int, reflect: s
     cols = weight.placement.block_columns
     assert cols.low + cols.first > 0
     results, kinds = [], set()
-    make, write = plan.scratch, plan.slots.write
+    make, write = plan.scratch, plan.entry_table.write
     limits = (0, 4 * 2 * cols.count * 24, 1 << 16)
     for limit in limits:
         held: list[weakref.ref[Tensor]] = []
@@ -107,7 +107,7 @@ def test_scratch_stays_within_the_limit_and_changes_no_result(g: int, reflect: s
         with (
             rpg.scratch_limit(limit),
             mock.patch.object(plan, "scratch", counted),
-            mock.patch.object(plan.slots, "write", recorded),
+            mock.patch.object(plan.entry_table, "write", recorded),
         ):
             results.append(check(weight, x, None, tiles, dy, stride=(2, 1)))
     middle = {shape for limit, shape in kinds if limit == limits[1]}

@@ -149,7 +149,7 @@ def test_scratch_stays_within_the_limit_and_changes_no_result(g: int, reflect: s
     x, dy = torch.randn(17, 60).half(), torch.randn(17, 24).half()
     tiles = Config(16, 16, 32, 4, 2)
     results, kinds = [], set()
-    make, write = plan.scratch, plan.slots.write
+    make, write = plan.scratch, plan.entry_table.write
     for limit in LIMITS_OF_BANDS[g]:
         held: list[weakref.ref[Tensor]] = []
 
@@ -166,7 +166,7 @@ def test_scratch_stays_within_the_limit_and_changes_no_result(g: int, reflect: s
         with (
             rpg.scratch_limit(limit),
             mock.patch.object(plan, "scratch", counted),
-            mock.patch.object(plan.slots, "write", recorded),
+            mock.patch.object(plan.entry_table, "write", recorded),
         ):
             results.append(check(weight, x, dy, None, tiles))
     assert kinds == set(LIMITS_OF_BANDS[g][1:])  # where entries were tabulated

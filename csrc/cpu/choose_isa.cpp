@@ -1,6 +1,4 @@
-// Which instruction set's kernels to use.
-
-#include "cpu/kernels.h"
+// Chooses the instruction set whose kernels run. This file is compiled once.
 
 #include <cstdlib>
 #include <cstring>
@@ -8,6 +6,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace rpg {
 
