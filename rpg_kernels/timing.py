@@ -187,11 +187,15 @@ def compare(
         found = _sampled(calls, time_s)
         backend = explain(ours, x).backend
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        wanted = f"a layer that runs here ({reason})"
+        wanted = f"a layer that runs here ({_first_line(error)})"
         raise _checks.fail("shape", f"{rows}x{columns}, batch {batch}", wanted) from error
     for kind in PASSES:
         yield kind, figure(found[kind, 0]), figure(found[kind, 1]), backend
+
+
+def _first_line(error: RuntimeError) -> str:
+    """Without the C++ frames that torch adds."""
+    return str(error).strip().partition("\n")[0]
 
 
 def _forward_and_backward(layer: nn.Module, x: Tensor, trained: Tensor, dy: Tensor) -> object:
@@ -238,13 +242,14 @@ def run(
     weights = [shape(text) for text in shapes]
     sizes = [count(text, "batch") for text in batches]
     place = device(device_name)
-    bank = ParameterBank(
-        count(dof),
-        window=None if laps is None else WINDOW,
-        laps=laps,
-        device=place,
-        dtype=DTYPES[_checks.choice("dtype", dtype, tuple(DTYPES))],
-    )
+    kind = DTYPES[_checks.choice("dtype", dtype, tuple(DTYPES))]
+    window = None if laps is None else WINDOW
+    try:
+        bank = ParameterBank(count(dof), window=window, laps=laps, device=place, dtype=kind)
+    except RuntimeError as error:
+        raise _checks.fail(
+            "dof", repr(dof), f"a bank that fits here ({_first_line(error)})"
+        ) from error
     on_gpu = place.type == "cuda"
     name = torch.cuda.get_device_name(place) if on_gpu else cpu_name()
     yield f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}; {dtype}"

@@ -103,7 +103,8 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             entries = {name: [p.get_dtype(), p.get_shape()] for name, p in parts.items()}
             tensors: dict[str, Tensor] = opened.get_tensors()
-    except (SafetensorError, RuntimeError) as error:  # torch's, for shapes that it cannot hold
+    # The last two are of torch, for shapes that it cannot hold.
+    except (SafetensorError, RuntimeError, TypeError) as error:
         wanted = "not a safetensors file, or damaged, truncated or continued"
         raise ValueError(f"{wanted} ({error})") from error
     hashes = {name: hashlib.sha256(memory(t)).hexdigest() for name, t in tensors.items()}

@@ -191,7 +191,9 @@ def test_entries_that_no_tensor_has(name: str, path: Path) -> None:
     refused(path, DAMAGED)
 
 
-@pytest.mark.parametrize("shape", [[0, 2**40, 2**40], [2**40, 2**40, 0]])
+@pytest.mark.parametrize(
+    "shape", [[0, 2**40, 2**40], [2**40, 2**40, 0], [0, 2**63], [2**64 - 1, 0]]
+)
 def test_a_shape_that_holds_nothing_and_is_too_large_for_torch(
     shape: list[int], path: Path
 ) -> None:

@@ -63,6 +63,23 @@ def test_bad_options_end_with_one_line(
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize(("made", "argument"), [("ParameterBank", "dof"), ("Linear", "shape")])
+def test_bench_without_the_memory(
+    made: str, argument: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises a RuntimeError, with the frames of C++ below its sentence."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory for it\nframe #0")
+
+    monkeypatch.setattr(timing, made, refuse)
+    assert main(["bench", "4x4", "--dof", "1K", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"rpg-kernels: {argument}: got ")
+    assert "no memory for it" in printed
+    assert printed.count("\n") == 1
+
+
 def test_bench_times_the_shapes_that_are_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
