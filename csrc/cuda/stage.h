@@ -232,13 +232,19 @@ RPG_FUNCTION void reflect_elements(const Layer& layer, const Tile& tile, int b,
   RPG_LOOP
   for (int i = thread(); i < tile.rows * chunks; i += kThreads) {
     const int place = i / chunks, c = i - place * chunks;
+    const uint32_t p[1] = {position(layer, tile.row + place, b)};
     const int first = c * per_chunk;
-    const uint32_t word = sign_word(layer, first / 32, position(layer, tile.row + place, b));
+    uint32_t word[1];
+    if (layer.windows) {
+      sign_words_of(layer.law, first / 32, p, word);
+    } else {
+      sign_words_of(static_cast<const BandLaw&>(layer.law), first / 32, p, word);
+    }
     typename T::Bits bits[16 / sizeof(typename T::Bits)];
     uint4* const stored = stage.blocks.span(chunk_at(place, c, chunks), 1);
     memcpy(bits, stored, 16);
     for (int e = 0; e < per_chunk; ++e) {
-      if (word >> sign_bit(first + e) & 1) bits[e] ^= T::kSign;
+      if (word[0] >> sign_bit(first + e) & 1) bits[e] ^= T::kSign;
     }
     memcpy(stored, bits, 16);
   }
