@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import clean_room
 import pytest
 import torch
 from small_batches import needs_simt
@@ -40,8 +43,13 @@ def test_there_are_sources() -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(cubin, what ptxas says) of a source and an architecture, compiled when first asked for."""
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(cubin, what ptxas says) of a source and an architecture.
+
+    Those of the released wheel, where its tests build one; otherwise compiled when asked for.
+    """
+    if any(item.path.name == "test_install_release.py" for item in request.session.items):
+        return functools.partial(released, clean_room.release(tmp_path_factory) / "cubins")
     folder = tmp_path_factory.mktemp("cubins")
 
     def build(source: str, architecture: str) -> tuple[Path, str]:
@@ -52,6 +60,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return out, log.read_text()
 
     return build
+
+
+def released(cubins: Path, source: str, architecture: str) -> tuple[Path, str]:
+    """What the build of the release made of a source for an architecture."""
+    said = "".join(path.read_text("utf-8") for path in cubins.glob("*.log"))
+    kernels = re.split(r"(?=ptxas info\s*: Compiling entry function)", said)
+    name = f"_{source}_cu_"  # in a kernel's, of its anonymous namespace
+    of = [text for text in kernels if name in text and f"for 'sm_{architecture}'" in text]
+    (cubin,) = cubins.glob(f"{source}.compute_{architecture}.*cubin")
+    return cubin, "".join(of)
 
 
 @needs_nvcc

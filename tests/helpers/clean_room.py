@@ -22,6 +22,7 @@ from typing import Any
 
 import processes
 import pytest
+from filelock import FileLock
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +124,46 @@ def build_sdist(source: Path, folder: Path) -> Path:
     checked(sys.executable, "-c", f"{code}build_backend.build_sdist({str(folder)!r})", cwd=source)
     (made,) = folder.glob("*.tar.gz")
     return made
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that ``make`` fills, once for all processes of a run of the tests."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # whose parts are the processes'
+    folder = base / name
+    with FileLock(base / f"{name}.lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what a failure left
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def release(factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel of the source distribution: everything compiled, and optimised.
+
+    ``cubins`` in it keeps what nvcc made on the way, and ``*.log`` what ptxas said of it.
+    """
+
+    def make(folder: Path) -> None:
+        cubins = folder / "cubins"
+        cubins.mkdir()
+        changes: dict[str, Any] = {}
+        if nvcc := shutil.which("nvcc"):
+            keeping = f"-lineinfo -Xptxas=-v -Werror=all-warnings --keep --keep-dir={cubins}"
+            changes["CUDACXX"] = script(
+                folder / "nvcc",
+                f'case " $* " in *" -c "*.cu*) ;; *) exec {nvcc} "$@" ;; esac\n'
+                f'{nvcc} "$@" {keeping} 2>{cubins}/$$.log\n'
+                f"status=$?; cat {cubins}/$$.log >&2; exit $status",
+            )
+        source = copy_source(folder / "checkout")
+        builder = Room(folder / "builder").link(*BUILDS)
+        builder.wheel(build_sdist(source, folder), folder / "wheel", **changes)
+
+    return once(factory, "release", make)
 
 
 class Room:
