@@ -26,6 +26,7 @@ from filelock import FileLock
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK_COMPILER = Path(__file__).with_name("quick_compiler.py")
 GOLDEN = ROOT / "tests" / "golden" / "law1.json"
 ISAS = ("avx512", "avx2", "baseline")  # best first
 SOURCE = (
@@ -111,11 +112,14 @@ def script(path: Path, body: str) -> Path:
     return path
 
 
-def quick_compiler(folder: Path) -> Path:
-    """The C++ compiler without its optimiser, for builds whose speed does not matter."""
-    left_out = "-O1 | -O3 | -flto* | -fno-fat-lto-objects"
-    keep = f'case "$word" in {left_out}) ;; *) set -- "$@" "$word" ;; esac'
-    return script(folder / "c++", f'for word; do shift; {keep}; done\nexec {CXX} "$@"')
+def quick_compiler(factory: pytest.TempPathFactory) -> Path:
+    """The C++ compiler without its optimiser, for builds whose speed does not matter.
+
+    A source that it has compiled, by its preprocessed text, comes back from a folder that all
+    processes of a run of the tests share.
+    """
+    body = f'exec {sys.executable} {QUICK_COMPILER} {CXX} {shared(factory) / "objects"} "$@"'
+    return script(factory.mktemp("compiler") / "c++", body)
 
 
 def build_sdist(source: Path, folder: Path) -> Path:
@@ -126,11 +130,15 @@ def build_sdist(source: Path, folder: Path) -> Path:
     return made
 
 
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of all processes of a run of the tests."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A folder that ``make`` fills, once for all processes of a run of the tests."""
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # whose parts are the processes'
+    base = shared(factory)
     folder = base / name
     with FileLock(base / f"{name}.lock"):
         if not (folder / "made").exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
@@ -46,13 +45,16 @@ def test_there_are_sources() -> None:
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(cubin, what ptxas says) of a source and an architecture.
 
-    Those of the released wheel, where its tests build one; otherwise compiled when asked for.
+    Those of the released wheel, where its tests build one; otherwise compiled when asked for, as
+    is what only development builds have.
     """
+    folder = kept = tmp_path_factory.mktemp("cubins")
     if any(item.path.name == "test_install_release.py" for item in request.session.items):
-        return functools.partial(released, clean_room.release(tmp_path_factory) / "cubins")
-    folder = tmp_path_factory.mktemp("cubins")
+        kept = clean_room.release(tmp_path_factory) / "cubins"
 
     def build(source: str, architecture: str) -> tuple[Path, str]:
+        for cubin in kept.glob(f"{source}.compute_{architecture}.*cubin"):
+            return cubin, said_of(kept, source, architecture)
         out = folder / f"{source}.{architecture}.cubin"
         log = out.with_suffix(".log")
         if not log.exists():
@@ -62,14 +64,12 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return build
 
 
-def released(cubins: Path, source: str, architecture: str) -> tuple[Path, str]:
-    """What the build of the release made of a source for an architecture."""
+def said_of(cubins: Path, source: str, architecture: str) -> str:
+    """What ptxas said of a source for an architecture while the release was built."""
     said = "".join(path.read_text("utf-8") for path in cubins.glob("*.log"))
     kernels = re.split(r"(?=ptxas info\s*: Compiling entry function)", said)
     name = f"_{source}_cu_"  # in a kernel's, of its anonymous namespace
-    of = [text for text in kernels if name in text and f"for 'sm_{architecture}'" in text]
-    (cubin,) = cubins.glob(f"{source}.compute_{architecture}.*cubin")
-    return cubin, "".join(of)
+    return "".join(text for text in kernels if name in text and f"for 'sm_{architecture}'" in text)
 
 
 @needs_nvcc
