@@ -246,7 +246,7 @@ def test_pairs_keep_their_difference_hardly_more_often(rows: int, blocks: int, c
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_tiny_permutations_are_equally_likely(size: int) -> None:
-    count = 1200
+    count = 1200 if size == 5 else 480  # at least 10 for each that there is
     q = torch.arange(size)
     drawn = torch.stack([Permutation(size, seed=k, layer=1).forward(q) for k in range(count)])
     seen = torch.unique(drawn, dim=0, return_counts=True)[1].double()

@@ -158,7 +158,7 @@ def test_the_law_takes_a_quarter_of_the_limit(reflect: str, mode: str) -> None:
     blocks = torch.zeros(1 << 12, 64)
 
     def evaluate() -> Tensor:
-        for _, n, b in tiles._position_chunks(p, blocks.device, None):
+        for _, n, b in tiles._position_groups(p, blocks.device, None):
             _, negative = tiles._read(p, None, n, b)
             tiles._reflect_(blocks[: n.numel()], negative, 1.0)
         return torch.empty(0)

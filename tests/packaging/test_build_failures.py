@@ -48,7 +48,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clean_room.quick_compiler(tmp_path_factory.mktemp("compiler"))
+    return clean_room.quick_compiler(tmp_path_factory)
 
 
 def refused(room: Room, *source: str | Path, **changes: Any) -> str:

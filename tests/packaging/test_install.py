@@ -79,7 +79,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Room:
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return clean_room.quick_compiler(tmp_path_factory.mktemp("compiler"))
+    return clean_room.quick_compiler(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

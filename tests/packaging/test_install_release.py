@@ -13,7 +13,6 @@ from typing import Any
 import clean_room
 import pytest
 from clean_room import (
-    BUILDS,
     GOLDEN,
     ISAS,
     Room,
@@ -75,11 +74,8 @@ print(json.dumps({"isa": native.build_info().get("isa") if compiled else None, "
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the source distribution: everything compiled, and optimised."""
-    folder = tmp_path_factory.mktemp("release")
-    source = clean_room.copy_source(folder / "checkout")
-    builder = Room(folder / "builder").link(*BUILDS)
-    return builder.wheel(clean_room.build_sdist(source, folder), folder / "wheel")
+    (wheel,) = clean_room.release(tmp_path_factory).glob("wheel/*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 KERNELS = ("unpack", "linear", "linear_input_grad", "linear_bank_grad", "conv2d")
-FLAGS = ["-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-DRPG_ISA=baseline"]
+FLAGS = ["-std=c++17", "-Og", f"-I{ROOT / 'csrc'}", "-DRPG_ISA=baseline"]
 SANITIZERS = ("thread", "address,undefined")
 
 

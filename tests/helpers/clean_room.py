@@ -22,9 +22,11 @@ from typing import Any
 
 import processes
 import pytest
+from filelock import FileLock
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK_COMPILER = Path(__file__).with_name("quick_compiler.py")
 GOLDEN = ROOT / "tests" / "golden" / "law1.json"
 ISAS = ("avx512", "avx2", "baseline")  # best first
 SOURCE = (
@@ -110,11 +112,14 @@ def script(path: Path, body: str) -> Path:
     return path
 
 
-def quick_compiler(folder: Path) -> Path:
-    """The C++ compiler without its optimiser, for builds whose speed does not matter."""
-    left_out = "-O1 | -O3 | -flto* | -fno-fat-lto-objects"
-    keep = f'case "$word" in {left_out}) ;; *) set -- "$@" "$word" ;; esac'
-    return script(folder / "c++", f'for word; do shift; {keep}; done\nexec {CXX} "$@"')
+def quick_compiler(factory: pytest.TempPathFactory) -> Path:
+    """The C++ compiler without its optimiser, for builds whose speed does not matter.
+
+    A source that it has compiled, by its preprocessed text, comes back from a folder that all
+    processes of a run of the tests share.
+    """
+    body = f'exec {sys.executable} {QUICK_COMPILER} {CXX} {shared(factory) / "objects"} "$@"'
+    return script(factory.mktemp("compiler") / "c++", body)
 
 
 def build_sdist(source: Path, folder: Path) -> Path:
@@ -123,6 +128,50 @@ def build_sdist(source: Path, folder: Path) -> Path:
     checked(sys.executable, "-c", f"{code}build_backend.build_sdist({str(folder)!r})", cwd=source)
     (made,) = folder.glob("*.tar.gz")
     return made
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of all processes of a run of the tests."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that ``make`` fills, once for all processes of a run of the tests."""
+    base = shared(factory)
+    folder = base / name
+    with FileLock(base / f"{name}.lock"):
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what a failure left
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def release(factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel of the source distribution: everything compiled, and optimised.
+
+    ``cubins`` in it keeps what nvcc made on the way, and ``*.log`` what ptxas said of it.
+    """
+
+    def make(folder: Path) -> None:
+        cubins = folder / "cubins"
+        cubins.mkdir()
+        changes: dict[str, Any] = {}
+        if nvcc := shutil.which("nvcc"):
+            keeping = f"-lineinfo -Xptxas=-v -Werror=all-warnings --keep --keep-dir={cubins}"
+            changes["CUDACXX"] = script(
+                folder / "nvcc",
+                f'case " $* " in *" -c "*.cu*) ;; *) exec {nvcc} "$@" ;; esac\n'
+                f'{nvcc} "$@" {keeping} 2>{cubins}/$$.log\n'
+                f"status=$?; cat {cubins}/$$.log >&2; exit $status",
+            )
+        source = copy_source(folder / "checkout")
+        builder = Room(folder / "builder").link(*BUILDS)
+        builder.wheel(build_sdist(source, folder), folder / "wheel", **changes)
+
+    return once(factory, "release", make)
 
 
 class Room:
