@@ -52,6 +52,10 @@ class Call(NamedTuple):
     geometry: Sequence[Any] = ()
     forced: str = ""
 
+    def of_any_weight(self) -> Call:
+        """The question whether calls of this kind can run at all."""
+        return self._replace(placement="")
+
     @property
     def device(self) -> torch.device:
         """Of all tensors of the call."""

@@ -49,9 +49,11 @@ def choose(call: Call) -> Backend:
     if not reason:
         return forced
     able = ", ".join(sorted(b.name for b in registry.backends() if not b.unsupported(call)))
+    # Where it is the weight that cannot be read, the device and the dtype are not to blame.
+    kind = f" on {call.device} in {call.dtype}" if forced.unsupported(call.of_any_weight()) else ""
     raise RuntimeError(
-        f"backend: got {call.forced!r} for {call.op} on {call.device} in {call.dtype}, which "
-        f"cannot run: {reason}; wanted one of: {able}"
+        f"backend: got {call.forced!r} for {call.op}{kind}, which cannot run: {reason}; wanted one "
+        f"of: {able}"
     )
 
 
