@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from rpg_kernels import timing
-from rpg_kernels.backends import registry
+from rpg_kernels.backends import dispatch, registry
+from rpg_kernels.backends.call import Call
 from rpg_kernels.cli import main
 
 
@@ -98,6 +102,32 @@ def test_bench_times_the_shapes_that_are_asked_for(
         for kind in ("forward", "forward+backward")
     ]
     assert {row.split()[-1] for row in rows} <= set(registry.names())
+
+
+def test_bench_tells_the_layers_apart(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that gives calls of our operators three seconds and torch's one."""
+    ours: list[str] = []
+    real = dispatch.implementation
+
+    def implementation(call: Call) -> Callable[..., Tensor]:
+        ours.append(call.op)
+        return real(call)
+
+    def sampled(calls: dict[Any, Callable[[], object]], _: float) -> dict[Any, list[float]]:
+        found = {}
+        for key, call in calls.items():
+            ours.clear()
+            call()
+            found[key] = [3.0 if ours else 1.0]
+        return found
+
+    monkeypatch.setattr(dispatch, "implementation", implementation)
+    monkeypatch.setattr(timing, "_sampled", sampled)
+    assert main(["bench", "8x16", "--batch", "2", "--dof", "1K", "--device", "cpu"]) == 0
+    rows = capsys.readouterr().out.splitlines()[3:5]
+    assert [row.split()[3:-1] for row in rows] == [["1", "s", "±0%", "3", "s", "±0%", "3"]] * 2
 
 
 def test_figures() -> None:

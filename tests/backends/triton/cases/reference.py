@@ -222,7 +222,7 @@ def test_not_chosen_where_scratch_has_no_room() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("limit", [1, 200, 700, 5000])
+@pytest.mark.parametrize("limit", [1, 200, 700, 800, 1300, 5000])
 def test_lent_tiles_cover_a_weight_once(groups: int, limit: int) -> None:
     """Whole groups or parts of one; along rows for forwards, along columns for input gradients."""
     p = brute.bank_of(500, torch.float32, granularity=8).place((12, 20, 3, 1)).placement
@@ -238,6 +238,8 @@ def test_lent_tiles_cover_a_weight_once(groups: int, limit: int) -> None:
                 alone = rows == 1 if cut is lent.row_tiles else columns <= 8
                 assert rows * columns * 3 * 4 <= limit or alone
                 assert columns == 20 if cut is lent.row_tiles else rows == 12 // groups
+                first = tile.placement.selection[1][0]
+                assert first % 8 == 0 or columns < 8  # a block is cut where it is all that fits
         assert (seen == 1).all()
 
 
