@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
 NO_GPU = "no CUDA device"
+
+# Files that take long, the longest first: one that begins last keeps all other processes waiting.
+LONG = (
+    "test_install_release.py",
+    "test_triton.py",
+    "test_simt_linear.py",
+    "test_install.py",
+    "test_sanitizers.py",
+    "test_build_failures.py",
+    "test_cuda_sources.py",
+    "test_ops_compile.py",
+    "test_shared_banks.py",
+    "test_native.py",
+    "test_native_window.py",
+    "test_scratch.py",
+    "test_law_statistics.py",
+)
+# Their tests share nothing, so each may run in another process; those of other files stay together.
+APART = ("test_triton.py",)
 
 # The tests' tensors are small: more threads only add their own start-up to each operator.
 torch.set_num_threads(1)
@@ -24,7 +44,21 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files at a time, as --dist=loadfile, but for those of APART."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return nodeid if file.endswith(APART) else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda i: LONG.index(i.path.name) if i.path.name in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
