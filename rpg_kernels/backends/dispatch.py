@@ -39,18 +39,21 @@ def choose(call: Call) -> Backend:
     """The back end that runs a call.
 
     Raises:
-        ValueError: no back end has the forced name.
-        RuntimeError: the forced back end cannot run this call.
+        ValueError: the environment names no back end.
+        RuntimeError: the forced back end cannot run this call, or is not registered (any more).
     """
     if not call.forced:
         return next(backend for backend in registry.backends() if backend.takes(call))
-    forced = registry.find(call.forced)
-    reason = forced.unsupported(call)
-    if not reason:
-        return forced
+    reason, of_kind = "this version has no such back end", True
+    if call.forced in registry.names() or settings.from_environment(call.forced):
+        forced = registry.find(call.forced)
+        reason = forced.unsupported(call)
+        if not reason:
+            return forced
+        # Where it is the weight that cannot be read, the device and the dtype are not to blame.
+        of_kind = bool(forced.unsupported(call.of_any_weight()))
+    kind = f" on {call.device} in {call.dtype}" if of_kind else ""
     able = ", ".join(sorted(b.name for b in registry.backends() if not b.unsupported(call)))
-    # Where it is the weight that cannot be read, the device and the dtype are not to blame.
-    kind = f" on {call.device} in {call.dtype}" if forced.unsupported(call.of_any_weight()) else ""
     raise RuntimeError(
         f"backend: got {call.forced!r} for {call.op}{kind}, which cannot run: {reason}; wanted one "
         f"of: {able}"
