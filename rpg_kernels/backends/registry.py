@@ -82,9 +82,9 @@ class Backend(ABC):
         return None
 
     def takes(self, call: Call) -> bool:
-        """Whether the call is run here: supported, and forced or preferred."""
+        """Whether the call is run here: forced, or supported and preferred."""
         if call.forced:
-            return call.forced == self.name and not self.unsupported(call)
+            return call.forced == self.name
         if self.device_types is not None and call.device.type not in self.device_types:
             return False
         return not self.unsupported(call) and self.preferred(call)

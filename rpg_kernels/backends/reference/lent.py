@@ -36,7 +36,7 @@ def row_tiles(
 def column_tiles(
     p: Placement, dtype: torch.dtype, device: torch.device, groups: int = 1
 ) -> Iterator[Tile]:
-    """All rows of a group, some columns each; blocks are cut at the ends only.
+    """All rows of a group, some columns each: whole blocks of them where more than one fits.
 
     Args:
         p, dtype, device, groups: as for ``row_tiles``; one column of a group must fit.
