@@ -6,15 +6,19 @@ CPU tensors, or compiles them, for CUDA tensors. The files in ``cases`` run eith
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import brute_force as brute
 import processes
 import pytest
 import torch
+from torch import Tensor
 
 import rpg_kernels as rpg
 
@@ -52,3 +56,27 @@ def run(*names: str, interpreted: bool) -> None:
 def bank_of(dof: int, dtype: torch.dtype, **arguments: object) -> rpg.ParameterBank:
     """For tests that are not about the law: without its rounds, which take the interpreter long."""
     return brute.bank_of(dof, dtype, **{"permute": not INTERPRETED, **arguments})
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Results and scratch begin as NaN, and small layers copy the bank too."""
+    from rpg_kernels.backends.triton import plan
+
+    empty, new_empty = torch.empty, Tensor.new_empty
+
+    def fill(tensor: Tensor) -> Tensor:
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(2**31 - 1)
+
+    def new(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return fill(new_empty(self, *args, **kwargs))  # type: ignore[arg-type]
+
+    def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return fill(empty(shape, dtype=dtype, device=device))
+
+    with (
+        mock.patch.object(Tensor, "new_empty", new),
+        mock.patch.object(plan, "scratch", scratch),
+        mock.patch.object(plan, "COPY_FROM", 1),
+    ):
+        yield

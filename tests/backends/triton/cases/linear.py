@@ -14,7 +14,7 @@ import naive_calls as calls
 import pytest
 import torch
 from torch import Tensor
-from triton_process import DEVICE, INTERPRETED, bank_of
+from triton_process import DEVICE, INTERPRETED, bank_of, poisoned
 
 import rpg_kernels as rpg
 from rpg_kernels.backends import dispatch
@@ -36,23 +36,7 @@ TILES = Config(16, 16, 16, 4, 2, 2)
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Results and scratch begin as NaN."""
-    empty, new_empty = torch.empty, Tensor.new_empty
-
-    def poisoned(tensor: Tensor) -> Tensor:
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(2**31 - 1)
-
-    def new(self: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return poisoned(new_empty(self, *args, **kwargs))  # type: ignore[arg-type]
-
-    def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return poisoned(empty(shape, dtype=dtype, device=device))
-
-    with (
-        mock.patch.object(Tensor, "new_empty", new),
-        mock.patch.object(plan, "scratch", scratch),
-        mock.patch.object(plan, "COPY_FROM", 1),  # small layers copy the bank too
-    ):
+    with poisoned():
         yield
 
 

@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import brute_force as brute
 import pytest
@@ -14,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton_process import DEVICE, INTERPRETED
+from triton_process import DEVICE, INTERPRETED, poisoned
 
 import rpg_kernels as rpg
 from rpg_kernels.backends.triton import (
@@ -23,7 +22,6 @@ from rpg_kernels.backends.triton import (
     entries,
     entry_table,
     linear,
-    plan,
     unpack,
     window_law,
 )
@@ -229,23 +227,7 @@ def test_entries_in_scratch() -> None:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Results and scratch begin as NaN, and small layers copy the bank too."""
-    empty, new_empty = torch.empty, Tensor.new_empty
-
-    def poisoned(tensor: Tensor) -> Tensor:
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(2**31 - 1)
-
-    def new(self: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return poisoned(new_empty(self, *args, **kwargs))  # type: ignore[arg-type]
-
-    def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return poisoned(empty(shape, dtype=dtype, device=device))
-
-    with (
-        mock.patch.object(Tensor, "new_empty", new),
-        mock.patch.object(plan, "scratch", scratch),
-        mock.patch.object(plan, "COPY_FROM", 1),
-    ):
+    with poisoned():
         yield
 
 
