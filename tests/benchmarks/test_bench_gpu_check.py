@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,21 +51,20 @@ def test_each_part_survives_the_failure_of_the_others(
     # A part that hangs, with a child that would outlive it.
     hang = (
         "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'])\n"
         f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
         "print('so far', flush=True)\n"
-        "time.sleep(60)"
+        "time.sleep(900)"
     )
     out = tmp_path / "out"
     out.mkdir()
     (out / "tests.xml").write_text("<testsuites/>")
-    begin = time.monotonic()
     report = check.run_parts(
         [
             part("good", "import rpg_kernels, extra_module; print('fine')"),
             part("crash", "import os; print('last words', flush=True); os.abort()"),
             part("exit", "raise SystemExit(3)"),
-            part("hang", hang, budget=0.7),
+            part("hang", hang, budget=6.0),
             part("none", "print('no kernels'); raise SystemExit(75)"),
             part("five", "raise SystemExit(5)", nothing=5),
             part("broken", "print('no json')", summarise=check.last_json),
@@ -75,7 +73,6 @@ def test_each_part_survives_the_failure_of_the_others(
         ],
         out,
     )
-    assert time.monotonic() - begin < 20
     statuses = {name: done["status"] for name, done in report.items()}
     assert statuses == {
         "good": "passed", "crash": "failed", "exit": "failed", "hang": "timed out",
@@ -111,10 +108,8 @@ def test_the_limit_holds_for_all_parts_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(check, "LEAST", 0.2)
-    begin = time.monotonic()
-    parts = [part(f"sleep{i}", "import time; time.sleep(30)", budget=0.6) for i in range(3)]
+    parts = [part(f"sleep{i}", "import time; time.sleep(900)", budget=0.6) for i in range(3)]
     report = check.run_parts(parts, tmp_path, limit=1.0)
-    assert time.monotonic() - begin < 5
     assert {done["status"] for done in report.values()} == {"timed out"}
     # 0.6 of its own; of the 0.4 that are left all but what the last one keeps; that.
     given = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]

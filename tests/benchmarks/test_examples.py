@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -17,13 +17,9 @@ def test_train_own_model() -> None:
     pytest.importorskip("sklearn")
     # One thread: the layers are small, and threads that wait for each other on a busy machine take
     # many times longer.
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / "train_own_model.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    script = EXAMPLES / "train_own_model.py"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = processes.run(sys.executable, "-W", "error::UserWarning", script, env=env)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split()[:3] == ["layer", "shape", "virtual"]

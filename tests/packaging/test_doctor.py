@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import brute_force as brute
+import processes
 import pytest
 import torch
 from doctor_tools import failing, run, run_json
@@ -397,7 +397,7 @@ def test_a_process_of_its_own_prints_json_only_and_never_a_traceback() -> None:
     command = [sys.executable, "-m", "rpg_kernels.cli", "doctor", "--json"]
     env = {**os.environ, "RPG_KERNELS_ISA": "mmx", "RPG_KERNELS_BACKEND": "reference"}
     env.pop("RPG_KERNELS_NATIVE", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = processes.run(*command, env=env)
     record = json.loads(done.stdout)
     assert done.stderr == ""
     if "reason" not in native.build_info():  # it is compiled, but not for that
@@ -412,7 +412,7 @@ def test_a_process_of_its_own_prints_json_only_and_never_a_traceback() -> None:
 def test_a_terminal_without_unicode() -> None:
     command = [sys.executable, "-m", "rpg_kernels.cli", "doctor"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "RPG_KERNELS_TEXT": "Ŵ"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = processes.run(*command, env=env)
     assert done.returncode == 0, done.stderr
     assert "RPG_KERNELS_TEXT     \\u0174" in done.stdout
 
