@@ -16,3 +16,7 @@ if not importlib.util.find_spec("triton"):
         for p in _KERNELS.glob("*.py")
         if p.name not in ("__init__.py", "rules.py", "config.py")
     ]
+# They run in processes of their own (tests/backends/triton/triton_process.py), which name them.
+collect_ignore += [
+    str(p) for p in (Path(__file__).parent / "tests/backends/triton/cases").iterdir()
+]
