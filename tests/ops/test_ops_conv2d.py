@@ -220,8 +220,8 @@ def test_accuracy(bank_dtype: torch.dtype, dtype: torch.dtype, limit: int) -> No
         assert t.dtype == wanted
     exact = dense_in(F64, weight, x, bias, dy)
     torchs = dense_in(dtype, weight, x, bias, dy)
-    if limit < 1 << 20:
-        # A tile is one output channel: with AVX2 torch's own convolution of one is three times less
+    if limit < 1 << 20 and dtype == torch.float32:
+        # A tile is one output channel: with AVX2 torch's own convolution of one is five times less
         # exact than of all (5.8e-6 against 1.2e-6), so that is what it is compared with.
         dense = weight.unpack().detach().to(dtype)
         one_by_one = [
