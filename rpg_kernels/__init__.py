@@ -15,10 +15,12 @@ from rpg_kernels.checkpoint import load, save
 from rpg_kernels.conversion import (
     attach,
     convert,
+    freeze,
     initialize,
     materialize,
     param_groups,
     summary,
+    unfreeze,
 )
 from rpg_kernels.explanation import explain
 from rpg_kernels.law.generator import Generator, TableGenerator
@@ -35,6 +37,7 @@ __all__ = [
     "backend",
     "convert",
     "explain",
+    "freeze",
     "functional",
     "initialize",
     "load",
@@ -44,4 +47,5 @@ __all__ = [
     "save",
     "scratch_limit",
     "summary",
+    "unfreeze",
 ]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 from torch import Tensor
 
 INT32_MAX = 2**31 - 1
+_INSIDE = ("rpg_kernels.", "torch.")  # modules whose lines a warning is not about
 
 
 def fail(argument: str, got: object, wanted: str) -> ValueError:
@@ -72,3 +76,12 @@ def granularity(value: object) -> int:
     if value & (value - 1):
         raise fail("granularity", value, "a power of two from 1 to 128")
     return value
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line that called into the package, or into torch, last."""
+    caller: FrameType | None = sys._getframe(1)
+    level = 2
+    while caller is not None and caller.f_globals.get("__name__", "").startswith(_INSIDE):
+        caller, level = caller.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rpg_kernels import _checks
+from rpg_kernels._wrappers import unwrap
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
 from rpg_kernels.ops import _library as lib
@@ -36,6 +37,7 @@ def explain(module: nn.Module, x: Tensor) -> dispatch.Explanation:
         >>> rpg.explain(layer, torch.randn(2, 8)).backend
         'reference'
     """
+    module = unwrap(module) if isinstance(module, nn.Module) else module
     if not isinstance(getattr(module, "rpg_operator", None), str):
         got = type(module).__name__
         raise TypeError(f"module: got {got}, wanted an rpg layer (rpg.nn.Linear, Conv2d, ...)")
@@ -67,7 +69,6 @@ class _UpToOperator(TorchDispatchMode):
 
 def _reached(module: nn.Module, x: Tensor) -> Call:
     """The operator call of ``module(x)``, checked."""
-    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps is not to be compiled
     try:
         with torch.no_grad(), _UpToOperator():  # type: ignore[no-untyped-call]
             module.forward(x)

@@ -16,6 +16,7 @@ from rpg_kernels.law.placement import Placement
 
 _MAX_DIMENSIONS = 64  # torch's; the product of thousands of sizes takes seconds
 _LONGEST_SCALE = len(repr(-2.2250738585072014e-308))
+DIGITS = "map_digits"  # the buffer of a bank that holds its map
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,7 @@ class BankMap:
 
     def record(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""
-        placements = [
-            {"start": p.start, "shape": list(p.shape), "scale": float(p.scale)}
-            for p in self.placements
-        ]
+        placements = [_placement(p) for p in self.placements]
         return {"generator": json.loads(self.generator.to_json()), "placements": placements}
 
     @classmethod
@@ -72,35 +70,50 @@ class BankMap:
         return cls(generator, tuple(placements))
 
     def to_tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        """As uint8 ``[bytes]``: compact JSON, then blanks.
+        """As float32 ``[digits]``: lines of JSON (generator, then layers), as hexadecimal digits.
 
-        The blanks make the length independent of the scales, since
-        ``torch.distributed.checkpoint`` loads into tensors of the same size only.
+        Digits from 0 to 15 survive what people do to whole state dicts: sums and divisions of
+        checkpoints, moving averages, casts to 16 bits. Blanks make the length independent of the
+        scales, since ``torch.distributed.checkpoint`` and others load into tensors of the same
+        size only.
         """
-        text = json.dumps(self.record(), separators=(",", ":"))
-        blanks = sum(_LONGEST_SCALE - len(repr(float(p.scale))) for p in self.placements)
-        return torch.tensor(list(text.encode() + b" " * blanks), dtype=torch.uint8, device=device)
+        lines = [self.generator.to_json()]
+        for p in self.placements:
+            scale = float(p.scale)
+            line = json.dumps(_placement(p), separators=(",", ":"))
+            lines.append(line + " " * (_LONGEST_SCALE - len(repr(scale))))
+        text = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
+        digits = torch.stack((text >> 4, text & 15), dim=1).flatten()
+        return digits.to(device, torch.float32)
 
     @classmethod
-    def from_tensor(cls, state: object) -> BankMap:
+    def from_tensor(cls, digits: object) -> BankMap:
         """The inverse of to_tensor; of any real dtype, since state dicts are cast as a whole.
 
         Raises:
             ValueError: not such a tensor.
         """
-        if not isinstance(state, Tensor):
-            raise _checks.fail("_extra_state", f"a {type(state).__name__}", "a tensor of bytes")
-        if state.is_meta or state.is_complex():
-            got = f"{state.dtype} on {state.device}"
-            raise _checks.fail("_extra_state", got, "bytes, not on meta")
+        if not isinstance(digits, Tensor):
+            raise _checks.fail(DIGITS, f"a {type(digits).__name__}", "a tensor of digits")
+        if digits.is_meta or digits.is_complex():
+            raise _checks.fail(DIGITS, f"{digits.dtype} on {digits.device}", "digits, not on meta")
         try:
-            values = state.detach().cpu().double().tolist()
-            data = bytes(map(int, values))
-            if list(data) != values:
-                raise ValueError("fractions")
-            record = parse_json(data)
+            values = digits.detach().cpu().double()
+            whole = values.round()
+            # What averaging leaves is far closer to a digit than this.
+            if not bool(((values - whole).abs() < 0.25).all() & (whole >= 0).all()):
+                raise ValueError("fractions or negative numbers")
+            if bool((whole > 15).any()) or whole.numel() % 2:
+                raise ValueError("numbers above 15, or an odd number of them")
+            high, low = whole.to(torch.uint8).reshape(-1, 2).unbind(1)
+            generator, *lines = bytes((high * 16 + low).tolist()).split(b"\n")
+            placements = [parse_json(line) for line in lines]
+            record = {"generator": parse_json(generator), "placements": placements}
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise ValueError(f"a map that cannot be read ({error})") from error
+            raise ValueError(
+                f"a map that cannot be read ({error}); of checkpoints that were summed without "
+                f"dividing, take {DIGITS} from one of them"
+            ) from error
         return cls.from_record(record)
 
     def difference(self, wanted: BankMap) -> str:
@@ -122,6 +135,10 @@ class BankMap:
                 if got != want:
                     return f"{name} of layer {ours.layer}: got {got}, wanted {want}"
         return ""
+
+
+def _placement(p: Placement) -> dict[str, Any]:
+    return {"start": p.start, "shape": list(p.shape), "scale": float(p.scale)}
 
 
 def _fields(record: object, *names: str) -> list[Any]:

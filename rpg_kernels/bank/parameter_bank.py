@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rpg_kernels import _checks
-from rpg_kernels._tensors import DTYPES, memory
-from rpg_kernels.bank.bank_map import BankMap
+from rpg_kernels._tensors import DTYPES
+from rpg_kernels.bank.bank_map import DIGITS
+from rpg_kernels.bank.bank_state import BankState, sha256_of
 from rpg_kernels.bank.config import PAPER_INIT_STD, ring_of
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.law import window as window_law
@@ -19,10 +18,9 @@ from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.law.placement import Placement
 
 DEFAULT_LAPS = 4
-EXTRA_STATE = "_extra_state"  # torch's suffix for what get_extra_state returns
 
 
-class ParameterBank(nn.Module):
+class ParameterBank(BankState):
     """The bank w of Ŵ = scale · G · w, and the list of which layer reads which segment of it.
 
     ``weight`` is a parameter ``[slots, granularity]``; a bank made by ``from_table`` also has
@@ -57,7 +55,6 @@ class ParameterBank(nn.Module):
     """
 
     weight: nn.Parameter
-    table: Tensor | None
 
     def __init__(
         self,
@@ -92,16 +89,15 @@ class ParameterBank(nn.Module):
         shape = (generator.slots, granularity)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=_floating(dtype)))
         self.register_buffer("table", None)
+        self.register_buffer(DIGITS, torch.empty(0, device=self.weight.device))
         self.reset_parameters()
 
     def _setup(
         self, generator: Generator | TableGenerator, requested_dof: int, init_std: float
     ) -> None:
-        super().__init__()
-        self.generator = generator
+        super().__init__(generator)
         self.requested_dof = requested_dof
         self.init_std = float(init_std)
-        self._placed: list[VirtualWeight] = []
         self._cursor = 0
         self.skipped: dict[str, str] = {}  # what convert left dense, and why
         self.residuals: dict[str, float] = {}  # of a least-squares start, per layer
@@ -140,13 +136,15 @@ class ParameterBank(nn.Module):
         if last >= weight.numel():
             raise _checks.fail("table", f"index {last}", f"indices below dof {weight.numel()}")
         generator = TableGenerator(
-            slots=weight.numel(), entries=table.numel(), sha256=_sha256(table)
+            slots=weight.numel(), entries=table.numel(), sha256=sha256_of(table)
         )
         bank = cls.__new__(cls)
         std = float(weight.detach().float().std(correction=0))
         bank._setup(generator, weight.numel(), std if std > 0 else PAPER_INIT_STD)
         bank.weight = nn.Parameter(weight.detach().clone().unsqueeze(1))
         bank.register_buffer("table", table.detach())
+        bank.register_buffer(DIGITS, torch.empty(0, device=weight.device))
+        bank.write_map()
         return bank
 
     @property
@@ -179,8 +177,10 @@ class ParameterBank(nn.Module):
         return None
 
     def reset_parameters(self) -> None:
-        """Draw the bank anew from N(0, init_std²)."""
+        """Draw the bank anew from N(0, init_std²); write its map, which has no memory on meta."""
         nn.init.normal_(self.weight, std=self.init_std)
+        self.write_map()
+        self.watch_for_other_rules()
 
     def place(self, shape: Sequence[int], *, scale: float = 1.0) -> VirtualWeight:
         """The next layer's virtual weight, on the next segment of the ring.
@@ -220,98 +220,10 @@ class ParameterBank(nn.Module):
             self._cursor = start + placement.matrix.span
         else:
             self._cursor = (start + placement.matrix.span) % generator.dof
+        self.map_changes()
         weight = VirtualWeight(self, placement)
         self._placed.append(weight)
         return weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x itself: a bank registered with an nn.Sequential is one of the modules it runs."""
-        return x
-
-    @property
-    def map(self) -> BankMap:
-        """What the values mean: the generator, and every layer's segment, shape and scale."""
-        return BankMap(self.generator, tuple(weight.placement for weight in self._placed))
-
-    def check(self, theirs: BankMap | None, table: object) -> None:
-        """Refuse values that would mean another network in this bank.
-
-        Args:
-            theirs: the map that the values were made for; None when nobody knows.
-            table: what is to replace ``bank.table``; that itself when nothing is.
-
-        Raises:
-            ValueError: another generator, other layers (scales may differ), or another table.
-        """
-        difference = "" if theirs is None else theirs.difference(self.map)
-        if difference:
-            raise ValueError(f"got values of another generating matrix or layers ({difference})")
-        if table is self.table or not isinstance(self.generator, TableGenerator):
-            return
-        wanted = f"a torch.int32 tensor [{self.generator.entries}]"
-        if not isinstance(table, Tensor):
-            raise _checks.fail("table", f"a {type(table).__name__}", wanted)
-        if table.dtype != torch.int32 or table.shape != (self.generator.entries,):
-            raise _checks.fail("table", f"{table.dtype} {list(table.shape)}", wanted)
-        # An index from elsewhere might lie beyond the bank; meta has no values to read.
-        if not table.is_meta and (got := _sha256(table)) != self.generator.sha256:
-            raise _checks.fail("table", f"sha256 {got}", self.generator.sha256)
-
-    def get_extra_state(self) -> Tensor:
-        """The map as uint8 ``[bytes]``, which state dicts hold beside the values.
-
-        A tensor, so that ``torch.load(weights_only=True)`` and safetensors take it; on the bank's
-        device, as tools that move whole state dicts expect, or on the CPU for a bank on meta.
-        """
-        device = self.weight.device
-        return self.map.to_tensor("cpu" if device.type == "meta" else device)
-
-    def set_extra_state(self, state: object) -> None:
-        """Take over the scales of a bank with the same map.
-
-        Raises:
-            ValueError: not what get_extra_state returns, or another map; nothing has changed.
-        """
-        theirs = BankMap.from_tensor(state)
-        self.check(theirs, self.table)
-        for weight, placement in zip(self._placed, theirs.placements, strict=True):
-            weight.rescale(placement.scale)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Refuse the values of another map before any changes; take scales only with values."""
-        key = prefix + EXTRA_STATE
-        # Without values of ours in the state dict its map does not concern this bank.
-        given = key in state_dict and f"{prefix}weight" in state_dict
-        try:
-            theirs = BankMap.from_tensor(state_dict[key]) if given else None
-            self.check(theirs, state_dict.get(f"{prefix}table", self.table))
-        except ValueError as error:
-            error_msgs.append(f"{prefix[:-1] or 'bank'}: {error}")
-            return
-        errors, incoming = len(error_msgs), state_dict
-        if key in state_dict:
-            # torch sets the extra state even when the values do not fit, so it gets our own.
-            state_dict = {**state_dict, key: self.get_extra_state()}
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
-        if given and len(error_msgs) == errors:
-            self.set_extra_state(incoming[key])
 
     def extra_repr(self) -> str:
         """dof (and what was asked for), then the generator."""
@@ -324,8 +236,3 @@ def _floating(dtype: torch.dtype | None, argument: str = "dtype") -> torch.dtype
     if dtype not in DTYPES:
         raise _checks.fail(argument, dtype, "float64, float32, bfloat16 or float16")
     return dtype
-
-
-def _sha256(table: Tensor) -> str:
-    host = table.detach().cpu().contiguous()
-    return hashlib.sha256(memory(host)).hexdigest()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rpg_kernels import _checks, settings
+from rpg_kernels.bank.tensor_like import TensorLike
 from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.law.placement import Placement, parse
 
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
     from rpg_kernels.bank.parameter_bank import ParameterBank
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class VirtualWeight:
+@dataclass(eq=False, repr=False)
+class VirtualWeight(TensorLike):
     """Ŵ = scale · G · w of one layer. Made by ``ParameterBank.place``.
 
-    Frozen, but for the scale, which follows a state dict that is loaded into the bank.
-
-    Not a tensor and not a module: an nn.Module may hold one without registering the bank.
+    Not a tensor, but it behaves as one where code expects ``layer.weight``: shape, dtype, device
+    and so on are there, ``F.linear``, ``F.conv2d``, ``F.embedding`` and ``matmul`` run the fused
+    operators, and whatever else is called with it gets Ŵ itself, unpacked and differentiable. In
+    place it can only be scaled, or given a standard deviation (``normal_``, ``uniform_``): the
+    values are the bank's. Not a module either, so an nn.Module may hold one without registering
+    the bank.
 
     Args:
         bank: what it reads; its generator must be the placement's.
@@ -40,6 +44,8 @@ class VirtualWeight:
         (torch.Size([8, 128]), 1024, torch.Size([3, 128]))
         >>> torch.equal(vw.narrow(0, 2, 3).unpack(), vw.unpack()[2:5])
         True
+        >>> (vw * 2).shape, vw.mul_(2).scale
+        (torch.Size([8, 128]), 1.0)
     """
 
     bank: ParameterBank
@@ -47,6 +53,8 @@ class VirtualWeight:
     root: VirtualWeight | None = None  # the whole weight, when this is a part of one
     text: str = field(init=False)  # the placement as JSON, made once
     shape: torch.Size = field(init=False)  # torch's shape of the (selected) weight
+    frozen: bool = field(init=False, default=False)  # no gradient goes into the bank from here
+    name: str = field(init=False, default="")  # of the layer, where it is known
 
     def __post_init__(self) -> None:
         if not isinstance(getattr(self.bank, "generator", None), Generator | TableGenerator):
@@ -56,8 +64,13 @@ class VirtualWeight:
             raise TypeError(f"placement: got a {got}, wanted a Placement")
         if self.placement.generator != self.bank.generator:
             raise _checks.fail("placement", self.placement.generator, str(self.bank.generator))
-        object.__setattr__(self, "shape", torch.Size(self.placement.selected_shape))
-        object.__setattr__(self, "text", self.placement.to_json())
+        self.shape = torch.Size(self.placement.selected_shape)
+        self.text = self.placement.to_json()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("bank", "placement", "root", "text", "shape") and name in self.__dict__:
+            raise AttributeError(f"{name}: a virtual weight's does not change; see rescale")
+        super().__setattr__(name, value)
 
     @property
     def spec(self) -> str:
@@ -94,15 +107,47 @@ class VirtualWeight:
         placement = self.placement.narrow(dim, start, length)
         return VirtualWeight(self.bank, placement, self.root or self)
 
+    def whole(self) -> VirtualWeight:
+        """The weight that this is a part of, or itself."""
+        return self.root or self
+
     def rescale(self, scale: float) -> None:
-        """Change the scale: what loading a state dict into the bank does, and nothing else should.
+        """Change the scale, and with it the standard deviation of the whole weight.
+
+        A state dict that is loaded into the bank does this, and so does an initialiser.
 
         Raises:
             TypeError, ValueError: not a finite number other than 0.
         """
-        placement = replace(self.placement, scale=scale)
-        object.__setattr__(self, "placement", placement)
-        object.__setattr__(self, "text", placement.to_json())
+        whole = self.whole()
+        placement = replace(whole.placement, scale=scale)
+        whole.bank.map_changes()
+        whole.set_placement(placement)
+
+    def set_placement(self, placement: Placement) -> None:
+        """The same place with another scale."""
+        self.__dict__.update(placement=placement, text=placement.to_json())
+
+    def detach(self) -> VirtualWeight:
+        """The same weight without a gradient."""
+        twin = VirtualWeight(self.bank, self.placement, self.root or self)
+        twin.frozen = True
+        return twin
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the bank gets a gradient through this weight."""
+        frozen = self.frozen or (self.root is not None and self.root.frozen)
+        return not frozen and any(p.requires_grad for p in self.bank.parameters())
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> VirtualWeight:
+        """Stop the gradient from here into the bank, or let it through again."""
+        self.frozen = not requires_grad
+        return self
 
     def unpack(self) -> Tensor:
         """Ŵ itself: torch's layout, scale included, the bank's dtype; differentiable."""
@@ -127,15 +172,19 @@ class VirtualWeight:
         return result
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
-        """What operators read: the bank's parameter, and its table or None.
+        """What operators read: the bank's values, and its table or None.
 
         Raises:
             RuntimeError: in forward-mode differentiation, where torch.library's derivatives are
                 silently dropped.
+            ValueError: the bank's values were replaced by those of another map.
         """
         if forward_ad._current_level >= 0:
             raise RuntimeError("forward-mode differentiation of rpg operators is not supported")
-        return self.bank.weight, self.bank.table
+        values = self.bank.read()
+        if self.frozen or (self.root is not None and self.root.frozen):
+            values = values.detach()
+        return values, self.bank.table
 
     def to_json(self) -> str:
         """The placement as one line of JSON, law version included; the bank's values are not."""

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rpg_kernels import _checks
-from rpg_kernels.bank.parameter_bank import EXTRA_STATE, ParameterBank
+from rpg_kernels._wrappers import plain_name, unwrap
+from rpg_kernels.bank.bank_map import DIGITS
+from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.checkpoint.file_format import METADATA, dtype_code
-from rpg_kernels.conversion.ownership import orphans
 from rpg_kernels.nn import VirtualLayer
 
-_COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
+EXTRA_STATE = "_extra_state"  # torch's suffix for what get_extra_state returns
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ def contents_of(model: nn.Module) -> Contents:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
-    plain = _unwrap(model)
-    lost = orphans(plain)
-    if lost:
-        wanted = "banks registered with the model; see rpg.attach"
-        raise _checks.fail("model", f"layers whose bank it does not own: {some(lost)}", wanted)
-    modules = [(_name(n), m) for n, m in plain.named_modules(remove_duplicate=False)]
+    plain = unwrap(model)
+    modules = [(plain_name(n), m) for n, m in plain.named_modules(remove_duplicate=False)]
     banks = {name: m for name, m in modules if isinstance(m, ParameterBank)}
+    registered = set(banks.values())
+    for name, module in plain.named_modules():  # and those that only layers hold
+        if isinstance(module, ParameterBank) and module not in registered:
+            banks[plain_name(name)] = module
     first_names = {id(bank): name for name, bank in reversed(banks.items())}
     layers: dict[str, list[Any]] = {}
     for name, module in modules:
@@ -55,9 +55,9 @@ def contents_of(model: nn.Module) -> Contents:
             place = weight.placement.layer, *map(list, weight.placement.selection)
             layers[name] = [first_names[id(weight.bank)], *place]
     contents = Contents(plain, {}, {}, banks, {}, layers)
-    maps = {join(name, EXTRA_STATE): name for name in banks}
+    maps = {join(name, DIGITS): name for name in banks}
     for key, value in plain.state_dict(keep_vars=True).items():
-        name = _name(key)
+        name = plain_name(key)
         if name in maps:
             contents.bank_keys[maps[name]] = key
         elif name in contents.keys or name == METADATA:
@@ -65,21 +65,6 @@ def contents_of(model: nn.Module) -> Contents:
         else:
             contents.keys[name], contents.tensors[name] = key, _savable(name, value)
     return contents
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, _COMPILED, None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def _name(key: str) -> str:
-    """A key without the parts that torch.compile puts into it."""
-    return ".".join(part for part in key.split(".") if part != _COMPILED)
 
 
 def join(module: str, key: str) -> str:

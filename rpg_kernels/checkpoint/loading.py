@@ -13,9 +13,8 @@ from rpg_kernels import _checks
 from rpg_kernels._json import parse_json
 from rpg_kernels._tensors import memory
 from rpg_kernels.bank.bank_map import BankMap
-from rpg_kernels.bank.parameter_bank import EXTRA_STATE
 from rpg_kernels.checkpoint import file_format
-from rpg_kernels.checkpoint.contents import Contents, contents_of, join, some, ties
+from rpg_kernels.checkpoint.contents import EXTRA_STATE, Contents, contents_of, join, some, ties
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -1,8 +1,18 @@
 """Whole models: conversion to virtual weights and back, summary, ownership of the bank."""
 
 from rpg_kernels.conversion.convert import convert
+from rpg_kernels.conversion.freezing import freeze, unfreeze
 from rpg_kernels.conversion.materialize import materialize
 from rpg_kernels.conversion.ownership import attach, initialize, param_groups
 from rpg_kernels.conversion.summary import summary
 
-__all__ = ["attach", "convert", "initialize", "materialize", "param_groups", "summary"]
+__all__ = [
+    "attach",
+    "convert",
+    "freeze",
+    "initialize",
+    "materialize",
+    "param_groups",
+    "summary",
+    "unfreeze",
+]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from collections.abc import Hashable
+from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rpg_kernels import _checks
+from rpg_kernels._wrappers import unwrap, unwrap_to_change
 from rpg_kernels.bank.config import RPGConfig, ring_of
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.scales import layer_std
 from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.conversion.kinds import counterpart, weight_of
 from rpg_kernels.conversion.least_squares import fit_bank
-from rpg_kernels.conversion.ownership import BANK_NAME
+from rpg_kernels.conversion.ownership import register
 from rpg_kernels.conversion.select import Filter, Selection, select
+from rpg_kernels.conversion.ties import tie_key
 from rpg_kernels.law import window as window_law
-from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
+from rpg_kernels.nn import VirtualLayer
+from rpg_kernels.nn.part import BANK_NAME
 
 INIT = ("random", "least_squares")
 MOST_LAPS = 4  # that convert chooses by itself
@@ -30,15 +34,18 @@ def convert(
 
     By default hidden layers are shared; the first and last layer, norms and biases stay as they
     are (paper, section 4). ``rpg.summary(model)`` lists both, with reasons. The bank becomes
-    ``model.rpg_bank``: one key of the state dict (of an nn.Sequential it is the last module, and
-    returns what it is given). The model may be on ``meta``: a model too large
-    to exist densely is converted there and then brought to life by ``rpg.initialize``.
+    ``model.rpg_bank``, which the state dict holds once, and the first child of the model; in an
+    nn.Sequential, whose children are its steps, the first virtual layer registers it. Plain
+    attributes of the layers travel. The model may be on ``meta``: a model too large to exist
+    densely is converted there and then brought to life by ``rpg.initialize``.
 
     Args:
-        model: any nn.Module that is not itself a layer.
+        model: any nn.Module that is not itself a layer; also inside torch.compile, DataParallel
+            or AveragedModel.
         config: size of the bank, granularity, reflect mode, windows, seed, scale rule.
         filter_fn: ``filter_fn(module, name) -> bool`` for every nn.Linear, nn.Conv2d and
-            nn.Embedding; None for the default rule.
+            nn.Embedding (and transformers' Conv1D); None for the default rule. A layer that was
+            asked for and cannot be shared is named in a warning.
         init: ``"random"``, or ``"least_squares"``: start from the bank that is nearest to the
             weights the model has. ``rpg.summary`` reports the relative residual per layer, which
             is large unless the bank is nearly as large as the model.
@@ -49,7 +56,8 @@ def convert(
     Raises:
         TypeError: model is itself a layer or a list of layers, or config is not an RPGConfig.
         ValueError: nothing to share, layers on several devices or in several dtypes, a model
-            that has a bank already, least squares on meta, more laps than the model compresses.
+            that has a bank already or that DistributedDataParallel or FSDP has taken over, least
+            squares on meta, more laps than the model compresses.
             The model is then unchanged.
 
     Example:
@@ -58,10 +66,11 @@ def convert(
         ...                     nn.Linear(64, 10))
         >>> net = convert(net, RPGConfig(dof=512))
         >>> [name for name, _ in net.named_parameters()]
-        ['0.weight', '0.bias', '2.bias', '4.weight', '4.bias', 'rpg_bank.weight']
+        ['0.weight', '0.bias', '2.bias', '2.rpg_bank.weight', '4.weight', '4.bias']
     """
     _check(model, config, filter_fn, init)
-    chosen = select(model, filter_fn)
+    plain = unwrap_to_change(model)
+    chosen = select(plain, filter_fn)
     if not chosen.shared:
         reasons = "; ".join(f"{name}: {why}" for name, why in chosen.skipped.items())
         raise _checks.fail("model", f"no layer to share ({reasons})", "at least one; see filter_fn")
@@ -72,16 +81,23 @@ def convert(
         residuals = fit_bank(
             bank,
             {
-                name: (virtual[name], cast(Tensor, m.weight), getattr(m, "padding_idx", None))
+                name: (virtual[name], weight_of(m), getattr(m, "padding_idx", None))
                 for name, m in chosen.shared.items()
             },
         )
-    layers = {id(m): _counterpart(m, virtual[n]) for n, m in chosen.shared.items()}
+        bank.trained()
+    layers = {id(m): counterpart(m, virtual[n]) for n, m in chosen.shared.items()}
     # Nothing has been changed up to here; nothing below can fail.
-    _replace(model, layers)
-    model.register_module(BANK_NAME, bank)
+    _replace(plain, layers)
+    register(plain, bank)
+    bank.write_map()
     bank.skipped = chosen.skipped
     bank.residuals = residuals
+    if chosen.refused:
+        said = "; ".join(f"{name}: {why}" for name, why in list(chosen.refused.items())[:5])
+        more = len(chosen.refused) - 5
+        said += f"; and {more} more, see rpg.summary" if more > 0 else ""
+        _checks.warn(f"not shared, though asked for: {said}")
     return model
 
 
@@ -91,32 +107,32 @@ def _check(model: nn.Module, config: RPGConfig, filter_fn: Filter | None, init: 
     if not isinstance(config, RPGConfig):
         raise TypeError(f"config: got a {type(config).__name__}, wanted an RPGConfig")
     _checks.choice("init", init, INIT)
-    if isinstance(model, nn.Linear | nn.Conv2d | nn.Embedding):
-        got = type(model).__name__
+    inner = unwrap(model)
+    if isinstance(inner, nn.Linear | nn.Conv2d | nn.Embedding):
+        got = type(inner).__name__
         raise TypeError(
             f"model: got a single {got}, which cannot be replaced in place; wanted a model that "
             f"contains it (or build rpg.nn.{got})"
         )
-    if isinstance(model, nn.ModuleList | nn.ModuleDict):
-        got = type(model).__name__
+    if isinstance(inner, nn.ModuleList | nn.ModuleDict):
+        got = type(inner).__name__
         raise TypeError(f"model: got a {got}, whose elements are layers; wanted a model around it")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: got a {type(filter_fn).__name__}, wanted a function or None")
     virtual = (ParameterBank, VirtualLayer)
-    if hasattr(model, BANK_NAME) or any(isinstance(m, virtual) for m in model.modules()):
+    if hasattr(inner, BANK_NAME) or any(isinstance(m, virtual) for m in model.modules()):
         raise _checks.fail("model", "a model that has a bank already", "a dense model")
 
 
 def _bank(chosen: Selection, config: RPGConfig, init: str) -> ParameterBank:
     """The shared bank, on the device and in the dtype that all shared layers have."""
-    weights = {name: module.weight for name, module in chosen.shared.items()}
+    weights = {name: weight_of(module) for name, module in chosen.shared.items()}
     for what in ("device", "dtype"):
         values = {str(getattr(w, what)): name for name, w in weights.items()}
         if len(values) > 1:
             got = ", ".join(f"{value} ({name})" for value, name in values.items())
             raise _checks.fail("model", f"layers of several {what}s: {got}", f"one {what}")
     first = next(iter(weights.values()))
-    assert isinstance(first, torch.Tensor)
     if init == "least_squares" and first.device.type == "meta":
         raise _checks.fail("init", "'least_squares' for a model on meta", "a model with weights")
     return ParameterBank(
@@ -143,7 +159,7 @@ def _laps(chosen: Selection, config: RPGConfig) -> int | None:
         return None
     slots, granularity = ring_of(config.dof, config.granularity)
     end = 0
-    for weight in {id(m.weight): cast(Tensor, m.weight) for m in chosen.shared.values()}.values():
+    for weight in {tie_key(w): w for w in map(weight_of, chosen.shared.values())}.values():
         _, end = window_law.place(weight.shape, granularity, end)
     dof = slots * granularity
     if config.laps is not None:
@@ -153,48 +169,19 @@ def _laps(chosen: Selection, config: RPGConfig) -> int | None:
 
 
 def _place(chosen: Selection, bank: ParameterBank, config: RPGConfig) -> dict[str, VirtualWeight]:
-    """A virtual weight per layer; layers with one parameter get one virtual weight."""
-    by_parameter: dict[int, VirtualWeight] = {}
+    """A virtual weight per layer; layers on one memory get one virtual weight."""
+    by_memory: dict[Hashable, VirtualWeight] = {}
     virtual = {}
     for name, module in chosen.shared.items():
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        if id(weight) not in by_parameter:
+        weight = weight_of(module)
+        key = tie_key(weight)
+        if key not in by_memory:
             lookup = isinstance(module, nn.Embedding)
             std = layer_std(config.scale, weight.shape, lookup=lookup, weight=weight)
-            by_parameter[id(weight)] = bank.place(tuple(weight.shape), scale=std / bank.init_std)
-        virtual[name] = by_parameter[id(weight)]
+            by_memory[key] = bank.place(tuple(weight.shape), scale=std / bank.init_std)
+            by_memory[key].name = name
+        virtual[name] = by_memory[key]
     return virtual
-
-
-def _counterpart(module: nn.Module, weight: VirtualWeight) -> VirtualLayer:
-    """The virtual layer with a dense layer's geometry, bias, and training mode."""
-    layer: VirtualLayer
-    if isinstance(module, nn.Linear):
-        layer = Linear(module.in_features, module.out_features, bias=False, virtual_weight=weight)
-    elif isinstance(module, nn.Embedding):
-        layer = Embedding(
-            module.num_embeddings,
-            module.embedding_dim,
-            padding_idx=module.padding_idx,
-            virtual_weight=weight,
-        )
-    else:
-        assert isinstance(module, nn.Conv2d)
-        layer = Conv2d(
-            module.in_channels,
-            module.out_channels,
-            cast(tuple[int, int], module.kernel_size),
-            cast(tuple[int, int], module.stride),
-            cast(tuple[int, int] | str, module.padding),
-            cast(tuple[int, int], module.dilation),
-            module.groups,
-            bias=False,
-            padding_mode=module.padding_mode,
-            virtual_weight=weight,
-        )
-    layer.bias = getattr(module, "bias", None)
-    return layer.train(module.training)
 
 
 def _replace(model: nn.Module, layers: dict[int, VirtualLayer]) -> None:
@@ -203,10 +190,3 @@ def _replace(model: nn.Module, layers: dict[int, VirtualLayer]) -> None:
         for key, child in list(parent._modules.items()):
             if child is not None and id(child) in layers:
                 parent._modules[key] = layers[id(child)]
-    for parent in model.modules():
-        if any(isinstance(child, VirtualLayer) for child in parent.modules()):
-            # torch's inference shortcuts read linear1.weight; these switches turn them off.
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                parent.activation_relu_or_gelu = 0
-            elif isinstance(parent, nn.TransformerEncoder):
-                parent.use_nested_tensor = False

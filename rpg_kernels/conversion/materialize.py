@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
 
 import torch
 from torch import nn
 
 from rpg_kernels.bank.parameter_bank import ParameterBank
-from rpg_kernels.conversion.select import HOOKS
-from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
+from rpg_kernels.conversion.kinds import dense_counterpart
+from rpg_kernels.nn import VirtualLayer
+from rpg_kernels.nn.part import BANK_NAME
 
 Key = tuple[int, str, int | None]  # bank, placement, row that a lookup masks
 
@@ -49,6 +49,8 @@ def materialize(model: nn.Module) -> nn.Module:
     if id(model) in dense:
         return dense[id(model)]
     for parent in list(model.modules()):
+        if isinstance(parent.__dict__.get(BANK_NAME), ParameterBank):
+            del parent.__dict__[BANK_NAME]
         for key, child in list(parent._modules.items()):
             if child is not None and id(child) in dense:
                 parent._modules[key] = dense[id(child)]
@@ -67,30 +69,4 @@ def _dense(layer: VirtualLayer, parameters: dict[Key, nn.Parameter]) -> nn.Modul
             if padding_idx is not None:
                 weight[padding_idx] = 0
             parameters[key] = nn.Parameter(weight, requires_grad=vw.bank.weight.requires_grad)
-    module: nn.Module
-    if isinstance(layer, Linear):
-        module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    elif isinstance(layer, Embedding):
-        module = nn.Embedding(
-            layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta"
-        )
-    else:
-        assert isinstance(layer, Conv2d)
-        module = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            bias=False,
-            padding_mode=cast(Any, layer.padding_mode),
-            device="meta",
-        )
-    module.weight = parameters[key]
-    if layer.bias is not None:
-        module.bias = layer.bias
-    for hooks in HOOKS:
-        setattr(module, hooks, getattr(layer, hooks))
-    return module.train(layer.training)
+    return dense_counterpart(layer, parameters[key])

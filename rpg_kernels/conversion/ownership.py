@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from rpg_kernels import _checks
+from rpg_kernels._wrappers import unwrap
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.nn import VirtualLayer
-
-BANK_NAME = "rpg_bank"
+from rpg_kernels.nn.part import BANK_NAME
 
 
 def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
     """Register a shared bank as ``model.rpg_bank``, for models built by hand.
 
-    Layers refer to their bank without registering it, so without this an optimiser, ``to`` and
-    ``state_dict`` would miss it.
+    Layers hold their bank without registering it: in ``parameters()`` and ``state_dict()`` it has
+    the name of the first layer that reads it, until this gives it one of its own.
 
     Args:
         model: the model whose layers read the bank.
@@ -35,18 +35,37 @@ def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
         >>> import rpg_kernels as rpg
         >>> bank = rpg.ParameterBank(dof=1024)
         >>> net = nn.Sequential(rpg.nn.Linear(64, 64, bank=bank), rpg.nn.Linear(64, 64, bank=bank))
-        >>> [name for name, _ in attach(net, bank).named_parameters()]
-        ['0.bias', '1.bias', 'rpg_bank.weight']
+        >>> attach(net, bank).rpg_bank is bank
+        True
     """
     _module(model)
     if not isinstance(bank, ParameterBank):
         raise TypeError(f"bank: got a {type(bank).__name__}, wanted a ParameterBank")
-    if any(module is bank for module in model.modules()):
+    plain = unwrap(model)
+    if any(module is bank for parent in plain.modules() for module in parent._modules.values()):
         return model
-    if getattr(model, BANK_NAME, bank) is not bank:
+    if getattr(plain, BANK_NAME, bank) is not bank:
         raise _checks.fail("model", f"a model with another {BANK_NAME}", "none, or the same bank")
-    model.register_module(BANK_NAME, bank)
+    register(plain, bank)
     return model
+
+
+def register(model: nn.Module, bank: ParameterBank) -> None:
+    """Make the bank the first child of the model, so that ``children()[:-1]`` drops the last layer.
+
+    The children of an nn.Sequential (list, dictionary) are its steps, and counted: there the first
+    layer that reads the bank registers it, and ``model.rpg_bank`` is a plain attribute.
+    """
+    readers = [
+        m for m in model.modules() if isinstance(m, VirtualLayer) and m.virtual_weight.bank is bank
+    ]
+    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict) and readers:
+        setattr(readers[0], BANK_NAME, bank)
+        model.__dict__[BANK_NAME] = bank
+        return
+    others = dict(model._modules)
+    model._modules.clear()
+    model._modules.update({BANK_NAME: bank, **others})
 
 
 def initialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
@@ -127,7 +146,7 @@ def param_groups(
         "weights", "no_decay"), without empty ones.
 
     Raises:
-        ValueError: a layer's bank is not registered with the model, so that it would not train.
+        TypeError: model is not an nn.Module.
 
     Example:
         >>> import rpg_kernels as rpg
@@ -137,11 +156,9 @@ def param_groups(
         [('bank', 1), ('weights', 2), ('no_decay', 3)]
     """
     _module(model)
-    lost = orphans(model)
-    if lost:
-        wanted = "banks registered with the model; see rpg.attach"
-        raise _checks.fail("model", f"layers whose bank it does not own: {lost}", wanted)
-    bank = [m.weight for m in model.modules() if isinstance(m, ParameterBank)]
+    # Not m.weight, which pruning and parametrisations compute from the parameter.
+    banks = [m for m in model.modules() if isinstance(m, ParameterBank)]
+    bank = list({id(p): p for m in banks for p in m.parameters()}.values())
     ids = {id(p) for p in bank}
     others = [p for p in model.parameters() if id(p) not in ids]
     groups = [
@@ -165,16 +182,6 @@ def param_groups(
         },
     ]
     return [group for group in groups if group["params"]]
-
-
-def orphans(model: nn.Module) -> list[str]:
-    """Names of rpg layers whose bank no module of the model registers."""
-    owned = {id(m) for m in model.modules() if isinstance(m, ParameterBank)}
-    return [
-        name or "(the model)"
-        for name, module in model.named_modules()
-        if isinstance(module, VirtualLayer) and id(module.virtual_weight.bank) not in owned
-    ]
 
 
 def _ties(model: nn.Module) -> list[list[str]]:

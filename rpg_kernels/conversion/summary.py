@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from rpg_kernels._wrappers import unwrap
 from rpg_kernels.bank.parameter_bank import ParameterBank
-from rpg_kernels.conversion.ownership import orphans
 from rpg_kernels.law.window import check_laps
 from rpg_kernels.nn import VirtualLayer
+from rpg_kernels.nn.part import BANK_NAME
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Summary:
     """What ``rpg.summary`` returns. Printable.
 
     ``virtual_weights`` counts tied weights once; ``unshared`` is the number of other trainable
-    parameters; ``orphans`` names layers whose bank the model does not own; ``idle`` says of which
-    banks a part is never read, because their windows have more laps than the model compresses.
+    parameters; ``idle`` says of which banks a part is never read, because their windows have more
+    laps than the model compresses.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -54,7 +55,6 @@ class Summary:
     dof: int
     virtual_weights: int
     unshared: int
-    orphans: tuple[str, ...]
     idle: tuple[str, ...] = ()
 
     @property
@@ -110,12 +110,6 @@ class Summary:
         if self.skipped:
             lines.append("not shared:")
             lines += [f"  {name or '(the model)'}: {why}" for name, why in self.skipped.items()]
-        if self.orphans:
-            lines.append(
-                "WARNING: no module of this model owns the bank of "
-                + ", ".join(self.orphans)
-                + "; an optimiser would miss it (rpg.attach registers a bank)"
-            )
         return "\n".join(lines)
 
 
@@ -139,6 +133,7 @@ def summary(model: nn.Module) -> Summary:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
+    model = unwrap(model)
     banks: dict[int, ParameterBank] = {}
     seen: dict[tuple[int, str], str] = {}
     layers = []
@@ -147,9 +142,10 @@ def summary(model: nn.Module) -> Summary:
     for name, module in model.named_modules():
         if isinstance(module, ParameterBank):
             banks.setdefault(id(module), module)
-            prefix = name.rpartition(".")[0] + "." if "." in name else ""
-            skipped.update({prefix + key: why for key, why in module.skipped.items()})
-            residuals.update({prefix + key: value for key, value in module.residuals.items()})
+        elif (bank := _converted(module)) is not None:
+            prefix = f"{name}." if name else ""
+            skipped.update({prefix + key: why for key, why in bank.skipped.items()})
+            residuals.update({prefix + key: value for key, value in bank.residuals.items()})
     for name, module in model.named_modules():
         if not isinstance(module, VirtualLayer):
             continue
@@ -170,9 +166,16 @@ def summary(model: nn.Module) -> Summary:
             for p in model.parameters()
             if p.requires_grad and id(p) not in parameters and not is_lazy(p)
         ),
-        orphans=tuple(orphans(model)),
         idle=tuple(filter(None, map(_idle, banks.values()))),
     )
+
+
+def _converted(module: nn.Module) -> ParameterBank | None:
+    """The bank that ``convert`` or ``attach`` gave to a model."""
+    if isinstance(module, VirtualLayer):
+        return None
+    bank = module.__dict__.get(BANK_NAME, module._modules.get(BANK_NAME))
+    return bank if isinstance(bank, ParameterBank) else None
 
 
 def _idle(bank: ParameterBank) -> str:

@@ -132,9 +132,11 @@ def load_resnet(
             channels, out, kernel[0], stride, padding, bias=False, virtual_weight=weight
         )
         setattr(model.get_submodule(parent), child, virtual)
-    # The model has no memory of its own yet, so it takes over the copies.
-    model.load_state_dict({name: value.clone() for name, value in values.items()}, assign=True)
     attach(model, bank)
+    # The model has no memory of its own yet, so it takes over the copies. The names were checked,
+    # and the bank is there already.
+    copies = {name: value.clone() for name, value in values.items()}
+    model.load_state_dict(copies, strict=False, assign=True)
     return model
 
 

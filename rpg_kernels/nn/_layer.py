@@ -3,30 +3,86 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from rpg_kernels import _checks
+from rpg_kernels import _checks, torch_functions
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels.bank.config import RPGConfig
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.scales import layer_std
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.law.geometry import VirtualMatrix
+from rpg_kernels.nn.part import BANK_NAME, HoldsBank
+
+assert torch_functions  # importing it teaches torch's functions about virtual weights
 
 
-class VirtualLayer(nn.Module):
+class VirtualLayer(HoldsBank):
     """Base of the layers: holds a VirtualWeight, which holds the bank unregistered.
 
     The bank is registered once, by the model: as ``model.rpg_bank`` by ``convert`` and ``attach``.
     A layer made without a bank owns a private one, registered as ``layer.rpg_bank``.
+
+    ``layer.weight`` is the virtual weight, which behaves as a tensor where code expects one. A
+    virtual weight of the same shape may be assigned to it: that ties. A parameter may be assigned
+    where no other layer can be affected, in a copy of the layer or one with a bank of its own: it
+    is then an ordinary dense layer.
     """
 
     rpg_operator: ClassVar[str]
-    virtual_weight: VirtualWeight
+    dense_type: ClassVar[type[nn.Module]]
     bias: nn.Parameter | None
+
+    @property
+    def weight(self) -> Any:
+        """The virtual weight."""
+        return self.virtual_weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._take_weight("weight", value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "virtual_weight" in self.__dict__:
+            self._take_weight(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise AttributeError("weight: a virtual layer's cannot be deleted")
+        super().__delattr__(name)
+
+    def _take_weight(self, name: str, value: object) -> None:
+        """``layer.weight = value``."""
+        old = self.virtual_weight
+        shape = list(old.shape)
+        if isinstance(value, VirtualWeight):
+            if value.shape != old.shape:
+                got = f"a virtual weight {list(value.shape)}"
+                raise _checks.fail("weight", got, f"one of shape {shape}")
+            self.virtual_weight = value
+            return
+        if isinstance(value, nn.Parameter) and (self.alone or old.bank.layers == 1):
+            if value.shape != old.shape:
+                got = f"a parameter {list(value.shape)}"
+                raise _checks.fail("weight", got, f"one of shape {shape}")
+            del self.virtual_weight
+            self.__dict__.pop("alone", None)
+            self._modules.pop(BANK_NAME, None)
+            self.__class__ = self.dense_type  # type: ignore[assignment]
+            setattr(self, name, value)
+            return
+        raise TypeError(
+            f"weight: got a {type(value).__name__}, but this layer ({old.name or old!r}) reads its "
+            "weight from a bank that other layers read too. To tie it, assign another rpg "
+            "layer's weight; to give it values of its own, put a torch.nn layer in its place "
+            "(rpg.materialize makes one, of a layer or of a whole model); to start a bank from "
+            "given values, rpg.convert(..., init='least_squares')"
+        )
 
     def _place(
         self,
@@ -63,7 +119,7 @@ class VirtualLayer(nn.Module):
             raise TypeError(f"bank: got a {type(bank).__name__}, wanted a ParameterBank or None")
         if bank is None:
             bank = _private_bank(shape, device, dtype)
-            self.rpg_bank = bank
+            setattr(self, BANK_NAME, bank)
         if isinstance(scale, str):
             scale = layer_std(scale, shape, lookup=lookup) / bank.init_std
         self.virtual_weight = bank.place(shape, scale=scale)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpg_kernels import _checks, functional
 from rpg_kernels.bank.parameter_bank import ParameterBank
@@ -12,11 +14,12 @@ from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.functional import Pair, pair
 from rpg_kernels.law.geometry import MAX_ROWS
 from rpg_kernels.nn._layer import VirtualLayer
+from rpg_kernels.nn.part import as_leaf, is_traced
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-class Conv2d(VirtualLayer):
+class Conv2d(VirtualLayer, nn.Conv2d):  # type: ignore[misc]
     """torch.nn.Conv2d with a virtual weight ``[out, in/groups, kh, kw]``.
 
     Args:
@@ -39,6 +42,7 @@ class Conv2d(VirtualLayer):
     """
 
     rpg_operator = "conv2d"
+    dense_type = nn.Conv2d
 
     def __init__(
         self,
@@ -58,7 +62,7 @@ class Conv2d(VirtualLayer):
         scale: float | str = "match",
         virtual_weight: VirtualWeight | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         _checks.integer("in_channels", in_channels, 1, MAX_ROWS)
         _checks.integer("out_channels", out_channels, 1, MAX_ROWS)
         _checks.integer("groups", groups, 1, MAX_ROWS)
@@ -72,11 +76,13 @@ class Conv2d(VirtualLayer):
         self.padding = padding if isinstance(padding, str) else pair("padding", padding)
         self.dilation = pair("dilation", dilation, 1)
         self.groups = groups
-        self.padding_mode = _checks.choice("padding_mode", padding_mode, PADDING_MODES)
+        self.padding_mode = cast(Any, _checks.choice("padding_mode", padding_mode, PADDING_MODES))
         if isinstance(self.padding, str):
             _checks.choice("padding", self.padding, ("same", "valid"))
             if self.padding == "same" and self.stride != (1, 1):
                 raise _checks.fail("stride", self.stride, "1 with padding='same'")
+        self.transposed, self.output_padding = False, (0, 0)
+        self._reversed_padding_repeated_twice = self._explicit_padding()
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self._place(shape, bank, virtual_weight, scale, device, dtype)
         if bias:
@@ -87,12 +93,15 @@ class Conv2d(VirtualLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` or ``[C, H, W]`` -> the same with out channels and H', W'."""
+        if is_traced(x):
+            return cast(Tensor, as_leaf(self, x))
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._explicit_padding(), mode=self.padding_mode)
             padding = (0, 0)
+        stride, dilation = cast(Any, self.stride), cast(Any, self.dilation)
         return functional.conv2d(
-            x, self.virtual_weight, self.bias, self.stride, padding, self.dilation, self.groups
+            x, self.virtual_weight, self.bias, stride, cast(Any, padding), dilation, self.groups
         )
 
     def _explicit_padding(self) -> list[int]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpg_kernels import _checks, functional
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.law.geometry import MAX_ROWS
 from rpg_kernels.nn._layer import VirtualLayer
+from rpg_kernels.nn.part import as_leaf, is_traced
 
 
-class Embedding(VirtualLayer):
+class Embedding(VirtualLayer, nn.Embedding):
     """Rows of Ŵ: torch.nn.Embedding with a virtual weight ``[num_embeddings, embedding_dim]``.
 
     Args:
@@ -34,6 +37,7 @@ class Embedding(VirtualLayer):
     """
 
     rpg_operator = "embedding"
+    dense_type = nn.Embedding
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class Embedding(VirtualLayer):
         scale: float | str = "match",
         virtual_weight: VirtualWeight | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         _checks.integer("num_embeddings", num_embeddings, 1, MAX_ROWS)
         _checks.integer("embedding_dim", embedding_dim, 1, MAX_ROWS)
         self.num_embeddings = num_embeddings
@@ -56,12 +60,16 @@ class Embedding(VirtualLayer):
             low, high = -num_embeddings, num_embeddings - 1
             padding_idx = _checks.integer("padding_idx", padding_idx, low, high) % num_embeddings
         self.padding_idx = padding_idx
+        self.max_norm, self.norm_type = None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
         shape = (num_embeddings, embedding_dim)
         self._place(shape, bank, virtual_weight, scale, device, dtype, lookup=True)
         self.register_parameter("bias", None)
 
     def forward(self, indices: Tensor) -> Tensor:
         """int32 or int64 of any shape -> ``[*indices.shape, embedding_dim]``."""
+        if is_traced(indices):
+            return cast(Tensor, as_leaf(self, indices))
         return functional.embedding(indices, self.virtual_weight, self.padding_idx)
 
     def extra_repr(self) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rpg_kernels import _checks, functional
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.law.geometry import MAX_ROWS
 from rpg_kernels.nn._layer import VirtualLayer
+from rpg_kernels.nn.part import as_leaf, is_traced
 
 
-class Linear(VirtualLayer):
+class Linear(VirtualLayer, nn.Linear):  # type: ignore[misc]
     """y = x · Ŵᵀ + bias: torch.nn.Linear with a virtual weight ``[out_features, in_features]``.
 
     Args:
@@ -36,6 +39,7 @@ class Linear(VirtualLayer):
     """
 
     rpg_operator = "linear"
+    dense_type = nn.Linear
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class Linear(VirtualLayer):
         scale: float | str = "match",
         virtual_weight: VirtualWeight | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         _checks.integer("in_features", in_features, 1, MAX_ROWS)
         _checks.integer("out_features", out_features, 1, MAX_ROWS)
         self.in_features = in_features
@@ -64,6 +68,8 @@ class Linear(VirtualLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
+        if is_traced(x):
+            return cast(Tensor, as_leaf(self, x))
         return functional.linear(x, self.virtual_weight, self.bias)
 
     def extra_repr(self) -> str:

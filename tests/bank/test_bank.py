@@ -173,13 +173,13 @@ def test_moves_and_casts_reach_placed_weights() -> None:
 
 def test_state_dict_has_values_and_map() -> None:
     bank = rpg.ParameterBank(640, granularity=16)
-    assert list(bank.state_dict()) == ["weight", "_extra_state"]
+    assert list(bank.state_dict()) == ["weight", "map_digits"]
     other = rpg.ParameterBank(640, granularity=16)
     other.load_state_dict(bank.state_dict())
     a, b = bank.place((9, 32)), other.place((9, 32))
     assert torch.equal(a.unpack(), b.unpack())
     table = brute.table_bank(10, 20)
-    assert set(table.state_dict()) == {"weight", "table", "_extra_state"}
+    assert set(table.state_dict()) == {"weight", "table", "map_digits"}
 
 
 def test_deepcopy_has_values_of_its_own_and_goes_on_placing() -> None:

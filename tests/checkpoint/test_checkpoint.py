@@ -57,15 +57,14 @@ def test_the_metadata(path: Path) -> None:
     assert all(type(value) is str for value in metadata.values())
     assert metadata["rpg_format"] == "1"
     assert metadata["rpg_version"] == rpg.__version__
-    extra = bytes(model.state_dict()["rpg_bank._extra_state"].tolist())
-    assert json.loads(metadata["rpg_banks"]) == {"rpg_bank": json.loads(extra)}
+    assert json.loads(metadata["rpg_banks"]) == {"rpg_bank": model.rpg_bank.map.record()}
     assert json.loads(metadata["rpg_layers"]) == {
         "conv": ["rpg_bank", 0, [0, 16], [0, 8]],
         "mix": ["rpg_bank", 1, [0, 16], [0, 16]],
     }
     assert json.loads(metadata["rpg_aliases"]) == {"head.weight": "embed.weight"}
     assert metadata["rpg_sha256"] == digest(header, data)
-    assert not [name for name in header if "extra_state" in name or "passing" in name]
+    assert not [name for name in header if "map_digits" in name or "passing" in name]
 
 
 def test_the_digest_does_not_depend_on_the_order_in_the_file(path: Path) -> None:
@@ -88,7 +87,7 @@ def test_the_library_reads_it(path: Path) -> None:
     rpg.save(model, path)
     state = load_file(path)
     missing, unexpected = other.load_state_dict(state, strict=False)
-    assert (missing, unexpected) == (["head.weight", "rpg_bank._extra_state"], [])
+    assert (missing, unexpected) == (["rpg_bank.map_digits", "head.weight"], [])
     assert torch.equal(other(*inputs()), model(*inputs()))
 
 

@@ -321,12 +321,12 @@ def test_a_forged_table_never_reads_beyond_the_bank(path: Path) -> None:
         return rpg.attach(nn.Sequential(layer), bank)
 
     def beyond(header: dict[str, Any], data: bytearray) -> None:
-        begin = header["rpg_bank.table"]["data_offsets"][0]
+        begin = header["0.rpg_bank.table"]["data_offsets"][0]
         data[begin : begin + 4] = (2**30).to_bytes(4, "little")
 
     rpg.save(make(), path)
     rpg.load(make(), path)
-    forge(path, lambda h, d: h["rpg_bank.table"].update(dtype="F32"))
+    forge(path, lambda h, d: h["0.rpg_bank.table"].update(dtype="F32"))
     refused(path, r"rpg_bank: table: got torch\.float32 \[6\]", make())
     rpg.save(make(), path)
     forge(path, beyond)
@@ -368,8 +368,10 @@ def test_layers_registered_in_another_order(path: Path) -> None:
 
     def make(first: str, second: str) -> nn.Module:
         bank = rpg.ParameterBank(dof=64, granularity=8)
-        layers = {name: rpg.nn.Linear(8, 8, bank=bank) for name in (first, second)}
-        return rpg.attach(nn.ModuleDict(layers), bank)
+        model = nn.Module()
+        for name in (first, second):
+            model.add_module(name, rpg.nn.Linear(8, 8, bank=bank))
+        return rpg.attach(model, bank)
 
     rpg.save(make("query", "key"), path)
     refused(path, r"key: got \['rpg_bank', 1.*, wanted \['rpg_bank', 0", make("key", "query"))

@@ -153,10 +153,6 @@ def holding(name: str, tensor: Any) -> nn.Module:
     return model
 
 
-def lost_bank() -> nn.Module:
-    return nn.Sequential(rpg.nn.Linear(4, 4, bank=rpg.ParameterBank(dof=64)))
-
-
 def wrapped_tensor() -> nn.Module:
     two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
     return holding("x", two_tensor.TwoTensor(torch.ones(2), torch.ones(2)))
@@ -168,7 +164,6 @@ BAD: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: holding("x", torch.zeros(2, dtype=torch.complex128)), "x: got .*complex128"),
     (lambda: holding("__metadata__", torch.zeros(2)), "model: got .*__metadata__"),
     (wrapped_tensor, "x: got a TwoTensor, wanted a plain tensor"),
-    (lost_bank, r"model: got layers whose bank it does not own: 0, .*rpg\.attach"),
 ]
 
 

@@ -59,7 +59,7 @@ def test_virtual_weights_are_exactly_the_papers(name: str) -> None:
     assert kept == ["conv1", "fc"]
     dense_keys = torchvision_keys(DEPTHS[name])
     gone = {f"{n}.weight" for n in shared}
-    bank_keys = {"rpg_bank.weight", "rpg_bank._extra_state"}
+    bank_keys = {"rpg_bank.weight", "rpg_bank.map_digits"}
     assert set(model.state_dict()) == {k for k in dense_keys if k not in gone} | bank_keys
 
 

@@ -29,13 +29,13 @@ def hand_built() -> tuple[nn.Module, rpg.ParameterBank]:
 
 def test_attach_makes_the_bank_part_of_the_model() -> None:
     model, bank = hand_built()
-    assert "rpg_bank.weight" not in model.state_dict()
     assert rpg.attach(model, bank) is model
     assert rpg.attach(model, bank) is model, "a second time is allowed"
     assert model.rpg_bank is bank
     assert [k for k in model.state_dict() if "bank" in k] == [
-        "rpg_bank.weight", "rpg_bank._extra_state",
+        "1.rpg_bank.weight", "1.rpg_bank.map_digits",
     ]  # fmt: skip
+    assert [name for name, _ in model.named_modules() if "bank" in name] == ["1.rpg_bank"]
     assert sum(p is bank.weight for p in model.parameters()) == 1
     model.double()
     assert model(torch.randn(2, 8, dtype=torch.float64)).dtype == torch.float64
@@ -107,11 +107,11 @@ def test_group_defaults_and_private_banks() -> None:
     assert [g["name"] for g in dense] == ["weights", "no_decay"]
 
 
-def test_groups_of_a_model_with_orphans_are_refused() -> None:
+def test_groups_know_a_bank_that_only_layers_hold() -> None:
     model, bank = hand_built()
-    with pytest.raises(ValueError, match=r"model: got layers whose bank.*\['1', '3'\].*rpg.attach"):
-        rpg.param_groups(model, lr=0.1)
-    rpg.param_groups(rpg.attach(model, bank), lr=0.1)
+    for net in (model, rpg.attach(model, bank)):
+        groups = rpg.param_groups(net, lr=0.1)
+        assert [p is bank.weight for p in groups[0]["params"]] == [True]
     with pytest.raises(TypeError, match=r"model: got an? int, wanted an nn\.Module"):
         rpg.param_groups(3, lr=0.1)  # type: ignore[arg-type]
 
@@ -152,7 +152,7 @@ def test_initialize_refuses_a_model_that_is_alive() -> None:
     model = rpg.convert(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), CONFIG)
     model[0].to("meta")
     before = model.rpg_bank.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"model: got tensors in .*'rpg_bank'"):
+    with pytest.raises(ValueError, match=r"model: got tensors in .*'1\.rpg_bank'"):
         rpg.initialize(model)
     assert model[0].weight.is_meta
     assert torch.equal(model.rpg_bank.weight, before)
@@ -216,7 +216,7 @@ def test_a_model_too_large_to_exist_converts_initialises_and_runs_in_part() -> N
     assert record.layers[39].laps == pytest.approx(4096)
     rpg.initialize(model)
     state = model.state_dict()
-    assert state.pop("rpg_bank._extra_state").numel() < 40 * 100
+    assert state.pop("0.rpg_bank.map_digits").numel() < 40 * 200
     assert sum(t.numel() for t in state.values()) == (1 << 20) + 40 * width
     x = torch.randn(2, width)
     weight = model[39].virtual_weight.narrow(0, 65_500, 36)
@@ -262,7 +262,7 @@ def test_initialize_refuses_a_table_which_no_reset_can_restore() -> None:
     weight = bank.place((2, 2))
     layer = rpg.nn.Linear(2, 2, bias=False, virtual_weight=weight)
     net = rpg.attach(nn.Sequential(layer), bank).to("meta")
-    with pytest.raises(ValueError, match=r"model: got rpg_bank.*table is data"):
+    with pytest.raises(ValueError, match=r"model: got 0.rpg_bank.*table is data"):
         rpg.initialize(net)
     assert bank.weight.device.type == "meta"
 

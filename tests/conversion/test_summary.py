@@ -55,7 +55,6 @@ def test_counts_segments_laps_scale_and_std() -> None:
     dense = 3 * 16 * 9 + 16 + 2 * 16 + 32 + 10 + 32 * 24 + 24
     assert record.unshared == dense
     assert set(record.skipped) == {"stem", "norm", "head"}
-    assert record.orphans == ()
 
 
 def test_unshared_counts_what_trains() -> None:
@@ -127,18 +126,6 @@ def test_a_bank_as_large_as_the_model_is_said() -> None:
     check(100, 1, (33, 5), (8, 8))
     check(128, 64, (8, 1), (64, 1), (8, 7))  # the second begins at 64, the third wraps to 0
     check(192, 64, (8, 1), (64, 1), (8, 7))
-
-
-def test_orphans_are_flagged() -> None:
-    bank = rpg.ParameterBank(dof=64, granularity=8)
-    model = nn.Sequential(rpg.nn.Linear(8, 8, bank=bank), rpg.nn.Linear(8, 8))
-    record = rpg.summary(model)
-    assert record.orphans == ("0",)
-    assert "WARNING: no module of this model owns the bank of 0; an optimiser" in str(record)
-    rpg.attach(model, bank)
-    assert rpg.summary(model).orphans == ()
-    alone = rpg.nn.Linear(8, 8, bank=bank)
-    assert rpg.summary(alone).orphans == ("(the model)",)
 
 
 def test_a_dense_model_and_a_model_on_meta() -> None:

@@ -150,7 +150,7 @@ def test_stored_padding_idx_is_counted_from_the_start() -> None:
 ])  # fmt: skip
 def test_a_private_bank_is_registered_and_shares_nothing(make: Any) -> None:
     layer = make(dtype=DOUBLE)
-    assert list(layer.state_dict()) == ["rpg_bank.weight", "rpg_bank._extra_state"]
+    assert list(layer.state_dict()) == ["rpg_bank.weight", "rpg_bank.map_digits"]
     bank = layer.virtual_weight.bank
     assert bank is layer.rpg_bank
     assert bank.dof >= layer.virtual_weight.numel()
@@ -172,7 +172,12 @@ def test_a_shared_bank_is_not_registered_by_its_layers() -> None:
         rpg.nn.Conv2d(8, 4, 3, bank=bank),
         rpg.nn.Embedding(5, 16, bank=bank),
     ]
-    assert [list(layer.state_dict()) for layer in layers] == [["bias"], ["bias"], []]
+    assert not any(layer._modules for layer in layers)
+    keys = ["rpg_bank.weight", "rpg_bank.map_digits"]  # of a layer by itself
+    assert [list(layer.state_dict()) for layer in layers] == [["bias", *keys]] * 2 + [keys]
+    assert [name for name, _ in nn.Sequential(*layers).named_parameters()] == [
+        "0.bias", "0.rpg_bank.weight", "1.bias",
+    ]  # fmt: skip
     assert [layer.virtual_weight.placement.layer for layer in layers] == [0, 1, 2]
     assert bank.layers == 3
     starts = [layer.virtual_weight.placement.start for layer in layers]

@@ -65,12 +65,12 @@ def test_the_state_dict_has_one_tensor_for_all_virtual_weights_and_their_map() -
     model = build()
     dense = list(Net().state_dict())
     gone = {"conv.weight", "embed.weight", "mix.weight"}
-    bank = ["rpg_bank.weight", "rpg_bank._extra_state"]
-    assert list(model.state_dict()) == [*(k for k in dense if k not in gone), *bank]
+    bank = ["rpg_bank.weight", "rpg_bank.map_digits"]
+    assert list(model.state_dict()) == [*bank, *(k for k in dense if k not in gone)]
     assert model.state_dict()["rpg_bank.weight"].shape == (32, 8)
-    extra = model.state_dict()["rpg_bank._extra_state"]
-    assert (extra.dtype, extra.dim()) == (torch.uint8, 1)
-    assert extra.numel() < 150 + 3 * 80
+    digits = model.state_dict()["rpg_bank.map_digits"]
+    assert (digits.dtype, digits.dim()) == (torch.float32, 1)
+    assert digits.numel() < 2 * (150 + 3 * 80)
 
 
 def test_save_and_load_with_weights_only(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_a_bank_of_another_size_is_refused_and_changes_no_bank() -> None:
     small, large = build(dof=128), build(dof=256)
     before = large.rpg_bank.weight.detach().clone()
-    bare = {k: v for k, v in small.state_dict().items() if "_extra_state" not in k}
+    bare = {k: v for k, v in small.state_dict().items() if "map_digits" not in k}
     refusals = ((small.state_dict(), "slots: got 16, wanted 32"), (bare, "size mismatch"))
     for state, message in refusals:
         for strict in (True, False):

@@ -11,12 +11,12 @@ import pytest
 import rpg_kernels
 
 ROOT = Path(rpg_kernels.__file__).parent
-BASE = {"_checks", "_extras", "_json", "_tensors", "_version"}
+BASE = {"_checks", "_extras", "_json", "_tensors", "_version", "_wrappers"}
 LAW = BASE | {"law"}
 BANK = LAW | {"bank", "settings"}
 BACKENDS = LAW | {"native", "settings", "backends"}
 FUNCTIONAL = BANK | {"functional", "ops"}
-NN = FUNCTIONAL | {"nn"}
+NN = FUNCTIONAL | {"nn", "torch_functions"}
 MODELS = NN | {"conversion"}
 MAY = {
     **dict.fromkeys(BASE, BASE),
@@ -27,6 +27,7 @@ MAY = {
     "backends": BACKENDS,
     "ops": BACKENDS | {"ops"},
     "functional": FUNCTIONAL,
+    "torch_functions": FUNCTIONAL | {"torch_functions"},
     "nn": NN,
     "explanation": BACKENDS | {"ops"},
     "conversion": MODELS,

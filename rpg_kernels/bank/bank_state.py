@@ -1,0 +1,268 @@
+"""What a bank is to torch's tools: a module whose values are read, moved, saved, loaded, copied.
+
+The map, which says what the values mean, travels with them as the buffer ``map_digits``. The
+objects of this package stay the truth: the buffer is written from them, and whatever else has
+appeared in it (a tool that sets tensors one by one has loaded a checkpoint) is checked before the
+values are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rpg_kernels import _checks
+from rpg_kernels._tensors import memory
+from rpg_kernels.bank import optimisers, other_rules
+from rpg_kernels.bank.bank_map import DIGITS, BankMap
+from rpg_kernels.law.generator import Generator, TableGenerator
+
+if TYPE_CHECKING:
+    from rpg_kernels.bank.virtual_weight import VirtualWeight
+
+
+class BankState(nn.Module):
+    """Base of ParameterBank: its values and their map in state dicts, copies and moves."""
+
+    weight: nn.Parameter
+    table: Tensor | None
+    init_std: float
+
+    def __init__(self, generator: Generator | TableGenerator) -> None:
+        super().__init__()
+        self.generator = generator
+        self._placed: list[VirtualWeight] = []
+        self._digits: Tensor | None = None  # the map as text, on the CPU; None when it has changed
+        self._written: Tensor | None = None  # the buffer that was written from it
+        self._seen: Tensor | None = None  # another one that was found to say the same
+        self._lent = ""  # the prefix under which a layer has put this bank into a state dict
+        self._unpacked: set[int] = set()  # layers of which it was said
+        self._loading: list[str] | None = None  # the call of load_state_dict that came by last
+        self._untrained: int | None = None  # version of the values, until something trains them
+        optimisers.watch(self)
+
+    @property
+    def map(self) -> BankMap:
+        """What the values mean: the generator, and every layer's segment, shape and scale."""
+        return BankMap(self.generator, tuple(weight.placement for weight in self._placed))
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        """The values; or x itself, as a step of an nn.Sequential made from a model's children."""
+        return self.weight if x is None else x
+
+    def read(self) -> Tensor:
+        """The values, for an operator: those that hooks on this module give, when it has any.
+
+        Pruning computes ``weight`` in such a hook, and accelerate fetches it from elsewhere.
+
+        Raises:
+            ValueError: the values were replaced by those of another map.
+        """
+        if not torch.compiler.is_compiling():
+            digits = self._buffers[DIGITS]
+            if digits is not self._written and digits is not self._seen:
+                self._look_at_map()
+            if self._untrained is not None:
+                self._untrained = other_rules.look_at(self)
+        if self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__:
+            values: Tensor = self()
+            return values
+        return self.weight
+
+    def watch_for_other_rules(self) -> None:
+        """From now until something trains the values, notice when they are drawn anew."""
+        self._untrained = other_rules.version_of(self)
+
+    def trained(self) -> None:
+        """The values are someone's: trained, or loaded."""
+        self._untrained = None
+
+    def first_unpacking(self, weight: VirtualWeight) -> bool:
+        """Whether to say that a layer's weight is unpacked: once per layer."""
+        new = weight.placement.layer not in self._unpacked
+        self._unpacked.add(weight.placement.layer)
+        return new
+
+    def map_changes(self) -> None:
+        """Called before a layer is placed, or a scale changes."""
+        self._look_at_map()
+        self._digits = None
+
+    def write_map(self) -> None:
+        """Bring the buffer up to date, on the device and in the dtype that it has."""
+        old = self._buffers[DIGITS]
+        assert old is not None
+        if self._digits is None:
+            self._digits = self.map.to_tensor()
+        self._buffers[DIGITS] = self._written = self._digits.to(old.device, old.dtype, copy=True)
+
+    def _look_at_map(self) -> None:
+        """Check a buffer that something else has put in place, and take over its scales."""
+        digits = self._buffers[DIGITS]
+        if digits is None or digits is self._written or _unreadable(digits):
+            return
+        if self._digits is None or not _equal(digits.detach(), self._digits):
+            try:
+                theirs = BankMap.from_tensor(digits)
+                self.check(theirs, self.table)
+            except ValueError as error:
+                raise ValueError(
+                    f"bank: the values in it were replaced: {error}; load a checkpoint of this "
+                    "model, or convert the model as the saved one was"
+                ) from error
+            self._take_scales(theirs)
+            self.trained()
+        self._seen = digits
+
+    def _take_scales(self, theirs: BankMap) -> None:
+        for weight, placement in zip(self._placed, theirs.placements, strict=True):
+            weight.set_placement(placement)
+        self._digits = None
+
+    def check(self, theirs: BankMap | None, table: object) -> None:
+        """Refuse values that would mean another network in this bank.
+
+        Args:
+            theirs: the map that the values were made for; None when nobody knows.
+            table: what is to replace ``bank.table``; that itself when nothing is.
+
+        Raises:
+            ValueError: another generator, other layers (scales may differ), or another table.
+        """
+        difference = "" if theirs is None else theirs.difference(self.map)
+        if difference:
+            raise ValueError(f"got values of another generating matrix or layers ({difference})")
+        if table is self.table or not isinstance(self.generator, TableGenerator):
+            return
+        wanted = f"a torch.int32 tensor [{self.generator.entries}]"
+        if not isinstance(table, Tensor):
+            raise _checks.fail("table", f"a {type(table).__name__}", wanted)
+        if table.dtype != torch.int32 or table.shape != (self.generator.entries,):
+            raise _checks.fail("table", f"{table.dtype} {list(table.shape)}", wanted)
+        # An index from elsewhere might lie beyond the bank; meta has no values to read.
+        if not table.is_meta and (got := sha256_of(table)) != self.generator.sha256:
+            raise _checks.fail("table", f"sha256 {got}", self.generator.sha256)
+
+    def held_by(self, state: Mapping[str, Any]) -> str | None:
+        """The prefix under which a state dict holds this bank already; None when it does not."""
+        mine = self._buffers[DIGITS]
+        assert mine is not None
+        for key, value in state.items():
+            if key.endswith(DIGITS) and isinstance(value, Tensor) and same_memory(value, mine):
+                return key.removesuffix(DIGITS)
+        return None
+
+    def not_yet_loaded(self, call: list[str]) -> bool:
+        """Whether this call of load_state_dict, known by its list, has not come by here yet."""
+        return self._loading is not call
+
+    def lend(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Put the bank into a part's state dict, until it turns out to be elsewhere in it."""
+        self.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        self._lent = prefix
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._look_at_map()
+        if self._digits is None:
+            self.write_map()
+        # A layer that came before has put this bank beside itself: it belongs here.
+        if self._lent and self.held_by(destination) == self._lent:
+            for key in [key for key in destination if key.startswith(self._lent)]:
+                del destination[key]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse the values of another map before any changes; take scales only with values.
+
+        The values may have any name: pruning and parametrisations rename them.
+        """
+        self._loading = missing_keys
+        missing_keys[:] = [key for key in missing_keys if getattr(key, "bank", None) is not self]
+        key, table = prefix + DIGITS, f"{prefix}table"
+        # Without values of ours in the state dict its map does not concern this bank.
+        values = any(k.startswith(prefix) and k not in (key, table) for k in state_dict)
+        given = key in state_dict and values
+        try:
+            theirs = BankMap.from_tensor(state_dict[key]) if given else None
+            self.check(theirs, state_dict.get(table, self.table))
+        except ValueError as error:
+            error_msgs.append(f"{prefix[:-1] or 'bank'}: {error}")
+            return
+        errors = len(error_msgs)
+        if key in state_dict:
+            # The buffer is written from the map below, so it is not to be copied into: torch
+            # would, even when the values do not fit.
+            buffer = self._buffers[DIGITS]
+            assert buffer is not None
+            state_dict = {**state_dict, key: buffer.clone()}
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        if len(error_msgs) > errors:
+            return
+        if values:
+            self.trained()
+        if theirs is not None:
+            self._take_scales(theirs)
+        digits = self._buffers[DIGITS]
+        assert digits is not None
+        if digits.is_meta and not self.weight.is_meta:
+            self._buffers[DIGITS] = torch.empty_like(digits, device=self.weight.device)
+        self.write_map()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BankState:
+        """Move or cast; the map is written anew where it arrives, since meta forgets it."""
+        self._look_at_map()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.write_map()
+        if self._untrained is not None:
+            self.watch_for_other_rules()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._loading = None
+        optimisers.watch(self)
+
+
+def same_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors begin at the same element of the same storage, also on meta."""
+    try:
+        one, other = first.untyped_storage(), second.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # wrappers, which have none
+        return first is second
+    return one._cdata == other._cdata and first.storage_offset() == second.storage_offset()
+
+
+def sha256_of(table: Tensor) -> str:
+    host = table.detach().cpu().contiguous()
+    return hashlib.sha256(memory(host)).hexdigest()
+
+
+def _unreadable(digits: Tensor) -> bool:
+    """No memory to look at: meta, a fake, or one of torch.func's wrappers."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(digits)
+    return digits.is_meta or wrapped or type(digits) not in (Tensor, nn.Parameter)
+
+
+def _equal(digits: Tensor, mine: Tensor) -> bool:
+    return digits.shape == mine.shape and torch.equal(digits.cpu().to(mine.dtype), mine)

@@ -1,0 +1,56 @@
+"""A bank that no optimiser holds: noticed at the first step after it has got a gradient."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from rpg_kernels import _checks
+
+if TYPE_CHECKING:
+    from rpg_kernels.bank.bank_state import BankState
+
+_unheld: WeakSet[BankState] = WeakSet()  # banks that no optimiser was seen to hold
+
+
+def watch(bank: BankState) -> None:
+    """Look for this bank in the optimisers that make a step."""
+    _unheld.add(bank)
+
+
+def _before_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+    """Optimisers that hold a bank train it; a bank with a gradient that none holds is missed."""
+    if not _unheld:
+        return
+    given = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    for bank in list(_unheld):
+        values = [p for p in bank.parameters() if p.requires_grad]
+        if any(id(p) in given for p in values):
+            bank.trained()
+            _unheld.discard(bank)
+        elif any(p.grad is not None for p in values):
+            _unheld.discard(bank)  # said once
+            if not any(map(_held, values)):
+                _checks.warn(
+                    f"the parameter bank of {bank.generator.dof} degrees of freedom has a "
+                    "gradient, but no optimiser holds it, so that the virtual weights will not "
+                    "change; give the optimiser rpg.param_groups(model, lr) or model.parameters() "
+                    "of the converted model"
+                )
+
+
+def _held(parameter: object) -> bool:
+    """Whether some optimiser's group lists a parameter; slow, and asked at most once per bank."""
+    lists = [r for r in gc.get_referrers(parameter) if isinstance(r, list)]
+    return any(
+        isinstance(group, dict) and group.get("params") is each
+        for each in lists
+        for group in gc.get_referrers(each)
+    )
+
+
+register_optimizer_step_pre_hook(_before_step)

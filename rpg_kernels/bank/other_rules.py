@@ -1,0 +1,57 @@
+"""A bank that is drawn anew by a rule that looks at its shape, before anything has trained it.
+
+``for p in model.parameters(): if p.dim() > 1: nn.init.xavier_uniform_(p)`` is what many programs
+do. A bank ``[slots, granularity]`` is no matrix that multiplies anything, so the rule's standard
+deviation means nothing for it; and each layer's scale assumes ``init_std``. Such a bank is brought
+back to ``init_std``, so that the layers keep theirs, and it is said.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rpg_kernels import _checks
+
+if TYPE_CHECKING:
+    from rpg_kernels.bank.bank_state import BankState
+
+_ENOUGH = 1024  # elements; of fewer, too many standard deviations are alike
+_WIDE = 8  # of a narrower bank the rules give standard deviations near 1, which people mean
+_NEAR = 0.05
+
+
+def version_of(bank: BankState) -> int | None:
+    """Which state the values are in; None where torch does not count, or there are none."""
+    weight = bank._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference():
+        return None
+    return weight._version
+
+
+def look_at(bank: BankState) -> int | None:
+    """The version of the values, which were brought back to ``init_std`` if need be."""
+    version = version_of(bank)
+    if version is None or version == bank._untrained:
+        return version
+    weight = bank.weight
+    fan_out, fan_in = weight.shape
+    if fan_out * fan_in < _ENOUGH or fan_in < _WIDE:
+        return version
+    with torch.no_grad():
+        std = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+        std /= math.sqrt(weight.numel())
+        rules = [2 / (fan_in + fan_out), 2 / fan_in, 2 / fan_out, 1 / fan_in, 1 / (3 * fan_in)]
+        like = any(abs(std / math.sqrt(rule) - 1) < _NEAR for rule in rules)
+        if not like or abs(std / bank.init_std - 1) < 2 * _NEAR:
+            return version
+        weight.mul_(bank.init_std / std)
+    _checks.warn(
+        f"the parameter bank was drawn anew with standard deviation {std:.3g}, by a rule for "
+        f"matrices; it was brought back to its own, {bank.init_std:.3g}, which the scales of the "
+        "layers assume; bank.reset_parameters() draws a bank anew"
+    )
+    return version_of(bank)

@@ -1,0 +1,156 @@
+"""The kinds of dense layers that have a virtual counterpart, and what travels between the two."""
+
+from __future__ import annotations
+
+import types
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
+
+SHARED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
+# Each holds functions that run, or may be asked for, when the layer does something.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# Methods that compute: one that was patched on a layer does something that we do not know.
+COMPUTING = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_compiled_call_impl")
+_OWN = {"virtual_weight", "alone", "weight", "bias", "training"}
+
+
+def kind_of(module: nn.Module) -> type[VirtualLayer] | None:
+    """The virtual counterpart of a module's type; None for subclasses and everything else.
+
+    ``transformers.pytorch_utils.Conv1D`` (GPT-2's linear layer, which keeps its weight
+    transposed) is known by its name, since transformers need not be there.
+
+    Example:
+        >>> kind_of(nn.Linear(2, 2)).__name__, kind_of(nn.Conv1d(2, 2, 1))
+        ('Linear', None)
+    """
+    kind = type(module)
+    known: dict[type, type[VirtualLayer]] = {
+        nn.Linear: Linear,
+        nn.Conv2d: Conv2d,
+        nn.Embedding: Embedding,
+    }
+    if _is_transposed(module):
+        return Linear
+    return known.get(kind)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A dense layer's weight in the shape that the virtual one has: ``[out, in, ...]``."""
+    weight = cast(Tensor, module.weight)
+    return weight.t() if _is_transposed(module) else weight
+
+
+def counterpart(module: nn.Module, weight: VirtualWeight) -> VirtualLayer:
+    """The virtual layer with a dense layer's geometry, bias, attributes and training mode."""
+    layer: VirtualLayer
+    if isinstance(module, nn.Embedding):
+        layer = Embedding(
+            module.num_embeddings,
+            module.embedding_dim,
+            padding_idx=module.padding_idx,
+            virtual_weight=weight,
+        )
+    elif isinstance(module, nn.Conv2d):
+        layer = Conv2d(
+            module.in_channels,
+            module.out_channels,
+            cast(Any, module.kernel_size),
+            cast(Any, module.stride),
+            cast(Any, module.padding),
+            cast(Any, module.dilation),
+            module.groups,
+            bias=False,
+            padding_mode=module.padding_mode,
+            virtual_weight=weight,
+        )
+    else:
+        rows, columns = weight.shape
+        layer = Linear(columns, rows, bias=False, virtual_weight=weight)
+    layer.bias = cast(nn.Parameter | None, getattr(module, "bias", None))
+    carry(module, layer)
+    return layer.train(module.training)
+
+
+def dense_counterpart(layer: VirtualLayer, weight: nn.Parameter) -> nn.Module:
+    """The torch.nn layer with a virtual layer's geometry, bias, hooks, attributes and mode."""
+    module: nn.Module
+    if isinstance(layer, Linear):
+        module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    elif isinstance(layer, Embedding):
+        module = nn.Embedding(
+            layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta"
+        )
+    else:
+        assert isinstance(layer, Conv2d)
+        module = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            cast(Any, layer.kernel_size),
+            cast(Any, layer.stride),
+            cast(Any, layer.padding),
+            cast(Any, layer.dilation),
+            layer.groups,
+            bias=False,
+            padding_mode=cast(Any, layer.padding_mode),
+            device="meta",
+        )
+    module.weight = weight
+    if layer.bias is not None:
+        module.bias = layer.bias
+    for hooks in HOOKS:
+        setattr(module, hooks, getattr(layer, hooks))
+    carry(layer, module)
+    return module.train(layer.training)
+
+
+def carry(old: nn.Module, new: nn.Module) -> None:
+    """Give a layer's replacement the plain attributes that somebody has put on the layer.
+
+    A method that was put there stays one, of the new layer.
+    """
+    for name, value in attributes(old).items():
+        if isinstance(value, types.MethodType) and value.__self__ is old:
+            value = types.MethodType(value.__func__, new)
+        new.__dict__[name] = new if value is old else value
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What a layer has beyond what every layer of its type has."""
+    kind: Any = type(module)
+    usual = _usual(kind) | _OWN
+    return {name: value for name, value in vars(module).items() if name not in usual}
+
+
+@cache
+def _usual(kind: Any) -> frozenset[str]:
+    """What every layer of a type has; made when first asked for, as meta tensors import a lot."""
+    base: Any = next((t for t in SHARED_TYPES if issubclass(kind, t)), None)
+    if base is nn.Conv2d:
+        return frozenset(vars(nn.Conv2d(1, 1, 1, device="meta")))
+    if base is not None:
+        return frozenset(vars(base(1, 1, device="meta")))
+    return frozenset(vars(nn.Module()))

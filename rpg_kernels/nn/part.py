@@ -1,0 +1,125 @@
+"""What a part of a model has to do with the bank that its layers read.
+
+The model registers its bank once. A layer, and so any part of the model, holds it as torch's
+modules hold a tied parameter: ``part.parameters()`` lists it, ``part.state_dict()`` holds it,
+``part.to(...)`` moves it, a copy of the part has a copy of it. Where a traversal or a state dict
+meets the registered bank too, it appears once, under that name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.bank.virtual_weight import VirtualWeight
+
+BANK_NAME = "rpg_bank"
+
+
+class HoldsBank(nn.Module):
+    """Base of the layers: holds the bank of ``virtual_weight`` without registering it."""
+
+    virtual_weight: VirtualWeight
+    alone = False  # a copy that was made of this layer only
+
+    @property
+    def rpg_bank(self) -> ParameterBank:
+        """The bank that the layer reads."""
+        return self.virtual_weight.bank
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The layer, and its bank unless the traversal has met, or will meet, it elsewhere."""
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        # Listing every name of everything, the bank has those under which it is registered.
+        if remove_duplicate and not _met(self.rpg_bank, memo):
+            name = f"{prefix}.{BANK_NAME}" if prefix else BANK_NAME
+            yield from self.rpg_bank.named_modules(memo, name, remove_duplicate)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HoldsBank:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse and BANK_NAME not in self._modules:
+            self.rpg_bank._apply(fn)  # once more does no harm where the model did so already
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if BANK_NAME not in self._modules and self.rpg_bank.held_by(destination) is None:
+            self.rpg_bank.lend(destination, f"{prefix}{BANK_NAME}.", keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        common = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *common)
+        if BANK_NAME in self._modules:
+            return
+        mine = f"{prefix}{BANK_NAME}."
+        if any(key.startswith(mine) for key in state_dict):
+            unexpected_keys[:] = [k for k in unexpected_keys if not k.startswith(mine)]
+            self.rpg_bank._load_from_state_dict(state_dict, mine, *common)
+        elif self.rpg_bank.not_yet_loaded(missing_keys):
+            missing_keys.append(_OfBank(f"{mine}weight", self.rpg_bank))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsBank:
+        alone = not memo
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if alone:
+            twin.alone = True
+            setattr(twin, BANK_NAME, twin.virtual_weight.bank)
+        return twin
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "nn.DataParallel copies layers to several devices, but not the parameter bank that "
+            "they read; use torch.nn.parallel.DistributedDataParallel, or one device"
+        )
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose weight is virtual; "
+            "script rpg.materialize(model), or use torch.compile or torch.export"
+        )
+
+
+class _OfBank(str):
+    """A missing key that is forgiven when the bank turns out to be in the state dict elsewhere."""
+
+    bank: ParameterBank
+
+    def __new__(cls, key: str, bank: ParameterBank) -> _OfBank:
+        made = super().__new__(cls, key)
+        made.bank = bank
+        return made
+
+
+def _met(bank: ParameterBank, memo: set[nn.Module]) -> bool:
+    """Whether the bank, or a module that registers it, is among modules already listed."""
+    return bank in memo or any(bank in m._modules.values() for m in memo if m._modules)
+
+
+def is_traced(x: object) -> bool:
+    """Whether a layer's input stands for a tensor in torch.fx's symbolic tracing."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def as_leaf(layer: nn.Module, x: Any) -> Any:
+    """The node of a traced graph that calls the layer, as of torch's own layers."""
+    path = x.tracer.path_of_module(layer)
+    return x.tracer.create_proxy("call_module", path, (x,), {})

@@ -1,0 +1,88 @@
+"""torch's own functions, called with a virtual weight: those that need no Ŵ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rpg_kernels import settings
+from rpg_kernels.bank.tensor_like import FUSED, TensorLike, TransposedWeight
+from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.functional import Pair, conv2d, embedding, linear
+
+_op = torch.ops.rpg_kernels
+
+
+def _fused_linear(x: object, weight: object, bias: Tensor | None = None) -> Any:
+    if not isinstance(x, Tensor) or isinstance(bias, TensorLike):
+        return NotImplemented
+    if isinstance(weight, TransposedWeight):
+        y = _fused_matmul(x, weight.base)
+        return y if bias is None or y is NotImplemented else y + bias
+    return linear(x, weight, bias) if isinstance(weight, VirtualWeight) else NotImplemented
+
+
+def _fused_matmul(a: object, b: object) -> Any:
+    """Where one factor is a virtual matrix or its transpose, and the other an ordinary tensor."""
+    if isinstance(a, TensorLike) and isinstance(b, Tensor) and a.ndim == 2 and b.dim() > 0:
+        if b.dim() == 1:
+            return _fused_matmul(b, a.t())
+        return _fused_matmul(b.mT, a.t()).mT
+    if isinstance(b, TransposedWeight):
+        return _fused_linear(a, b.base)
+    if not isinstance(a, Tensor) or not isinstance(b, VirtualWeight) or b.ndim != 2:
+        return NotImplemented
+    kind = a.device.type
+    if torch.is_autocast_enabled(kind) and a.dtype.is_floating_point:
+        a = a.to(torch.get_autocast_dtype(kind))
+    bank, table = b.operands()
+    y: Tensor = _op.linear_input_grad(a, bank, table, b.spec, settings.forced_backend())
+    return y
+
+
+def _fused_rmatmul(b: object, a: object) -> object:
+    return _fused_matmul(a, b)
+
+
+def _fused_conv2d(
+    x: object,
+    weight: object,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> object:
+    pairs = all(isinstance(p, int | str) or len(p) == 2 for p in (stride, padding, dilation))
+    if not isinstance(x, Tensor) or not isinstance(weight, VirtualWeight) or not pairs:
+        return NotImplemented
+    return conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _fused_embedding(
+    indices: object,
+    weight: object,
+    padding_idx: int | None = None,
+    *rest: object,
+    **options: object,
+) -> object:
+    plain = not any(rest) and not any(v for k, v in options.items() if k != "norm_type")
+    if not isinstance(indices, Tensor) or not isinstance(weight, VirtualWeight) or not plain:
+        return NotImplemented
+    return embedding(indices, weight, padding_idx)
+
+
+FUSED.update(
+    {
+        F.linear: _fused_linear,
+        F.conv2d: _fused_conv2d,
+        F.embedding: _fused_embedding,
+        Tensor.__rmatmul__: _fused_rmatmul,
+        **dict.fromkeys(
+            (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _fused_matmul
+        ),
+    }
+)
