@@ -6,6 +6,7 @@ import gc
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -33,8 +34,8 @@ def _before_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
             bank.trained()
             _unheld.discard(bank)
         elif any(p.grad is not None for p in values):
-            _unheld.discard(bank)  # said once
-            if not any(map(_held, values)):
+            _unheld.discard(bank)  # asked, and said, at most once: what follows is slow
+            if _of_its_model(bank, given) and not any(map(_held, values)):
                 _checks.warn(
                     f"the parameter bank of {bank.generator.dof} degrees of freedom has a "
                     "gradient, but no optimiser holds it, so that the virtual weights will not "
@@ -43,8 +44,18 @@ def _before_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
                 )
 
 
+def _of_its_model(bank: BankState, given: set[int]) -> bool:
+    """Whether an optimiser holds a parameter of a module that registers the bank."""
+    owners = [
+        module
+        for module in gc.get_objects()
+        if issubclass(type(module), nn.Module) and bank in module._modules.values()
+    ]
+    return not owners or any(id(p) in given for module in owners for p in module.parameters())
+
+
 def _held(parameter: object) -> bool:
-    """Whether some optimiser's group lists a parameter; slow, and asked at most once per bank."""
+    """Whether some optimiser's group lists a parameter."""
     lists = [r for r in gc.get_referrers(parameter) if isinstance(r, list)]
     return any(
         isinstance(group, dict) and group.get("params") is each

@@ -77,7 +77,7 @@ class VirtualLayer(HoldsBank):
             setattr(self, name, value)
             return
         raise TypeError(
-            f"weight: got a {type(value).__name__}, but this layer ({old.name or old!r}) reads its "
+            f"weight: got a {type(value).__name__}, but this layer ({old.name or old}) reads its "
             "weight from a bank that other layers read too. To tie it, assign another rpg "
             "layer's weight; to give it values of its own, put a torch.nn layer in its place "
             "(rpg.materialize makes one, of a layer or of a whole model); to start a bank from "

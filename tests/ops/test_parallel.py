@@ -194,5 +194,7 @@ def test_checkpoints(mesh: DeviceMesh, tmp_path: Path) -> None:
     assert torch.equal(rpg.load(model, path)(*INPUTS), build()(*INPUTS))
     rpg.load(DistributedDataParallel(model), path)
     for call in (rpg.save, rpg.load):
-        with pytest.raises(ValueError, match=r"rpg_bank\.weight: got a DTensor, wanted a plain tensor"):
+        with pytest.raises(
+            ValueError, match=r"rpg_bank\.weight: got a DTensor, wanted a plain tensor"
+        ):
             call(shard(build(), mesh, "root only"), path)
