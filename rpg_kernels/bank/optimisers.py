@@ -49,7 +49,8 @@ def _of_its_model(bank: BankState, given: set[int]) -> bool:
     owners = [
         module
         for module in gc.get_objects()
-        if issubclass(type(module), nn.Module) and bank in module._modules.values()
+        if issubclass(type(module), nn.Module)
+        and any(child is bank for child in vars(module).get("_modules", {}).values())
     ]
     return not owners or any(id(p) in given for module in owners for p in module.parameters())
 

@@ -29,7 +29,7 @@ HOOKS = (
 )
 # Methods that compute: one that was patched on a layer does something that we do not know.
 COMPUTING = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_compiled_call_impl")
-_OWN = {"virtual_weight", "alone", "weight", "bias", "training"}
+_OWN = {"virtual_weight", "alone"}  # of virtual layers
 
 
 def kind_of(module: nn.Module) -> type[VirtualLayer] | None:
@@ -141,7 +141,9 @@ def carry(old: nn.Module, new: nn.Module) -> None:
 def attributes(module: nn.Module) -> dict[str, Any]:
     """What a layer has beyond what every layer of its type has."""
     kind: Any = type(module)
-    usual = _usual(kind) | _OWN
+    usual = (
+        _usual(kind) | {"weight", "bias"} | (_OWN if isinstance(module, VirtualLayer) else set())
+    )
     return {name: value for name, value in vars(module).items() if name not in usual}
 
 

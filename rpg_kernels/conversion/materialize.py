@@ -40,7 +40,9 @@ def materialize(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
-    model = copy.deepcopy(model)
+    # The banks are read, not copied: no layer of the copy keeps one.
+    banks = {id(m): m for m in model.modules() if isinstance(m, ParameterBank)}
+    model = copy.deepcopy(model, banks)
     parameters: dict[Key, nn.Parameter] = {}
     dense: dict[int, nn.Module] = {}
     for module in list(model.modules()):

@@ -141,11 +141,13 @@ def check_dtype(argument: str, dtype: torch.dtype) -> None:
 def check_operand(argument: str, tensor: Tensor, bank: Tensor) -> None:
     """x or dy: on the bank's device, in its dtype, or in low precision beside an fp32 bank."""
     if tensor.device != bank.device:
-        wanted = f"device {bank.device}, where the bank is, which all layers that read it move"
+        wanted = (
+            f"device {bank.device}, where the bank is (which serves the whole model; move that)"
+        )
         raise _checks.fail(argument, f"device {tensor.device}", wanted)
     mixed = bank.dtype == torch.float32 and tensor.dtype in LOW_PRECISION
     if tensor.dtype != bank.dtype and not mixed:
-        wanted = f"{bank.dtype}, as the bank, which all layers that read it cast"
+        wanted = f"{bank.dtype}, as the bank (which serves the whole model; cast that)"
         if bank.dtype == torch.float32:
             wanted += ", or bfloat16 or float16"
         raise TypeError(f"{argument}: got {tensor.dtype}, wanted {wanted}")
