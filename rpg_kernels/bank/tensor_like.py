@@ -141,10 +141,6 @@ class TensorLike:
         """The same weight without a gradient; what is written into it changes the scale only."""
         return self.detach()
 
-    @data.setter
-    def data(self, value: object) -> None:
-        raise self._no_place("assigning to data")
-
     @property
     def T(self) -> Any:
         """The transpose, which still runs the fused operators."""

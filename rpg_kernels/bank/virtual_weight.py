@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,8 @@ class VirtualWeight(TensorLike):
     shape: torch.Size = field(init=False)  # torch's shape of the (selected) weight
     frozen: bool = field(init=False, default=False)  # no gradient goes into the bank from here
     name: str = field(init=False, default="")  # of the layer, where it is known
+    # What to do when data of another shape are assigned: the layer that was last asked for it.
+    resized: Callable[[Tensor], None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if not isinstance(getattr(self.bank, "generator", None), Generator | TableGenerator):
@@ -127,6 +130,21 @@ class VirtualWeight(TensorLike):
     def set_placement(self, placement: Placement) -> None:
         """The same place with another scale."""
         self.__dict__.update(placement=placement, text=placement.to_json())
+
+    @property
+    def data(self) -> VirtualWeight:
+        """The same weight without a gradient; what is written into it changes the scale only."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: object) -> None:
+        resized = self.__dict__.pop("resized", None)
+        if resized is None or not isinstance(value, Tensor) or value.shape == self.shape:
+            raise self._no_place("assigning to data")
+        resized(value)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "resized"}
 
     def detach(self) -> VirtualWeight:
         """The same weight without a gradient."""

@@ -6,7 +6,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rpg_kernels import _checks, torch_functions
 from rpg_kernels._tensors import DTYPES
@@ -39,15 +39,17 @@ class VirtualLayer(HoldsBank):
     @property
     def weight(self) -> Any:
         """The virtual weight."""
-        return self.virtual_weight
+        weight = self.virtual_weight
+        weight.resized = self._resized
+        return weight
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        self._take_weight("weight", value)
+        self._take_weight(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and "virtual_weight" in self.__dict__:
-            self._take_weight(name, value)
+            self._take_weight(value)
         else:
             super().__setattr__(name, value)
 
@@ -56,7 +58,7 @@ class VirtualLayer(HoldsBank):
             raise AttributeError("weight: a virtual layer's cannot be deleted")
         super().__delattr__(name)
 
-    def _take_weight(self, name: str, value: object) -> None:
+    def _take_weight(self, value: object) -> None:
         """``layer.weight = value``."""
         old = self.virtual_weight
         shape = list(old.shape)
@@ -70,11 +72,7 @@ class VirtualLayer(HoldsBank):
             if value.shape != old.shape:
                 got = f"a parameter {list(value.shape)}"
                 raise _checks.fail("weight", got, f"one of shape {shape}")
-            del self.virtual_weight
-            self.__dict__.pop("alone", None)
-            self._modules.pop(BANK_NAME, None)
-            self.__class__ = self.dense_type  # type: ignore[assignment]
-            setattr(self, name, value)
+            self._become_dense(value)
             return
         raise TypeError(
             f"weight: got a {type(value).__name__}, but this layer ({old.name or old}) reads its "
@@ -83,6 +81,22 @@ class VirtualLayer(HoldsBank):
             "(rpg.materialize makes one, of a layer or of a whole model); to start a bank from "
             "given values, rpg.convert(..., init='least_squares')"
         )
+
+    def _resized(self, values: Tensor) -> None:
+        """``layer.weight.data = values`` of another shape, as transformers resizes embeddings."""
+        old = self.virtual_weight
+        self._become_dense(nn.Parameter(values.detach(), requires_grad=old.requires_grad))
+        _checks.warn(
+            f"layer {old.name or old} was resized from {list(old.shape)} to "
+            f"{list(values.shape)}: it is a dense layer now and no longer reads the bank"
+        )
+
+    def _become_dense(self, weight: nn.Parameter) -> None:
+        del self.virtual_weight
+        self.__dict__.pop("alone", None)
+        self._modules.pop(BANK_NAME, None)
+        self.__class__ = self.dense_type  # type: ignore[assignment]
+        nn.Module.__setattr__(self, "weight", weight)
 
     def _place(
         self,
@@ -95,6 +109,7 @@ class VirtualLayer(HoldsBank):
         lookup: bool = False,
     ) -> None:
         """Set ``virtual_weight``: the one given, or the next of the bank, or of a private bank."""
+        self._buffers["weight"] = None  # without a tensor, but under this name get_buffer finds it
         if dtype is not None and dtype not in DTYPES:
             raise _checks.fail("dtype", dtype, "float64, float32, bfloat16 or float16")
         owner = bank if virtual_weight is None else getattr(virtual_weight, "bank", None)

@@ -110,7 +110,12 @@ class _OfBank(str):
 
 
 def _met(bank: ParameterBank, memo: set[nn.Module]) -> bool:
-    """Whether the bank, or a module that registers it, is among modules already listed."""
+    """Whether the bank, or a module that registers it, is among modules already listed.
+
+    Nor is a bank listed with parts whose memory accelerate looks after where it is registered.
+    """
+    if "_hf_hook" in bank.__dict__:
+        return True
     return bank in memo or any(bank in m._modules.values() for m in memo if m._modules)
 
 
