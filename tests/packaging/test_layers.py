@@ -29,6 +29,7 @@ MAY = {
     "functional": FUNCTIONAL,
     "nn": NN,
     "explanation": BACKENDS | {"ops"},
+    "flops": BACKENDS | {"ops"},
     "conversion": MODELS,
     "models": MODELS | {"models"},
     "checkpoint": MODELS | {"checkpoint"},
