@@ -78,7 +78,12 @@ def differentiate(
 
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            result = _below_autograd(operator, args[-1], args[:-1])
+            # Transforms further out are differentiated too, which the mode of `forward` forbids.
+            if torch._C._are_functorch_transforms_active():
+                with torch.enable_grad():
+                    result = _below_autograd(operator, args[-1], args[:-1])
+            else:
+                result = _below_autograd(operator, args[-1], args[:-1])
             setup_context(ctx, args[:-1], result)
             return result
 
