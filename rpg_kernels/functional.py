@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -193,13 +194,13 @@ def pack(dense: Tensor, weight: VirtualWeight) -> Tensor:
     return _checked(weight).pack(dense)
 
 
-def _jagged(argument: str, nested: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def _jagged(argument: str, nested: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A nested tensor of the function's rows, with the offsets of the one that is given."""
     if nested.layout != torch.jagged:
         got = "a nested tensor of the strided layout"
         wanted = "one made with layout=torch.jagged, or a dense tensor"
         raise _checks.fail(argument, got, wanted)
-    ragged: int = nested._ragged_idx  # type: ignore[attr-defined]
+    ragged = nested._ragged_idx
     if argument == "x" and ragged == nested.dim() - 1:
         got = f"a nested tensor that is ragged in its last dimension, {ragged}"
         raise _checks.fail(argument, got, "a last dimension of one size, the weight's columns")
