@@ -190,57 +190,50 @@ def test_lightnings_summary() -> None:
     assert ModelSummary(Module(converted(net))).total_flops == dense == 2 * 4 * (12 * 7 + 7 * 20)
 
 
-NET = """
+PRODUCT = 2 * 2 * 8 * 4  # y, and the gradient of the bank
+COUNT = """
 layer = rpg.nn.Linear(8, 4, bank=rpg.ParameterBank(dof=64, granularity=8))
 with FlopCounterMode(display=False) as counter:
     layer(torch.ones(2, 8)).sum().backward()
 print(counter.get_total_flops())
 """
-ORDERS = {
-    "counter after": "import rpg_kernels as rpg\nfrom torch.utils.flop_counter import *\n",
-    "counter before": "from torch.utils.flop_counter import *\nimport rpg_kernels as rpg\n",
-    "looked for, not imported": (
-        "import importlib.util, rpg_kernels as rpg\n"
-        "assert importlib.util.find_spec('torch.utils.flop_counter')\n"
-        "assert importlib.util.find_spec('torch.utils.flop_counter')\n"
-        "from torch.utils.flop_counter import *\n"
-    ),
-    "in a thread": (
-        "import threading, rpg_kernels as rpg\n"
-        "def load():\n    import torch.utils.flop_counter\n"
-        "threads = [threading.Thread(target=load) for _ in range(4)]\n"
-        "[t.start() for t in threads]\n[t.join() for t in threads]\n"
-        "from torch.utils.flop_counter import *\n"
-    ),
-}
+# Looked for without being imported, then imported by several threads at once.
+COUNTER_LAST = f"""
+import importlib.util, inspect, sys, threading
+import torch, rpg_kernels as rpg
+name = "torch.utils.flop_counter"
+assert importlib.util.find_spec(name) and importlib.util.find_spec(name)
+assert name not in sys.modules
+threads = [threading.Thread(target=importlib.import_module, args=(name,)) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+from torch.utils.flop_counter import FlopCounterMode
+{COUNT}
+module = sys.modules[name]
+print([f for f in sys.meta_path if type(f).__module__.startswith("rpg")])
+print(vars(module.__loader__).keys() - {{"name", "path"}}, "mm_flop" in inspect.getsource(module))
+"""
+# And what somebody registered before stays.
+COUNTER_FIRST = f"""
+import torch, torch.utils.flop_counter as flop_counter
+from torch.utils.flop_counter import FlopCounterMode
+import rpg_kernels as rpg
+from rpg_kernels.ops import _flops
+{COUNT}
+flop_counter.flop_registry[torch.ops.rpg_kernels.linear] = lambda *args, out_val: 7
+_flops.register()
+{COUNT}
+"""
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_whatever_is_imported_first(order: str) -> None:
-    code = f"import sys, torch\n{ORDERS[order]}{NET}"
-    code += "print([f for f in sys.meta_path if type(f).__module__.startswith('rpg')])\n"
-    code += "import torch.utils.flop_counter as c, inspect\n"
-    code += "print(vars(c.__loader__).keys() - {'name', 'path'}, 'def mm_flop' in "
-    code += "inspect.getsource(c))"
-    result = processes.python(code)
+def test_the_counter_may_be_imported_last() -> None:
+    result = processes.python(COUNTER_LAST)
     assert result.returncode == 0, result.stderr
-    # Nothing is left behind: no finder, and the module's loader as it was.
-    assert result.stdout.split("\n")[:3] == [
-        str(3 * 2 * 2 * 8 * 4 - 2 * 2 * 8 * 4),
-        "[]",
-        "set() True",
-    ]
+    # Nothing is left behind: no finder, and the module's loader is as it was.
+    assert result.stdout.splitlines() == [str(2 * PRODUCT), "[]", "set() True"]
 
 
-def test_somebodys_own_formula_stays() -> None:
-    code = (
-        "import torch\nfrom torch.utils.flop_counter import *\n"
-        "torch.library.Library('rpg_kernels', 'FRAGMENT').define('other(Tensor x) -> Tensor')\n"
-        "import rpg_kernels as rpg, torch.utils.flop_counter as c\n"
-        "from rpg_kernels.ops import _flops\n"
-        "c.flop_registry[torch.ops.rpg_kernels.linear] = lambda *a, out_val=None, **k: 7\n"
-        f"_flops.register()\n{NET}"
-    )
-    result = processes.python(code)
+def test_the_counter_may_be_imported_first() -> None:
+    result = processes.python(COUNTER_FIRST)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == str(7 + 2 * 2 * 8 * 4)
+    assert result.stdout.splitlines() == [str(2 * PRODUCT), str(PRODUCT + 7)]
