@@ -104,6 +104,21 @@ def test_grad_of_functional_call(order: int) -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_ordinary_autograd_around_grad() -> None:
+    """The gradient of a gradient's size by the bank, as for a gradient penalty."""
+    net = Net()
+    image, word = data(3)
+    parameters = dict(net.named_parameters())
+    found = []
+    for function in (net, lambda image, word: net.dense(parameters, image, word)):
+        image.requires_grad_()
+        gradient = grad(lambda image, f=function: f(image, word).pow(3).sum())(image)
+        penalty = gradient.square().sum()
+        found.append(torch.autograd.grad(penalty, [image, *parameters.values()]))
+    for got, wanted in zip(*found, strict=True):
+        same(got / wanted.abs().max(), wanted / wanted.abs().max())
+
+
 def test_gradients_for_each_sample() -> None:
     net = Net()
     parameters, (image, word) = parameters_of(net), data(5)
