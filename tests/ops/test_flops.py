@@ -15,8 +15,11 @@ from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
 import rpg_kernels as rpg
-from rpg_kernels.backends.call import OPERATORS
+from rpg_kernels.backends import registry
+from rpg_kernels.backends.call import OPERATORS, Call
+from rpg_kernels.backends.reference.rules import Reference
 from rpg_kernels.functional import linear
+from rpg_kernels.law.placement import parse
 from rpg_kernels.ops import _flops
 
 Run = Callable[[nn.Module, Tensor], Any]
@@ -171,6 +174,34 @@ def test_compiled_networks(compiler: str, when: str) -> None:
     if when == "compiled before":
         training(fast, x)
     assert counts(lambda: training(fast, x))["Global"] == wanted
+
+
+class Halves(Reference):
+    """A back end that says that it makes half of a linear layer's multiplications."""
+
+    name = "halves"
+
+    def multiplications(self, call: Call) -> int | None:
+        return call.rows * parse(call.placement).numel // 2 if call.op == "linear" else None
+
+    def operator(self, call: Call) -> Callable[..., Tensor]:
+        return registry.find("reference").operator(call)
+
+
+def test_back_ends_say_what_they_multiply() -> None:
+    weight = brute.bank_of(300, granularity=8).place((6, 20))
+    x = torch.randn(3, 20, dtype=torch.float64)
+    product = 2 * 3 * 6 * 20
+    registry.register(Halves())
+    try:
+        for name, forward in (("halves", product // 2), ("reference", product)):
+            with rpg.backend(name):
+                run = lambda: linear(x, weight).sum().backward()  # noqa: E731
+                mapping = rpg.flops.shared_products()
+                assert counts(run, custom_mapping=mapping)["Global"] == forward + product
+                assert counts(run)["Global"] == 2 * product
+    finally:
+        registry.unregister("halves")
 
 
 def test_lightnings_summary() -> None:
