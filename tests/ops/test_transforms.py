@@ -135,6 +135,15 @@ def test_gradients_for_each_sample() -> None:
     )
 
 
+def test_compiled_gradients_for_each_sample() -> None:
+    net = Net()
+    parameters, (image, word) = parameters_of(net), data(3)
+    each = torch.vmap(grad(losses(net)[0]), (None, 0, 0))
+    batch = image[:, None], word[:, None]
+    compiled = torch.compile(lambda *a: each(*a), backend="aot_eager", fullgraph=True)
+    same(compiled(parameters, *batch), each(parameters, *batch))
+
+
 def test_an_ensemble_of_banks() -> None:
     nets = [Net(seed) for seed in range(3)]
     parameters, buffers = stack_module_state(nets)
