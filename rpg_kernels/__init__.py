@@ -5,7 +5,7 @@ generating matrix G that permutes, reflects and samples it evenly (Wang et al., 
 Optimal Deep Learning with Recurrent Parameter Generators", WACV 2023).
 """
 
-from rpg_kernels import functional, nn
+from rpg_kernels import flops, functional, nn
 from rpg_kernels._version import __version__
 from rpg_kernels.backends.dispatch import backend
 from rpg_kernels.bank.config import RPGConfig
@@ -37,6 +37,7 @@ __all__ = [
     "backend",
     "convert",
     "explain",
+    "flops",
     "freeze",
     "functional",
     "initialize",

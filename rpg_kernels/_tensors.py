@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -46,3 +47,18 @@ def for_strided_pointwise(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.shape[1] >= 16 or x.stride(1) > 1:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def refuse_forward_mode() -> None:
+    """Operators have no forward-mode derivatives, and torch would drop the tangents silently.
+
+    Raises:
+        RuntimeError: in ``torch.func.jvp`` and what is made of it, or in a dual level.
+    """
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "forward-mode differentiation of rpg operators is not supported: for a product of a "
+            "Jacobian and a vector use torch.autograd.functional.jvp, which differentiates "
+            "backward twice; for a whole Jacobian torch.func.jacrev, and for a Hessian "
+            "torch.func.jacrev of torch.func.jacrev"
+        )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +24,8 @@ def linear(x: Tensor, weight: VirtualWeight, bias: Tensor | None = None) -> Tens
 
     Args:
         x: ``[..., K]`` in the bank's dtype; bfloat16 or float16 also beside a float32 bank, and
-            the product is then computed in x's dtype (autocast casts x for you).
+            the product is then computed in x's dtype (autocast casts x for you). A nested tensor
+            of the jagged layout may be ragged in any dimension but the last.
         weight: virtual weight ``[N, K]``.
         bias: ``[N]`` or None, in x's or the bank's dtype.
 
@@ -40,6 +44,8 @@ def linear(x: Tensor, weight: VirtualWeight, bias: Tensor | None = None) -> Tens
     """
     bank, table = _checked(weight).operands()
     _checks.tensor("x", x)
+    if x.is_nested:
+        return _jagged("x", x, lambda values: linear(values, weight, bias))
     return _tensor(_op.linear(x, bank, table, bias, weight.spec, settings.forced_backend()))
 
 
@@ -80,7 +86,10 @@ def conv2d(
         wanted = "a virtual weight [out, in/groups, kh, kw]"
         raise _checks.fail("weight", f"shape {list(weight.shape)}", wanted)
     _checks.integer("groups", groups, 1, _checks.INT32_MAX)
-    if _checks.tensor("x", x).dim() not in (3, 4):
+    if _checks.tensor("x", x).is_nested:
+        wanted = "images of one size: [B, C, H, W], or a call for each image"
+        raise _checks.fail("x", f"a nested tensor of layout {x.layout}", wanted)
+    if x.dim() not in (3, 4):
         raise _checks.fail("x", f"shape {list(x.shape)}", "[B, C, H, W] or [C, H, W]")
     batched = x if x.dim() == 4 else x.unsqueeze(0)
     strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
@@ -114,7 +123,8 @@ def embedding(indices: Tensor, weight: VirtualWeight, padding_idx: int | None = 
     """Rows of Ŵ.
 
     Args:
-        indices: int32 or int64, any shape, values from 0 to rows - 1.
+        indices: int32 or int64, any shape, values from 0 to rows - 1; also a nested tensor of
+            the jagged layout.
         weight: virtual weight ``[rows, dim]``.
         padding_idx: a row that reads as zeros and gets no gradient; negative counts from the
             end. (torch keeps such a row in the table and initialises it to zero; a virtual row
@@ -134,7 +144,8 @@ def embedding(indices: Tensor, weight: VirtualWeight, padding_idx: int | None = 
         torch.Size([2, 2, 32])
     """
     bank, table = _checked(weight).operands()
-    _checks.tensor("indices", indices)
+    if _checks.tensor("indices", indices).is_nested:
+        return _jagged("indices", indices, lambda values: embedding(values, weight, padding_idx))
     y = _tensor(_op.embedding(bank, table, indices, weight.spec, settings.forced_backend()))
     if padding_idx is None:
         return y
@@ -181,6 +192,22 @@ def pack(dense: Tensor, weight: VirtualWeight) -> Tensor:
         torch.Size([16, 16])
     """
     return _checked(weight).pack(dense)
+
+
+def _jagged(argument: str, nested: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A nested tensor of the function's rows, with the offsets of the one that is given."""
+    if nested.layout != torch.jagged:
+        got = "a nested tensor of the strided layout"
+        wanted = "one made with layout=torch.jagged, or a dense tensor"
+        raise _checks.fail(argument, got, wanted)
+    ragged = nested._ragged_idx
+    if argument == "x" and ragged == nested.dim() - 1:
+        got = f"a nested tensor that is ragged in its last dimension, {ragged}"
+        raise _checks.fail(argument, got, "a last dimension of one size, the weight's columns")
+    values, offsets, lengths = nested.values(), nested.offsets(), nested.lengths()
+    return torch.nested.nested_tensor_from_jagged(
+        function(values), offsets, lengths, jagged_dim=ragged
+    )
 
 
 def _checked(weight: object) -> VirtualWeight:

@@ -77,6 +77,11 @@ class Backend(ABC):
         function: Callable[..., Tensor] = getattr(_beside(type(self).__module__, call.op), call.op)
         return function
 
+    def multiplications(self, call: Call) -> int | None:
+        """Multiplications of a weight with an activation in a call that runs here; None where they
+        are those of the dense product. Padding is not counted. See ``rpg_kernels.flops``."""
+        return None
+
     def tile_kernels(self, call: Call) -> TileKernels | None:
         """Kernels that the reference may unpack and pack this call's tiles with."""
         return None

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rpg_kernels import _checks, settings
+from rpg_kernels._tensors import refuse_forward_mode
 from rpg_kernels.bank.tensor_like import TensorLike
 from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.law.placement import Placement, parse
@@ -197,8 +197,7 @@ class VirtualWeight(TensorLike):
                 silently dropped.
             ValueError: the bank's values were replaced by those of another map.
         """
-        if forward_ad._current_level >= 0:
-            raise RuntimeError("forward-mode differentiation of rpg operators is not supported")
+        refuse_forward_mode()
         values = self.bank.read()
         if self.frozen or (self.root is not None and self.root.frozen):
             values = values.detach()

@@ -1,5 +1,8 @@
 """Registered torch operators (namespace ``rpg_kernels``), one file per operation."""
 
-from rpg_kernels.ops import conv2d, embedding, linear, unpack
+from rpg_kernels.ops import _flops, _vmap, conv2d, embedding, linear, unpack
+
+_vmap.register()
+_flops.register()
 
 __all__ = ["conv2d", "embedding", "linear", "unpack"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
-from rpg_kernels._tensors import DTYPES, LOW_PRECISION
+from rpg_kernels._tensors import DTYPES, LOW_PRECISION, refuse_forward_mode
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
 from rpg_kernels.law.generator import TableGenerator
@@ -41,6 +41,7 @@ def define(
 
     def run(*args: Any) -> Tensor:
         *operands, backend = args
+        refuse_forward_mode()  # also in a backward pass, whose tangents would be dropped
         check(*operands)
         if values is not None:
             values(*operands)
@@ -65,10 +66,52 @@ def call(name: str, operands: Sequence[Any], forced: str) -> Call:
 def differentiate(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
-    """Register an operator's derivative, itself made of operators."""
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
+    """Register an operator's derivative, itself made of operators.
+
+    ``torch.library.register_autograd`` does the same, but refuses ``torch.func.grad`` and what is
+    made of it. Its arguments are those of these two functions.
+    """
+    operator = getattr(torch.ops.rpg_kernels, name).default
+
+    class Derivative(torch.autograd.Function):
+        """The operator, with the keys that it was called with as a last argument."""
+
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            # Transforms further out are differentiated too, which the mode of `forward` forbids.
+            if torch._C._are_functorch_transforms_active():
+                with torch.enable_grad():
+                    result = _below_autograd(operator, args[-1], args[:-1])
+            else:
+                result = _below_autograd(operator, args[-1], args[:-1])
+            setup_context(ctx, args[:-1], result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (*backward(ctx, *grads), None)
+
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return _below_autograd(operator, keyset, args)
+        if not torch._C._are_functorch_transforms_active():
+            return Derivative.apply(*args, keyset)  # type: ignore[no-untyped-call]
+        # The dispatcher goes from one transform to the next by itself, as for torch's own
+        # operators: here only the innermost one's tensors are differentiated.
+        allowed = torch._C._functorch.get_single_level_autograd_function_allowed()
+        torch._C._functorch.set_single_level_autograd_function_allowed(True)
+        try:
+            apply: Callable[..., Any] = super(torch.autograd.Function, Derivative).apply
+            return apply(*args, keyset)
+        finally:
+            torch._C._functorch.set_single_level_autograd_function_allowed(allowed)
+
+    LIBRARY.impl(name, run, "Autograd", with_keyset=True)
+
+
+def _below_autograd(operator: Any, keyset: torch._C.DispatchKeySet, args: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def autocast(name: str) -> None:

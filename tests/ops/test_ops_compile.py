@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import brute_force as brute
 import pytest
@@ -231,47 +230,3 @@ def test_functional_call_reads_the_bank_that_it_is_given() -> None:
     brute.assert_exact(y, wanted)
     for g, e in zip(got, gradients(model, wanted).values(), strict=True):
         brute.assert_exact(g, e)
-
-
-def works_or_says_why(call: Callable[[], Any]) -> Any:
-    """The result, or None after an error that names what does not work."""
-    try:
-        return call()
-    except (RuntimeError, NotImplementedError) as error:
-        assert "functorch" in str(error) or "vmap" in str(error), error  # noqa: PT017
-        return None
-
-
-def test_func_grad_works_or_says_why() -> None:
-    model = Net()
-    indices = torch.randint(11, (4, 2))
-    values = {name: p.detach() for name, p in model.named_parameters()}
-
-    def loss(values: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(model, values, (indices,)).square().sum()  # type: ignore[no-any-return]
-
-    got = works_or_says_why(lambda: torch.func.grad(loss)(values))
-    if got is not None:
-        exact = gradients(model, model(indices))
-        for name, gradient in got.items():
-            brute.assert_exact(gradient, exact[name])
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_works_or_says_why() -> None:
-    weight = brute.bank_of(512, granularity=16).place((9, 20))
-    x = torch.randn(5, 3, 20, dtype=F64)
-    got = works_or_says_why(lambda: torch.vmap(lambda x: functional.linear(x, weight))(x))
-    if got is not None:
-        brute.assert_exact(got, functional.linear(x, weight))
-
-
-def test_forward_mode_is_right_or_refused() -> None:
-    weight = brute.bank_of(512, granularity=16).place((9, 20))
-    x = torch.randn(3, 20, dtype=F64)
-    try:
-        _, tangent = torch.func.jvp(lambda x: functional.linear(x, weight), (x,), (x,))
-    except (RuntimeError, NotImplementedError) as error:
-        assert "forward" in str(error)  # noqa: PT017
-    else:
-        brute.assert_exact(tangent, functional.linear(x, weight))

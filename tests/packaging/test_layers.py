@@ -30,6 +30,7 @@ MAY = {
     "torch_functions": FUNCTIONAL | {"torch_functions"},
     "nn": NN,
     "explanation": BACKENDS | {"ops"},
+    "flops": BACKENDS | {"ops"},
     "conversion": MODELS,
     "models": MODELS | {"models"},
     "checkpoint": MODELS | {"checkpoint"},

@@ -11,6 +11,8 @@ import torch
 from rpg_kernels import native, settings
 from rpg_kernels._tensors import LOW_PRECISION
 from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.cpu import multiplications
+from rpg_kernels.backends.cpu.multiplications import RING_ROWS, RING_SUMS
 from rpg_kernels.backends.registry import Backend
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import parse
@@ -29,9 +31,6 @@ LOW_BATCH, LOW_GAIN = 32, 4
 # The reference also prepares a convolution's weight, which few pixels do not pay for.
 CONV_GAIN, CONV_PIXELS = 1.5, 64
 LOW_CONV_GAIN, LOW_CONV_PIXELS = 4, 1024
-
-# Rows of a column of a whole ring that are tabulated together, and floats of its sums (csrc/cpu).
-RING_ROWS, RING_SUMS = 1 << 14, 1 << 16
 
 _ALIGNMENT = 64
 _TILES = ((16, 4), (16, 2), (16, 1), (8, 1), (4, 1), (1, 1))
@@ -306,6 +305,16 @@ class Cpu(Backend):
         if not call.placement:
             return False
         return faster(call.op, call.dtype, call.rows, call.placement, call.groups)
+
+    def multiplications(self, call: Call) -> int | None:
+        """See ``multiplications.of_row``."""
+        if call.op not in PRODUCTS:
+            return None
+        step = steps(call.op, call.rows, call.placement)
+        if not call.rows or step is None:
+            return None
+        lanes = step.batch_tile * step.tiles
+        return call.rows * multiplications.of_row(call.op, call.placement, lanes, step.threads)
 
     def explain(self, call: Call) -> str:
         """How many rows share a product, or why the call was left."""
