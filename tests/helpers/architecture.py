@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+transformers.logging.set_verbosity_error()  # it advises, on tiny networks more than once each
+
 Inputs = dict[str, Tensor]
 
 VOCABULARY = 48
@@ -33,6 +35,7 @@ class Architecture:
         small: the class or the model of timm that is tiny with those options, where timm's
             constructor of the large one does not take them.
         generates: whether it has ``generate``.
+        refused: a part of the reason, where it has no layer that can be shared.
     """
 
     library: str
@@ -42,6 +45,7 @@ class Architecture:
     large: Mapping[str, Any] = field(default_factory=dict)
     small: str = ""
     generates: bool = False
+    refused: str = ""
 
     def build(self) -> nn.Module:
         """A tiny one, in evaluation mode, with weights as the library draws them."""

@@ -67,10 +67,10 @@ def other(name: str, inputs: Callable[[], Inputs], **tiny: Any) -> Architecture:
     return Architecture("transformers", name, inputs, tiny)
 
 
-def vision(name: str, small: str = "", **tiny: Any) -> Architecture:
+def vision(name: str, small: str = "", refused: str = "", **tiny: Any) -> Architecture:
     """A network of timm."""
     tiny = {"num_classes": 10, **tiny}
-    return Architecture("timm", name, only_images, tiny, small=small)
+    return Architecture("timm", name, only_images, tiny, small=small, refused=refused)
 
 
 TEXT = (
@@ -215,6 +215,7 @@ TIMM = (
     vision(
         "resnetv2_50x1_bit",
         small="ResNetV2",
+        refused="StdConv2d is a subclass of Conv2d",
         layers=(1, 1, 2, 1),
         channels=(128, 128, 128, 128),  # a quarter of them is normed in 32 groups
     ),
