@@ -29,15 +29,18 @@ def converted(architecture: Architecture, seed: int = 0) -> nn.Module:
     """
     torch.manual_seed(seed)
     model = architecture.build()
-    for m in model.modules():
-        m.__dict__.pop("_is_hf_initialized", None)
     weights = sum(p.numel() for p in model.parameters())
     rpg.convert(model, rpg.RPGConfig(dof=weights // 4, granularity=8))
     with torch.no_grad():
         for p in model.parameters():
-            if p is not model.rpg_bank.weight:
+            if p is not bank_of(model).weight:
                 p.add_(0.02 * torch.randn_like(p))
     return model
+
+
+def bank_of(model: nn.Module) -> rpg.ParameterBank:
+    (bank,) = (m for m in model.modules() if isinstance(m, rpg.ParameterBank))
+    return bank
 
 
 def forward(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
@@ -81,20 +84,21 @@ def test_gradients_are_those_of_the_dense_network_and_a_step_follows_them(
 
     gradients = {name: p.grad for name, p in dense.named_parameters() if p.grad is not None}
     largest = max(float(grad.abs().max()) for grad in gradients.values())
-    bank = torch.zeros_like(model.rpg_bank.weight)
+    bank = torch.zeros_like(bank_of(model).weight)
     for layer in rpg.summary(model).layers:
         if not layer.tied_to and f"{layer.name}.weight" in gradients:
             virtual = model.get_submodule(layer.name).virtual_weight
             bank += virtual.pack(gradients.pop(f"{layer.name}.weight"))
-    trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    close(trained.pop("rpg_bank.weight"), bank, "bank", largest)
     assert bank.any()
+    close(bank_of(model).weight.grad, bank, "bank", largest)
+    trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    trained = {name: grad for name, grad in trained.items() if "rpg_bank" not in name}
     assert trained.keys() == gradients.keys()
     for name in gradients:
         close(trained[name], gradients[name], name, largest)
 
-    groups = rpg.param_groups(model, lr=1e-3 / max(largest, float(bank.abs().max())))
-    torch.optim.SGD(groups).step()
+    length = torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    torch.optim.SGD(rpg.param_groups(model, lr=1e-3 / float(length))).step()
     assert train(model, inputs) < before
 
 
