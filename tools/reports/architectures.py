@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import timm
-import transformers
 from architecture import Architecture
 from architectures import ALL
 from torch import nn
@@ -123,7 +122,7 @@ def row(architecture: Architecture) -> str:
 def table() -> str:
     """All networks, and the versions of the libraries that have them."""
     lines = [
-        f"transformers {transformers.__version__}, timm {timm.__version__}.",
+        f"transformers {version('transformers')}, timm {version('timm')}.",
         "",
         "| network | weights | layers shared | virtual | virtual, outside of embeddings "
         "| what else was left |",
