@@ -57,9 +57,13 @@ SPEECH = {
 }
 
 
-def text(name: str, large: dict[str, Any] | None = None, **tiny: Any) -> Architecture:
+def text(
+    name: str, large: dict[str, Any] | None = None, refused: str = "", **tiny: Any
+) -> Architecture:
     """A network of transformers that continues text."""
-    return Architecture("transformers", name, tokens, tiny, large or {}, generates=True)
+    return Architecture(
+        "transformers", name, tokens, tiny, large or {}, generates=True, refused=refused
+    )
 
 
 def other(name: str, inputs: Callable[[], Inputs], **tiny: Any) -> Architecture:
@@ -94,6 +98,7 @@ TEXT = (
         n_head=4,
         **SPECIAL,
     ),
+    text("FalconForCausalLM", refused="FalconLinear is a subclass of Linear", **DECODER),
     text("OPTForCausalLM", **DECODER, ffn_dim=48, word_embed_proj_dim=16),
     text(
         "BloomForCausalLM",
@@ -126,6 +131,14 @@ TEXT = (
     text("BartForConditionalGeneration", **SPEECH, max_position_embeddings=32),
     other("BertForMaskedLM", tokens, **ENCODER),
     other("RobertaForMaskedLM", tokens, **ENCODER),
+    other(
+        "MobileBertForMaskedLM",
+        tokens,
+        **ENCODER,
+        embedding_size=16,
+        true_hidden_size=24,
+        intra_bottleneck_size=24,
+    ),
     other(
         "DebertaV2ForMaskedLM",
         tokens,
