@@ -61,14 +61,14 @@ def measured(architecture: Architecture) -> Share:
                 sizes[id(parameter)] = parameter.numel()
                 owners[id(parameter)].append((name, module))
     tables = {key for key, held in owners.items() if any(is_table(m) for _, m in held)}
-    kept = {id(p): p for p in model.parameters()}  # so that no other object takes their numbers
+    # They are held on to, so that no other object takes their numbers.
     weights = {name: getattr(m, "weight", None) for name, m in model.named_modules()}
     layers, skipped = shared(model, sum(sizes.values()))
     virtual = {id(weights[name]) for name in layers}
     left: dict[str, int] = defaultdict(int)
-    for key in kept.keys() & sizes.keys() - virtual - tables:
-        name, module = owners[key][0]
-        left[kind_of_rest(module, skipped.get(name, ""))] += sizes[key]
+    for key, ((name, module), *_) in owners.items():
+        if key not in virtual and key not in tables:
+            left[kind_of_rest(module, skipped.get(name, ""))] += sizes[key]
     return Share(
         layers=len(layers),
         total=sum(sizes.values()),
