@@ -70,7 +70,7 @@ class BankMap:
         return cls(generator, tuple(placements))
 
     def to_tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        """As float32 ``[digits]``: lines of JSON (generator, then layers), as hexadecimal digits.
+        """As float16 ``[digits]``: lines of JSON (generator, then layers), as hexadecimal digits.
 
         Digits from 0 to 15 survive what people do to whole state dicts: sums and divisions of
         checkpoints, moving averages, casts to 16 bits. Blanks make the length independent of the
@@ -84,7 +84,7 @@ class BankMap:
             lines.append(line + " " * (_LONGEST_SCALE - len(repr(scale))))
         text = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
         digits = torch.stack((text >> 4, text & 15), dim=1).flatten()
-        return digits.to(device, torch.float32)
+        return digits.to(device, torch.float16)
 
     @classmethod
     def from_tensor(cls, digits: object) -> BankMap:
@@ -135,6 +135,11 @@ class BankMap:
                 if got != want:
                     return f"{name} of layer {ours.layer}: got {got}, wanted {want}"
         return ""
+
+
+def no_map(device: torch.device) -> Tensor:
+    """A buffer without digits yet."""
+    return torch.empty(0, dtype=torch.float16, device=device)
 
 
 def _placement(p: Placement) -> dict[str, Any]:

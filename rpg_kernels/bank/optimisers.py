@@ -45,14 +45,16 @@ def _before_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _of_its_model(bank: BankState, given: set[int]) -> bool:
-    """Whether an optimiser holds a parameter of a module that registers the bank."""
-    owners = [
-        module
-        for module in gc.get_objects()
-        if issubclass(type(module), nn.Module)
-        and any(child is bank for child in vars(module).get("_modules", {}).values())
-    ]
-    return not owners or any(id(p) in given for module in owners for p in module.parameters())
+    """Whether an optimiser holds a parameter of a module that registers the bank, or reads it."""
+    modules = (m for m in gc.get_objects() if issubclass(type(m), nn.Module))
+    owners = [m for m in modules if _has(vars(m), bank)]
+    return any(id(p) in given for module in owners for p in module.parameters())
+
+
+def _has(attributes: dict[str, Any], bank: BankState) -> bool:
+    registered = attributes.get("_modules", {}).values()
+    read = getattr(attributes.get("virtual_weight"), "bank", None)
+    return read is bank or any(child is bank for child in registered)
 
 
 def _held(parameter: object) -> bool:

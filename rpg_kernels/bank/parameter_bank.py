@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rpg_kernels import _checks
 from rpg_kernels._tensors import DTYPES
-from rpg_kernels.bank.bank_map import DIGITS
+from rpg_kernels.bank.bank_map import DIGITS, no_map
 from rpg_kernels.bank.bank_state import BankState, sha256_of
 from rpg_kernels.bank.config import PAPER_INIT_STD, ring_of
 from rpg_kernels.bank.virtual_weight import VirtualWeight
@@ -89,7 +89,7 @@ class ParameterBank(BankState):
         shape = (generator.slots, granularity)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=_floating(dtype)))
         self.register_buffer("table", None)
-        self.register_buffer(DIGITS, torch.empty(0, device=self.weight.device))
+        self.register_buffer(DIGITS, no_map(self.weight.device))
         self.reset_parameters()
 
     def _setup(
@@ -143,7 +143,7 @@ class ParameterBank(BankState):
         bank._setup(generator, weight.numel(), std if std > 0 else PAPER_INIT_STD)
         bank.weight = nn.Parameter(weight.detach().clone().unsqueeze(1))
         bank.register_buffer("table", table.detach())
-        bank.register_buffer(DIGITS, torch.empty(0, device=weight.device))
+        bank.register_buffer(DIGITS, no_map(weight.device))
         bank.write_map()
         return bank
 

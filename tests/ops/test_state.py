@@ -69,7 +69,7 @@ def test_the_state_dict_has_one_tensor_for_all_virtual_weights_and_their_map() -
     assert list(model.state_dict()) == [*bank, *(k for k in dense if k not in gone)]
     assert model.state_dict()["rpg_bank.weight"].shape == (32, 8)
     digits = model.state_dict()["rpg_bank.map_digits"]
-    assert (digits.dtype, digits.dim()) == (torch.float32, 1)
+    assert (digits.dtype, digits.dim()) == (torch.float16, 1)
     assert digits.numel() < 2 * (150 + 3 * 80)
 
 
