@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import brute_force as brute
+import other_torchvision
 import processes
 import pytest
 import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.model_summary import ModelSummary
 from torch import Tensor, nn
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +25,7 @@ from rpg_kernels.functional import linear
 from rpg_kernels.law.placement import parse
 from rpg_kernels.ops import _flops
 
+assert other_torchvision  # which Lightning imports where it is installed
 Run = Callable[[nn.Module, Tensor], Any]
 CONVOLUTIONS: list[dict[str, Any]] = [
     {},
@@ -205,10 +209,7 @@ def test_back_ends_say_what_they_multiply() -> None:
 
 
 def test_lightnings_summary() -> None:
-    lightning = pytest.importorskip("pytorch_lightning", exc_type=Exception)
-    from pytorch_lightning.utilities.model_summary import ModelSummary
-
-    class Module(lightning.LightningModule):
+    class Module(LightningModule):
         def __init__(self, net: nn.Module) -> None:
             super().__init__()
             self.net, self.example_input_array = net, torch.randn(4, 12)

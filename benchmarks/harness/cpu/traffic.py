@@ -16,7 +16,7 @@ from benchmarks.harness.cpu import bandwidth
 from benchmarks.harness.cpu.bandwidth import Level
 from benchmarks.harness.cpu.subject import Job
 from rpg_kernels import settings
-from rpg_kernels.backends.cpu import rules
+from rpg_kernels.backends.cpu import multiplications, rules
 from rpg_kernels.law.placement import parse
 from rpg_kernels.law.window import STRIP, WindowLaw
 
@@ -134,14 +134,14 @@ def _kernel(spec: str, batch: int, bank: int, item: int) -> list[Stream]:
     p = parse(spec)
     law, block = p.law, p.matrix.block
     windows = isinstance(law, WindowLaw)
-    tabulated, entry = (STRIP if windows else rules.RING_ROWS), _ENTRY_BYTES[windows]
+    tabulated, entry = (STRIP if windows else multiplications.RING_ROWS), _ENTRY_BYTES[windows]
     lanes = step.batch_tile * step.tiles
     passes = -(-batch // lanes)
     tiles = -(-min(batch, lanes) // step.batch_tile)
     positions = law.rows * law.blocks
     shared = rules.gain("linear", spec, lanes)
     slots = law.window if isinstance(law, WindowLaw) else law.slots
-    height = min(law.rows, tabulated, rules.RING_SUMS // lanes)
+    height = min(law.rows, tabulated, multiplications.RING_SUMS // lanes)
     line = block * item
     read = passes * positions * line / shared
     # A segment's window comes from where the bank is, for the second tile from where a window fits.
