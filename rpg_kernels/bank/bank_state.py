@@ -42,7 +42,8 @@ class BankState(nn.Module):
         self._lent = ""  # the prefix under which a layer has put this bank into a state dict
         self._unpacked: set[int] = set()  # layers of which it was said
         self._loading: list[str] | None = None  # the call of load_state_dict that came by last
-        self._untrained: int | None = None  # version of the values, until something trains them
+        self._drawn: nn.Parameter | None = None  # the values, until something trains them
+        self._version_drawn = 0  # of these values
         optimisers.watch(self)
 
     @property
@@ -62,24 +63,28 @@ class BankState(nn.Module):
         Raises:
             ValueError: the values were replaced by those of another map.
         """
+        weight = self._parameters.get("weight")
         if not torch.compiler.is_compiling():
             digits = self._buffers[DIGITS]
             if digits is not self._written and digits is not self._seen:
                 self._look_at_map()
-            if self._untrained is not None:
-                self._untrained = other_rules.look_at(self)
+            drawn = self._drawn
+            if drawn is not None and (weight is not drawn or drawn._version != self._version_drawn):
+                other_rules.look_at(self)
         if self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__:
             values: Tensor = self()
             return values
-        return self.weight
+        return self.weight if weight is None else weight
 
     def watch_for_other_rules(self) -> None:
         """From now until something trains the values, notice when they are drawn anew."""
-        self._untrained = other_rules.version_of(self)
+        self._drawn = other_rules.parameter_of(self)
+        if self._drawn is not None:
+            self._version_drawn = self._drawn._version
 
     def trained(self) -> None:
         """The values are someone's: trained, or loaded."""
-        self._untrained = None
+        self._drawn = None
 
     def first_unpacking(self, weight: VirtualWeight) -> bool:
         """Whether to say that a layer's weight is unpacked: once per layer."""
@@ -234,7 +239,7 @@ class BankState(nn.Module):
         self._look_at_map()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.write_map()
-        if self._untrained is not None:
+        if self._drawn is not None:
             self.watch_for_other_rules()
         return self
 

@@ -24,34 +24,34 @@ _WIDE = 8  # of a narrower bank the rules give standard deviations near 1, which
 _NEAR = 0.05
 
 
-def version_of(bank: BankState) -> int | None:
-    """Which state the values are in; None where torch does not count, or there are none."""
+def parameter_of(bank: BankState) -> nn.Parameter | None:
+    """The values, where torch counts their versions; None where it does not, or there are none."""
     weight = bank._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference():
         return None
-    return weight._version
+    return weight
 
 
-def look_at(bank: BankState) -> int | None:
-    """The version of the values, which were brought back to ``init_std`` if need be."""
-    version = version_of(bank)
-    if version is None or version == bank._untrained:
-        return version
-    weight = bank.weight
+def look_at(bank: BankState) -> None:
+    """Bring values that have changed back to ``init_std`` if need be."""
+    weight = parameter_of(bank)
+    bank.watch_for_other_rules()
+    if weight is None:
+        return
     fan_out, fan_in = weight.shape
     if fan_out * fan_in < _ENOUGH or fan_in < _WIDE:
-        return version
+        return
     with torch.no_grad():
         std = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
         std /= math.sqrt(weight.numel())
         rules = [2 / (fan_in + fan_out), 2 / fan_in, 2 / fan_out, 1 / fan_in, 1 / (3 * fan_in)]
         like = any(abs(std / math.sqrt(rule) - 1) < _NEAR for rule in rules)
         if not like or abs(std / bank.init_std - 1) < 2 * _NEAR:
-            return version
+            return
         weight.mul_(bank.init_std / std)
+    bank.watch_for_other_rules()
     _checks.warn(
         f"the parameter bank was drawn anew with standard deviation {std:.3g}, by a rule for "
         f"matrices; it was brought back to its own, {bank.init_std:.3g}, which the scales of the "
         "layers assume; bank.reset_parameters() draws a bank anew"
     )
-    return version_of(bank)
