@@ -78,13 +78,14 @@ class BankState(nn.Module):
 
     def watch_for_other_rules(self) -> None:
         """From now until something trains the values, notice when they are drawn anew."""
-        self._drawn = other_rules.parameter_of(self)
+        # Not by setattr, which would register it once more.
+        self.__dict__["_drawn"] = other_rules.parameter_of(self)
         if self._drawn is not None:
             self._version_drawn = self._drawn._version
 
     def trained(self) -> None:
         """The values are someone's: trained, or loaded."""
-        self._drawn = None
+        self.__dict__["_drawn"] = None
 
     def first_unpacking(self, weight: VirtualWeight) -> bool:
         """Whether to say that a layer's weight is unpacked: once per layer."""
