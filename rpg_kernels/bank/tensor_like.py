@@ -21,6 +21,8 @@ from rpg_kernels import _checks, settings
 if TYPE_CHECKING:
     from rpg_kernels.bank.virtual_weight import VirtualWeight
 
+# What would be lost on a temporary tensor.
+_OF_LEAVES = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
 FUSED: dict[Any, Callable[..., Any]] = {}  # function of torch -> the same, or NotImplemented
 
 
@@ -174,6 +176,11 @@ class TensorLike:
         """Whatever else a tensor has: asked of Ŵ."""
         if name.startswith("__") or not hasattr(torch.Tensor, name):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if name in _OF_LEAVES:
+            raise RuntimeError(
+                f"{name}: a virtual weight has no gradient of its own; the bank's parameter has, "
+                "the sum over all layers that read it (model.rpg_bank.weight)"
+            )
         method = getattr(torch.Tensor, name)
         if not callable(method):
             return getattr(_unpacked(self), name)

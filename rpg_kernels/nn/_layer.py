@@ -58,6 +58,15 @@ class VirtualLayer(HoldsBank):
             raise AttributeError("weight: a virtual layer's cannot be deleted")
         super().__delattr__(name)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; what pruning makes of a weight cannot be made of a virtual one."""
+        if isinstance(param, VirtualWeight):
+            raise TypeError(
+                f"{name}: got a virtual weight, wanted a parameter; prune or normalise "
+                "the bank (model.rpg_bank, 'weight'), or the layers of rpg.materialize(model)"
+            )
+        super().register_parameter(name, param)
+
     def _take_weight(self, value: object) -> None:
         """``layer.weight = value``."""
         old = self.virtual_weight

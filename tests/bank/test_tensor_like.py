@@ -236,6 +236,13 @@ def test_values_cannot_be_written(name: str) -> None:
         assert torch.equal(weight.unpack(), dense)
 
 
+def test_what_belongs_to_a_gradient_is_the_banks() -> None:
+    weight, _ = matrix()
+    for ask in (lambda: weight.register_hook(print), lambda: weight.retain_grad()):
+        with pytest.raises(RuntimeError, match=r"no gradient of its own; the bank's parameter has"):
+            ask()
+
+
 def test_a_large_weight_is_unpacked_with_one_warning_per_layer() -> None:
     bank = rpg.ParameterBank(dof=96, granularity=8)
     weight, other = bank.place((12, 20)), bank.place((12, 20))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
 
@@ -362,6 +363,16 @@ def test_a_norm_is_folded_into_a_convolution(stride: int) -> None:
     torch.testing.assert_close(fused(x), net[2](net[1](x)), rtol=1e-4, atol=1e-5)
     assert type(fused) is nn.Conv2d
     assert isinstance(net[1], rpg.nn.Conv2d)
+
+
+def test_pruning_a_virtual_layer_says_what_to_prune() -> None:
+    net = build()
+    wanted = net(X)
+    with pytest.raises(TypeError, match=r"weight_orig: got a virtual weight.*rpg\.materialize"):
+        prune.l1_unstructured(net.encoder[2], "weight", 0.5)
+    assert torch.equal(net(X), wanted)
+    prune.l1_unstructured(net.rpg_bank, "weight", 0.5)
+    assert net.encoder[2].weight.unpack().eq(0).any()
 
 
 def test_averages_of_a_model_and_its_parts() -> None:
