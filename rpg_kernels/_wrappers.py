@@ -9,7 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from rpg_kernels import _checks
 
-_COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
+COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
 _AVERAGED = "torch.optim.swa_utils"
 _FSDP = "torch.distributed.fsdp"
 
@@ -36,7 +36,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
     elif _sharded_by_wrapper(model):
         inner = model._modules.get("_fsdp_wrapped_module")
     else:
-        inner = model._modules.get(_COMPILED)
+        inner = model._modules.get(COMPILED)
     return inner if isinstance(inner, nn.Module) else None
 
 
@@ -60,7 +60,7 @@ def unwrap_to_change(model: nn.Module) -> nn.Module:
 
 def plain_name(key: str) -> str:
     """A name without the parts that torch.compile puts into it."""
-    return ".".join(part for part in key.split(".") if part != _COMPILED)
+    return ".".join(part for part in key.split(".") if part != COMPILED)
 
 
 # Asked for without importing what few programs use.

@@ -16,7 +16,8 @@ from rpg_kernels.functional import Pair, conv2d, embedding, linear
 _op = torch.ops.rpg_kernels
 
 
-def _fused_linear(x: object, weight: object, bias: Tensor | None = None) -> Any:
+def _fused_linear(input: object, weight: object, bias: Tensor | None = None) -> Any:
+    x = input
     if not isinstance(x, Tensor) or isinstance(bias, TensorLike):
         return NotImplemented
     if isinstance(weight, TransposedWeight):
@@ -25,8 +26,11 @@ def _fused_linear(x: object, weight: object, bias: Tensor | None = None) -> Any:
     return linear(x, weight, bias) if isinstance(weight, VirtualWeight) else NotImplemented
 
 
-def _fused_matmul(a: object, b: object) -> Any:
+def _fused_matmul(input: object, other: object, *, out: object = None) -> Any:
     """Where one factor is a virtual matrix or its transpose, and the other an ordinary tensor."""
+    a, b = input, other
+    if out is not None:
+        return NotImplemented
     if isinstance(a, TensorLike) and isinstance(b, Tensor) and a.ndim == 2 and b.dim() > 0:
         if b.dim() == 1:
             return _fused_matmul(b, a.t())
@@ -43,12 +47,16 @@ def _fused_matmul(a: object, b: object) -> Any:
     return y
 
 
+def _fused_mm(input: object, mat2: object, *, out: object = None) -> Any:
+    return _fused_matmul(input, mat2, out=out)
+
+
 def _fused_rmatmul(b: object, a: object) -> object:
     return _fused_matmul(a, b)
 
 
 def _fused_conv2d(
-    x: object,
+    input: object,
     weight: object,
     bias: Tensor | None = None,
     stride: Pair = 1,
@@ -56,6 +64,7 @@ def _fused_conv2d(
     dilation: Pair = 1,
     groups: int = 1,
 ) -> object:
+    x = input
     pairs = all(isinstance(p, int | str) or len(p) == 2 for p in (stride, padding, dilation))
     if not isinstance(x, Tensor) or not isinstance(weight, VirtualWeight) or not pairs:
         return NotImplemented
@@ -63,12 +72,13 @@ def _fused_conv2d(
 
 
 def _fused_embedding(
-    indices: object,
+    input: object,
     weight: object,
     padding_idx: int | None = None,
     *rest: object,
     **options: object,
 ) -> object:
+    indices = input
     plain = not any(rest) and not any(v for k, v in options.items() if k != "norm_type")
     if not isinstance(indices, Tensor) or not isinstance(weight, VirtualWeight) or not plain:
         return NotImplemented
@@ -81,8 +91,8 @@ FUSED.update(
         F.conv2d: _fused_conv2d,
         F.embedding: _fused_embedding,
         Tensor.__rmatmul__: _fused_rmatmul,
-        **dict.fromkeys(
-            (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _fused_matmul
-        ),
+        torch.mm: _fused_mm,
+        Tensor.mm: _fused_mm,
+        **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _fused_matmul),
     }
 )

@@ -77,14 +77,8 @@ class BankMap:
         scales, since ``torch.distributed.checkpoint`` and others load into tensors of the same
         size only.
         """
-        lines = [self.generator.to_json()]
-        for p in self.placements:
-            scale = float(p.scale)
-            line = json.dumps(_placement(p), separators=(",", ":"))
-            lines.append(line + " " * (_LONGEST_SCALE - len(repr(scale))))
-        text = torch.frombuffer(bytearray("\n".join(lines).encode()), dtype=torch.uint8)
-        digits = torch.stack((text >> 4, text & 15), dim=1).flatten()
-        return digits.to(device, torch.float16)
+        lines = [self.generator.to_json().encode(), *map(line_of, self.placements)]
+        return digits_of(lines).to(device)
 
     @classmethod
     def from_tensor(cls, digits: object) -> BankMap:
@@ -135,6 +129,18 @@ class BankMap:
                 if got != want:
                     return f"{name} of layer {ours.layer}: got {got}, wanted {want}"
         return ""
+
+
+def line_of(placement: Placement) -> bytes:
+    """A layer's line of the map; its length does not depend on the scale."""
+    line = json.dumps(_placement(placement), separators=(",", ":"))
+    return f"{line}{' ' * (_LONGEST_SCALE - len(repr(float(placement.scale))))}".encode()
+
+
+def digits_of(lines: list[bytes]) -> Tensor:
+    """Lines as float16 digits, two for each byte, on the CPU."""
+    text = torch.frombuffer(bytearray(b"\n".join(lines)), dtype=torch.uint8)
+    return torch.stack((text >> 4, text & 15), dim=1).flatten().to(torch.float16)
 
 
 def no_map(device: torch.device) -> Tensor:

@@ -9,8 +9,10 @@ values are used.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from rpg_kernels import _checks
 from rpg_kernels._tensors import memory
 from rpg_kernels.bank import optimisers, other_rules
-from rpg_kernels.bank.bank_map import DIGITS, BankMap
+from rpg_kernels.bank.bank_map import DIGITS, BankMap, digits_of, line_of
 from rpg_kernels.law.generator import Generator, TableGenerator
 
 if TYPE_CHECKING:
@@ -35,15 +37,19 @@ class BankState(nn.Module):
     def __init__(self, generator: Generator | TableGenerator) -> None:
         super().__init__()
         self.generator = generator
+        self._lines = [generator.to_json().encode()]  # of the map, then one for each layer
         self._placed: list[VirtualWeight] = []
-        self._digits: Tensor | None = None  # the map as text, on the CPU; None when it has changed
-        self._written: Tensor | None = None  # the buffer that was written from it
-        self._seen: Tensor | None = None  # another one that was found to say the same
+        self._digits: Tensor | None = None  # as written last, on the CPU; None: they have changed
+        self._agreed: Tensor | None = None  # the buffer that says the same, and its version then
+        self._agreed_version: int | None = None
         self._lent = ""  # the prefix under which a layer has put this bank into a state dict
-        self._unpacked: set[int] = set()  # layers of which it was said
-        self._loading: list[str] | None = None  # the call of load_state_dict that came by last
+        self._unpacked: set[int] = set()  # layers whose unpacking was warned about
+        # The list of missing keys of the latest load_state_dict, which identifies the call.
+        self._loading: list[str] | None = None
+        self._steps: WeakSet[Any] = WeakSet()  # optimisers that were asked about this bank
+        self._applied: object = None  # the function of the latest move or cast
         self._drawn: nn.Parameter | None = None  # the values, until something trains them
-        self._version_drawn = 0  # of these values
+        self._version_drawn = 0  # their version when they were drawn, or looked at last
         optimisers.watch(self)
 
     @property
@@ -66,12 +72,12 @@ class BankState(nn.Module):
         weight = self._parameters.get("weight")
         if not torch.compiler.is_compiling():
             digits = self._buffers[DIGITS]
-            if digits is not self._written and digits is not self._seen:
-                self._look_at_map()
+            if digits is not self._agreed or _version(digits) != self._agreed_version:
+                self.look_at_map()
             drawn = self._drawn
             if drawn is not None and (weight is not drawn or drawn._version != self._version_drawn):
-                other_rules.look_at(self)
-        if self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__:
+                other_rules.scale_back_if_redrawn(self)
+        if self._forward_pre_hooks or "forward" in self.__dict__:
             values: Tensor = self()
             return values
         return self.weight if weight is None else weight
@@ -83,9 +89,35 @@ class BankState(nn.Module):
         if self._drawn is not None:
             self._version_drawn = self._drawn._version
 
+    def is_trained(self) -> bool:
+        """Whether the values are no longer those that were drawn."""
+        return self._drawn is None
+
+    def spread(self) -> float:
+        """The standard deviation of the values, for an initialiser of a layer's weight."""
+        if self._drawn is not None or self.weight.is_meta:
+            return self.init_std
+        with torch.no_grad():
+            values = self.read()
+            norm = float(torch.linalg.vector_norm(values, dtype=torch.float64))
+        return norm / math.sqrt(values.numel()) or self.init_std
+
     def trained(self) -> None:
         """The values are someone's: trained, or loaded."""
         self.__dict__["_drawn"] = None
+
+    def was_applied(self, fn: object) -> bool:
+        """Whether the latest move or cast was by this function, in the same call most likely."""
+        return self._applied is fn
+
+    def first_step_of(self, optimiser: object) -> bool:
+        """Whether this optimiser makes its first step since the bank is there.
+
+        Whether it should hold the bank is asked once, since walking through all objects is slow.
+        """
+        new = optimiser not in self._steps
+        self._steps.add(optimiser)
+        return new
 
     def first_unpacking(self, weight: VirtualWeight) -> bool:
         """Whether to say that a layer's weight is unpacked: once per layer."""
@@ -93,40 +125,58 @@ class BankState(nn.Module):
         self._unpacked.add(weight.placement.layer)
         return new
 
-    def map_changes(self) -> None:
-        """Called before a layer is placed, or a scale changes."""
-        self._look_at_map()
+    def map_changed(self, weight: VirtualWeight) -> None:
+        """Called after a layer was placed, or its scale has changed."""
+        layer = weight.placement.layer
+        self._lines[layer + 1 : layer + 2] = [line_of(weight.placement)]
         self._digits = None
+        self.write_map()
 
     def write_map(self) -> None:
         """Bring the buffer up to date, on the device and in the dtype that it has."""
         old = self._buffers[DIGITS]
         assert old is not None
         if self._digits is None:
-            self._digits = self.map.to_tensor()
-        self._buffers[DIGITS] = self._written = self._digits.to(old.device, old.dtype, copy=True)
+            self._digits = digits_of(self._lines)
+        self._buffers[DIGITS] = self._digits.to(old.device, old.dtype, copy=True)
+        self._agree()
 
-    def _look_at_map(self) -> None:
+    def _agree(self) -> None:
+        digits = self._buffers[DIGITS]
+        self.__dict__["_agreed"] = digits
+        self._agreed_version = _version(digits)
+
+    def look_at_map(self) -> None:
         """Check a buffer that something else has put in place, and take over its scales."""
         digits = self._buffers[DIGITS]
-        if digits is None or digits is self._written or _unreadable(digits):
+        if digits is None or _unreadable(digits):
+            return
+        if digits is self._agreed and _version(digits) == self._agreed_version:
             return
         if self._digits is None or not _equal(digits.detach(), self._digits):
             try:
                 theirs = BankMap.from_tensor(digits)
                 self.check(theirs, self.table)
+                self._not_for_a_moment()
             except ValueError as error:
                 raise ValueError(
                     f"bank: the values in it were replaced: {error}; load a checkpoint of this "
                     "model, or convert the model as the saved one was"
                 ) from error
             self._take_scales(theirs)
-            self.trained()
-        self._seen = digits
+        self.trained()
+        self._agree()
+
+    def _not_for_a_moment(self) -> None:
+        """Scales belong to the layers: torch.func.functional_call cannot lend other ones."""
+        values = self._parameters.get("weight")
+        if values is not None and not isinstance(values, nn.Parameter):
+            raise ValueError("scales of layers that differ from this model's, in a functional call")
 
     def _take_scales(self, theirs: BankMap) -> None:
         for weight, placement in zip(self._placed, theirs.placements, strict=True):
             weight.set_placement(placement)
+        self._lines[1:] = [line_of(weight.placement) for weight in self._placed]
         self._digits = None
 
     def check(self, theirs: BankMap | None, table: object) -> None:
@@ -153,6 +203,18 @@ class BankState(nn.Module):
         if not table.is_meta and (got := sha256_of(table)) != self.generator.sha256:
             raise _checks.fail("table", f"sha256 {got}", self.generator.sha256)
 
+    def named_modules(
+        self, memo: set[Any] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's; also without its memory of modules, the layers that follow see it in memo."""
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        memo.add(id(self))
+
+    def listed_in(self, memo: set[Any]) -> bool:
+        """Whether a traversal has come by here."""
+        return id(self) in memo
+
     def held_by(self, state: Mapping[str, Any]) -> str | None:
         """The prefix under which a state dict holds this bank already; None when it does not."""
         mine = self._buffers[DIGITS]
@@ -172,9 +234,9 @@ class BankState(nn.Module):
         self._lent = prefix
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._look_at_map()
-        if self._digits is None:
-            self.write_map()
+        self.look_at_map()
+        if self._drawn is not None:
+            self.read()  # which brings values back that were drawn by a rule for matrices
         # A layer that came before has put this bank beside itself: it belongs here.
         if self._lent and self.held_by(destination) == self._lent:
             for key in [key for key in destination if key.startswith(self._lent)]:
@@ -205,8 +267,10 @@ class BankState(nn.Module):
             theirs = BankMap.from_tensor(state_dict[key]) if given else None
             self.check(theirs, state_dict.get(table, self.table))
         except ValueError as error:
-            error_msgs.append(f"{prefix[:-1] or 'bank'}: {error}")
-            return
+            # At once: torch would load everything else before it says anything.
+            raise RuntimeError(
+                f"Error(s) in loading a state dict: {prefix[:-1] or 'bank'}: {error}"
+            ) from error
         errors = len(error_msgs)
         if key in state_dict:
             # The buffer is written from the map below, so it is not to be copied into: torch
@@ -237,7 +301,8 @@ class BankState(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BankState:
         """Move or cast; the map is written anew where it arrives, since meta forgets it."""
-        self._look_at_map()
+        self.look_at_map()
+        self._applied = fn
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.write_map()
         if self._drawn is not None:
@@ -246,8 +311,14 @@ class BankState(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._loading = None
+        self._loading, self._steps, self._applied = None, WeakSet(), None
+        self.trained()  # a copy is of values that someone means
         optimisers.watch(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {k: v for k, v in state.items() if k not in ("_steps", "_applied", "_loading")}
 
 
 def same_memory(first: Tensor, second: Tensor) -> bool:
@@ -268,6 +339,11 @@ def _unreadable(digits: Tensor) -> bool:
     """No memory to look at: meta, a fake, or one of torch.func's wrappers."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(digits)
     return digits.is_meta or wrapped or type(digits) not in (Tensor, nn.Parameter)
+
+
+def _version(digits: Tensor | None) -> int | None:
+    """How often a buffer was written in place; None where torch does not count."""
+    return None if digits is None or digits.is_inference() else digits._version
 
 
 def _equal(digits: Tensor, mine: Tensor) -> bool:

@@ -19,29 +19,45 @@ _unheld: WeakSet[BankState] = WeakSet()  # banks that no optimiser was seen to h
 
 
 def watch(bank: BankState) -> None:
-    """Look for this bank in the optimisers that make a step."""
+    """Warn at an optimiser's first step that misses this bank."""
     _unheld.add(bank)
 
 
 def _before_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
     """Optimisers that hold a bank train it; a bank with a gradient that none holds is missed."""
-    if not _unheld:
+    missed = [b for b in list(_unheld) if any(p.requires_grad for p in b.parameters())]
+    if not missed:
         return
     given = {id(p) for group in optimiser.param_groups for p in group["params"]}
-    for bank in list(_unheld):
-        values = [p for p in bank.parameters() if p.requires_grad]
+    for bank in missed:
+        values = list(bank.parameters())
         if any(id(p) in given for p in values):
             bank.trained()
             _unheld.discard(bank)
-        elif any(p.grad is not None for p in values):
-            _unheld.discard(bank)  # asked, and said, at most once: what follows is slow
-            if _of_its_model(bank, given) and not any(map(_held, values)):
+            times = sum(p is values[0] for g in optimiser.param_groups for p in g["params"])
+            if times > 1:
+                _checks.warn(
+                    f"a parameter bank is {times} times in an optimiser's groups and makes as many "
+                    "steps at once: every layer's parameters() list it; give the optimiser "
+                    "rpg.param_groups(model, lr), or the parameters() of the whole"
+                )
+        elif any(p.grad is not None for p in values) and bank.first_step_of(optimiser):
+            if any(map(_held, values)):
+                bank.trained()
+                _unheld.discard(bank)
+            elif _of_its_model(bank, given) or not _has_gradient(optimiser):
+                _unheld.discard(bank)
                 _checks.warn(
                     f"the parameter bank of {bank.generator.dof} degrees of freedom has a "
                     "gradient, but no optimiser holds it, so that the virtual weights will not "
                     "change; give the optimiser rpg.param_groups(model, lr) or model.parameters() "
                     "of the converted model"
                 )
+
+
+def _has_gradient(optimiser: Optimizer) -> bool:
+    """Whether there is anything for this step: of a model's old parameters nothing is."""
+    return any(p.grad is not None for group in optimiser.param_groups for p in group["params"])
 
 
 def _of_its_model(bank: BankState, given: set[int]) -> bool:

@@ -32,20 +32,21 @@ def parameter_of(bank: BankState) -> nn.Parameter | None:
     return weight
 
 
-def look_at(bank: BankState) -> None:
-    """Bring values that have changed back to ``init_std`` if need be."""
-    weight = parameter_of(bank)
-    bank.watch_for_other_rules()
-    if weight is None:
+def scale_back_if_redrawn(bank: BankState) -> None:
+    """Bring values that have changed for the first time back to ``init_std`` if need be."""
+    drawn, weight = bank._drawn, parameter_of(bank)
+    bank.trained()  # whatever it is: the next change is someone's training
+    if weight is None or weight is not drawn or weight.grad is not None:
         return
     fan_out, fan_in = weight.shape
-    if fan_out * fan_in < _ENOUGH or fan_in < _WIDE:
+    count = fan_out * fan_in
+    if count < _ENOUGH or fan_in < _WIDE:
         return
+    near = min(_NEAR, 5 / math.sqrt(2 * count))
     with torch.no_grad():
-        std = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-        std /= math.sqrt(weight.numel())
+        std = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / math.sqrt(count)
         rules = [2 / (fan_in + fan_out), 2 / fan_in, 2 / fan_out, 1 / fan_in, 1 / (3 * fan_in)]
-        like = any(abs(std / math.sqrt(rule) - 1) < _NEAR for rule in rules)
+        like = any(abs(std / math.sqrt(rule) - 1) < near for rule in rules)
         if not like or abs(std / bank.init_std - 1) < 2 * _NEAR:
             return
         weight.mul_(bank.init_std / std)

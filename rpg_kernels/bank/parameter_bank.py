@@ -220,9 +220,10 @@ class ParameterBank(BankState):
             self._cursor = start + placement.matrix.span
         else:
             self._cursor = (start + placement.matrix.span) % generator.dof
-        self.map_changes()
+        self.look_at_map()
         weight = VirtualWeight(self, placement)
         self._placed.append(weight)
+        self.map_changed(weight)
         return weight
 
     def extra_repr(self) -> str:

@@ -9,12 +9,14 @@ argument in place is turned into a change of the scale, or refused; anything els
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
 from rpg_kernels import _checks, settings
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 # What would be lost on a temporary tensor.
 _OF_LEAVES = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward")
+_NO_GRADIENT = (
+    "{}: a virtual weight has no gradient of its own; the bank's parameter has, the sum over all "
+    "layers that read it (model.rpg_bank.weight)"
+)
 FUSED: dict[Any, Callable[..., Any]] = {}  # function of torch -> the same, or NotImplemented
 
 
@@ -30,11 +36,20 @@ class TensorLike:
     """Base of VirtualWeight and of its transpose: what tensors have, as far as it makes sense."""
 
     shape: torch.Size
-    grad = None  # the bank's parameter has the gradient
     grad_fn = None
     is_leaf = True
     is_sparse = is_quantized = is_nested = False
     layout = torch.strided
+
+    @property
+    def grad(self) -> None:
+        """None: the bank's parameter has the gradient."""
+        return None
+
+    @grad.setter
+    def grad(self, value: object) -> None:
+        if value is not None:
+            raise RuntimeError(_NO_GRADIENT.format("grad"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,16 +191,13 @@ class TensorLike:
         """Whatever else a tensor has: asked of Ŵ."""
         if name.startswith("__") or not hasattr(torch.Tensor, name):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        if name in _OF_LEAVES:
-            raise RuntimeError(
-                f"{name}: a virtual weight has no gradient of its own; the bank's parameter has, "
-                "the sum over all layers that read it (model.rpg_bank.weight)"
-            )
         method = getattr(torch.Tensor, name)
         if not callable(method):
             return getattr(_unpacked(self), name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if name in _OF_LEAVES:
+                raise RuntimeError(_NO_GRADIENT.format(name))
             return self.__torch_function__(method, (), (self, *args), kwargs)
 
         return call
@@ -193,6 +205,22 @@ class TensorLike:
     def __getitem__(self, index: Any) -> Tensor:
         part: Tensor = _unpacked(self)[index]
         return part
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return _unpacked(self).detach().cpu().numpy().astype(dtype or None, copy=False)
+
+    def __eq__(self, other: object) -> Any:
+        """With numbers and tensors elementwise; two weights are equal when they are one."""
+        if isinstance(other, Tensor | int | float):
+            return _unpacked(self) == other
+        return self is other
+
+    def __ne__(self, other: object) -> Any:
+        if isinstance(other, Tensor | int | float):
+            return _unpacked(self) != other
+        return self is not other
+
+    __hash__ = object.__hash__
 
     def __setitem__(self, index: Any, value: object) -> None:
         raise self._no_place("assigning to elements")
@@ -222,8 +250,10 @@ class TensorLike:
         if isinstance(target, TensorLike) and _in_place(name):
             kwargs = {key: value for key, value in kwargs.items() if value is not target}
             return target._change(name, args[1:], kwargs)
-        if name == "view_as" and isinstance(target, TensorLike) and not torch.is_grad_enabled():
-            raise target._no_place(name)  # torch.nn.init writes through it
+        if _in_place(name) and tree_any(lambda a: isinstance(a, TensorLike), target):
+            raise next(w for w in tree_leaves(target) if isinstance(w, TensorLike))._no_place(name)
+        if name == "view_as" and isinstance(target, TensorLike) and _asked_by("torch.nn.init"):
+            raise target._no_place("nn.init")  # which writes through the view
         args, kwargs = tree_map_only(TensorLike, _unpacked, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -231,8 +261,13 @@ class TensorLike:
         """In place: what gives a scale or a standard deviation changes the scale."""
         if tree_any(lambda value: isinstance(value, Tensor | TensorLike), (args, kwargs)):
             raise self._no_place(f"{name} with a tensor")
+        if self.numel() != self.whole().numel():
+            raise self._no_place(f"{name} of selected rows or columns")
         change = _CHANGES.get(name)
-        scale = None if change is None else change(self.whole(), *args, **kwargs)
+        try:
+            scale = None if change is None else change(self.whole(), *args, **kwargs)
+        except TypeError:  # arguments that mean something else
+            scale = None
         if scale is None:
             raise self._no_place(f"{name}{args or ''}")
         self.whole().rescale(scale)
@@ -322,9 +357,9 @@ def _operator(name: str) -> Callable[..., Any]:
 
 _OPERATORS = """
     add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv matmul rmatmul
-    pow rpow neg pos abs mod floordiv lt le gt ge
+    pow rpow neg pos abs mod rmod floordiv rfloordiv lt le gt ge
 """
-# Python looks operators up on the class. == stays identity, so that weights can be looked up.
+# Python looks operators up on the class.
 for _operator_name in _OPERATORS.split():
     setattr(TensorLike, f"__{_operator_name}__", _operator(f"__{_operator_name}__"))
 
@@ -343,11 +378,22 @@ def _unpacked(weight: TensorLike) -> Tensor:
     return weight.unpack()
 
 
+def _asked_by(module: str) -> bool:
+    """Whether a function of this module called the one that called a method of a weight."""
+    caller: FrameType | None = sys._getframe(3)
+    return caller is not None and caller.f_globals.get("__name__") == module
+
+
 def _in_place(name: str) -> bool:
     inner = name.strip("_")
-    return (name.endswith("_") and not name.startswith("_")) or (
+    return (name.endswith("_") and not name.endswith("__")) or (
         name.startswith("__i") and hasattr(torch.Tensor, f"{inner[1:]}_")
     )
+
+
+def _scale(vw: VirtualWeight, std: float) -> float:
+    """The scale that gives a standard deviation, with the values that the bank has now."""
+    return std / vw.bank.spread()
 
 
 def _times(vw: VirtualWeight, factor: float) -> float | None:
@@ -365,7 +411,7 @@ def _plus(vw: VirtualWeight, other: float, alpha: float = 1) -> float | None:
 def _normal(
     vw: VirtualWeight, mean: float = 0.0, std: float = 1.0, generator: Any = None
 ) -> float | None:
-    return std / vw.bank.init_std if mean == 0 else None
+    return _scale(vw, std) if mean == 0 else None
 
 
 def _uniform(
@@ -376,7 +422,7 @@ def _uniform(
     **names: float,
 ) -> float | None:
     low, high = names.get("from", names.get("a", from_)), names.get("b", to)
-    return high / math.sqrt(3) / vw.bank.init_std if low == -high else None
+    return _scale(vw, high / math.sqrt(3)) if low == -high else None
 
 
 def _kaiming(
@@ -388,18 +434,20 @@ def _kaiming(
 ) -> float | None:
     init, shape = torch.nn.init, torch.empty(vw.shape, device="meta")
     fan = init._calculate_correct_fan(shape, mode)
-    return init.calculate_gain(nonlinearity, a) / math.sqrt(fan) / vw.bank.init_std
+    return _scale(vw, init.calculate_gain(nonlinearity, a) / math.sqrt(fan))
 
 
 def _erfinv(vw: VirtualWeight) -> float | None:
     """Of a uniform weight, as torch draws truncated normal values: sqrt(mean(erfinv(u)²))."""
-    bound = min(abs(vw.scale) * vw.bank.init_std * math.sqrt(3), 1.0)
+    bound = min(abs(vw.scale) / _scale(vw, 1.0) * math.sqrt(3), 1.0)
     middle = (torch.arange(4096, dtype=torch.float64, device="cpu") + 0.5) / 4096 * bound
-    return float(torch.erfinv(middle).square().mean().sqrt()) / vw.bank.init_std
+    return _scale(vw, float(torch.erfinv(middle).square().mean().sqrt()))
 
 
 def _clamp(vw: VirtualWeight, min: float, max: float) -> float | None:
-    """Cutting off what is rare leaves the standard deviation as it is."""
+    """Of values just drawn, cutting off what is rare leaves the standard deviation as it is."""
+    if vw.bank.is_trained():
+        return None
     return vw.scale if -min == max >= 1.9 * abs(vw.scale) * vw.bank.init_std else None
 
 

@@ -57,7 +57,7 @@ class VirtualWeight(TensorLike):
     frozen: bool = field(init=False, default=False)  # no gradient goes into the bank from here
     name: str = field(init=False, default="")  # of the layer, where it is known
     # What to do when data of another shape are assigned: the layer that was last asked for it.
-    resized: Callable[[Tensor], None] | None = field(init=False, default=None)
+    resized: Callable[[], Callable[[Tensor], None] | None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if not isinstance(getattr(self.bank, "generator", None), Generator | TableGenerator):
@@ -73,6 +73,11 @@ class VirtualWeight(TensorLike):
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("bank", "placement", "root", "text", "shape") and name in self.__dict__:
             raise AttributeError(f"{name}: a virtual weight's does not change; see rescale")
+        if name == "_is_param":
+            raise TypeError(
+                "nn.Parameter: got a virtual weight, wanted a tensor; weight.clone() is one, with "
+                "values of its own"
+            )
         super().__setattr__(name, value)
 
     @property
@@ -124,11 +129,12 @@ class VirtualWeight(TensorLike):
         """
         whole = self.whole()
         placement = replace(whole.placement, scale=scale)
-        whole.bank.map_changes()
+        whole.bank.look_at_map()
         whole.set_placement(placement)
+        whole.bank.map_changed(whole)
 
     def set_placement(self, placement: Placement) -> None:
-        """The same place with another scale."""
+        """Take over a placement that differs in its scale only; the map is not told."""
         self.__dict__.update(placement=placement, text=placement.to_json())
 
     @property
@@ -138,7 +144,8 @@ class VirtualWeight(TensorLike):
 
     @data.setter
     def data(self, value: object) -> None:
-        resized = self.__dict__.pop("resized", None)
+        ask = self.__dict__.pop("resized", None)
+        resized = None if ask is None else ask()
         if resized is None or not isinstance(value, Tensor) or value.shape == self.shape:
             raise self._no_place("assigning to data")
         resized(value)

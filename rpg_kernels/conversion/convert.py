@@ -87,17 +87,17 @@ def convert(
         )
         bank.trained()
     layers = {id(m): counterpart(m, virtual[n]) for n, m in chosen.shared.items()}
+    if chosen.refused:
+        said = "; ".join(f"{name}: {why}" for name, why in list(chosen.refused.items())[:5])
+        more = len(chosen.refused) - 5
+        said += f"; and {more} more, see rpg.summary" if more > 0 else ""
+        _checks.warn(f"not shared, though asked for: {said}")
     # Nothing has been changed up to here; nothing below can fail.
     _replace(plain, layers)
     register(plain, bank)
     bank.write_map()
     bank.skipped = chosen.skipped
     bank.residuals = residuals
-    if chosen.refused:
-        said = "; ".join(f"{name}: {why}" for name, why in list(chosen.refused.items())[:5])
-        more = len(chosen.refused) - 5
-        said += f"; and {more} more, see rpg.summary" if more > 0 else ""
-        _checks.warn(f"not shared, though asked for: {said}")
     return model
 
 
@@ -114,7 +114,8 @@ def _check(model: nn.Module, config: RPGConfig, filter_fn: Filter | None, init: 
             f"model: got a single {got}, which cannot be replaced in place; wanted a model that "
             f"contains it (or build rpg.nn.{got})"
         )
-    if isinstance(inner, nn.ModuleList | nn.ModuleDict):
+    container = isinstance(inner, nn.ModuleList | nn.ModuleDict)
+    if container and type(inner).forward is nn.Module.forward:
         got = type(inner).__name__
         raise TypeError(f"model: got a {got}, whose elements are layers; wanted a model around it")
     if filter_fn is not None and not callable(filter_fn):
@@ -180,6 +181,8 @@ def _place(chosen: Selection, bank: ParameterBank, config: RPGConfig) -> dict[st
             std = layer_std(config.scale, weight.shape, lookup=lookup, weight=weight)
             by_memory[key] = bank.place(tuple(weight.shape), scale=std / bank.init_std)
             by_memory[key].name = name
+            for note, value in vars(module.weight).items():  # no_weight_decay, and the like
+                setattr(by_memory[key], note, value)
         virtual[name] = by_memory[key]
     return virtual
 

@@ -29,6 +29,8 @@ HOOKS = (
 )
 # Methods that compute: one that was patched on a layer does something that we do not know.
 COMPUTING = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_compiled_call_impl")
+# What computes, on a virtual layer, computes with it: it does not go on to the dense one.
+_HOOKED = (*COMPUTING, "_old_forward", "_hf_hook")
 _OWN = {"virtual_weight", "alone"}  # of virtual layers
 
 
@@ -141,9 +143,9 @@ def carry(old: nn.Module, new: nn.Module) -> None:
 def attributes(module: nn.Module) -> dict[str, Any]:
     """What a layer has beyond what every layer of its type has."""
     kind: Any = type(module)
-    usual = (
-        _usual(kind) | {"weight", "bias"} | (_OWN if isinstance(module, VirtualLayer) else set())
-    )
+    usual = _usual(kind) | {"weight", "bias"}
+    if isinstance(module, VirtualLayer):
+        usual |= {*_OWN, *_HOOKED}
     return {name: value for name, value in vars(module).items() if name not in usual}
 
 

@@ -70,5 +70,5 @@ def _dense(layer: VirtualLayer, parameters: dict[Key, nn.Parameter]) -> nn.Modul
             weight = vw.unpack()
             if padding_idx is not None:
                 weight[padding_idx] = 0
-            parameters[key] = nn.Parameter(weight, requires_grad=vw.bank.weight.requires_grad)
+            parameters[key] = nn.Parameter(weight, requires_grad=vw.requires_grad)
     return dense_counterpart(layer, parameters[key])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from rpg_kernels._tensors import DTYPES
+from rpg_kernels._wrappers import COMPILED
 from rpg_kernels.conversion.kinds import COMPUTING, HOOKS, SHARED_TYPES, attributes, kind_of
 from rpg_kernels.conversion.ties import keep_ties_together
 
@@ -41,6 +42,7 @@ def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
     found = Selection()
     able: dict[str, nn.Module] = {}
     names = []
+    compiled = {id(m._modules.get(COMPILED)) for m in model.modules()}
     for name, module in model.named_modules():
         layer = isinstance(module, SHARED_TYPES) or kind_of(module) is not None
         if not layer and not any(True for _ in module.parameters(recurse=False)):
@@ -48,6 +50,8 @@ def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
         if layer:
             names.append(name)
         reason = obstacle(module)
+        if id(module) in compiled:
+            reason = reason or "torch.compile was called on it alone and goes on calling it"
         if reason is None:
             able[name] = module
             continue
@@ -99,8 +103,6 @@ def obstacle(module: nn.Module) -> str | None:
         return "its weight is frozen (requires_grad=False)"
     if any(getattr(module, hooks, None) for hooks in HOOKS):
         return "it has hooks, which a replacement would lose"
-    if "forward" in vars(module):
-        return "its forward is patched, which a replacement would lose"
     extra = attributes(module)
     patched = sorted(set(COMPUTING) & {k for k, v in extra.items() if v is not None})
     if patched:

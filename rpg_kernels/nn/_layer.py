@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,11 @@ from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.law.geometry import VirtualMatrix
 from rpg_kernels.nn.part import BANK_NAME, HoldsBank
 
+_CURES = (
+    "to tie a layer, assign another rpg layer's weight; to give it values of its own, put a "
+    "torch.nn layer in its place (rpg.materialize makes one, of a layer or of a whole model); to "
+    "start a bank from given values, rpg.convert(..., init='least_squares')"
+)
 assert torch_functions  # importing it teaches torch's functions about virtual weights
 
 
@@ -28,8 +34,8 @@ class VirtualLayer(HoldsBank):
 
     ``layer.weight`` is the virtual weight, which behaves as a tensor where code expects one. A
     virtual weight of the same shape may be assigned to it: that ties. A parameter may be assigned
-    where no other layer can be affected, in a copy of the layer or one with a bank of its own: it
-    is then an ordinary dense layer.
+    in a copy of the layer, or where no other weight is read from the bank: it is then an ordinary
+    dense layer.
     """
 
     rpg_operator: ClassVar[str]
@@ -40,11 +46,12 @@ class VirtualLayer(HoldsBank):
     def weight(self) -> Any:
         """The virtual weight."""
         weight = self.virtual_weight
-        weight.resized = self._resized
+        if not torch.compiler.is_compiling():
+            weight.resized = weakref.WeakMethod(self._resized)
         return weight
 
     @weight.setter
-    def weight(self, value: Any) -> None:
+    def weight(self, value: Any) -> None:  # __setattr__ comes first; torch's types ask for this
         self._take_weight(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -75,6 +82,13 @@ class VirtualLayer(HoldsBank):
             if value.shape != old.shape:
                 got = f"a virtual weight {list(value.shape)}"
                 raise _checks.fail("weight", got, f"one of shape {shape}")
+            if value.bank is not old.bank and self._registers():
+                if old.bank.layers > 1:
+                    raise RuntimeError(
+                        f"weight: layer {old.name or old} registers the bank that other layers "
+                        "read; tie the other layer to this one instead"
+                    )
+                del self._modules[BANK_NAME]
             self.virtual_weight = value
             return
         if isinstance(value, nn.Parameter) and (self.alone or old.bank.layers == 1):
@@ -83,12 +97,12 @@ class VirtualLayer(HoldsBank):
                 raise _checks.fail("weight", got, f"one of shape {shape}")
             self._become_dense(value)
             return
+        if not isinstance(value, nn.Parameter):
+            wanted = "a virtual weight, or a parameter where no other layer reads the bank"
+            raise TypeError(f"weight: got a {type(value).__name__}, wanted {wanted}; {_CURES}")
         raise TypeError(
             f"weight: got a {type(value).__name__}, but this layer ({old.name or old}) reads its "
-            "weight from a bank that other layers read too. To tie it, assign another rpg "
-            "layer's weight; to give it values of its own, put a torch.nn layer in its place "
-            "(rpg.materialize makes one, of a layer or of a whole model); to start a bank from "
-            "given values, rpg.convert(..., init='least_squares')"
+            f"weight from a bank that other layers read too; {_CURES}"
         )
 
     def _resized(self, values: Tensor) -> None:
@@ -98,6 +112,14 @@ class VirtualLayer(HoldsBank):
         _checks.warn(
             f"layer {old.name or old} was resized from {list(old.shape)} to "
             f"{list(values.shape)}: it is a dense layer now and no longer reads the bank"
+        )
+
+    def _refuse_buffer(self) -> None:
+        """Something has written a tensor into the layer, past its attributes."""
+        self._buffers["weight"] = None
+        raise RuntimeError(
+            f"weight: a tensor was put into layer {self.virtual_weight.name or self}, which reads "
+            f"its weight from the bank; {_CURES}"
         )
 
     def _become_dense(self, weight: nn.Parameter) -> None:
@@ -118,7 +140,9 @@ class VirtualLayer(HoldsBank):
         lookup: bool = False,
     ) -> None:
         """Set ``virtual_weight``: the one given, or the next of the bank, or of a private bank."""
-        self._buffers["weight"] = None  # without a tensor, but under this name get_buffer finds it
+        # An entry without a tensor: transformers ties weights by get_buffer, which asks for one and
+        # then returns the attribute.
+        self._buffers["weight"] = None
         if dtype is not None and dtype not in DTYPES:
             raise _checks.fail("dtype", dtype, "float64, float32, bfloat16 or float16")
         owner = bank if virtual_weight is None else getattr(virtual_weight, "bank", None)

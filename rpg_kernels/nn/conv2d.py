@@ -91,17 +91,19 @@ class Conv2d(VirtualLayer, nn.Conv2d):  # type: ignore[misc]
             self.register_parameter("bias", None)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[B, C, H, W]`` or ``[C, H, W]`` -> the same with out channels and H', W'."""
-        if is_traced(x):
-            return cast(Tensor, as_leaf(self, x))
+        if self._buffers["weight"] is not None:
+            self._refuse_buffer()
+        if is_traced(input):
+            return cast(Tensor, as_leaf(self, input))
         padding = self.padding
         if self.padding_mode != "zeros":
-            x = F.pad(x, self._explicit_padding(), mode=self.padding_mode)
+            input = F.pad(input, self._explicit_padding(), mode=self.padding_mode)
             padding = (0, 0)
         stride, dilation = cast(Any, self.stride), cast(Any, self.dilation)
         return functional.conv2d(
-            x, self.virtual_weight, self.bias, stride, cast(Any, padding), dilation, self.groups
+            input, self.virtual_weight, self.bias, stride, cast(Any, padding), dilation, self.groups
         )
 
     def _explicit_padding(self) -> list[int]:

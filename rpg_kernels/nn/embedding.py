@@ -66,11 +66,13 @@ class Embedding(VirtualLayer, nn.Embedding):
         self._place(shape, bank, virtual_weight, scale, device, dtype, lookup=True)
         self.register_parameter("bias", None)
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """int32 or int64 of any shape -> ``[*indices.shape, embedding_dim]``."""
-        if is_traced(indices):
-            return cast(Tensor, as_leaf(self, indices))
-        return functional.embedding(indices, self.virtual_weight, self.padding_idx)
+    def forward(self, input: Tensor) -> Tensor:
+        """int32 or int64 of any shape -> ``[*input.shape, embedding_dim]``."""
+        if self._buffers["weight"] is not None:
+            self._refuse_buffer()
+        if is_traced(input):
+            return cast(Tensor, as_leaf(self, input))
+        return functional.embedding(input, self.virtual_weight, self.padding_idx)
 
     def extra_repr(self) -> str:
         """Sizes, padding row, number of the layer and scale."""

@@ -66,11 +66,13 @@ class Linear(VirtualLayer, nn.Linear):  # type: ignore[misc]
             self.register_parameter("bias", None)
         self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]``."""
-        if is_traced(x):
-            return cast(Tensor, as_leaf(self, x))
-        return functional.linear(x, self.virtual_weight, self.bias)
+        if self._buffers["weight"] is not None:
+            self._refuse_buffer()
+        if is_traced(input):
+            return cast(Tensor, as_leaf(self, input))
+        return functional.linear(input, self.virtual_weight, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes, bias, number of the layer and scale."""

@@ -19,13 +19,14 @@ from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
 BANK_NAME = "rpg_bank"
+_READS = "rpg_reads"
 
 
 class HoldsBank(nn.Module):
-    """Base of the layers: holds the bank of ``virtual_weight`` without registering it."""
+    """The side of a layer that answers for the bank of ``virtual_weight``."""
 
     virtual_weight: VirtualWeight
-    alone = False  # a copy that was made of this layer only
+    alone = False  # True in a copy that was made of this layer alone
 
     @property
     def rpg_bank(self) -> ParameterBank:
@@ -38,20 +39,26 @@ class HoldsBank(nn.Module):
         """The layer, and its bank unless the traversal has met, or will meet, it elsewhere."""
         memo = set() if memo is None else memo
         yield from super().named_modules(memo, prefix, remove_duplicate)
-        # Listing every name of everything, the bank has those under which it is registered.
-        if remove_duplicate and not _met(self.rpg_bank, memo):
+        if not _met(self.rpg_bank, memo):
             name = f"{prefix}.{BANK_NAME}" if prefix else BANK_NAME
             yield from self.rpg_bank.named_modules(memo, name, remove_duplicate)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HoldsBank:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if recurse and BANK_NAME not in self._modules:
-            self.rpg_bank._apply(fn)  # once more does no harm where the model did so already
+        if recurse and not self._registers() and not self.rpg_bank.was_applied(fn):
+            self.rpg_bank._apply(fn)
         return self
+
+    def _registers(self) -> bool:
+        """Whether the bank that the layer reads is a child of its."""
+        return self._modules.get(BANK_NAME) is self.rpg_bank
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if BANK_NAME not in self._modules and self.rpg_bank.held_by(destination) is None:
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:  # torch's place for what a module wants to know when it loads
+            metadata[_READS] = self._reads()
+        if not self._registers() and self.rpg_bank.held_by(destination) is None:
             self.rpg_bank.lend(destination, f"{prefix}{BANK_NAME}.", keep_vars)
 
     def _load_from_state_dict(
@@ -64,22 +71,39 @@ class HoldsBank(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        theirs = local_metadata.get(_READS, self._reads())
+        if theirs != self._reads():
+            what = "(number of the layer; rows and columns, of a part of one)"
+            raise RuntimeError(
+                f"Error(s) in loading a state dict: {prefix[:-1] or 'layer'}: got values of a "
+                f"layer that reads its bank at {theirs} {what}, wanted {self._reads()}; build the "
+                "model as the saved one was built, in the same order and with the same ties"
+            )
         common = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *common)
-        if BANK_NAME in self._modules:
+        if self._registers():
             return
         mine = f"{prefix}{BANK_NAME}."
         if any(key.startswith(mine) for key in state_dict):
             unexpected_keys[:] = [k for k in unexpected_keys if not k.startswith(mine)]
-            self.rpg_bank._load_from_state_dict(state_dict, mine, *common)
+            for name, module in self.rpg_bank.named_modules():  # a parametrised one has children
+                module._load_from_state_dict(
+                    state_dict, f"{mine}{name}." if name else mine, *common
+                )
         elif self.rpg_bank.not_yet_loaded(missing_keys):
             missing_keys.append(_OfBank(f"{mine}weight", self.rpg_bank))
+
+    def _reads(self) -> list[Any]:
+        """Which of the bank's layers this is, as metadata of state dicts."""
+        placement = self.virtual_weight.placement
+        whole = placement.selected_shape == placement.shape
+        return [placement.layer, *([] if whole else map(list, placement.selection))]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HoldsBank:
         alone = not memo
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.__dict__.update(copy.deepcopy(nn.Module.__getstate__(self), memo))
         if alone:
             twin.alone = True
             setattr(twin, BANK_NAME, twin.virtual_weight.bank)
@@ -112,11 +136,14 @@ class _OfBank(str):
 def _met(bank: ParameterBank, memo: set[nn.Module]) -> bool:
     """Whether the bank, or a module that registers it, is among modules already listed.
 
-    Nor is a bank listed with parts whose memory accelerate looks after where it is registered.
+    With accelerate's hooks on the bank, accelerate places its memory where it is registered; parts
+    then do not list it.
     """
     if "_hf_hook" in bank.__dict__:
         return True
-    return bank in memo or any(bank in m._modules.values() for m in memo if m._modules)
+    if bank in memo or bank.listed_in(memo):
+        return True
+    return any(bank in m._modules.values() for m in memo if isinstance(m, nn.Module))
 
 
 def is_traced(x: object) -> bool:

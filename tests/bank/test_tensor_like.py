@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -241,6 +242,57 @@ def test_what_belongs_to_a_gradient_is_the_banks() -> None:
     for ask in (lambda: weight.register_hook(print), lambda: weight.retain_grad()):
         with pytest.raises(RuntimeError, match=r"no gradient of its own; the bank's parameter has"):
             ask()
+
+
+def test_comparisons_are_elementwise_with_numbers_and_tensors() -> None:
+    weight, dense = matrix()
+    assert torch.equal(weight == 0, dense == 0)
+    assert torch.equal(weight != dense, dense != dense)
+    assert weight == weight
+    assert weight != matrix()[0]
+    assert weight in [matrix()[0], weight]
+    assert {weight: 1}[weight] == 1
+
+
+def test_arguments_by_name_and_outputs() -> None:
+    weight, dense = matrix()
+    x, image = x_for(20, 3), x_for(12, 3)
+    out = torch.empty(3, 20, dtype=DOUBLE)
+    torch.testing.assert_close(F.linear(input=x, weight=weight), F.linear(x, dense))
+    torch.testing.assert_close(torch.matmul(input=image, other=weight), image @ dense)
+    torch.testing.assert_close(torch.mm(image, mat2=weight), image @ dense)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.mm(image, weight, out=out), image @ dense)
+    assert np.array_equal(np.asarray(weight), dense.detach().numpy())
+
+
+def test_what_would_be_lost_is_refused() -> None:
+    weight, dense = matrix()
+    for write in (
+        lambda: setattr(weight, "grad", torch.zeros(12, 20)),
+        lambda: torch._foreach_mul_([weight.data], 2.0),
+        lambda: weight.narrow(0, 0, 3).mul_(2),
+        lambda: weight.clamp_(max=1),
+        lambda: weight.div_(2, rounding_mode="floor"),
+    ):
+        with pytest.raises(RuntimeError, match=r"bank"), torch.no_grad():
+            write()
+    with pytest.raises(TypeError, match=r"nn\.Parameter: got a virtual weight"):
+        nn.Parameter(weight)
+    assert torch.equal(weight.unpack(), dense)
+    assert weight.grad is None
+
+
+def test_initialisers_of_a_trained_bank_look_at_its_values() -> None:
+    bank = rpg.ParameterBank(dof=48 * 48)
+    weight = bank.place((48, 48))
+    with torch.no_grad():
+        bank.weight.mul_(30)
+    bank.trained()
+    nn.init.normal_(weight, std=0.3)
+    assert float(weight.unpack().detach().std()) == pytest.approx(0.3, rel=0.02)
+    with pytest.raises(RuntimeError, match="clamp_"):
+        weight.data.clamp_(-2, 2)
 
 
 def test_a_large_weight_is_unpacked_with_one_warning_per_layer() -> None:

@@ -239,6 +239,56 @@ def test_values_that_arrive_one_by_one_are_checked_before_they_are_used() -> Non
             use()
 
 
+def test_values_that_are_copied_in_place_are_checked_too() -> None:
+    net, x = build(scale=0.7), torch.randn(2, 16)
+    twin, other = build(5, scale=3.0), build(seed=1)
+    for model in (twin, other):
+        own = model.state_dict()
+        for key, value in net.state_dict().items():
+            own[key].copy_(value)
+    assert torch.equal(twin(x), net(x))
+    with pytest.raises(ValueError, match="seed: got 0, wanted 1"):
+        other(x)
+
+
+def test_buffers_are_up_to_date_at_once() -> None:
+    net = build()
+    nn.init.normal_(net.body[0].weight, std=0.9)
+    state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    twin = build(4)
+    twin.load_state_dict(state)
+    assert twin.body[0].weight.scale == net.body[0].weight.scale
+
+
+def test_a_functional_call_cannot_lend_other_scales() -> None:
+    net, other, x = build(), build(1, scale=3.0), torch.randn(2, 16)
+    wanted = net(x)
+    with pytest.raises(ValueError, match=r"scales of layers that differ.*in a functional call"):
+        torch.func.functional_call(net, other.state_dict(), (x,))
+    assert torch.equal(net(x), wanted)
+    called = torch.func.functional_call(net, build(1).state_dict(), (x,))
+    assert torch.equal(called, build(1)(x))
+
+
+def test_a_part_of_a_renamed_bank_is_restored() -> None:
+    net, x = build(), torch.randn(2, 32)
+    parametrizations.weight_norm(net.rpg_bank)
+    state, wanted = copy.deepcopy(net.body.state_dict()), net.body(x)
+    with torch.no_grad():
+        for p in net.rpg_bank.parameters():
+            p.mul_(3)
+    net.body.load_state_dict(state)
+    torch.testing.assert_close(net.body(x), wanted)
+
+
+def test_a_refused_map_changes_nothing_that_comes_after_the_bank() -> None:
+    net, other = build(), build(7, seed=1)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(RuntimeError, match="seed: got 0, wanted 1"):
+        other.load_state_dict(net.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
 def test_moves_and_casts_keep_the_map(tmp_path: Path) -> None:
     net, x = build(scale=0.7), torch.randn(2, 16)
     wanted = net(x)
@@ -322,4 +372,24 @@ def test_values_that_someone_means_are_left_alone(change: str, recwarn: Any) -> 
     values = bank.weight.detach().clone()
     net(torch.randn(2, 128))
     assert torch.equal(bank.weight, values)
+    assert not [w for w in recwarn if "drawn anew" in str(w.message)]
+
+
+def test_moving_averages_and_hand_written_steps_are_left_alone(recwarn: Any) -> None:
+    torch.manual_seed(0)
+    net = rpg.convert(
+        nn.Sequential(*(nn.Linear(128, 128) for _ in range(4))), rpg.RPGConfig(dof=8192)
+    )
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    x = torch.randn(2, 128)
+    average.update_parameters(net)
+    net(x).sum().backward()
+    with torch.no_grad():
+        for _ in range(60):
+            net.rpg_bank.weight.mul_(1.04)
+            net(x)
+            average.update_parameters(net)
+            average(x)
+    ratio = average.module.rpg_bank.weight.norm() / net.rpg_bank.weight.norm()
+    assert 0.7 < float(ratio.detach()) < 1
     assert not [w for w in recwarn if "drawn anew" in str(w.message)]
