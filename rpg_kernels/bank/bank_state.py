@@ -16,6 +16,8 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rpg_kernels import _checks
 from rpg_kernels._tensors import memory
@@ -137,8 +139,12 @@ class BankState(nn.Module):
         old = self._buffers[DIGITS]
         assert old is not None
         if self._digits is None:
-            self._digits = digits_of(self._lines)
-        self._buffers[DIGITS] = self._digits.to(old.device, old.dtype, copy=True)
+            with _disable_current_modes():  # real, also where tensors are fake
+                self._digits = digits_of(self._lines)
+        if isinstance(old, FakeTensor):
+            self._buffers[DIGITS] = old.new_empty(self._digits.shape)
+        else:
+            self._buffers[DIGITS] = self._digits.to(old.device, old.dtype, copy=True)
         self._agree()
 
     def _agree(self) -> None:
