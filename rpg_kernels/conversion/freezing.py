@@ -42,7 +42,9 @@ def freeze(module: Module) -> Module:
 
 
 def unfreeze(module: Module) -> Module:
-    """Undo ``freeze``: the part's parameters, and the gradients into its banks, are on again.
+    """Undo ``freeze``: all parameters of the part, and the gradients into its banks, are on again.
+
+    The banks too, if ``requires_grad_(False)`` of a part has frozen them.
 
     Args:
         module: a part of a model, or a whole one.

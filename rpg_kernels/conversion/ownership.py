@@ -15,10 +15,10 @@ from rpg_kernels.nn.part import BANK_NAME
 
 
 def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
-    """Register a shared bank as ``model.rpg_bank``, for models built by hand.
+    """Register a shared bank with a model that was built by hand: ``model.rpg_bank``.
 
     Layers hold their bank without registering it: in ``parameters()`` and ``state_dict()`` it has
-    the name of the first layer that reads it, until this gives it one of its own.
+    the name of the first layer that reads it. In an nn.Sequential that layer registers it.
 
     Args:
         model: the model whose layers read the bank.
