@@ -8,7 +8,6 @@ values are used.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rpg_kernels import _checks
-from rpg_kernels._tensors import memory
 from rpg_kernels.bank import optimisers, other_rules
 from rpg_kernels.bank.bank_map import DIGITS, BankMap, digits_of, line_of
+from rpg_kernels.bank.buffers import equal, same_memory, sha256_of, unreadable, version
 from rpg_kernels.law.generator import Generator, TableGenerator
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ class BankState(nn.Module):
         weight = self._parameters.get("weight")
         if not torch.compiler.is_compiling():
             digits = self._buffers[DIGITS]
-            if digits is not self._agreed or _version(digits) != self._agreed_version:
+            if digits is not self._agreed or version(digits) != self._agreed_version:
                 self.look_at_map()
             drawn = self._drawn
             if drawn is not None and (weight is not drawn or drawn._version != self._version_drawn):
@@ -150,16 +149,16 @@ class BankState(nn.Module):
     def _agree(self) -> None:
         digits = self._buffers[DIGITS]
         self.__dict__["_agreed"] = digits
-        self._agreed_version = _version(digits)
+        self._agreed_version = version(digits)
 
     def look_at_map(self) -> None:
         """Check a buffer that something else has put in place, and take over its scales."""
         digits = self._buffers[DIGITS]
-        if digits is None or _unreadable(digits):
+        if digits is None or unreadable(digits):
             return
-        if digits is self._agreed and _version(digits) == self._agreed_version:
+        if digits is self._agreed and version(digits) == self._agreed_version:
             return
-        if self._digits is None or not _equal(digits.detach(), self._digits):
+        if self._digits is None or not equal(digits.detach(), self._digits):
             try:
                 theirs = BankMap.from_tensor(digits)
                 self.check(theirs, self.table)
@@ -325,32 +324,3 @@ class BankState(nn.Module):
         """Without what belongs to this process."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return {k: v for k, v in state.items() if k not in ("_steps", "_applied", "_loading")}
-
-
-def same_memory(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors begin at the same element of the same storage, also on meta."""
-    try:
-        one, other = first.untyped_storage(), second.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # wrappers, which have none
-        return first is second
-    return one._cdata == other._cdata and first.storage_offset() == second.storage_offset()
-
-
-def sha256_of(table: Tensor) -> str:
-    host = table.detach().cpu().contiguous()
-    return hashlib.sha256(memory(host)).hexdigest()
-
-
-def _unreadable(digits: Tensor) -> bool:
-    """No memory to look at: meta, a fake, or one of torch.func's wrappers."""
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(digits)
-    return digits.is_meta or wrapped or type(digits) not in (Tensor, nn.Parameter)
-
-
-def _version(digits: Tensor | None) -> int | None:
-    """How often a buffer was written in place; None where torch does not count."""
-    return None if digits is None or digits.is_inference() else digits._version
-
-
-def _equal(digits: Tensor, mine: Tensor) -> bool:
-    return digits.shape == mine.shape and torch.equal(digits.cpu().to(mine.dtype), mine)

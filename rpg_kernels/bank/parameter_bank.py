@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from rpg_kernels import _checks
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels.bank.bank_map import DIGITS, no_map
-from rpg_kernels.bank.bank_state import BankState, sha256_of
+from rpg_kernels.bank.bank_state import BankState
+from rpg_kernels.bank.buffers import sha256_of
 from rpg_kernels.bank.config import PAPER_INIT_STD, ring_of
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.law import window as window_law

@@ -12,6 +12,11 @@ from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
 
 SHARED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
+_KINDS: dict[type, type[VirtualLayer]] = {
+    nn.Linear: Linear,
+    nn.Conv2d: Conv2d,
+    nn.Embedding: Embedding,
+}
 # Each holds functions that run, or may be asked for, when the layer does something.
 HOOKS = (
     "_forward_hooks",
@@ -44,15 +49,7 @@ def kind_of(module: nn.Module) -> type[VirtualLayer] | None:
         >>> kind_of(nn.Linear(2, 2)).__name__, kind_of(nn.Conv1d(2, 2, 1))
         ('Linear', None)
     """
-    kind = type(module)
-    known: dict[type, type[VirtualLayer]] = {
-        nn.Linear: Linear,
-        nn.Conv2d: Conv2d,
-        nn.Embedding: Embedding,
-    }
-    if _is_transposed(module):
-        return Linear
-    return known.get(kind)
+    return Linear if _is_transposed(module) else _KINDS.get(type(module))
 
 
 def _is_transposed(module: nn.Module) -> bool:

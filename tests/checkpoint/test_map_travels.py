@@ -121,6 +121,25 @@ def test_a_sum_that_nobody_divided_says_what_to_take() -> None:
     assert torch.equal(net.rpg_bank.weight, total["rpg_bank.weight"])
 
 
+@pytest.mark.parametrize(("off", "readable"), [(0.2, True), (0.3, False), (-0.2, True)])
+def test_how_far_a_digit_may_be_off(off: float, readable: bool) -> None:
+    state = build().state_dict()
+    state["rpg_bank.map_digits"] = state["rpg_bank.map_digits"].float() + off
+    if readable:
+        build(3).load_state_dict(state)
+    else:
+        with pytest.raises(RuntimeError, match="cannot be read"):
+            build(3).load_state_dict(state)
+
+
+def test_a_map_without_values_concerns_nobody() -> None:
+    digits = {"rpg_bank.map_digits": build(seed=3).state_dict()["rpg_bank.map_digits"]}
+    net = build(scale=0.7)
+    net.load_state_dict(digits, strict=False)
+    net.load_state_dict({**digits, "head.bias": torch.zeros(10)}, strict=False)
+    assert net.body[0].weight.scale == 0.7
+
+
 @pytest.mark.parametrize("use_buffers", [True, False])
 def test_averaged_models(use_buffers: bool) -> None:
     net = build()

@@ -259,3 +259,15 @@ def test_a_memory_that_something_else_uses_stays() -> None:
     assert type(net.head) is nn.Linear
     assert type(net.words) is nn.Embedding
     assert net.copy.data_ptr() == net.head.weight.data_ptr() == net.words.weight.data_ptr()
+
+
+def test_three_ties_are_shared_together_or_not_at_all() -> None:
+    net = nn.Module()
+    net.a, net.b, net.c = (nn.Linear(8, 8, bias=False) for _ in range(3))
+    net.d = nn.Linear(8, 8)
+    net.b.weight = nn.Parameter(net.a.weight.data)
+    net.c.weight = nn.Parameter(net.a.weight.data)
+    with pytest.warns(UserWarning, match="not shared, though asked for: a: its weight is tied"):
+        rpg.convert(net, CONFIG, lambda module, name: name != "b")
+    assert {type(m) for m in (net.a, net.b, net.c)} == {nn.Linear}
+    assert isinstance(net.d, rpg.nn.Linear)

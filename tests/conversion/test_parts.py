@@ -549,3 +549,45 @@ def test_nothing_changes_when_warnings_are_errors() -> None:
     with pytest.raises(UserWarning, match="not shared"):
         rpg.convert(net, CONFIG)
     assert not any(isinstance(m, rpg.nn.VirtualLayer) for m in net.modules())
+
+
+def test_what_is_left_of_a_layer_that_became_dense() -> None:
+    bank = rpg.ParameterBank(dof=256)
+    first, second = (rpg.nn.Linear(8, 8, bank=bank) for _ in range(2))
+    with pytest.raises(TypeError, match="that other layers read too"):
+        first.weight = nn.Parameter(torch.zeros(8, 8))
+    assert second.weight.requires_grad
+    alone = copy.deepcopy(first)
+    alone.weight = nn.Parameter(torch.zeros(8, 8))
+    assert not {"alone", "virtual_weight"} & set(vars(alone))
+    net = rpg.freeze(build())
+    with pytest.warns(UserWarning, match="was resized"):
+        net.encoder[2].weight.data = torch.zeros(40, 32)
+    assert not net.encoder[2].weight.requires_grad
+    assert type(net.encoder[2]) is nn.Linear
+    assert "rpg_bank" not in vars(rpg.materialize(sequential()))
+
+
+def test_own_tensors_of_a_layer_alone_leave_the_bank_where_it_is() -> None:
+    net = build()
+    net.encoder[2]._apply(lambda t: t.double(), recurse=False)
+    assert net.encoder[2].bias.dtype == torch.float64
+    assert net.rpg_bank.weight.dtype == torch.float32
+
+
+def test_unfreezing_undoes_both_ways_of_freezing() -> None:
+    net = build()
+    part = net.encoder[2].weight.narrow(0, 1, 3)
+    rpg.freeze(net.encoder)
+    assert not part.requires_grad
+    net.encoder.requires_grad_(False)
+    rpg.unfreeze(net.encoder)
+    assert part.requires_grad
+    assert net.rpg_bank.weight.requires_grad
+
+
+def test_hooks_on_a_virtual_layer_go_on_to_the_dense_one() -> None:
+    net, seen = build(), []
+    net.encoder[2].register_forward_hook(lambda *a: seen.append(1))
+    rpg.materialize(net)(X)
+    assert seen == [1]
