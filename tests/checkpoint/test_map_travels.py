@@ -367,6 +367,24 @@ def test_a_rule_over_all_parameters_leaves_the_layers_scales_right(rule: Any) ->
     assert torch.equal(net.rpg_bank.weight, values)
 
 
+@pytest.mark.parametrize("rule", [
+    lambda p: nn.init.orthogonal_(p), lambda p: nn.init.xavier_uniform_(p, gain=2**0.5),
+    lambda p: nn.init.normal_(p), lambda p: p.mul_(2),
+])  # fmt: skip
+@pytest.mark.parametrize("dof", [512, 8192])
+def test_another_first_change_is_said(rule: Any, dof: int) -> None:
+    torch.manual_seed(0)
+    net = rpg.convert(
+        nn.Sequential(*(nn.Linear(128, 128) for _ in range(4))), rpg.RPGConfig(dof=dof)
+    )
+    with torch.no_grad():
+        rule(net.rpg_bank.weight)
+    values = net.rpg_bank.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"changed before anything trained them.*reset_parameters"):
+        net(torch.randn(2, 128))
+    assert torch.equal(net.rpg_bank.weight, values)
+
+
 @pytest.mark.parametrize("change", ["trained", "loaded", "scaled", "normal", "least squares"])
 def test_values_that_someone_means_are_left_alone(change: str, recwarn: Any) -> None:
     torch.manual_seed(0)
