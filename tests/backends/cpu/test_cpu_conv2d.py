@@ -252,7 +252,7 @@ def test_dispatch_takes_it_where_it_was_faster() -> None:
     assert rpg.explain(shared, large[0]).backend == "cpu"
     assert rpg.explain(alone, small).backend == "cpu"
     assert "would be slower" in rpg.explain(alone, large).reason
-    assert rpg.explain(shared.bfloat16(), small.bfloat16()).backend == "cpu"
+    assert rpg.explain(shared, small.bfloat16()).backend == "cpu"
     assert rpg.explain(shared, large.bfloat16()).backend == "reference"
     explained = rpg.explain(grouped, torch.empty(1, 128, 7, 7))
     assert explained.backend == "reference"
