@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ _NO_GRADIENT = (
 FUSED: dict[Any, Callable[..., Any]] = {}  # function of torch -> the same, or NotImplemented
 
 
-class TensorLike:
+class TensorLike(ABC):
     """Base of VirtualWeight and of its transpose: what tensors have, as far as it makes sense."""
 
     shape: torch.Size
@@ -53,31 +54,31 @@ class TensorLike:
             raise RuntimeError(_NO_GRADIENT.format("grad"))
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """The bank's dtype."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """The bank's device."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def requires_grad(self) -> bool:
         """Whether the bank gets a gradient through this weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self) -> Tensor:
         """Ŵ itself."""
-        raise NotImplementedError
 
+    @abstractmethod
     def detach(self) -> TensorLike:
         """The same weight without a gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self) -> VirtualWeight:
         """The virtual weight that this is, or is another view of."""
-        raise NotImplementedError
 
     @property
     def ndim(self) -> int:

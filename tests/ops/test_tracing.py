@@ -85,6 +85,16 @@ def test_export_and_trace() -> None:
     torch.testing.assert_close(traced(*inputs()), net(*inputs()))
 
 
+def test_a_part_is_traced_once_it_is_frozen() -> None:
+    part = nn.Sequential(build().mix, nn.ReLU())
+    x = torch.randn(2, 8)
+    with pytest.raises(RuntimeError, match="Cannot insert a Tensor that requires grad"):
+        torch.jit.trace(part, x)
+    traced = torch.jit.trace(part.requires_grad_(False), x)
+    torch.testing.assert_close(traced(x), part(x))
+    torch.testing.assert_close(torch.export.export(part, (x,)).module()(x), part(x))
+
+
 @pytest.mark.parametrize("part", ["", "mix", "conv", "words"])
 def test_script_refuses_and_names_materialize(part: str) -> None:
     net = build()
