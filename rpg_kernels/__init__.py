@@ -24,6 +24,7 @@ from rpg_kernels.conversion import (
 )
 from rpg_kernels.explanation import explain
 from rpg_kernels.law.generator import Generator, TableGenerator
+from rpg_kernels.proof import prove
 from rpg_kernels.settings import scratch_limit
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "materialize",
     "nn",
     "param_groups",
+    "prove",
     "save",
     "scratch_limit",
     "summary",

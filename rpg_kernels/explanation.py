@@ -41,7 +41,7 @@ def explain(module: nn.Module, x: Tensor) -> dispatch.Explanation:
     if not isinstance(getattr(module, "rpg_operator", None), str):
         got = type(module).__name__
         raise TypeError(f"module: got {got}, wanted an rpg layer (rpg.nn.Linear, Conv2d, ...)")
-    return dispatch.explain(_reached(module, _checks.tensor("x", x)))
+    return dispatch.explain(reached(module, _checks.tensor("x", x)))
 
 
 class _ReachedError(Exception):
@@ -67,7 +67,7 @@ class _UpToOperator(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _reached(module: nn.Module, x: Tensor) -> Call:
+def reached(module: nn.Module, x: Tensor) -> Call:
     """The operator call of ``module(x)``, checked."""
     try:
         with torch.no_grad(), _UpToOperator():  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Process-wide settings: the scratch limit and the forced back end.
+"""Process-wide settings: the scratch limit, the forced back end, and where back ends are tried.
 
 They are plain module state on purpose: torch.compile guards on it, and the threads that run
 backward passes see it. A context variable does neither.
@@ -12,11 +12,13 @@ from types import TracebackType
 from rpg_kernels import _checks
 
 ENVIRONMENT_BACKEND = "RPG_KERNELS_BACKEND"
+ENVIRONMENT_PROVE = "RPG_KERNELS_PROVE"
 
 _MIB = 1 << 20
 _scratch_bytes = {"cpu": 4 * _MIB, "cuda": 16 * _MIB}
 _forced = ""
 _ENVIRONMENT = os.environ.get(ENVIRONMENT_BACKEND, "")
+_PROVE = os.environ.get(ENVIRONMENT_PROVE) or "1"
 
 
 class Restore:
@@ -103,3 +105,15 @@ def forced_backend() -> str:
 def from_environment(name: str) -> bool:
     """Whether a forced back end's name is what RPG_KERNELS_BACKEND holds."""
     return not _forced and name == _ENVIRONMENT
+
+
+def proving() -> str:
+    """Whether back ends must prove themselves: "1", in a process of its own; "here", in this one;
+    "0", they need not. RPG_KERNELS_PROVE holds it, 1 by default.
+
+    Raises:
+        ValueError: the variable holds something else; said at the first call that asks.
+    """
+    if _PROVE not in ("0", "1", "here"):
+        raise _checks.fail(ENVIRONMENT_PROVE, repr(_PROVE), "0, 1 or here")
+    return _PROVE

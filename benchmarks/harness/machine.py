@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from rpg_kernels import native
+from rpg_kernels._sources import sources
 from rpg_kernels._version import __version__
-from rpg_kernels.doctor.machine import commit, cpu_name, sources
+from rpg_kernels.doctor.machine import commit, cpu_name
 
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEMINFO = Path("/proc/meminfo")

@@ -36,6 +36,7 @@ class Call(NamedTuple):
         bank: that the operator reads beside x; None where it reads none, or x is the bank.
         geometry: what follows the placement; of conv2d stride, padding, dilation and groups.
         forced: the back end that was asked for by name, or "".
+        operands: all of the operator's, less the back end, where the call is about to be made.
 
     Example:
         >>> from rpg_kernels.law.generator import Generator
@@ -51,10 +52,11 @@ class Call(NamedTuple):
     bank: Tensor | None = None
     geometry: Sequence[Any] = ()
     forced: str = ""
+    operands: Sequence[Any] = ()
 
     def of_any_weight(self) -> Call:
         """The question whether calls of this kind can run at all."""
-        return self._replace(placement="")
+        return self._replace(placement="", operands=())
 
     @property
     def device(self) -> torch.device:

@@ -9,12 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
-from rpg_kernels.backends import registry
+from rpg_kernels.backends import proving, registry
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.registry import Backend
+
+# What is said of a call's back end by what is known of it, see ``proving.state``.
+_PROOF = {
+    "not asked": "",
+    "not tried": "to be tested when it is first needed",
+    "proved": "proved here",
+    "refused": "",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ def choose(call: Call) -> Backend:
         RuntimeError: the forced back end cannot run this call, or is not registered (any more).
     """
     if not call.forced:
-        return next(backend for backend in registry.backends() if backend.takes(call))
+        return next(b for b in registry.backends() if b.takes(call) and not _left_aside(b, call))
     reason, of_kind = "this version has no such back end", True
     if call.forced in registry.names() or settings.from_environment(call.forced):
         forced = registry.find(call.forced)
@@ -60,9 +69,46 @@ def choose(call: Call) -> Backend:
     )
 
 
+def _left_aside(backend: Backend, call: Call) -> str:
+    """What went wrong when a back end that must prove itself was tried with such a call, or ""."""
+    return proving.refused(backend, call) if backend.must_prove else ""
+
+
 def implementation(call: Call) -> Callable[..., Tensor]:
-    """The function that runs a call; same arguments as the operator's, less the back end."""
-    return choose(call).operator(call)
+    """The function that runs a call; same arguments as the operator's, less the back end.
+
+    A back end that has to prove itself is tried first, once for each kind of call.
+    """
+    chosen, failed = choose(call), []
+    while chosen.must_prove and not proving.proved(chosen, call):
+        failed.append(chosen)
+        chosen = choose(call)  # which passes over it now
+    for backend in failed:
+        proving.warn_once(backend, call, chosen.name)
+    return chosen.operator(call)
+
+
+def failed_launch(call: Call, error: Exception) -> str:
+    """What to say of an exception that a kernel's compilation or launch raised; "" for others.
+
+    Args:
+        call: that raised it.
+        error: of CUDA or Triton; too little memory, and what our own checks say, is nothing new.
+    """
+    ours = isinstance(error, ValueError | TypeError | torch.OutOfMemoryError)
+    of_triton = type(error).__module__.partition(".")[0] == "triton"
+    if ours or not (of_triton or (isinstance(error, RuntimeError) and "CUDA" in str(error))):
+        return ""
+    tensors = [f"{[*o.shape]} {o.dtype}" for o in call.operands if isinstance(o, Tensor)]
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return (
+        f"{call.op} on {call.device}: the back end {choose(call).name} could not run it: "
+        f"{type(error).__name__}: {first} (operands {', '.join(tensors)}; placement "
+        f"{call.placement}). rpg.backend('reference') runs the same call without kernels of this "
+        "package; where CUDA says that memory was accessed illegally, or that a launch failed, "
+        "this process must be started again first. Please report it with what `rpg-kernels "
+        "doctor` prints"
+    )
 
 
 def explain(call: Call) -> Explanation:
@@ -72,12 +118,15 @@ def explain(call: Call) -> Explanation:
         ValueError, RuntimeError: as ``choose``, and what the operator would raise.
     """
     chosen = choose(call)
-    said = [chosen.explain(call)]
+    said = [chosen.explain(call), _PROOF[proving.state(chosen, call)]]
     if not call.forced:
         for backend in registry.backends():
             if backend is chosen:
                 break
-            said.append(backend.explain(call))
+            wrong = _left_aside(backend, call)
+            said.append(
+                f"{backend.name} failed its test: {wrong}" if wrong else backend.explain(call)
+            )
     limit = settings.scratch_bytes(call.device.type)
     reason = "; ".join(filter(None, said))
     return Explanation(call.op, chosen.name, reason, str(call.device), str(call.dtype), limit)

@@ -6,9 +6,11 @@ A back end is an object of a class below ``Backend``. It is registered once, see
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from functools import cache
 from types import ModuleType
 from typing import Protocol
@@ -46,11 +48,14 @@ class Backend(ABC):
         summary: what it is, for people.
         device_types: where it may be taken without being forced; None is everywhere. Others are
             passed over before anything else is asked, since every call of an operator asks.
+        must_prove: it is tried before a call that nobody forced is given to it, and passed over
+            where it failed. See ``rpg_kernels.backends.proving``.
     """
 
     name: str
     summary: str
     device_types: tuple[str, ...] | None = None
+    must_prove: bool = False
 
     @abstractmethod
     def unsupported(self, call: Call) -> str:
@@ -85,6 +90,24 @@ class Backend(ABC):
     def tile_kernels(self, call: Call) -> TileKernels | None:
         """Kernels that the reference may unpack and pack this call's tiles with."""
         return None
+
+    def on_trial(self, call: Call) -> str:
+        """What of this back end has to prove itself before a call runs on it: its name, or ""."""
+        return self.name if self.must_prove else ""
+
+    def configuration(self, call: Call) -> str:
+        """What decides how a call runs besides its operands' shapes, dtypes and layouts, such as
+        tile sizes chosen for its batch: calls with one configuration are proved together."""
+        return str(call.rows)
+
+    def rehearsing(self, times: Fraction) -> contextlib.AbstractContextManager[object]:
+        """While a call has a small part of a batch ``times`` as large, and must be configured as if
+        it had all of it."""
+        return contextlib.nullcontext()
+
+    def untried(self, call: Call) -> Callable[..., Tensor]:
+        """``operator``, where that depends on what was proved, as if everything were."""
+        return self.operator(call)
 
     def takes(self, call: Call) -> bool:
         """Whether the call is run here: forced, or supported and preferred."""

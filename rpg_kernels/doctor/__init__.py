@@ -25,6 +25,8 @@ the rest is examined as without the variable::
     self_tests  [{test, device, dtype (null: the law), passed, error, bound, message}]; test is an
                 operator or an implementation of the law; error, max|out - ref64|, and bound,
                 2 max|torch - ref64| + eps, are null where nothing finite was computed
+    proved      {proving ("1", "0" or "here"), folder, verdicts: [{device, about (back end, call),
+                 wrong ("": its test passed; otherwise it is left aside for such calls)}]}
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ PARTS: dict[str, Callable[[], Any]] = {
     "settings": environment.settings_in_force,
     "backends": environment.backends,
     "self_tests": selftest.self_tests,
-}  # in the order of printing: should a self-test kill the process, the rest has been said
+    "proved": environment.proved,
+}  # in the order of printing: should a self-test kill the process, nearly all has been said
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

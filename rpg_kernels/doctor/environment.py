@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from rpg_kernels import native, settings
+from rpg_kernels._sources import sources
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
-from rpg_kernels.backends import dispatch, registry
+from rpg_kernels.backends import dispatch, proving, registry
 from rpg_kernels.backends.call import OPERATORS, Call
-from rpg_kernels.doctor.machine import commit, cpu_name, sources
+from rpg_kernels.doctor.machine import commit, cpu_name
 from rpg_kernels.doctor.report import one_line
 from rpg_kernels.law.generator import LAWS
 from rpg_kernels.law.ring import LAW_VERSION
@@ -279,6 +280,23 @@ def backends() -> list[dict[str, Any]]:
                 except Exception as error:
                     chosen.append({**line, "backend": None, "reason": one_line(error)})
     return chosen
+
+
+def proved() -> dict[str, Any]:
+    """What back ends that have to prove themselves showed on the devices of this machine.
+
+    Raises:
+        ValueError: RPG_KERNELS_PROVE holds nothing that it may.
+    """
+    return {
+        "proving": settings.proving(),
+        "folder": str(proving.folder()),
+        "verdicts": [
+            {"device": str(device), "about": kept["about"], "wrong": kept["wrong"]}
+            for device in torch_devices()
+            for kept in proving.said(device)
+        ],
+    }
 
 
 def _chosen(call: Call) -> tuple[str, str]:

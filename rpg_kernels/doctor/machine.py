@@ -1,24 +1,12 @@
-"""Which sources and which processor: what a report, a result file and a bug report all say."""
+"""Which commit and which processor: what a report, a result file and a bug report all say."""
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _CPU_INFO = Path("/proc/cpuinfo")
-
-
-def sources() -> str:
-    """SHA-256 over the package's sources: says what ran where there is no git, or a dirty tree."""
-    digest = hashlib.sha256()
-    compiled = _PACKAGE.parent / "csrc"
-    for path in sorted([*_PACKAGE.rglob("*.py"), *compiled.rglob("*.*")]):
-        digest.update(str(path.relative_to(_PACKAGE.parent)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def commit() -> str | None:

@@ -17,6 +17,7 @@ TITLES = {
     "settings": "settings in force",
     "backends": "back ends",
     "self_tests": "self-tests",
+    "proved": "back ends that prove themselves",
 }
 
 
@@ -44,6 +45,9 @@ def conclusion(record: dict[str, Any]) -> str:
     said = f"{len(tests) - failed} of {len(tests)} self-tests pass"
     if failed:
         said += f", {failed} FAIL"
+    aside = sum(bool(kept["wrong"]) for kept in (record["proved"] or {"verdicts": []})["verdicts"])
+    if aside:
+        said += f"; {aside} kinds of calls are kept from a back end that failed its test"
     if record["failures"]:
         said += f"; could not be examined: {', '.join(TITLES[name] for name in record['failures'])}"
     return f"{'ok' if record['ok'] else 'NOT OK'}: {said}"
@@ -173,6 +177,18 @@ def _cell(test: dict[str, Any]) -> str:
     return f"{said}{test['error']:.1e} / {test['bound']:.1e}"
 
 
+def _proved(part: dict[str, Any]) -> Rows:
+    how = {"1": "tested before they are trusted", "here": "tested in the process that uses them"}
+    rows = [
+        ("those of GPUs", how.get(part["proving"], "not tested: RPG_KERNELS_PROVE is 0")),
+        ("verdicts", part["folder"] if part["verdicts"] else f"none in {part['folder']}"),
+    ]
+    for kept in part["verdicts"]:
+        said = f"FAILED: {kept['wrong']}" if kept["wrong"] else "passed"
+        rows.append((kept["device"], f"{kept['about']}: {said}"))
+    return rows
+
+
 ROWS: dict[str, Callable[[Any], Rows]] = {
     "versions": _versions,
     "machine": _machine,
@@ -181,6 +197,7 @@ ROWS: dict[str, Callable[[Any], Rows]] = {
     "build": _build,
     "settings": _settings,
     "backends": _backends,
+    "proved": _proved,
 }
 
 

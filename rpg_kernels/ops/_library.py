@@ -45,7 +45,15 @@ def define(
         check(*operands)
         if values is not None:
             values(*operands)
-        return dispatch.implementation(call(name, operands, backend))(*operands)
+        made = call(name, operands, backend)
+        function = dispatch.implementation(made)
+        try:
+            return function(*operands)
+        except Exception as error:
+            said = dispatch.failed_launch(made, error)
+            if said:
+                raise RuntimeError(said) from error
+            raise
 
     def trace(*args: Any) -> Tensor:
         check(*args[:-1])
@@ -60,7 +68,7 @@ def call(name: str, operands: Sequence[Any], forced: str) -> Call:
     at = next(i for i, argument in enumerate(operands) if isinstance(argument, str))
     reads = name.startswith(("linear", "conv2d")) and not name.endswith("bank_grad")
     bank = operands[1] if reads else None
-    return Call(name, operands[0], operands[at], bank, operands[at + 1 :], forced)
+    return Call(name, operands[0], operands[at], bank, operands[at + 1 :], forced, operands)
 
 
 def differentiate(

@@ -46,6 +46,7 @@ KEYS = {
     "settings": "scratch_limit backend environment",
     "backends": "op device dtype backend reason",
     "self_tests": "test device dtype passed error bound message",
+    "proved": "proving folder verdicts",
 }
 
 

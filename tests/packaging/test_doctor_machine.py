@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rpg_kernels import _sources
 from rpg_kernels.doctor import machine
 
 
@@ -17,19 +18,19 @@ def test_the_digest_of_the_sources_changes_with_them(
 ) -> None:
     package = tmp_path / "package"
     package.mkdir()
-    monkeypatch.setattr(machine, "_PACKAGE", package)
+    monkeypatch.setattr(_sources, "_PACKAGE", package)
     digests = []
     for name, text in (("a.py", "1"), ("a.py", "1"), ("a.py", "2"), ("b.py", "2")):
         shutil.rmtree(package)
         package.mkdir()
         (package / name).write_text(text)
-        digests.append(machine.sources())
+        digests.append(_sources.sources())
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
 
 
 def test_the_digest_is_over_the_package() -> None:
-    assert machine._PACKAGE.name == "rpg_kernels"
+    assert _sources._PACKAGE.name == "rpg_kernels"
 
 
 def test_the_commit_is_one_or_none() -> None:

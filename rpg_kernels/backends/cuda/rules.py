@@ -286,6 +286,7 @@ class Cuda(Backend):
     def __init__(self, name: str) -> None:
         self.name = name
         self.device_types = ("cuda",) if name == "cuda" else ()
+        self.must_prove = name == "cuda"
         self.summary = (
             "compiled CUDA kernels; for small batches, products of slots shared by the rows that "
             "read them"

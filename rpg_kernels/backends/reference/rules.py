@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import settings
-from rpg_kernels.backends import registry
+from rpg_kernels.backends import proving, registry
 from rpg_kernels.backends.call import OPERATORS, Call
 from rpg_kernels.backends.registry import Backend, TileKernels
 from rpg_kernels.law.placement import Placement, parse
@@ -39,14 +39,25 @@ class Reference(Backend):
     def explain(self, call: Call) -> str:
         """What unpacks the tiles."""
         lender = self._lender(call)
-        if lender is None:
+        if lender is None or proving.refused(self, call):
             return self.summary
         return (
             f"unpacked by a kernel of {lender[0].name} within the scratch limit, multiplied by the "
             "vendor's library"
         )
 
+    def on_trial(self, call: Call) -> str:
+        """What it is lent by a back end that has to prove itself."""
+        lender = self._lender(call)
+        if lender is None or not lender[0].must_prove:
+            return ""
+        return f"{self.name} with kernels of {lender[0].name}"
+
     def operator(self, call: Call) -> Callable[..., Tensor]:
+        """With the kernels that it is lent, where they were proved."""
+        return self.untried(call) if proving.proved(self, call) else super().operator(call)
+
+    def untried(self, call: Call) -> Callable[..., Tensor]:
         """With the kernels that it is lent."""
         function = super().operator(call)
         lender = self._lender(call)

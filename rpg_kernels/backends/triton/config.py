@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -50,6 +53,7 @@ _TILES = {
 _SUMMED = {"": 2, "input_grad": 1, "bank_grad": 0}
 
 
+@lru_cache(maxsize=4096)
 def _choose(
     op: str, m: int, n: int, k: int, block: int, low: bool, target: Gpu, times: int
 ) -> Config:
@@ -117,7 +121,26 @@ def products_read_shared(device: torch.device) -> bool:
     return gpu(device).shared
 
 
-@lru_cache(maxsize=4096)
+_times = Fraction(1)
+
+
+@contextlib.contextmanager
+def as_if(times: Fraction) -> Iterator[None]:
+    """While a call has a part of a batch ``times`` as large, choose what would be chosen for all of
+    it."""
+    global _times
+    before, _times = _times, times
+    try:
+        yield
+    finally:
+        _times = before
+
+
+def whole(m: int) -> int:
+    """The size of a batch, or the number of its tiles, that a configuration is chosen for."""
+    return m if _times == 1 else math.ceil(m * _times)
+
+
 def choose(
     op: str,
     m: int,
@@ -149,10 +172,10 @@ def choose(
         Config(block_m=16, block_n=32, block_k=64, warps=4, stages=5, group=8, splits=1)
     """
     if op in ("embedding", "embedding_bank_grad", "unpack", "pack"):
-        return _without_product(m, n, block)
+        return _without_product(whole(m), n, block)
     if isinstance(target, bool):
         target = Gpu(target)
-    return _choose(op, m, n, k, block, dtype.itemsize == 2, target, times)
+    return _choose(op, whole(m), n, k, block, dtype.itemsize == 2, target, times)
 
 
 def dot_precision(dtype: torch.dtype, convolution: bool = False) -> str:

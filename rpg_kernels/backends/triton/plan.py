@@ -18,7 +18,7 @@ from torch import Tensor
 from rpg_kernels import _checks, settings
 from rpg_kernels.backends.triton import entry_table, window_law
 from rpg_kernels.backends.triton import law as law_1
-from rpg_kernels.backends.triton.config import products_read_shared
+from rpg_kernels.backends.triton.config import products_read_shared, whole
 from rpg_kernels.backends.triton.rules import interpreted
 from rpg_kernels.law.generator import TableGenerator
 from rpg_kernels.law.placement import Placement
@@ -94,6 +94,7 @@ def operand(bank: Tensor, p: Placement, dtype: torch.dtype, tiles: int) -> Opera
     foldable = sign == "entry" and not isinstance(p.generator, TableGenerator)
     # The reference rounds scale * w, and fp16 may hold that but not w.
     scale_of_copy = p.scale if dtype != bank.dtype else 1.0
+    tiles = whole(tiles)
     if left > 0 and p.numel * tiles >= COPY_FROM * ring.numel():
         if foldable and (tiles > 1 or dtype != bank.dtype):
             copy = ring.new_empty((2 * ring.shape[0], ring.shape[1]), dtype=dtype)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
+from fractions import Fraction
 from functools import cache
 from typing import cast
 
@@ -93,12 +95,26 @@ def unpacked_once(call: Call) -> bool:
     return signs == "element" and fits(p, call.dtype, call.device)
 
 
+def _tiles(call: Call) -> object:
+    """Of a call's rows, or of its indices; those of a convolution's gradients are about as many."""
+    config = importlib.import_module(f"{__package__}.config")
+    p = parse(call.placement)
+    batch, groups = call.rows, call.groups
+    if call.op.startswith("embedding"):
+        batch = call.operands[1 if call.op == "embedding_bank_grad" else 2].numel()
+    rows, columns = p.selected_shape[0] // groups, p.block_columns.length
+    times = groups * (p.matrix.runs if call.op == "conv2d_bank_grad" else 1)
+    target = config.gpu(call.device)
+    return config.choose(call.op, batch, rows, columns, p.matrix.block, call.dtype, target, times)
+
+
 class Triton(Backend):
     """Fused kernels for CUDA tensors; in Triton's interpreter for CPU tensors, in tests."""
 
     name = "triton"
     summary = "fused Triton kernels, weights unpacked inside the tiles of the product"
     device_types = ("cuda",)
+    must_prove = True
 
     def unsupported(self, call: Call) -> str:
         """See ``unsupported_kind``: all weights are supported."""
@@ -118,6 +134,16 @@ class Triton(Backend):
             "with a sign per element unpacking once is predicted to be faster than fused kernels "
             f"from batch {ELEMENT_SIGNS_FROM}"
         )
+
+    def configuration(self, call: Call) -> str:
+        """The tiles that ``config.choose`` gives."""
+        return str(_tiles(call))
+
+    def rehearsing(self, times: Fraction) -> contextlib.AbstractContextManager[object]:
+        """See ``config.as_if``."""
+        config = importlib.import_module(f"{__package__}.config")
+        made: contextlib.AbstractContextManager[object] = config.as_if(times)
+        return made
 
     def tile_kernels(self, call: Call) -> TileKernels | None:
         """Those of ``unpack`` and ``pack``."""

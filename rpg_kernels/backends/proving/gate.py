@@ -1,0 +1,178 @@
+"""Whether a call may be given to a back end: asked for every call, known from memory mostly."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from rpg_kernels import _checks, settings
+from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.proving import trial, trial_process, trial_run
+from rpg_kernels.backends.proving.verdicts import Book, Verdict
+from rpg_kernels.backends.registry import Backend
+
+MOST = 1 << 14  # calls that are remembered, by their sizes
+
+_known: dict[Any, Verdict] = {}
+_books: dict[torch.device, Book] = {}
+_lock = threading.RLock()
+_warned: set[tuple[str, str, torch.dtype, str]] = set()
+
+
+def proved(backend: Backend, call: Call) -> bool:
+    """Whether a back end may run a call, which is tried first where nothing is known of its kind.
+
+    Args:
+        backend: that the call would be given to.
+        call: with its operands, on real tensors.
+
+    Raises:
+        RuntimeError: a trial would be needed while a CUDA graph is captured.
+        ValueError: RPG_KERNELS_PROVE says nothing that it may.
+    """
+    if not _asked(backend, call):
+        return True
+    key = _call_key(backend, call)
+    verdict = _known.get(key)
+    if verdict is None:
+        with _lock:
+            verdict = _found(backend, call) or _tried(backend, call)
+            _remember(key, verdict)
+    return not verdict.wrong
+
+
+def refused(backend: Backend, call: Call) -> str:
+    """What was wrong when a back end was tried with a call's kind; "" where nothing was, or where
+    it was not tried. Tries nothing."""
+    verdict = _look(backend, call)
+    return "" if verdict is None else verdict.wrong
+
+
+def state(backend: Backend, call: Call) -> str:
+    """One of "not asked", "not tried", "proved" and "refused"."""
+    if not _asked(backend, call):
+        return "not asked"
+    verdict = _look(backend, call)
+    if verdict is None:
+        return "not tried"
+    return "refused" if verdict.wrong else "proved"
+
+
+def said(device: torch.device) -> list[dict[str, Any]]:
+    """The verdicts that are kept for a device: records of ``about`` and ``wrong``."""
+    return _book(_with_index(device)).records()
+
+
+def warn_once(backend: Backend, call: Call, instead: str) -> None:
+    """One warning for each back end, operator and dtype that is left aside on a device.
+
+    Args:
+        instead: name of the back end that runs the call.
+    """
+    label = backend.on_trial(call)
+    about = (label, call.op, call.dtype, str(call.device))
+    if about in _warned:
+        return
+    _warned.add(about)
+    _checks.warn(
+        f"the back end {label} failed its test for {call.op} in {call.dtype} on {call.device}: "
+        f"{refused(backend, call)}. It is left aside for such calls and {instead} runs instead; "
+        "results are right, and may take longer. Please report this with what `rpg-kernels doctor` "
+        "prints. It is tested again when the driver, torch, triton or rpg-kernels changes, or "
+        f"when the folder {_book(_with_index(call.device)).path.parent} is emptied"
+    )
+
+
+def forget() -> None:
+    """What this process knows, so that the cache folder is read again."""
+    with _lock:
+        _known.clear()
+        _books.clear()
+        _warned.clear()
+
+
+def _asked(backend: Backend, call: Call) -> bool:
+    """Whether a call is one that needs proof."""
+    if call.forced or not call.operands or settings.proving() == "0" or not backend.on_trial(call):
+        return False
+    return call.x.numel() > 0
+
+
+def _look(backend: Backend, call: Call) -> Verdict | None:
+    if not _asked(backend, call):
+        return None
+    key = _call_key(backend, call)
+    if key not in _known:
+        with _lock:
+            verdict = _found(backend, call)
+            if verdict is not None:
+                _remember(key, verdict)
+    return _known.get(key)
+
+
+def _remember(key: Any, verdict: Verdict) -> None:
+    if len(_known) >= MOST:
+        _known.clear()
+    _known[key] = verdict
+
+
+def _call_key(backend: Backend, call: Call) -> Any:
+    """Tells apart all that ``trial.made`` may look at; cheap, since every call makes one."""
+    sizes = tuple(
+        (o.shape, o.stride(), o.dtype) if isinstance(o, torch.Tensor) else o
+        for o in call.operands
+        if not isinstance(o, list)
+    )
+    switches = trial.precision() if call.dtype == torch.float32 else ()
+    return (
+        *(backend.name, call.op, call.device, trial._misses(call.x), sizes),
+        *(tuple(map(tuple, (o for o in call.operands if isinstance(o, list)))), *switches),
+        *(torch.are_deterministic_algorithms_enabled(), settings.scratch_bytes(call.device.type)),
+    )
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device.type, device.index)
+
+
+def _book(device: torch.device) -> Book:
+    if device not in _books:
+        _books[device] = Book(device)
+    return _books[device]
+
+
+def _found(backend: Backend, call: Call) -> Verdict | None:
+    """What an earlier trial of the kind showed, in this process or another."""
+    return _book(_with_index(call.device)).find(trial.made(backend, call).key)
+
+
+def _tried(backend: Backend, call: Call) -> Verdict:
+    device = _with_index(call.device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"backend: {backend.on_trial(call)} has not been tested for {call.op} in {call.dtype} "
+            "with these sizes on this GPU, and cannot be while a CUDA graph is captured; run the "
+            "call once before the capture, or rpg.prove(model), or set "
+            f"{settings.ENVIRONMENT_PROVE}=0"
+        )
+    made, book = trial.made(backend, call), _book(device)
+    with book.alone():
+        verdict = book.find(made.key)  # by a process that was waited for
+        if verdict is None:
+            verdict = _verdict(made, device)
+            book.keep(made.key, verdict, f"{made.label}: {made.about()}")
+    return verdict
+
+
+def _verdict(made: trial.Trial, device: torch.device) -> Verdict:
+    if settings.proving() != "here":
+        try:
+            return trial_process.of(device).verdict(made)
+        except trial_process.CannotStartError:
+            pass  # such as on a GPU that one process may use at a time
+    answer, _ = trial_run.attempt(made)
+    return Verdict(answer["wrong"], answer["lasting"])

@@ -1,0 +1,261 @@
+"""A trial: a small call of the same kind as a real one, as text that another process can run.
+
+It has the real call's weight, less the rows that would make it slow, its dtypes, memory layouts,
+settings and configuration, and few rows of its batch. Nothing of its values: x, dy, bank and bias
+are drawn so that every product and every sum is exact in fp32, in whatever order it is made, and
+only the rounding of the result is left to differ (``trial_run.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import settings
+from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.registry import Backend
+from rpg_kernels.law.placement import Placement, parse
+
+# What the operands of each operator are. Of "x", "dy" and "image" a part of the batch is kept.
+ROLES = {
+    "linear": ("x", "bank", "table", "bias", "placement"),
+    "linear_input_grad": ("x", "bank", "table", "placement"),
+    "linear_bank_grad": ("x", "x", "table", "placement", "dtype"),
+    "conv2d": ("image", "bank", "table", "bias", "placement", *["number"] * 4),
+    "conv2d_input_grad": ("image", "bank", "table", "size", "placement", *["number"] * 4),
+    "conv2d_bank_grad": ("image", "image", "table", "placement", *["number"] * 4, "dtype"),
+    "embedding": ("bank", "table", "indices", "placement"),
+    "embedding_bank_grad": ("x", "indices", "table", "placement", "dtype"),
+    "unpack": ("bank", "table", "placement"),
+    "pack": ("dense", "table", "placement", "dtype"),
+}
+ROWS = 384  # of a batch that are kept, and what is left over of whole tiles of 128
+PIXELS = 4096  # so many, and at least two images
+WEIGHTS = 1 << 24  # of a matrix; more are cut to whole thousands of rows, and what is left over
+ALIGNMENT = 16  # bytes; kernels are compiled for addresses that are multiples of it, or are not
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A call to be made elsewhere.
+
+    Args:
+        backend: name of the back end.
+        label: what is on trial, see ``Backend.on_trial``.
+        module: that registers the back end, or that the registered ones are imported with.
+        op: operator.
+        device: where.
+        operands: the operator's, less the back end. A tensor is a dict: role, shape, stride, dtype,
+            and the bytes by which its address misses a multiple of 16.
+        batch: (rows, images or indices of the real call, those of the trial).
+        configuration: what the back end says it would choose.
+        conditions: settings in force.
+    """
+
+    backend: str
+    label: str
+    module: str
+    op: str
+    device: str
+    operands: list[Any]
+    batch: tuple[int, int]
+    configuration: str
+    conditions: dict[str, Any]
+
+    def to_json(self) -> str:
+        """In one line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Trial:
+        """What ``to_json`` wrote."""
+        fields = json.loads(text)
+        return cls(**{**fields, "batch": tuple(fields["batch"])})
+
+    @property
+    def key(self) -> str:
+        """Names the kind of call: trials of one key have one verdict, on one kind of device.
+
+        The batch counts by the configuration that is chosen for it, and the place of a weight on
+        the ring not at all.
+        """
+        operands: list[Any] = []
+        for role, operand in zip(ROLES[self.op], self.operands, strict=True):
+            if isinstance(operand, dict):
+                kind = {"shape": _kind(role, operand["shape"]), "stride": _order(operand["stride"])}
+                operands.append({**operand, **kind})
+            else:
+                operands.append(_kind("image", operand) if role == "size" else operand)
+        told = [
+            *(self.backend, self.label, self.op, torch.device(self.device).type),
+            *(operands, self.configuration, self.conditions),
+        ]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+    def about(self) -> str:
+        """One line for people."""
+        tensors = [o for o in self.operands if isinstance(o, dict)]
+        x = next((t for t in tensors if t["role"] not in ("bank", "table", "bias")), tensors[0])
+        shape = next(o for o in self.operands if isinstance(o, str) and o.startswith("{"))
+        weight = "x".join(map(str, parse(shape).selected_shape))
+        return f"{self.op} in {x['dtype']}, weight {weight}, on {self.device}"
+
+
+def made(backend: Backend, call: Call) -> Trial:
+    """The trial of a call.
+
+    Args:
+        backend: that would run it.
+        call: with its operands.
+    """
+    p = parse(call.placement)
+    small = _fewer_rows(p)
+    of_rows = (p.selected_shape[0], small.selected_shape[0])
+    batch = _batch(call)
+    kept = _kept(call, batch)
+    operands: list[Any] = []
+    for role, operand in zip(ROLES[call.op], call.operands, strict=True):
+        if role == "placement":
+            operands.append(small.to_json())
+        elif role == "size":
+            operands.append([min(operand[0], kept), *operand[1:]])
+        elif isinstance(operand, Tensor):
+            operands.append(_tensor(role, operand, kept, of_rows))
+        elif isinstance(operand, torch.dtype):
+            operands.append(_name(operand))
+        else:
+            operands.append([*operand] if isinstance(operand, Sequence) else operand)
+    if call.op.startswith("linear"):
+        _cut_columns(call.op, operands, of_rows)
+    return Trial(
+        backend.name,
+        backend.on_trial(call),
+        type(backend).__module__,
+        call.op,
+        str(call.device),
+        operands,
+        (batch, kept),
+        backend.configuration(call),
+        conditions(call),
+    )
+
+
+def conditions(call: Call) -> dict[str, Any]:
+    """Settings that decide what kernels do."""
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "scratch": settings.scratch_bytes(call.device.type),
+        "precision": precision() if call.dtype == torch.float32 else [],
+    }
+
+
+def precision() -> list[str]:
+    """torch's switches for fp32 products: of matrices and of convolutions."""
+    return [switch.fp32_precision for switch in precision_switches()]
+
+
+def precision_switches() -> tuple[Any, Any]:
+    """The objects that hold them."""
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv
+
+
+def _fewer_rows(p: Placement) -> Placement:
+    """The weight at the beginning of the ring, its scale a power of two, in at most WEIGHTS."""
+    (first, rows), _ = p.selection
+    scale = -0.5 if p.scale < 0 else 0.5
+    small = replace(p, layer=0, start=0, scale=scale)
+    if p.numel <= WEIGHTS or len(p.shape) > 2:
+        return small
+    kept = min(rows, WEIGHTS // p.selected_shape[1] // 1024 * 1024 + rows % 1024 or rows)
+    if rows == p.shape[0]:
+        return replace(small, shape=(kept, p.shape[1]), rows=(0, kept))
+    return replace(small, rows=(first, kept))
+
+
+def _batch(call: Call) -> int:
+    """Rows of x, images, or indices; 1 where the operator has none of them."""
+    roles = ROLES[call.op]
+    if "indices" in roles:
+        return int(call.operands[roles.index("indices")].numel())
+    if "image" in roles:
+        return int(call.x.shape[0])
+    return call.x.numel() // call.x.shape[-1] if "x" in roles and call.x.shape[-1] else 1
+
+
+def _kept(call: Call, batch: int) -> int:
+    if "image" in ROLES[call.op]:
+        pixels = max(1, call.x.shape[-2] * call.x.shape[-1])
+        return min(batch, max(2, -(-PIXELS // pixels)))
+    return min(batch, ROWS + batch % 128)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).partition(".")[2]
+
+
+def _tensor(role: str, tensor: Tensor, kept: int, of_rows: tuple[int, int]) -> dict[str, Any]:
+    if role in ("x", "indices"):
+        tensor = _flat(tensor, 2 if role == "x" else 1)
+    if role in ("x", "indices", "image"):
+        tensor = tensor[:kept]
+    elif role in ("bias", "dense"):
+        tensor = tensor[: of_rows[1]]
+    return {
+        "role": role,
+        "shape": [*tensor.shape],
+        "stride": [*tensor.stride()],
+        "dtype": _name(tensor.dtype),
+        "misses": _misses(tensor),
+    }
+
+
+def _flat(tensor: Tensor, dims: int) -> Tensor:
+    """``[..., K]`` as ``[rows, K]``, or any shape as one dimension; without a copy if possible.
+
+    Only shape, strides and address count, so what would be copied is taken as contiguous.
+    """
+    last = tensor.shape[-1:] if dims == 2 else torch.Size()
+    try:
+        return tensor.view(-1, *last)
+    except RuntimeError:
+        rows = tensor.numel() // last.numel()
+        return torch.empty((rows, *last), dtype=tensor.dtype, device="meta")
+
+
+def _misses(tensor: Tensor) -> int:
+    """Bytes from the address below that is a multiple of ALIGNMENT; of a tensor that is only
+    described from where its memory would begin."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):  # such as fake ones
+        return int(tensor.storage_offset()) * tensor.itemsize % ALIGNMENT
+    return tensor.data_ptr() % ALIGNMENT
+
+
+def _cut_columns(op: str, operands: list[Any], of_rows: tuple[int, int]) -> None:
+    """dy has a column for each row of the weight."""
+    rows, kept = of_rows
+    if rows == kept or op == "linear":
+        return
+    dy = operands[0]
+    dy["shape"] = [dy["shape"][0], kept]
+    if dy["stride"][0] >= rows:
+        dy["stride"] = [dy["stride"][0] - rows + kept, dy["stride"][1]]
+
+
+def _kind(role: str, shape: Sequence[int]) -> list[int]:
+    """Of sizes that change from call to call what may decide which code runs."""
+    if role == "image":
+        pixels = shape[2] * shape[3]
+        return [len(shape), shape[1], pixels.bit_length(), shape[3] % 16]
+    return [len(shape), *shape[1:]] if role in ("x", "indices") else [*shape]
+
+
+def _order(stride: Sequence[int]) -> list[int]:
+    """Which dimension is innermost, and so on: what of strides decides which code runs."""
+    return sorted(range(len(stride)), key=lambda d: (stride[d], d))

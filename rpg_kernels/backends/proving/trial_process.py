@@ -1,0 +1,168 @@
+"""The process that trials are made in: started when it is needed, and again when it ended.
+
+What a kernel may do to a process is done there: a crash, a lost CUDA context, an endless loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import IO, Any
+
+import torch
+
+from rpg_kernels import settings
+from rpg_kernels.backends.proving.trial import Trial
+from rpg_kernels.backends.proving.verdicts import Verdict
+
+START = 120.0  # seconds to import torch and reach the device
+LIMIT = 120.0  # seconds for a trial; most of it is compilation
+_PROGRAM = (
+    "import sys; from rpg_kernels.backends.proving import trial_run; trial_run.main(sys.argv[1])"
+)
+
+
+class CannotStartError(RuntimeError):
+    """No process can use the device: this program is no Python, or the device is for one only."""
+
+
+class TrialProcess:
+    """One process for the trials of a device.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._process: subprocess.Popen[str] | None = None
+        self._said: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._errors: IO[str] | None = None
+
+    def verdict(self, trial: Trial) -> Verdict:
+        """Make a trial.
+
+        Raises:
+            CannotStartError: there is no process to make it in.
+        """
+        for _ in range(2):  # a process that was idle may end as it is asked
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            if self._ask(trial):
+                break
+        else:
+            raise CannotStartError("the process for tests ends when it is asked")
+        answer = self._answer(LIMIT)
+        if answer is None:
+            return self._ended()
+        if self._process is not None and answer["wrong"]:
+            self.close()
+        return Verdict(answer["wrong"], answer["lasting"])
+
+    def close(self) -> None:
+        """End it, and what it started."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout, self._errors):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+
+    def _start(self) -> None:
+        self.close()
+        paths = [path for path in sys.path if path]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            settings.ENVIRONMENT_PROVE: "0",
+        }
+        environment.pop(settings.ENVIRONMENT_BACKEND, None)
+        self._errors = tempfile.TemporaryFile(  # noqa: SIM115  closed with the process
+            "w+", encoding="utf-8", errors="replace"
+        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, self._device],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                encoding="utf-8",
+                env=environment,
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise CannotStartError(str(error)) from error
+        self._said = queue.Queue()
+        threading.Thread(target=_listen, args=(self._process, self._said), daemon=True).start()
+        ready = self._answer(START)
+        if ready is None:
+            said = self._last_words()
+            self.close()
+            raise CannotStartError(said)
+
+    def _ask(self, trial: Trial) -> bool:
+        """Whether the trial has begun."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(trial.to_json() + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            self.close()
+            return False
+        if self._answer(START) is None:
+            self.close()
+            return False
+        return True
+
+    def _answer(self, seconds: float) -> dict[str, Any] | None:
+        """What it says next; None where it says nothing in time, or ended."""
+        try:
+            return self._said.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def _ended(self) -> Verdict:
+        """Of a trial without an answer."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        code = self._process.poll()
+        said = self._last_words()
+        self.close()
+        if code is None:
+            return Verdict(f"it was not done after {LIMIT:g} seconds")
+        how = f"signal {-code}" if code < 0 else f"exit status {code}"
+        return Verdict(f"the process that ran it ended with {how}: {said}")
+
+    def _last_words(self) -> str:
+        if self._errors is None:
+            return ""
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "it said nothing"
+
+
+def _listen(process: subprocess.Popen[str], said: queue.Queue[dict[str, Any] | None]) -> None:
+    """Pass on what a process says; None when it ends."""
+    assert process.stdout is not None
+    with contextlib.suppress(ValueError, OSError):  # closed here, or cut short there
+        for line in process.stdout:
+            said.put(json.loads(line))
+    said.put(None)
+
+
+_processes: dict[str, TrialProcess] = {}
+
+
+def of(device: torch.device) -> TrialProcess:
+    """The process for a device."""
+    return _processes.setdefault(str(device), TrialProcess(str(device)))

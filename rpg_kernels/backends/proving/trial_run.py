@@ -1,0 +1,253 @@
+"""Running a trial: ``main`` is the process that trials are made in.
+
+The bank holds multiples of 1/8 up to 1, and so do, of 1/4, x, dy and dense; the scale is a power of
+two. So products and sums are exact in fp32 in any order, and what is left is the rounding of the
+result to its dtype, and of partial results where a library sums in 16 bits: one wrong weight among
+thousands shows in every dtype. In fp32 the first of x, dy and dense holds multiples of 1/2048
+instead, so that a product in less than fp32 shows too, unless torch's switches allow it.
+
+Everything is surrounded by NaN, and memory that results may be made in holds NaN before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import threading
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import settings
+from rpg_kernels.backends import registry
+from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.proving.trial import ROLES, Trial, precision_switches
+from rpg_kernels.law.placement import Placement, parse
+
+IDLE = 60.0  # seconds without a trial after which the process ends
+_DATA = ("x", "image", "dense")
+_AROUND = 64  # elements of NaN on either side
+
+
+def run(trial: Trial) -> str:
+    """What is wrong with the result of a trial's back end, or "".
+
+    Raises:
+        Exception: whatever the back end raises.
+    """
+    importlib.import_module(trial.module)
+    backend = registry.find(trial.backend)
+    device = torch.device(trial.device)
+    scratch = settings.scratch_limit(trial.conditions["scratch"], _kind(device))
+    before = torch.are_deterministic_algorithms_enabled()
+    switches = [switch.fp32_precision for switch in precision_switches()]
+    try:
+        torch.use_deterministic_algorithms(trial.conditions["deterministic"])
+        _set_precision(trial.conditions["precision"])
+        with scratch, torch.no_grad():
+            operands = _operands(trial, device)
+            exact = _exact(trial, operands)
+            _poison(exact)
+            with backend.rehearsing(Fraction(*trial.batch)):
+                got = _made(backend, trial, operands)
+            return difference(got, exact, _result_dtype(operands))
+    finally:
+        torch.use_deterministic_algorithms(before)
+        _set_precision(switches)
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
+def _set_precision(values: list[str]) -> None:
+    for switch, value in zip(precision_switches(), values, strict=False):
+        switch.fp32_precision = value
+
+
+def _made(backend: registry.Backend, trial: Trial, operands: list[Any]) -> Tensor:
+    """By the back end itself; or by the reference with the kernels that it is lent."""
+    result: Tensor
+    if trial.label == trial.backend:
+        result = getattr(torch.ops.rpg_kernels, trial.op)(*operands, trial.backend)
+        return result
+    roles = ROLES[trial.op]
+    bank = operands[roles.index("bank")] if "bank" in roles else None
+    at = roles.index("placement")
+    call = Call(trial.op, operands[0], operands[at], bank, operands[at + 1 :], "", operands)
+    result = backend.untried(call)(*operands)
+    return result
+
+
+def _exact(trial: Trial, operands: list[Any]) -> Tensor:
+    """The reference's result in float64, rounded nowhere."""
+    wide = [
+        torch.float64
+        if isinstance(o, torch.dtype)
+        else o.double()
+        if isinstance(o, Tensor) and o.is_floating_point()
+        else o
+        for o in operands
+    ]
+    result: Tensor = getattr(torch.ops.rpg_kernels, trial.op)(*wide, "reference")
+    return result
+
+
+def difference(got: Tensor, exact: Tensor, dtype: torch.dtype) -> str:
+    """What tells a result from the exact one beyond its rounding, or "".
+
+    Args:
+        got: of the back end.
+        exact: float64.
+        dtype: that the result has to have.
+
+    Example:
+        >>> exact = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        >>> difference(exact.bfloat16(), exact, torch.bfloat16)
+        ''
+        >>> difference(exact.bfloat16() * -1, exact, torch.bfloat16)
+        '3 of 3 results are wrong, by up to 6 where the largest is 3'
+    """
+    if got.shape != exact.shape or got.dtype != dtype:
+        wanted = f"{dtype} {[*exact.shape]}"
+        return f"the result is {got.dtype} {[*got.shape]}, wanted {wanted}"
+    wide = got.double()
+    lost = int((~wide.isfinite()).sum())
+    if lost:
+        return f"{lost} of {got.numel()} results are not finite"
+    apart = (wide - exact).abs()
+    size = exact.square().mean().sqrt()
+    wrong = int((apart > torch.finfo(dtype).eps * (2 * exact.abs() + size)).sum())
+    if not wrong:
+        return ""
+    return (
+        f"{wrong} of {got.numel()} results are wrong, by up to {float(apart.max()):.3g} where the "
+        f"largest is {float(exact.abs().max()):.3g}"
+    )
+
+
+def _result_dtype(operands: list[Any]) -> torch.dtype:
+    """That which the operator was asked for, else the first tensor's."""
+    asked = [o for o in operands if isinstance(o, torch.dtype)]
+    dtype: torch.dtype = asked[0] if asked else operands[0].dtype
+    return dtype
+
+
+def _operands(trial: Trial, device: torch.device) -> list[Any]:
+    p = parse(next(o for o in trial.operands if isinstance(o, str) and o.startswith("{")))
+    draw = torch.Generator().manual_seed(0)
+    made: list[Any] = []
+    fine = set(trial.conditions["precision"]) <= {"ieee", "none"}
+    for role, operand in zip(ROLES[trial.op], trial.operands, strict=True):
+        if isinstance(operand, dict):
+            steps = 8 if role == "bank" else 2048 if fine and operand["dtype"] == "float32" else 4
+            fine = fine and role not in _DATA
+            values = _values(role, operand, p, draw, steps)
+            made.append(_surrounded(values, operand, device))
+        else:
+            made.append(getattr(torch, operand) if role == "dtype" else operand)
+    return made
+
+
+def _values(
+    role: str, operand: dict[str, Any], p: Placement, draw: torch.Generator, steps: int
+) -> Tensor:
+    shape = operand["shape"]
+    if role == "indices":
+        return torch.randint(p.selected_shape[0], shape, generator=draw)
+    if role == "table":  # a slot in the low bits, a sign in the highest
+        slots = torch.randint(p.generator.slots, shape, generator=draw)
+        return slots - (torch.randint(2, shape, generator=draw) << 31)
+    return torch.randint(-steps, steps + 1, shape, generator=draw) / steps
+
+
+def _surrounded(values: Tensor, operand: dict[str, Any], device: torch.device) -> Tensor:
+    """The values as the operand lies in memory, between NaN; integers between zeros."""
+    dtype: torch.dtype = getattr(torch, operand["dtype"])
+    shape, stride = operand["shape"], operand["stride"]
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    begin = _AROUND + operand["misses"] // dtype.itemsize
+    around = float("nan") if dtype.is_floating_point else 0
+    memory = torch.full((begin + extent + _AROUND,), around, dtype=dtype, device=device)
+    inside = memory.as_strided(shape, stride, begin)
+    if any(step == 0 and size > 1 for size, step in zip(shape, stride, strict=True)):
+        memory[begin : begin + extent] = values.flatten()[:extent].to(device, dtype)
+    else:
+        inside.copy_(values)
+    return inside
+
+
+def _poison(exact: Tensor) -> None:
+    """Leave NaN in memory that the allocator is likely to give to the results, and to scratch."""
+    if exact.device.type == "cuda":
+        for size in (exact.numel(), 1 << 20):
+            for dtype in (torch.float32, torch.bfloat16):
+                torch.full((size,), float("nan"), dtype=dtype, device=exact.device)
+
+
+class _Watch:
+    """Ends the process when nothing was asked for some time."""
+
+    def __init__(self) -> None:
+        self._timer = threading.Timer(0, lambda: None)
+
+    def start(self) -> None:
+        self._timer = threading.Timer(IDLE, os._exit, (0,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+
+def main(device: str) -> None:
+    """Run the trials that standard input holds, a line each; say on the real standard output what
+    becomes of them. Ends after one that raised, since its CUDA context may be lost."""
+    say = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def tell(**values: Any) -> None:
+        say.write(json.dumps(values) + "\n")
+        say.flush()
+
+    torch.ones(1, device=device).sum().item()
+    tell(state="ready")
+    watch = _Watch()
+    watch.start()
+    for line in sys.stdin:
+        watch.stop()
+        tell(state="begun")
+        answer, ended = attempt(Trial.from_json(line))
+        tell(state="done", **answer)
+        if ended:
+            return
+        watch.start()
+
+
+def attempt(trial: Trial) -> tuple[dict[str, Any], bool]:
+    """(what is wrong and whether that is lasting, whether anything raised)."""
+    try:
+        return {"wrong": run(trial), "lasting": True}, False
+    except torch.OutOfMemoryError as error:
+        wrong = f"there was no memory for the test: {_first(error)}"
+        return {"wrong": wrong, "lasting": False}, True
+    except Exception as error:
+        return {"wrong": _raised(error), "lasting": True}, True
+
+
+def _raised(error: Exception) -> str:
+    cause = error.__cause__ or error  # of an operator that named the call
+    return f"it raised {type(cause).__name__}: {_first(cause)}"
+
+
+def _first(error: BaseException) -> str:
+    """The first line of a message that has some; CUDA's messages have many."""
+    return (str(error).strip().splitlines() or ["no message"])[0][:300]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
