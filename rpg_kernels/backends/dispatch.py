@@ -79,13 +79,18 @@ def implementation(call: Call) -> Callable[..., Tensor]:
 
     A back end that has to prove itself is tried first, once for each kind of call.
     """
-    chosen, failed = choose(call), []
-    while chosen.must_prove and not proving.proved(chosen, call):
-        failed.append(chosen)
-        chosen = choose(call)  # which passes over it now
-    for backend in failed:
-        proving.warn_once(backend, call, chosen.name)
-    return chosen.operator(call)
+    if call.forced:
+        return choose(call).operator(call)
+    failed = []
+    for backend in registry.backends():
+        if not backend.takes(call):
+            continue
+        if not backend.must_prove or proving.proved(backend, call):
+            break
+        failed.append(backend)
+    for left_aside in failed:
+        proving.warn_once(left_aside, call, backend.name)
+    return backend.operator(call)
 
 
 def failed_launch(call: Call, error: Exception) -> str:

@@ -42,6 +42,8 @@ HOW = {
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(verdicts.ENVIRONMENT_CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv("BACK_ENDS_ON_TRIAL", "1")
+    monkeypatch.setattr("rpg_kernels.settings._PROVE", "1")
     monkeypatch.setattr(trials.OnTrial, "wanted", True)
     monkeypatch.setattr(trials.OnTrial, "ran", [])
     gate.forget()
@@ -424,6 +426,7 @@ def test_two_processes_make_one_trial(tmp_path: Path, own_cache: Path) -> None:
         **os.environ,
         "RPG_KERNELS_PROVE": "here",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "BACK_ENDS_ON_TRIAL": "",
     }
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     running = [

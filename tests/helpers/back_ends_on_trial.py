@@ -1,7 +1,7 @@
 """Back ends that must prove themselves, each good or bad in its own way, on CPU tensors.
 
-Importing this registers them before all others, as a process for trials does: import it within
-``registered`` only.
+Importing this registers them before all others where BACK_ENDS_ON_TRIAL is set, as a process for
+trials needs it; elsewhere ``register`` does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +37,6 @@ class OnTrial(Backend):
     must_prove = True
     wanted: ClassVar[bool] = False
     ran: ClassVar[list[str]] = []
-    times: Fraction | None = None
 
     def __init__(self, name: str, spoil: Callable[[Tensor], Tensor]) -> None:
         self.name, self.summary, self.spoil = name, f"one that is {name}", spoil
@@ -134,5 +132,5 @@ def unregister() -> None:
             registry.unregister(name)
 
 
-if os.environ.get("RPG_KERNELS_PROVE") == "0":  # in a process for trials
+if os.environ.get("BACK_ENDS_ON_TRIAL"):  # in a process for trials, which the tests set it for
     register(*ALL)

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rpg_kernels import _checks, settings
 from rpg_kernels.backends.call import Call
@@ -95,9 +96,9 @@ def forget() -> None:
 
 def _asked(backend: Backend, call: Call) -> bool:
     """Whether a call is one that needs proof."""
-    if call.forced or not call.operands or settings.proving() == "0" or not backend.on_trial(call):
+    if call.forced or not call.operands or not call.x.numel():
         return False
-    return call.x.numel() > 0
+    return settings.proving() != "0" and bool(backend.on_trial(call))
 
 
 def _look(backend: Backend, call: Call) -> Verdict | None:
@@ -120,17 +121,21 @@ def _remember(key: Any, verdict: Verdict) -> None:
 
 def _call_key(backend: Backend, call: Call) -> Any:
     """Tells apart all that ``trial.made`` may look at; cheap, since every call makes one."""
-    sizes = tuple(
-        (o.shape, o.stride(), o.dtype) if isinstance(o, torch.Tensor) else o
-        for o in call.operands
-        if not isinstance(o, list)
-    )
-    switches = trial.precision() if call.dtype == torch.float32 else ()
-    return (
-        *(backend.name, call.op, call.device, trial._misses(call.x), sizes),
-        *(tuple(map(tuple, (o for o in call.operands if isinstance(o, list)))), *switches),
-        *(torch.are_deterministic_algorithms_enabled(), settings.scratch_bytes(call.device.type)),
-    )
+    x = call.x
+    key: list[Any] = [backend.name, call.op, call.placement]
+    for o in call.operands:
+        if isinstance(o, Tensor):
+            key += (o.shape, o.stride(), o.dtype)
+        elif isinstance(o, list):
+            key += o
+        elif o is not call.placement:
+            key.append(o)
+    dtype, device = x.dtype, x.device
+    if dtype == torch.float32:
+        key += trial.precision()
+    key += (device, trial.misses(x), settings.scratch_bytes(device.type))
+    key.append(torch.are_deterministic_algorithms_enabled())
+    return tuple(key)
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -212,7 +212,7 @@ def _tensor(role: str, tensor: Tensor, kept: int, of_rows: tuple[int, int]) -> d
         "shape": [*tensor.shape],
         "stride": [*tensor.stride()],
         "dtype": _name(tensor.dtype),
-        "misses": _misses(tensor),
+        "misses": misses(tensor),
     }
 
 
@@ -229,7 +229,7 @@ def _flat(tensor: Tensor, dims: int) -> Tensor:
         return torch.empty((rows, *last), dtype=tensor.dtype, device="meta")
 
 
-def _misses(tensor: Tensor) -> int:
+def misses(tensor: Tensor) -> int:
     """Bytes from the address below that is a multiple of ALIGNMENT; of a tensor that is only
     described from where its memory would begin."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):  # such as fake ones
