@@ -100,11 +100,9 @@ class Trial:
 
     def about(self) -> str:
         """One line for people."""
-        tensors = [o for o in self.operands if isinstance(o, dict)]
-        x = next((t for t in tensors if t["role"] not in ("bank", "table", "bias")), tensors[0])
-        shape = next(o for o in self.operands if isinstance(o, str) and o.startswith("{"))
-        weight = "x".join(map(str, parse(shape).selected_shape))
-        return f"{self.op} in {x['dtype']}, weight {weight}, on {self.device}"
+        at = ROLES[self.op].index("placement")
+        weight = "x".join(map(str, parse(self.operands[at]).selected_shape))
+        return f"{self.op} in {self.operands[0]['dtype']}, weight {weight}, on {self.device}"
 
 
 def made(backend: Backend, call: Call) -> Trial:

@@ -138,7 +138,7 @@ def _result_dtype(operands: list[Any]) -> torch.dtype:
 
 
 def _operands(trial: Trial, device: torch.device) -> list[Any]:
-    p = parse(next(o for o in trial.operands if isinstance(o, str) and o.startswith("{")))
+    p = parse(trial.operands[ROLES[trial.op].index("placement")])
     draw = torch.Generator().manual_seed(0)
     made: list[Any] = []
     fine = set(trial.conditions["precision"]) <= {"ieee", "none"}
