@@ -77,12 +77,22 @@ def warn_once(backend: Backend, call: Call, instead: str) -> None:
     if about in _warned:
         return
     _warned.add(about)
+    verdict = _look(backend, call)
+    assert verdict is not None
+    what = f"{call.op} in {call.dtype} on {call.device}: {verdict.wrong}. It is left aside for such"
+    instead = f"calls and {instead} runs instead; results are right, and may take longer."
+    if not verdict.lasting:
+        _checks.warn(
+            f"the back end {label} could not be tested for {what} {instead} `rpg.prove(model)` "
+            "tests it before the model's own tensors fill the memory; "
+            f"{settings.ENVIRONMENT_PROVE}=0 trusts it untested"
+        )
+        return
     _checks.warn(
-        f"the back end {label} failed its test for {call.op} in {call.dtype} on {call.device}: "
-        f"{refused(backend, call)}. It is left aside for such calls and {instead} runs instead; "
-        "results are right, and may take longer. Please report this with what `rpg-kernels doctor` "
-        "prints. It is tested again when the driver, torch, triton or rpg-kernels changes, or "
-        f"when the folder {_book(_with_index(call.device)).path.parent} is emptied"
+        f"the back end {label} failed its test for {what} {instead} Please report this with what "
+        "`rpg-kernels doctor` prints. It is tested again when the driver, torch, triton or "
+        "rpg-kernels changes, or when the folder "
+        f"{_book(_with_index(call.device)).path.parent} is emptied"
     )
 
 

@@ -11,11 +11,13 @@ Everything is surrounded by NaN, and memory that results may be made in holds Na
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -42,26 +44,31 @@ def run(trial: Trial) -> str:
     importlib.import_module(trial.module)
     backend = registry.find(trial.backend)
     device = torch.device(trial.device)
-    scratch = settings.scratch_limit(trial.conditions["scratch"], _kind(device))
+    with torch.no_grad():
+        operands = _operands(trial, device)
+        exact = _exact(trial, operands)
+        _poison(exact)
+        with _conditions(trial, device), backend.rehearsing(Fraction(*trial.batch)):
+            got = _made(backend, trial, operands)
+        return difference(got, exact, _result_dtype(operands))
+
+
+@contextlib.contextmanager
+def _conditions(trial: Trial, device: torch.device) -> Iterator[None]:
+    """The real call's settings. They are not the reference's, which needs more scratch in float64,
+    and for deterministic products a variable that cuBLAS reads."""
+    wanted, kind = trial.conditions, "cpu" if device.type == "cpu" else "cuda"
     before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     switches = [switch.fp32_precision for switch in precision_switches()]
     try:
-        torch.use_deterministic_algorithms(trial.conditions["deterministic"])
-        _set_precision(trial.conditions["precision"])
-        with scratch, torch.no_grad():
-            operands = _operands(trial, device)
-            exact = _exact(trial, operands)
-            _poison(exact)
-            with backend.rehearsing(Fraction(*trial.batch)):
-                got = _made(backend, trial, operands)
-            return difference(got, exact, _result_dtype(operands))
+        torch.use_deterministic_algorithms(wanted["deterministic"], warn_only=warn_only)
+        _set_precision(wanted["precision"])
+        with settings.scratch_limit(wanted["scratch"], kind):
+            yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         _set_precision(switches)
-
-
-def _kind(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else "cuda"
 
 
 def _set_precision(values: list[str]) -> None:

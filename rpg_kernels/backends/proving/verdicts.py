@@ -49,7 +49,10 @@ def folder() -> Path:
     if given:
         return Path(given)
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "rpg-kernels"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "rpg-kernels"
+    except RuntimeError:  # a user without a home: nothing can be kept
+        return Path(os.devnull) / "rpg-kernels"
 
 
 @functools.cache
