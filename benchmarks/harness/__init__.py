@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 QUICK_MEMORY = 8 << 30
-SECONDS = {"quick": 4.0, "full": 8.0}
+SECONDS = {"quick": 4.0, "full": 8.0, "gpu": 1.0, "gpu-longer": 1.0}
 CPU_SUITES = ("cpu", "cpu-full", "decoder")
 
 
@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--suite",
-        choices=("quick", "full", *CPU_SUITES),
-        help="default: quick, unless cases are chosen; cpu, cpu-full: banks and batches of CPU "
+        choices=("quick", "full", "gpu", "gpu-longer", *CPU_SUITES),
+        help="default: quick, unless cases are chosen; gpu, gpu-longer: with windows, the most "
+        "telling first; cpu, cpu-full: banks and batches of CPU "
         "kernels, continued where OUT holds an interrupted run; decoder: a whole model on a CPU",
     )
     what.add_argument(
@@ -61,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument("--threads", type=int, help="default: 1; all of CPU suites")
     how.add_argument("--seconds", type=float, help="for the samples of one case (default: 4 or 8)")
+    how.add_argument(
+        "--limit", type=float, help="seconds after which no other case is begun (quick, full, gpu)"
+    )
     how.add_argument("--memory", type=float, metavar="GB", help="one implementation may need")
     how.add_argument("--seed", type=int, default=0, help="of values and of the order of samples")
     how.add_argument("--eager", action="store_true", help="on CUDA, no graphs")
@@ -111,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
         graphs=not args.eager,
         suite=suite,
         commit=args.commit,
+        limit=args.limit,
         out=args.out,
     )
     print(table.text(record, colour=sys.stdout.isatty()))
@@ -136,7 +141,7 @@ def _cpu(args: argparse.Namespace) -> None:
     choice = {
         "case": args.case, "batch": args.batch, "dof": [timing.count(text) for text in args.dof],
     }  # fmt: skip
-    others = ["op", "granularity", "reflect", "impl", "memory", "eager"]
+    others = ["op", "granularity", "reflect", "impl", "memory", "limit", "eager"]
     if args.suite == "decoder":
         others += [*choice, "seconds"]
     for name in others:
@@ -163,7 +168,7 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], str | None]:
     """What the options choose, and the suite's name where it is one."""
     import torch
 
-    from benchmarks.harness import cases
+    from benchmarks.harness import cases, suites
     from rpg_kernels import _checks, timing
 
     on_gpu = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
@@ -174,7 +179,7 @@ def _cases(args: argparse.Namespace) -> tuple[list[Case], str | None]:
         if picky:
             raise _checks.fail("suite", args.suite, "no choice of cases beside it")
         suite = args.suite or "quick"
-        return [case for dtype in dtypes for case in cases.suite(suite, dtype)], suite
+        return [case for dtype in dtypes for case in suites.suite(suite, dtype)], suite
     return [
         case
         for dtype in dtypes

@@ -15,18 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.harness import calls
 from benchmarks.harness.cases import Case
-from benchmarks.harness.problem import Problem, Stack, images_last, spec
+from benchmarks.harness.problem import Problem, Stack, images_last
 from rpg_kernels import _checks, functional
 from rpg_kernels.backends import dispatch, registry
-from rpg_kernels.backends.call import Call
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
-_BACKWARD = {
-    "linear": ("linear_input_grad", "linear_bank_grad"),
-    "conv2d": ("conv2d_input_grad", "conv2d_bank_grad"),
-    "embedding": ("embedding_bank_grad",),
-}
+
+def _never(case: Case, device: torch.device) -> str:
+    return ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Implementation:
         layer_bytes: case -> what each layer keeps; the dense weight's bytes where nothing is.
         peak_bytes: case -> the most that one call allocates, roughly and rather too much.
         build: (problem, copies) -> the layers.
+        refuse_backward: (case, device) -> why only its forward can run, or "".
     """
 
     name: str
@@ -48,15 +47,12 @@ class Implementation:
     layer_bytes: Callable[[Case], int]
     peak_bytes: Callable[[Case], int]
     build: Callable[[Problem, int], Stack]
+    refuse_backward: Callable[[Case, torch.device], str] = _never
 
     def expected_bytes(self, case: Case, copies: int) -> int:
         """What running it takes: the layers, x and y with their gradients, a call's peak."""
         images = 3 * (case.input_bytes + case.output_bytes)
         return copies * self.layer_bytes(case) + images + self.peak_bytes(case)
-
-
-def _never(case: Case, device: torch.device) -> str:
-    return ""
 
 
 def _cast(weight: Tensor, x: Tensor) -> Tensor:
@@ -130,14 +126,10 @@ def _call(problem: Problem, weight: VirtualWeight) -> Tensor:
 
 def _ours(backend: str) -> Implementation:
     def refuse(case: Case, device: torch.device) -> str:
-        dtype = case.bank_dtype if case.op == "embedding" else case.x_dtype
-        x = torch.empty(0, dtype=dtype, device=device)
-        try:
-            for op in (case.op, *_BACKWARD[case.op]):
-                dispatch.choose(Call(op, x, spec(case), None, case.layer.geometry, backend))
-        except RuntimeError as error:
-            return str(error)
-        return ""
+        return calls.refused(case, device, backend)[0]
+
+    def refuse_backward(case: Case, device: torch.device) -> str:
+        return calls.refused(case, device, backend)[1]
 
     def build(problem: Problem, copies: int) -> Stack:
         weights = problem.placed(copies)
@@ -155,6 +147,7 @@ def _ours(backend: str) -> Implementation:
         lambda case: case.weight_bytes,
         lambda case: 3 * case.bank_bytes + 12 * case.dof,
         build,
+        refuse_backward,
     )
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rpg_kernels import _checks
+from rpg_kernels.bank.config import ring_of
 from rpg_kernels.law.ring import REFLECT
+from rpg_kernels.law.window import check_windows
 
 DOFS = (45_000, 2_000_000, 20_000_000)
 GRANULARITIES = (1, 16, 64)
@@ -77,6 +80,8 @@ class Case:
         granularity: elements of a slot.
         reflect: ``"element"``, ``"vector"`` or ``"none"``.
         dtype: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"amp"`` for bf16 beside an fp32 bank.
+        window: slots of a window of the bank; None reads the whole ring.
+        laps: times that a unit reads each slot of its window; None with a whole ring.
 
     Example:
         >>> case = select(["resnet34.layer4.conv3x3/32"])[0]
@@ -90,6 +95,8 @@ class Case:
     granularity: int = 64
     reflect: str = "vector"
     dtype: str = "fp32"
+    window: int | None = None
+    laps: int | None = None
 
     def __post_init__(self) -> None:
         _checks.integer("batch", self.batch, 1, 2**31)
@@ -97,6 +104,9 @@ class Case:
         _checks.granularity(self.granularity)
         _checks.choice("reflect", self.reflect, REFLECT)
         _checks.choice("dtype", self.dtype, tuple(DTYPES))
+        check_windows(self.window, self.laps, ring_of(self.dof, self.granularity)[0])
+        if self.window is not None and self.laps is None:
+            raise _checks.fail("laps", self.laps, "an int with windows")
 
     @property
     def name(self) -> str:
@@ -104,8 +114,8 @@ class Case:
 
     @property
     def setting(self) -> str:
-        """Bank and dtype, short: ``2M g64 vector fp32``."""
-        return f"{short(self.dof)} g{self.granularity} {self.reflect} {self.dtype}"
+        """Bank and dtype, short: ``2M g64 vector fp32``, with windows ``... fp32 w256x4``."""
+        return bank_of(vars(self))
 
     @property
     def op(self) -> str:
@@ -182,6 +192,17 @@ def short(number: int) -> str:
     return str(number)
 
 
+def bank_of(fields: Mapping[str, Any]) -> str:
+    """Bank and dtype, short, of a case's fields or of a row of a result file.
+
+    Example:
+        >>> bank_of(vars(select(["vit-b.fc1/16"])[0]) | {"window": 256, "laps": 4})
+        '2M g64 vector fp32 w256x4'
+    """
+    words = f"{short(fields['dof'])} g{fields['granularity']} {fields['reflect']} {fields['dtype']}"
+    return words + (f" w{fields['window']}x{fields['laps']}" if fields["window"] else "")
+
+
 def _resnet() -> Iterable[Layer]:
     """Block convolutions of ResNet-18 and ResNet-34, whose shapes are the same; images of 224."""
     for stage in (1, 2, 3, 4):
@@ -212,44 +233,6 @@ LAYERS = (
     Layer("linear", ("llama-3-8b.down_proj",), (4096, 14336)),
     Layer("embedding", ("llama-3-8b.embed_tokens",), (128256, 4096)),
 )  # fmt: skip
-
-# Each for a reason: weight-bound and work-bound convolutions, small and large products, the
-# paper's own setting (45K, element-wise), every DoF, granularity and reflect mode, the embedding.
-_QUICK = (
-    ("resnet18.layer4.conv3x3/1", 2_000_000, 64, "vector"),
-    ("resnet18.layer4.conv3x3/1", 45_000, 1, "element"),
-    ("resnet18.layer3.conv3x3/32", 2_000_000, 64, "vector"),
-    ("vit-b.fc1/16", 2_000_000, 16, "element"),
-    ("bert-base.output/256", 20_000_000, 64, "none"),
-    ("llama-3-8b.q_proj/1", 2_000_000, 64, "vector"),
-    ("llama-3-8b.q_proj/64", 2_000_000, 64, "vector"),
-    ("llama-3-8b.embed_tokens/256", 2_000_000, 64, "vector"),
-)
-# Of the full suite, these see every setting one at a time; the others see the default.
-_SWEPT = ("resnet18.layer3.conv3x3/32", "vit-b.fc1/256", "llama-3-8b.q_proj/1")
-SUITES = ("quick", "full")
-
-
-def suite(name: str, dtype: str) -> list[Case]:
-    """The cases of a suite.
-
-    Raises:
-        ValueError: unknown suite or dtype.
-    """
-    _checks.choice("suite", name, SUITES)
-    if name == "quick":
-        return [
-            replace(
-                select([case], dtype=dtype)[0], dof=dof, granularity=granularity, reflect=reflect
-            )
-            for case, dof, granularity, reflect in _QUICK
-        ]
-    cases = select([], dtype=dtype)
-    for case in select(_SWEPT, dtype=dtype):
-        cases += [replace(case, dof=dof) for dof in DOFS]
-        cases += [replace(case, granularity=g) for g in GRANULARITIES]
-        cases += [replace(case, reflect=mode) for mode in REFLECT]
-    return list(dict.fromkeys(cases))
 
 
 def select(

@@ -23,7 +23,7 @@ class _Graphs:
 
     calls: int
     forward: torch.cuda.CUDAGraph
-    with_grad: torch.cuda.CUDAGraph
+    with_grad: torch.cuda.CUDAGraph  # this and the next one are empty where only a forward runs
     backward: torch.cuda.CUDAGraph
     kept: list[Tensor]  # what the graphs write; freed memory would be given to others
 
@@ -83,12 +83,13 @@ class CudaClock:
             with torch.cuda.graph(forward), torch.no_grad():
                 for i in layers:
                     work.stack.forward(i)
-            with torch.cuda.graph(with_grad):
-                outputs += [work.stack.forward(i) for i in layers]
-            with torch.cuda.graph(backward, pool=with_grad.pool()):
-                for i, y in zip(layers, outputs, strict=True):
-                    # Retained: a replay must find what the forward saved.
-                    work.backward(i, y, retain=True)
+            if work.with_gradients:
+                with torch.cuda.graph(with_grad):
+                    outputs += [work.stack.forward(i) for i in layers]
+                with torch.cuda.graph(backward, pool=with_grad.pool()):
+                    for i, y in zip(layers, outputs, strict=True):
+                        # Retained: a replay must find what the forward saved.
+                        work.backward(i, y, retain=True)
         except RuntimeError as error:
             torch.cuda.synchronize()
             self._notes[id(work)] = f"timed as launched, no graph: {str(error).splitlines()[0]}"
@@ -136,7 +137,8 @@ def _warm_up(work: Work, layers: list[int]) -> float:
     def call(i: int) -> None:
         with torch.no_grad():
             work.stack.forward(i)
-        work.backward(i, work.stack.forward(i))
+        if work.with_gradients:
+            work.backward(i, work.stack.forward(i))
 
     with torch.cuda.stream(stream):
         for _ in range(2):

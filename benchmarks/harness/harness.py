@@ -7,6 +7,7 @@ import importlib.util
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def run(
     roofs: bool = True,
     suite: str | None = None,
     commit: str | None = None,
+    limit: float | None = None,
     out: Path | None = None,
     show: Callable[[str], None] | None = None,
 ) -> Record:
@@ -55,6 +57,7 @@ def run(
         roofs: measure ceilings, for the percentages.
         suite: its name, for the record.
         commit: to record outside a git checkout.
+        limit: seconds after which no other case is begun; the file is then marked as incomplete.
         out: where to write; None writes nothing.
         show: called with a line for people before every case; None shows a progress bar on a
             terminal, and lines elsewhere.
@@ -64,6 +67,7 @@ def run(
             that is out of range.
         OSError: ``out`` cannot be written; it is tried before anything is measured.
     """
+    began = time.monotonic()
     where = timing.device(device)
     if not cases:
         raise _checks.fail("cases", "none", "at least one")
@@ -73,6 +77,8 @@ def run(
     _checks.integer("seed", seed, 0, 2**63 - 1)
     if not 0 <= seconds < math.inf:
         raise _checks.fail("seconds", repr(seconds), "a number from 0")
+    if limit is not None and not 0 <= limit < math.inf:
+        raise _checks.fail("limit", repr(limit), "a number of seconds from 0")
     if memory_limit is not None and memory_limit < 0:
         raise _checks.fail("memory_limit", repr(memory_limit), "a number of bytes from 0")
     check_writable(out)
@@ -92,9 +98,12 @@ def run(
         record = _record(plan, suite, commit, load)
         try:
             for case in _progress(cases, show):
+                if limit is not None and time.monotonic() - began > limit:
+                    break
                 record["results"] += measure.rows(case, plan)
                 _save(record, plan, load, out)
-            record["complete"] = True
+            else:
+                record["complete"] = True
         finally:
             _save(record, plan, load, out)
     return record

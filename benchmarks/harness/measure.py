@@ -13,14 +13,20 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.harness import baselines, gate, machine, memory, roofline
+from benchmarks.harness import baselines, calls, gate, machine, memory, roofline
 from benchmarks.harness.baselines import Implementation
 from benchmarks.harness.cases import PASSES, Case
-from benchmarks.harness.problem import Problem, copies, spec, turns
-from benchmarks.harness.schema import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
+from benchmarks.harness.problem import Problem, copies, turns
+from benchmarks.harness.schema import (
+    DOES_NOT_APPLY,
+    FAILED,
+    OK,
+    OUT_OF_MEMORY,
+    SKIPPED,
+    WRONG,
+)
 from benchmarks.harness.timing import COLD, WARM, Sample, Work, quoted
 from rpg_kernels.backends import dispatch
-from rpg_kernels.backends.call import Call
 from rpg_kernels.timing import figure
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 100
@@ -117,12 +123,7 @@ def _blank(case: Case, implementation: Implementation, plan: Plan) -> Row:
     """A row that says what would be measured."""
     count = copies(case, implementation.layer_bytes(case), plan.cache_bytes)
     layers = count * implementation.layer_bytes(case)
-    dtype = case.bank_dtype if case.rows_only else case.x_dtype
-    x = torch.empty(case.input_shape, dtype=dtype, device=plan.device)
-    # What is copied of a bank counts as scratch, so its dtype can decide.
-    slots = case.dof // case.granularity
-    bank = torch.empty(slots, case.granularity, dtype=case.bank_dtype, device="meta")
-    chosen = dispatch.choose(Call(case.op, x, spec(case), bank, case.layer.geometry)).name
+    chosen = dispatch.choose(calls.of(case, plan.device)[0]).name
     return {
         "case": case.name,
         "op": case.op,
@@ -134,6 +135,8 @@ def _blank(case: Case, implementation: Implementation, plan: Plan) -> Row:
         "dof": case.dof,
         "granularity": case.granularity,
         "reflect": case.reflect,
+        "window": case.window,
+        "laps": case.laps,
         "impl": implementation.name,
         "chosen": implementation.name == f"rpg-{chosen}",
         "status": OK,
@@ -160,13 +163,15 @@ def _build(case: Case, plan: Plan, entries: Sequence[_Entry]) -> None:
     for entry in entries:
         implementation, count = entry.implementation, entry.row["copies"]
         reason = implementation.refuse(case, plan.device)
+        if reason:
+            entry.stop(DOES_NOT_APPLY, reason)
+            continue
         expected = implementation.expected_bytes(case, count) + held
-        if not reason and max(expected, needs) > limit:
+        if max(expected, needs) > limit:
             reason = (
                 f"expects to need {max(expected, needs) / 1e9:.1f} GB, "
                 f"and may use {limit / 1e9:.1f} GB"
             )
-        if reason:
             entry.stop(SKIPPED, reason)
             continue
 
@@ -178,9 +183,12 @@ def _build(case: Case, plan: Plan, entries: Sequence[_Entry]) -> None:
                 problem.take_turns(turns(case, plan.cache_bytes))
             stack = entry.implementation.build(problem, count)
             own = wanted if stack.own_map is None else gate.exact(problem, stack.own_map)
-            accuracy = gate.check(problem, stack, own)
-            entry.work = Work(problem, stack)
+            only = entry.implementation.refuse_backward(case, plan.device)
+            accuracy = gate.check(problem, stack, own, backward=not only)
             entry.passes = gate.allowed_passes(accuracy)
+            entry.work = Work(problem, stack, entry.passes)
+            if only:
+                entry.row["reason"] = f"forward only: {only}"
             entry.row["accuracy"] = {
                 name: {"error": a.error if math.isfinite(a.error) else None, "allowed": a.allowed}
                 for name, a in accuracy.items()
@@ -276,8 +284,9 @@ def _time(plan: Plan, entries: Sequence[_Entry]) -> None:
 
             _guarded(entry, sample)
     for entry in entries:
-        if entry.work is not None and entry.row["reason"] is None:
-            entry.row["reason"] = plan.clock.note(entry.work)
+        if entry.work is not None and entry.row["status"] == OK:
+            notes = (entry.row["reason"], plan.clock.note(entry.work))
+            entry.row["reason"] = "; ".join(filter(None, notes)) or None
 
 
 def _turning(entry: _Entry) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -102,10 +101,7 @@ class Problem:
         return [self.x] if self.x.requires_grad else []
 
     def _bank(self, dtype: torch.dtype) -> ParameterBank:
-        case = self.case
-        return ParameterBank(
-            case.dof, case.granularity, case.reflect, device=self.device, dtype=dtype
-        )
+        return new_bank(self.case, self.device, dtype)
 
     def _tokens(self) -> Tensor:
         case = self.case
@@ -117,7 +113,7 @@ class Problem:
             self.turns += [self._tokens() for _ in range(count - len(self.turns))]
 
     def _place(self) -> VirtualWeight:
-        return self.bank.place(self.case.layer.weight, scale=self._scale)
+        return placed(self.bank, self.case, self._scale)
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         values = torch.randn(shape, device=self.device, dtype=dtype)
@@ -157,9 +153,10 @@ class Problem:
             step = max(1, _CHUNK // math.prod(shape[1:]))
             for first in range(0, shape[0], step):
                 length = min(step, shape[0] - first)
-                part = whole.narrow(0, first, length).unpack()
-                index[first : first + length] = part.abs().long().sub_(1)
-                sign[first : first + length] = part.sign().to(torch.int8)
+                part = whole.narrow(0, first, length).spec
+                values = torch.ops.rpg_kernels.unpack(probe.weight, None, part, "")
+                index[first : first + length] = values.abs().long().sub_(1)
+                sign[first : first + length] = values.sign().to(torch.int8)
         return index, sign
 
     @property
@@ -177,18 +174,32 @@ class Problem:
         return F.conv2d(x, weight, None, case.layer.stride, case.layer.padding)
 
 
-@lru_cache(maxsize=256)
-def spec(case: Case) -> str:
-    """The placement of a case's weight as text: what dispatching asks about, without a bank."""
-    bank = ParameterBank(
-        case.dof, case.granularity, case.reflect, device="meta", dtype=case.bank_dtype
+def new_bank(case: Case, device: torch.device, dtype: torch.dtype) -> ParameterBank:
+    """A bank as the case asks for, without layers."""
+    return ParameterBank(
+        case.dof,
+        case.granularity,
+        case.reflect,
+        window=case.window,
+        laps=case.laps,
+        device=device,
+        dtype=dtype,
     )
-    return bank.place(case.layer.weight).spec
+
+
+def placed(bank: ParameterBank, case: Case, scale: float = 1.0) -> VirtualWeight:
+    """The next layer of a bank, with the case's weight."""
+    return bank.place(case.layer.weight, scale=scale)
 
 
 def images_last(values: Tensor) -> Tensor:
     """Images and filters in channels_last, as convolutions are measured; others as they are."""
-    return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+    return values.contiguous(memory_format=last(values.shape))
+
+
+def last(shape: Sequence[int]) -> torch.memory_format:
+    """The memory format of values of this shape."""
+    return torch.channels_last if len(shape) == 4 else torch.contiguous_format
 
 
 def copies(case: Case, bytes_of_layer: int, cache_bytes: int, limit: int = MAX_COPIES) -> int:

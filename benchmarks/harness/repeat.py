@@ -1,6 +1,7 @@
 """Run-to-run comparison: the same call on the same inputs, bit by bit.
 
-    python -m benchmarks.harness.repeat [--device cuda] [--backend NAME ...] [--runs 20]
+    python -m benchmarks.harness.repeat [--device cuda] [--backend NAME ...] [--case NAME ...]
+        [--dtype NAME ...] [--runs 20]
 
 Under ``torch.use_deterministic_algorithms(True)`` a difference is an error; otherwise it is
 counted. Prints one JSON object per back end, operator, dtype and mode. One run of it is also what
@@ -14,14 +15,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import baselines
+from benchmarks.harness import baselines, calls
 from benchmarks.harness.cases import Case, Layer
 from benchmarks.harness.problem import Problem
 from benchmarks.harness.timing import Work
@@ -29,47 +30,76 @@ from rpg_kernels import _checks
 from rpg_kernels.backends import registry
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-# Sizes that no tile divides, and a bank small enough that its elements are used many times.
+# Sizes that no tile divides, and a bank small enough that its elements are used many times. First
+# what the CUDA kernels are made for: windows, of a few tokens.
 CASES = (
+    Case(Layer("linear", ("repeat.windows",), (200, 320)), 16, 5_000, 64, "vector", "fp32", 64, 2),
+    Case(Layer("linear", ("repeat.one_of_windows",), (200, 320)), 1, 9_000, 32, "none", "fp32",
+         128, 3),
     Case(Layer("linear", ("repeat.linear",), (200, 328)), 67, 5_000, 64, "vector"),
     Case(Layer("linear", ("repeat.one_token",), (200, 328)), 1, 5_000, 64, "element"),
     Case(Layer("conv2d", ("repeat.conv2d",), (72, 40, 3, 3), 13, 2), 5, 5_000, 16, "vector"),
+    Case(Layer("conv2d", ("repeat.conv2d_of_windows",), (72, 64, 3, 3), 13), 5, 5_000, 64,
+         "vector", "fp32", 64, 4),
     Case(Layer("embedding", ("repeat.embedding",), (300, 72)), 150, 2_000, 8, "vector"),
-)
+)  # fmt: skip
 NAMES = ("output", "gradients")
-
-
 DTYPES = ("fp32", "bf16", "amp")
 
 
-def chosen(
-    device: torch.device, names: Sequence[str] = (), dtypes: Sequence[str] = DTYPES
+def every(
+    names: Sequence[str] = (), dtypes: Sequence[str] = (), cases: Sequence[str] = ()
 ) -> list[tuple[str, Case]]:
-    """(back end, case) of everything that the dispatch table lets our back ends run on a device.
+    """(back end, case) of all that is named, whether it can run or not; none names everything.
 
     Raises:
-        ValueError: an unknown back end or dtype, with those that exist.
+        ValueError: an unknown back end, case or dtype, with those that exist.
     """
     for name in names:
         _checks.choice("backend", name, registry.names())
+    known = [case.layer.names[0] for case in CASES]
+    for name in cases:
+        _checks.choice("case", name, known)
+    return [
+        (name, replace(case, dtype=dtype))
+        for name in (names or registry.names())
+        for dtype in (dtypes or DTYPES)
+        for case in CASES
+        if case.layer.names[0] in (cases or known)
+    ]
+
+
+def chosen(
+    device: torch.device,
+    names: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    cases: Sequence[str] = (),
+) -> list[tuple[str, Case]]:
+    """(back end, case) of everything named that our back ends can run on a device.
+
+    Raises:
+        ValueError: as ``every``.
+    """
     return [
         (name, case)
-        for name in (names or registry.names())
-        for dtype in dtypes
-        for case in (replace(case, dtype=dtype) for case in CASES)
-        if not baselines.IMPLEMENTATIONS[f"rpg-{name}"].refuse(case, device)
+        for name, case in every(names, dtypes, cases)
+        if not calls.refused(case, device, name)[0]
     ]
 
 
 def compare(case: Case, backend: str, device: torch.device, runs: int) -> dict[str, int]:
-    """How many of the runs after the first gave other bits, for the output and the gradients."""
+    """How many of the runs after the first gave other bits, for the output and the gradients.
+
+    A back end that has no backward of the case has no gradients.
+    """
     problem = Problem(case, device)
+    forward_only = bool(calls.refused(case, device, backend)[1])
     work = Work(problem, baselines.IMPLEMENTATIONS[f"rpg-{backend}"].build(problem, 1))
     first: list[Tensor] = []
     differing = dict.fromkeys(NAMES, 0)
     for _ in range(runs):
         y = work.stack.forward(0)
-        results = [y.detach(), *work.backward(0, y)]
+        results = [y.detach(), *(() if forward_only else work.backward(0, y))]
         first = first or results
         same = [torch.equal(_bits(a), _bits(b)) for a, b in zip(first, results, strict=True)]
         differing["output"] += not same[0]
@@ -119,18 +149,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", nargs="+", default=[])
-    parser.add_argument("--dtype", nargs="+", default=DTYPES)
+    parser.add_argument("--case", nargs="+", default=[])
+    parser.add_argument("--dtype", nargs="+", default=[])
     parser.add_argument("--runs", type=int, default=20)
     args = parser.parse_args(arguments)
-    # cuBLAS is deterministic only with this, and reads it when it is first used.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device(args.device)
+    prepare()
     bad = 0
-    for record in results(device, chosen(device, args.backend, args.dtype), args.runs):
+    pairs = chosen(device, args.backend, args.dtype, args.case)
+    for record in results(device, pairs, args.runs):
         print(json.dumps(record), flush=True)
-        differs = record["deterministic"] and any(record.get(name) for name in NAMES)
-        bad += bool("error" in record or differs)
+        bad += failed(record)
     return int(bad > 0)
+
+
+def prepare() -> None:
+    """Before the first product: cuBLAS is deterministic only with this, and reads it once."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def failed(record: Mapping[str, Any]) -> bool:
+    """Whether a case raised, or differed in deterministic mode."""
+    differs = record["deterministic"] and any(record.get(name) for name in NAMES)
+    return bool("error" in record or differs)
 
 
 if __name__ == "__main__":

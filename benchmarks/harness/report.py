@@ -160,7 +160,7 @@ def _time(row: Mapping[str, Any] | None, clock: str) -> str:
     found = table.median(row, "full", COLD, clock)
     if found is not None:
         return seconds(found) + _doubt(row, clock)
-    return row["status"] if row["status"] not in (schema.OK, schema.SKIPPED) else NOT_MEASURED
+    return row["status"] if row["status"] not in (schema.OK, *schema.NOT_RUN) else NOT_MEASURED
 
 
 def _doubt(row: Mapping[str, Any], clock: str) -> str:
@@ -248,9 +248,9 @@ def _relative_peaks(record: Record) -> dict[str, dict[str, float]]:
 
 
 def _brief(bank: str) -> str:
-    """DoF, granularity and the sign mode's first letter."""
-    dof, granularity, reflect, _ = bank.split()
-    return f"{dof} {granularity} {reflect[0]}"
+    """DoF, granularity, the sign mode's first letter, and windows where there are some."""
+    dof, granularity, reflect, _, *windows = bank.split()
+    return " ".join((dof, granularity, reflect[0], *windows))
 
 
 def _schema(root: Path) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.harness.cases import PASSES, short
+from benchmarks.harness.cases import PASSES, bank_of
 from benchmarks.harness.schema import OK, WRONG
 from benchmarks.harness.timing import COLD, quoted
 from rpg_kernels.timing import aligned, seconds
@@ -60,7 +60,7 @@ def comparable(row: Mapping[str, Any], kind: str, state: str, clock: str) -> flo
 
 def setting(row: Mapping[str, Any]) -> str:
     """Bank and dtype of a row, as ``Case.setting``."""
-    return f"{short(row['dof'])} g{row['granularity']} {row['reflect']} {row['dtype']}"
+    return bank_of(row)
 
 
 def by_case(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:

@@ -23,6 +23,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from benchmarks.harness.cases import PASSES
 from benchmarks.harness.problem import Problem, Stack
 
 COLD, WARM = "cold", "warm"
@@ -37,10 +38,12 @@ class Work:
     Args:
         problem: x and dy.
         stack: the layers.
+        passes: that may run; a back end may have a forward only.
     """
 
     problem: Problem
     stack: Stack
+    passes: tuple[str, ...] = PASSES
     _next: int = field(init=False, default=0)
     _turn: int = field(init=False, default=0)
 
@@ -50,6 +53,11 @@ class Work:
             return 0
         self._next = (self._next + 1) % self.stack.copies
         return self._next
+
+    @property
+    def with_gradients(self) -> bool:
+        """Whether a backward may run too."""
+        return self.passes == PASSES
 
     def backward(self, i: int, y: Tensor, retain: bool = False) -> Sequence[Tensor]:
         """Gradients of layer i by its inputs and what it trains."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.harness import cases
+from benchmarks.harness import cases, suites
 from benchmarks.harness.problem import Problem, copies
 from rpg_kernels import models
 
@@ -35,7 +35,7 @@ def test_every_block_convolution_of_the_resnets_is_a_case(depth: int) -> None:
     assert seen == known
 
 
-@pytest.mark.parametrize("case", cases.suite("full", "bf16")[:40:3], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", suites.suite("full", "bf16")[:40:3], ids=lambda c: c.name)
 def test_shapes_bytes_and_operations(case: cases.Case) -> None:
     x = torch.empty(case.input_shape, device="meta")
     weight = torch.empty(case.layer.weight, device="meta")
@@ -59,7 +59,7 @@ def test_the_embedding() -> None:
 
 
 def test_the_full_suite_has_everything_that_was_promised() -> None:
-    chosen = cases.suite("full", "fp32")
+    chosen = suites.suite("full", "fp32")
     assert len(set(chosen)) == len(chosen)
     names = {name for case in chosen for name in case.layer.names}
     for model in ("resnet18", "resnet34", "vit-b", "bert-base", "llama-3-8b"):
@@ -73,9 +73,9 @@ def test_the_full_suite_has_everything_that_was_promised() -> None:
 
 
 def test_the_quick_suite_represents_it() -> None:
-    quick = cases.suite("quick", "fp32")
+    quick = suites.suite("quick", "fp32")
     for field in ("op", "dof", "granularity", "reflect"):
-        full = {getattr(case, field) for case in cases.suite("full", "fp32")}
+        full = {getattr(case, field) for case in suites.suite("full", "fp32")}
         assert {getattr(case, field) for case in quick} == full
     assert len(quick) <= 10
 
@@ -109,12 +109,12 @@ def test_what_does_not_exist_is_refused(arguments: tuple[list[str], ...], messag
     with pytest.raises(ValueError, match=message):
         cases.select(*arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="dtype: got 'int8'"):
-        cases.suite("full", "int8")
+        suites.suite("full", "int8")
 
 
 def test_copies_pass_the_cache_twice_over() -> None:
     cache = 32 << 20
-    for case in cases.suite("full", "fp32"):
+    for case in suites.suite("full", "fp32"):
         n = copies(case, case.weight_bytes, cache)
         between = n * case.weight_bytes + case.input_bytes + case.output_bytes
         assert between >= 2 * cache or n == 256

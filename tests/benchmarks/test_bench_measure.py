@@ -285,6 +285,15 @@ def test_the_logic_of_the_cuda_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.headline == "graph"
 
 
+def test_a_forward_alone_is_captured_without_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    made = doing(lambda i: None)
+    made.passes = ("forward",)
+    monkeypatch.setattr(timing.Work, "backward", lambda *arguments, **options: pytest.fail())
+    assert set(cuda_clock.CudaClock().sample(made, "forward", timing.COLD)) == {"eager", "graph"}
+    assert fake.captured == ["graph"]
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("operation not permitted when stream is capturing\nmore"),
               torch.OutOfMemoryError("CUDA out of memory")]

@@ -69,14 +69,14 @@ def test_a_whole_run_is_valid_and_complete(op: str, tmp_path: Path) -> None:
         assert got["chosen"] == (reference and name == "rpg-reference")
     assert row(record, "rpg-reference")["memory"]["per_dof"]["persistent"] == (16 * 200 + 4) / 200
     assert row(record, "published")["memory"]["tables"] == 12 * tools.LAYERS[op].virtual_weights
-    assert row(record, "rz_linear")["status"] == "skipped"
+    assert row(record, "rz_linear")["status"] == "does not apply"
     text = table.text(record)
     assert f"tiny.{op}/3  200 g8 element fp32" in text
-    assert "SKIPPED: rz_linear is not installed" in text
+    assert "DOES NOT APPLY: rz_linear is not installed" in text
 
 
 @pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
-def test_a_back_end_that_cannot_read_a_weight_is_skipped_and_the_chosen_one_marked() -> None:
+def test_a_back_end_that_cannot_read_a_weight_says_so_and_the_chosen_one_marked() -> None:
     layer = Layer("linear", ("tiny.wide",), (24, 64))
     vector, element = (Case(layer, 1, 6400, 32, reflect) for reflect in ("vector", "element"))
     record = tools.run("rpg-reference", "rpg-cpu", cases=[vector, element])
@@ -84,7 +84,7 @@ def test_a_back_end_that_cannot_read_a_weight_is_skipped_and_the_chosen_one_mark
     assert found == {
         ("vector", "rpg-cpu"): ("ok", True),
         ("vector", "rpg-reference"): ("ok", False),
-        ("element", "rpg-cpu"): ("skipped", False),
+        ("element", "rpg-cpu"): ("does not apply", False),
         ("element", "rpg-reference"): ("ok", True),
     }
 
