@@ -53,8 +53,8 @@ report: $(VENV)/.dev ## write tables and plots from benchmarks/results (ARGS=--c
 	$(BIN)/python -m benchmarks.harness.report $(ARGS)
 
 # Installs nothing: for a machine without a network, whose python3 has torch and pytest.
-gpu-check: ## everything that needs a GPU, in under nine minutes (OUT=DIR; ARGS="--parts tests micro")
-	PYTHONPATH=. $(or $(PYTHON),python3) tools/gpu_check.py --out '$(or $(OUT),build/gpu-check)' $(ARGS)
+gpu-check: ## everything that needs a GPU, in seven minutes (OUT=DIR; ARGS="--parts tests micro")
+	PYTHONPATH=. $(or $(PYTHON),python3) -m tools.gpu_check --out '$(or $(OUT),build/gpu-check)' $(ARGS)
 
 # .venv is made anew when it cannot be trusted: it is missing, its interpreter is gone, an
 # installation into it was interrupted, the checkout was copied or moved (scripts and the editable

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.cases import Case
-from rpg_kernels.backends import dispatch
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
@@ -143,9 +142,10 @@ class Problem:
                 torch.arange(1, probe.dof + 1, device=self.device).view_as(probe.weight)
             )
         whole = VirtualWeight(probe, replace(self.weight.placement, scale=1.0))
-        with torch.no_grad(), dispatch.backend("reference"):
+        op = torch.ops.rpg_kernels
+        with torch.no_grad():
             if rows is not None:
-                number = torch.ops.rpg_kernels.embedding(probe.weight, None, rows, whole.spec, "")
+                number = op.embedding(probe.weight, None, rows, whole.spec, "reference")
                 return number.abs().long().sub_(1), number.sign().to(torch.int8)
             shape = tuple(whole.shape)
             index = torch.empty(shape, dtype=torch.int64, device=self.device)
@@ -154,7 +154,7 @@ class Problem:
             for first in range(0, shape[0], step):
                 length = min(step, shape[0] - first)
                 part = whole.narrow(0, first, length).spec
-                values = torch.ops.rpg_kernels.unpack(probe.weight, None, part, "")
+                values = op.unpack(probe.weight, None, part, "reference")
                 index[first : first + length] = values.abs().long().sub_(1)
                 sign[first : first + length] = values.sign().to(torch.int8)
         return index, sign

@@ -43,6 +43,7 @@ CASES = (
          "vector", "fp32", 64, 4),
     Case(Layer("embedding", ("repeat.embedding",), (300, 72)), 150, 2_000, 8, "vector"),
 )  # fmt: skip
+NOTHING = 75  # the exit status when nothing could run
 NAMES = ("output", "gradients")
 DTYPES = ("fp32", "bf16", "amp")
 
@@ -145,7 +146,8 @@ def results(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 1 when something raised, or differed in deterministic mode."""
+    """The exit status: 1 when something raised, or differed in deterministic mode; 75 when
+    nothing of what was asked for can run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", nargs="+", default=[])
@@ -157,6 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare()
     bad = 0
     pairs = chosen(device, args.backend, args.dtype, args.case)
+    if not pairs:
+        print("none of these cases runs on these back ends")
+        return NOTHING
     for record in results(device, pairs, args.runs):
         print(json.dumps(record), flush=True)
         bad += failed(record)

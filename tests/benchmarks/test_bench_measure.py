@@ -289,7 +289,11 @@ def test_a_forward_alone_is_captured_without_a_backward(monkeypatch: pytest.Monk
     fake = FakeCuda(monkeypatch)
     made = doing(lambda i: None)
     made.passes = ("forward",)
-    monkeypatch.setattr(timing.Work, "backward", lambda *arguments, **options: pytest.fail())
+
+    def backward(*arguments: object, **options: object) -> None:
+        pytest.fail("a backward")
+
+    monkeypatch.setattr(timing.Work, "backward", backward)
     assert set(cuda_clock.CudaClock().sample(made, "forward", timing.COLD)) == {"eager", "graph"}
     assert fake.captured == ["graph"]
 

@@ -1,0 +1,91 @@
+"""What a check consists of: its parts, in which order, and how long each may take in any case.
+
+The budgets are for a machine of 16 cores that has compiled nothing yet.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tools.gpu_check import bench, gpu_tests, programs, prove, repeats, summaries
+from tools.gpu_check.running import Part, own_command
+
+LIMIT, LONGER_LIMIT = 420.0, 180.0  # seconds of a whole command
+RESERVE = 5.0  # of it, for the start of the command and its table
+MOST_JOBS = 16
+
+
+def parts(out: Path, jobs: int) -> list[Part]:
+    """The check: what is right first, how fast it is then, and what the sanitizers say in the end.
+
+    Args:
+        out: folder for all files.
+        jobs: processes at a time, where a part has several.
+    """
+    to, several = ("--out", str(out)), ("--jobs", str(jobs))
+    return [
+        *_first(35.0, 80.0),
+        Part(
+            "prove",
+            own_command("prove", *to, *several),
+            45,
+            summaries.of_file(prove.RESULTS, prove.GOOD),
+            (prove.RESULTS,),
+        ),
+        Part(
+            "tests",
+            own_command("gpu_tests", *to, *several),
+            95,
+            summaries.of_file(gpu_tests.RESULTS, gpu_tests.GOOD),
+            (gpu_tests.RESULTS,),
+        ),
+        Part(
+            "repeat",
+            own_command("repeats", *to, *several),
+            30,
+            summaries.of_file(repeats.RESULTS, repeats.GOOD),
+            (repeats.RESULTS,),
+        ),
+        _benchmark(out, "gpu", 70),
+        Part("micro", own_command("programs", "micro"), 15, summaries.figures),
+        Part(
+            "sanitizer",
+            own_command("programs", "sanitizer", *to, "--jobs", str(max(1, jobs // 2))),
+            45,
+            summaries.of_file(programs.RESULTS, programs.GOOD),
+            (programs.RESULTS,),
+        ),
+    ]
+
+
+def longer_parts(out: Path, jobs: int) -> list[Part]:
+    """The longer benchmark, behind what it needs: the native module, which an earlier check on the
+    same machine has built, as a rule."""
+    return [
+        *_first(20.0, 55.0),
+        _benchmark(out, "gpu-longer", 100, "--impl", "dense", "published", *bench.SUSPECTS),
+    ]
+
+
+def _first(look: float, build: float) -> list[Part]:
+    return [
+        Part("machine", own_command("machine", "look"), look, summaries.machine),
+        Part("build", own_command("machine", "build"), build, summaries.build),
+    ]
+
+
+def _benchmark(out: Path, suite: str, budget: float, *words: str) -> Part:
+    options = ("--out", str(out), "--suite", suite, "--seconds", "{seconds}", *words)
+    command = own_command("bench", *options)
+    return Part("bench", command, budget, summaries.benchmark, (bench.RESULTS,), last=8.0)
+
+
+def usual_jobs() -> int:
+    """Processes at a time: a core for each, and no more than a GPU's memory is made for.
+
+    Example:
+        >>> 1 <= usual_jobs() <= MOST_JOBS
+        True
+    """
+    return max(1, min(MOST_JOBS, len(os.sched_getaffinity(0))))
