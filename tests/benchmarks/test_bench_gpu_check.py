@@ -83,27 +83,46 @@ def test_each_part_survives_the_failure_of_the_others(
     assert re.fullmatch(r"after +passed +\d+\.\d s  still here", lines[-1])
 
 
-def test_time_is_over_but_what_was_found_out_stands(tmp_path: Path) -> None:
-    """It writes until it is interrupted, and neither it nor a child in a group of its own lives."""
+def test_time_is_over_but_what_was_found_out_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes until it is interrupted; a child in a group of its own does not outlive it."""
+    path = tmp_path / "part.jsonl"
     code = (
         "import json, subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {HANG!r}], process_group=0)\n"
-        f"file = open({str(tmp_path / 'part.jsonl')!r}, 'w')\n"
-        "print(json.dumps({'planned': 5}), file=file)\n"
-        "print(json.dumps({'item': 'a', 'outcome': 'passed', 'pid': child.pid}), file=file)\n"
-        "file.flush()\n"
-        "try:\n    time.sleep(900)\n"
-        "except KeyboardInterrupt:\n"
-        "    print(json.dumps({'item': 'b', 'outcome': 'interrupted'}), file=file, flush=True)\n"
+        f"file = open({str(path)!r}, 'w')\n"
+        "def write(**record): print(json.dumps(record), file=file, flush=True)\n"
+        "try:\n"
+        "    write(planned=5)\n"
+        "    write(item='a', outcome='passed', pid=child.pid)\n"
         "    time.sleep(900)\n"
+        "except KeyboardInterrupt:\n"
+        "    write(item='b', outcome='interrupted')\n"
     )
-    made = part("hang", code, 5.0, summaries.of_file("part.jsonl", ["passed"]))
-    report = run_parts([made, part("after", "print('ran')", 1.0)], tmp_path, soon(12.0))
+
+    def time_is_over(process: Any, seconds: float, stopping: Any) -> None:
+        while not path.exists() or path.read_text().count("\n") < 2:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(running, "_wait", time_is_over)
+    summarise = summaries.of_file("part.jsonl", ["passed"])
+    report = run_parts([part("hang", code, LONG, summarise)], tmp_path, soon())
     assert report["hang"]["status"] == "timed out"
     assert report["hang"]["summary"].startswith("1 passed, 1 interrupted, 3 not run; b: ")
-    assert report["after"]["summary"] == "ran"
-    (first, *_) = (r for r in map(json.loads, (tmp_path / "part.jsonl").open()) if "pid" in r)
+    (first,) = (r for r in map(json.loads, path.open()) if "pid" in r)
     assert not alive(first["pid"])
+
+
+def test_what_does_not_heed_an_interrupt_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "GRACE", 0.2)
+    monkeypatch.setattr(running, "LEAST", 0.5)
+    code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {HANG}"
+    report = run_parts([part("deaf", code), part("after", "")], tmp_path, soon(0.5))
+    assert report["deaf"]["status"] == "timed out"
+    assert report["deaf"]["code"] in (-signal.SIGKILL, -signal.SIGINT)  # before it was deaf
 
 
 def test_budgets_go_on_to_later_parts() -> None:

@@ -26,6 +26,7 @@ PASSED, FAILED, TIMED_OUT, NOTHING = "passed", "failed", "timed out", "nothing t
 INTERRUPTED = "interrupted"
 NOTHING_CODE = 75  # the exit status of a part that had nothing to do
 GRACE = 6.0  # seconds between an interrupt and the end, in which a part writes what it has
+_SWEEPS = 40  # a twentieth of a second each: a process that a driver holds is not waited for
 LEAST = 1.0  # seconds that a part gets, however late it is
 LOG_BYTES = 12 << 20  # of log.txt; what comes back from a lent machine may have 16 MiB
 REPORT, LOG = "gpu_check.json", "log.txt"
@@ -171,10 +172,16 @@ def end(process: subprocess.Popen[bytes], seconds: float) -> int:
             process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, seconds))
-    for pid in (*session(process.pid), process.pid):
-        if pid != process.pid or process.poll() is None:
+    for _ in range(_SWEEPS):
+        left = session(process.pid)
+        if process.poll() is None:
+            left.append(process.pid)
+        if not left:
+            break
+        for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)  # until they have let go of the GPU
     return process.wait()
 
 
