@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -164,7 +163,7 @@ def test_verdicts_of_sanitizers(
 
 
 def test_everything_is_proved_on_every_back_end() -> None:
-    every = [json.loads(item) for item in prove.every()]
+    every = [item.split() for item in prove.every()]
     assert every[0][0] == "cuda"
     from rpg_kernels.backends.call import OPERATORS
 
@@ -173,10 +172,10 @@ def test_everything_is_proved_on_every_back_end() -> None:
     assert {dtype for _, _, dtype, *_ in every} == {"bf16", "fp32", "fp16", "amp"}
 
 
-@pytest.mark.parametrize("operator", sorted({json.loads(i)[1] for i in prove.every()}))
+@pytest.mark.parametrize("operator", sorted({i.split()[1] for i in prove.every()}))
 def test_the_reference_is_proved(operator: str) -> None:
     for item in prove.every():
-        backend, op, *_ = json.loads(item)
+        backend, op, *_ = item.split()
         if (backend, op) == ("reference", operator):
             record = prove.answer(item, "cpu")
             assert record["outcome"] == "agrees", (item, record)
@@ -186,13 +185,13 @@ def test_the_reference_is_proved(operator: str) -> None:
 def test_the_cuda_sources_are_proved_where_they_apply() -> None:
     found = {}
     for item in prove.every():
-        backend, *rest = json.loads(item)
+        backend, *rest = item.split()
         if backend == "cuda" and rest[1] == "bf16":
-            found[tuple(rest)] = prove.answer(json.dumps(["simt", *rest]), "cpu")
+            found[tuple(rest)] = prove.answer(" ".join(["simt", *rest]), "cpu")
     applies = {key[0] for key, record in found.items() if record["outcome"] == "agrees"}
     assert applies == {"linear", "linear_input_grad", "linear_bank_grad", "unpack", "pack"}
     assert {record["outcome"] for record in found.values()} == {"agrees", "does not apply"}
-    assert "blocks of 32 or 64" in found["linear", "bf16", "linear", 5]["message"]
+    assert "blocks of 32 or 64" in found["linear", "bf16", "linear", "5"]["message"]
 
 
 def test_what_is_wrong_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +202,7 @@ def test_what_is_wrong_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
         return (x * 1.01, *operands), quantity
 
     monkeypatch.setattr(prove, "_call", last_bit)
-    item = json.dumps(["reference", "linear", "fp32", "linear", 0])
+    item = "reference linear fp32 linear 0"
     record = prove.answer(item, "cpu")
     assert record["outcome"] == "disagrees"
     assert record["setting"] == "5K g64 vector fp32 w64x2"
@@ -221,16 +220,16 @@ def test_runs_that_differ(differs: Any, outcome: str, monkeypatch: pytest.Monkey
         return {"output": int(on is differs), "gradients": 0}
 
     monkeypatch.setattr(repeat, "compare", compare)
-    item = json.dumps(["reference", "repeat.linear", "fp32"])
+    item = "reference repeat.linear fp32"
     record = repeats.answer(item, "cpu", runs=2)
     assert record["outcome"] == outcome
     assert ("as it may" in record["message"]) is (differs is False)
-    refused = json.dumps(["cuda", "repeat.linear", "fp32"])
+    refused = "cuda repeat.linear fp32"
     assert repeats.answer(refused, "cpu")["outcome"] == "does not apply"
 
 
 def test_the_cuda_kernels_are_compared_first() -> None:
-    every = [json.loads(item) for item in repeats.every()]
+    every = [item.split() for item in repeats.every()]
     assert every[0][:2] == ["cuda", "repeat.windows"]
     assert {name for name, *_ in every} == {"cuda", "triton", "reference"}
 
@@ -282,7 +281,7 @@ def bench_worker(body: str) -> list[str]:
     """A worker's command whose ``answer`` measures the tiny case of a number, on the CPU."""
     root = Path(__file__).resolve().parents[2]
     code = (
-        f"import json, os, sys; sys.path[:0] = [{str(root)!r}, {str(Path(__file__).parent)!r}]\n"
+        f"import os, sys; sys.path[:0] = [{str(root)!r}, {str(Path(__file__).parent)!r}]\n"
         "import bench_tools\n"
         "from benchmarks.harness import suites\n"
         "from tools.gpu_check import bench, worker\n"
@@ -294,7 +293,7 @@ def bench_worker(body: str) -> list[str]:
 
 
 def items(*impls: str) -> list[str]:
-    return [json.dumps(["gpu", number, list(impls)]) for number in range(3)]
+    return [" ".join(("gpu", str(number), *impls)) for number in range(3)]
 
 
 def rows(path: Path) -> list[tuple[str, str, str]]:
@@ -315,8 +314,8 @@ def test_cases_become_one_file(tmp_path: Path) -> None:
 def test_a_case_that_ends_its_process_is_measured_without_who_is_to_blame(tmp_path: Path) -> None:
     body = (
         "def answer(item):\n"
-        "    suite, number, impls = json.loads(item)\n"
-        "    if number == 1 and 'rpg-reference' in impls: os.abort()\n"
+        "    suite, number, *impls = item.split()\n"
+        "    if number == '1' and 'rpg-reference' in impls: os.abort()\n"
         "    return bench.answer(item, 'cpu', 'fp32')\n"
     )
     path = tmp_path / "bench.json"
@@ -329,17 +328,17 @@ def test_a_case_that_ends_its_process_is_measured_without_who_is_to_blame(tmp_pa
 
 
 def test_who_is_to_blame() -> None:
-    item = json.dumps(["gpu", 0, ["dense", "rpg-cuda", "rpg-triton"]])
+    item = "gpu 0 dense rpg-cuda rpg-triton"
 
     def left(record: dict[str, Any]) -> list[str]:
-        return list(json.loads(bench.without_one(item, record))[2])
+        return bench.without_one(item, record).split()[2:]
 
     assert left({}) == ["dense", "rpg-triton"]
     results = [
         {"impl": "rpg-triton", "status": "failed"}, {"impl": "rpg-cuda", "status": "failed"},
     ]  # fmt: skip
     assert left({"record": {"results": results}}) == ["dense", "rpg-cuda"]
-    assert bench.without_one(json.dumps(["gpu", 0, ["dense"]]), {}) == ""
+    assert bench.without_one("gpu 0 dense", {}) == ""
 
 
 def test_no_case_is_begun_when_the_time_is_over(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -279,7 +278,7 @@ class Part:
         self.names = names
 
     def every(self) -> list[str]:
-        return [json.dumps([name, "x"]) for name in self.names]
+        return [f"{name} x" for name in self.names]
 
 
 @pytest.mark.parametrize(

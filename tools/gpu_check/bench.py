@@ -32,7 +32,7 @@ def items(suite: str, impls: Sequence[str]) -> list[str]:
     from benchmarks.harness import suites
 
     count = len(suites.suite(suite, "bf16"))
-    return [json.dumps([suite, number, list(impls)]) for number in range(count)]
+    return [" ".join((suite, str(number), *impls)) for number in range(count)]
 
 
 def answer(item: str, device: str = "cuda", dtype: str = "bf16") -> dict[str, Any]:
@@ -41,8 +41,8 @@ def answer(item: str, device: str = "cuda", dtype: str = "bf16") -> dict[str, An
     from benchmarks.harness import suites
     from benchmarks.harness.harness import run as measure
 
-    suite, number, impls = json.loads(item)
-    case = suites.suite(suite, dtype)[number]
+    suite, number, *impls = item.split()
+    case = suites.suite(suite, dtype)[int(number)]
     record = measure(
         [case], impls=impls, device=device, seconds=harness.SECONDS[suite], roofs=False, suite=suite
     )
@@ -94,13 +94,13 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 def without_one(item: str, record: Record) -> str:
     """The item without the implementation that ended the process, as far as that can be told; ""
     where nothing is left to leave out."""
-    suite, number, impls = json.loads(item)
+    suite, number, *impls = item.split()
     rows = record.get("record", {}).get("results", ())
     failed = [row["impl"] for row in rows if row["status"] == "failed"]
     suspects = [name for name in (*failed[:1], *SUSPECTS) if name in impls and name != "dense"]
     if not suspects:
         return ""
-    return json.dumps([suite, number, [name for name in impls if name != suspects[0]]])
+    return " ".join((suite, number, *(name for name in impls if name != suspects[0])))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

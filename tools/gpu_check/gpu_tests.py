@@ -65,7 +65,15 @@ def pool(paths: Iterable[Path], jobs: int, lines: Lines, root: Path = ROOT) -> P
     search = (root, root / "tests" / "helpers", root / _TRITON, ROOT)
     path = os.pathsep.join([*map(str, search), os.environ.get("PYTHONPATH", "")])
     plugins = ("-p", "tools.gpu_check.pytest_worker", "-p", "no:cacheprovider", "-p", "no:xdist")
-    command = (sys.executable, "-m", "pytest", "-q", *plugins, "--continue-on-collection-errors")
+    command = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        *plugins,
+        "--continue-on-collection-errors",
+    )
 
     def emit(record: Record) -> None:
         lines.write(record)

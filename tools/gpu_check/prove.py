@@ -8,7 +8,6 @@ benchmarks' gate: twice the error of torch in the same dtype, and the rounding o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -51,7 +50,7 @@ OPERATORS = {
 def every() -> list[str]:
     """All items: back end, operator, dtype, operation and number of its setting."""
     return [
-        json.dumps([backend, operator, dtype, operation, number])
+        f"{backend} {operator} {dtype} {operation} {number}"
         for backend in BACKENDS
         for operation, settings in OPERATIONS.items()
         for operator in OPERATORS[operation]
@@ -76,9 +75,9 @@ def answer(item: str, device: str = "cuda") -> dict[str, Any]:
     from benchmarks.harness.cases import Case, Layer
     from rpg_kernels.backends import dispatch
 
-    backend, operator, dtype, operation, number = json.loads(item)
-    weight, image, batch, *bank = OPERATIONS[operation][number]
-    dof, granularity, reflect, window, laps = bank
+    backend, operator, dtype, operation, number = item.split()
+    setting = OPERATIONS[operation][int(number)]
+    weight, image, batch, dof, granularity, reflect, window, laps = setting
     layer = Layer(operation, (f"prove.{operation}",), weight, image)
     case = Case(layer, batch, dof, granularity, reflect, "fp32", window, laps)
     said = {"setting": case.setting.replace("fp32", dtype)}

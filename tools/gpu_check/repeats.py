@@ -7,7 +7,6 @@ DIR/repeat.jsonl has a line for each back end, case and dtype.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +22,8 @@ def every() -> list[str]:
     """All items, the CUDA kernels' first."""
     from benchmarks.harness import repeat
 
-    return [
-        json.dumps([name, case.layer.names[0], case.dtype]) for name, case in repeat.every(BACKENDS)
-    ]
+    pairs = repeat.every(BACKENDS)
+    return [f"{name} {case.layer.names[0]} {case.dtype}" for name, case in pairs]
 
 
 def prepare() -> None:
@@ -41,7 +39,7 @@ def answer(item: str, device: str = "cuda", runs: int = RUNS) -> dict[str, Any]:
 
     from benchmarks.harness import calls, repeat
 
-    backend, named, dtype = json.loads(item)
+    backend, named, dtype = item.split()
     ((_, case),) = repeat.every([backend], [dtype], [named])
     where = torch.device(device)
     reason, forward_only = calls.refused(case, where, backend)

@@ -134,6 +134,7 @@ def _start(part: Part, seconds: float, output: Any) -> subprocess.Popen[bytes]:
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     environment["PYTHONFAULTHANDLER"] = "1"  # where it was when a library ended the process
+    environment.pop("TRITON_INTERPRET", None)  # kernels are to be compiled
     return subprocess.Popen(
         [word.replace("{seconds}", f"{max(LEAST, seconds):.1f}") for word in part.command],
         cwd=ROOT,
