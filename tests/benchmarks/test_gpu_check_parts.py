@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 
 from benchmarks.harness import repeat, schema, suites
 from benchmarks.harness.baselines import IMPLEMENTATIONS
+from benchmarks.harness.cases import Case, Layer
 from rpg_kernels import native
-from tools.gpu_check import bench, machine, pool, programs, prove, repeats
+from tools.gpu_check import bench, machine, pool, programs, prove, repeats, warm
 
 HAS_SIMT = native.available() and hasattr(native.module(), "simt")
 needs_simt = pytest.mark.skipif(not HAS_SIMT, reason="needs a development build, `make test`")
@@ -315,15 +317,15 @@ def test_a_case_that_ends_its_process_is_measured_without_who_is_to_blame(tmp_pa
     body = (
         "def answer(item):\n"
         "    suite, number, *impls = item.split()\n"
-        "    if number == '1' and 'rpg-reference' in impls: os.abort()\n"
+        "    if number == '1' and 'unpack' in impls: os.abort()\n"
         "    return bench.answer(item, 'cpu', 'fp32')\n"
     )
     path = tmp_path / "bench.json"
     command = bench_worker(body)
-    assert bench.deal(command, items("dense", "rpg-reference"), path, time.monotonic() + 900) == 1
+    assert bench.deal(command, items("dense", "unpack"), path, time.monotonic() + 900) == 1
     assert sorted(rows(path)) == [
-        ("1", "dense", "ok"), ("1", "rpg-reference", "ok"), ("2", "dense", "ok"),
-        ("3", "dense", "ok"), ("3", "rpg-reference", "ok"),
+        ("1", "dense", "ok"), ("1", "unpack", "ok"), ("2", "dense", "ok"),
+        ("3", "dense", "ok"), ("3", "unpack", "ok"),
     ]  # fmt: skip
 
 
@@ -350,3 +352,39 @@ def test_no_case_is_begun_when_the_time_is_over(tmp_path: Path) -> None:
 def test_suites_are_dealt_whole() -> None:
     for name in ("gpu", "gpu-longer"):
         assert len(bench.items(name, ["dense"])) == len(suites.suite(name, "bf16"))
+
+
+def test_kernels_are_compiled_for_every_case_before_it_is_timed() -> None:
+    for name in (warm.SUITE, warm.LONGER):
+        every = warm.every(name)
+        count = len(suites.suite(name, "bf16"))
+        assert set(every) == {f"{name} {i} {impl}" for i in range(count) for impl in bench.SUSPECTS}
+
+
+@needs_simt
+def test_a_call_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer("linear", ("tiny.wide",), (70, 128))
+    small = [Case(layer, 3, 5_000, 64), tools.case("conv2d")]
+    monkeypatch.setattr(suites, "suite", lambda name, dtype: small)
+    found = {
+        (number, name): warm.answer(f"gpu {number} {name}", "cpu", "fp32")["outcome"]
+        for number in range(2)
+        for name in ("rpg-simt", "unpack")
+    }
+    assert found == {
+        (0, "rpg-simt"): "called", (0, "unpack"): "called",
+        (1, "rpg-simt"): "does not apply", (1, "unpack"): "called",
+    }  # fmt: skip
+
+
+def test_a_bound_that_torch_itself_makes_wide_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = prove._call
+
+    def call(*arguments: Any) -> Any:
+        operands, quantity = real(*arguments)
+        return operands, dataclasses.replace(quantity, allowed=1e3)
+
+    monkeypatch.setattr(prove, "_call", call)
+    record = prove.answer("reference linear fp32 linear 0", "cpu")
+    assert record["outcome"] == "no measure"
+    assert record["outcome"] not in prove.GOOD

@@ -274,12 +274,6 @@ class Part:
 
     RESULTS, GOOD = "part.jsonl", ("fine", "does not apply")
 
-    def __init__(self, *names: str) -> None:
-        self.names = names
-
-    def every(self) -> list[str]:
-        return [f"{name} x" for name in self.names]
-
 
 @pytest.mark.parametrize(
     ("outcome", "status"), [("fine", 0), ("does not apply", 75), ("disagrees", 1)]
@@ -291,5 +285,5 @@ def test_the_status_of_a_part_is_that_of_its_items(
         f"from tools.gpu_check import worker; worker.serve(lambda item: {{'outcome': {outcome!r}}})"
     )
     command = [sys.executable, "-c", code]
-    assert items.deal(Part("a", "b"), command, tmp_path, jobs=2) == status
+    assert items.deal(Part(), ["a x", "b x"], command, tmp_path, jobs=2) == status
     assert len(outcomes(list(pool.records(tmp_path / "part.jsonl")))) == 2

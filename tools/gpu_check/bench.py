@@ -23,7 +23,7 @@ from tools.gpu_check.worker import serve
 
 RESULTS = "bench.json"
 # Who is left out in turn, where a process ended and nothing says who was to blame.
-SUSPECTS = ("rpg-cuda", "rpg-triton", "unpack", "rpg-reference")
+SUSPECTS = ("rpg-cuda", "rpg-triton", "unpack")
 CASE_SECONDS = 60.0  # for a case, its compiling counted
 
 

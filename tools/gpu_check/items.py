@@ -11,18 +11,22 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tools.gpu_check.pool import Lines, Pool, Record
 from tools.gpu_check.running import NOTHING_CODE
 from tools.gpu_check.worker import serve
 
 
-def main(module: str, arguments: Sequence[str] | None = None) -> int:
+def main(
+    module: str, arguments: Sequence[str] | None = None, chosen: Sequence[str] | None = None
+) -> int:
     """Run a part, or one of its workers: 1 where an outcome is not good, 75 where nothing applies.
 
     Args:
         module: of the part; "__main__" finds its own.
         arguments: ``--out DIR [--jobs N]``, or ``--worker``.
+        chosen: items instead of all.
     """
     name = f"tools.gpu_check.{Path(sys.argv[0]).stem}" if module == "__main__" else module
     part = importlib.import_module(name)
@@ -35,27 +39,26 @@ def main(module: str, arguments: Sequence[str] | None = None) -> int:
         part.prepare()
         serve(part.answer)
         return 0
-    return deal(part, [sys.executable, "-m", name, "--worker"], args.out, args.jobs)
+    command = [sys.executable, "-m", name, "--worker"]
+    return deal(part, part.every() if chosen is None else chosen, command, args.out, args.jobs)
 
 
-def deal(part: object, command: Sequence[str], out: Path, jobs: int) -> int:
-    """Deal the items of a part and write a line for each."""
-    module: object = part
-    results, good, every = (getattr(module, name) for name in ("RESULTS", "GOOD", "every"))
-    lines = Lines(out / results)
+def deal(part: Any, every: Sequence[str], command: Sequence[str], out: Path, jobs: int) -> int:
+    """Deal items of a part and write a line for each."""
+    lines = Lines(out / part.RESULTS)
     counts = {"applies": 0, "bad": 0}
 
     def emit(record: Record) -> None:
         lines.write(record)
         outcome = record.get("outcome", "does not apply")
         counts["applies"] += outcome != "does not apply"
-        if outcome not in good:
+        if outcome not in part.GOOD:
             counts["bad"] += 1
             print(f"{outcome}: {record.get('item')}: {record.get('message')}", flush=True)
 
     # Many processes of many threads each would only wait for each other.
     environment = {"OMP_NUM_THREADS": "1"}
-    pool = Pool(command, jobs, emit, every(), _group, environment, item_seconds=45.0)
+    pool = Pool(command, jobs, emit, every, _group, environment, item_seconds=45.0)
     left = pool.run()
     if counts["bad"] or left:
         return 1

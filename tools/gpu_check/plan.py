@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tools.gpu_check import bench, gpu_tests, programs, prove, repeats, summaries
+from tools.gpu_check import bench, gpu_tests, programs, prove, repeats, summaries, warm
 from tools.gpu_check.running import Part, own_command
 
 LIMIT, LONGER_LIMIT = 420.0, 180.0  # seconds of a whole command
@@ -29,14 +29,14 @@ def parts(out: Path, jobs: int) -> list[Part]:
         Part(
             "prove",
             own_command("prove", *to, *several),
-            45,
+            40,
             summaries.of_file(prove.RESULTS, prove.GOOD),
             (prove.RESULTS,),
         ),
         Part(
             "tests",
             own_command("gpu_tests", *to, *several),
-            95,
+            85,
             summaries.of_file(gpu_tests.RESULTS, gpu_tests.GOOD),
             (gpu_tests.RESULTS,),
         ),
@@ -47,7 +47,8 @@ def parts(out: Path, jobs: int) -> list[Part]:
             summaries.of_file(repeats.RESULTS, repeats.GOOD),
             (repeats.RESULTS,),
         ),
-        _benchmark(out, "gpu", 70),
+        _compile(25, *to, *several),
+        _benchmark(out, warm.SUITE, 60),
         Part("micro", own_command("programs", "micro"), 15, summaries.figures),
         Part(
             "sanitizer",
@@ -62,9 +63,12 @@ def parts(out: Path, jobs: int) -> list[Part]:
 def longer_parts(out: Path, jobs: int) -> list[Part]:
     """The longer benchmark, behind what it needs: the native module, which an earlier check on the
     same machine has built, as a rule."""
+    words = ("--out", str(out), "--jobs", str(jobs), "--longer")
+    impls = ("--impl", "dense", "published", *bench.SUSPECTS)
     return [
-        *_first(20.0, 55.0),
-        _benchmark(out, "gpu-longer", 100, "--impl", "dense", "published", *bench.SUSPECTS),
+        *_first(20.0, 45.0),
+        _compile(30, *words),
+        _benchmark(out, warm.LONGER, 80, *impls),
     ]
 
 
@@ -73,6 +77,16 @@ def _first(look: float, build: float) -> list[Part]:
         Part("machine", own_command("machine", "look"), look, summaries.machine),
         Part("build", own_command("machine", "build"), build, summaries.build),
     ]
+
+
+def _compile(budget: float, *words: str) -> Part:
+    return Part(
+        "compile",
+        own_command("warm", *words),
+        budget,
+        summaries.of_file(warm.RESULTS, warm.GOOD),
+        (warm.RESULTS,),
+    )
 
 
 def _benchmark(out: Path, suite: str, budget: float, *words: str) -> Part:
