@@ -38,13 +38,23 @@ def zeros(count: int, device: torch.device) -> Tensor:
             _reserved[index] = left[count:]
             return left[:count]
         if index not in _reserved:
-            _reserved[index] = _lasting(RESERVED, stream)
+            made = _lasting(RESERVED, stream)
             stream.synchronize()  # captures may be replayed on any stream
+            _reserved[index] = made
         mine = _of_stream.get((index, stream.cuda_stream))
         if mine is None or mine.numel() < count:
             mine = _lasting(max(1024, 2 * count), stream)
             _of_stream[index, stream.cuda_stream] = mine
         return mine
+
+
+def forget(device: torch.device) -> None:
+    """After a launch that failed: the next one of the current stream gets new counters, as those
+    of the failed one need not be zero."""
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        with _lock:
+            _of_stream.pop((stream.device_index, stream.cuda_stream), None)
 
 
 def _lasting(count: int, stream: torch.cuda.Stream) -> Tensor:

@@ -50,8 +50,8 @@ def run(
     Args:
         op: operator name.
         p: the weight.
-        plan: from ``rules.check``.
-        batch: rows of x.
+        plan: of these rows, from ``rules.check``.
+        batch: rows of x, all or one of the parts that ``rules.check`` names.
         dtype: of x.
         operands: contiguous, in the kernel's order; None is null. The last is the result.
     """
@@ -61,18 +61,22 @@ def run(
     with _on(device):
         workspace = torch.empty(plan.workspace, dtype=torch.float32, device=device)
         arrived = counters.zeros(plan.counters, device)
-        getattr(rules.kernels(rules.gpu(device)), op)(
-            native.layer_law(p.law),
-            plan,
-            native.dtype_code(dtype),
-            *map(_address, operands),
-            batch,
-            p.shape[1],
-            p.scale,
-            workspace.data_ptr(),
-            arrived.data_ptr(),
-            _stream(device),
-        )
+        try:
+            getattr(rules.kernels(rules.gpu(device)), op)(
+                native.layer_law(p.law),
+                plan,
+                native.dtype_code(dtype),
+                *map(_address, operands),
+                batch,
+                p.shape[1],
+                p.scale,
+                workspace.data_ptr(),
+                arrived.data_ptr(),
+                _stream(device),
+            )
+        except BaseException:
+            counters.forget(device)
+            raise
 
 
 def move(op: str, p: Placement, source: Tensor, result: Tensor) -> None:

@@ -25,8 +25,9 @@ def linear(
     rows = p.shape[0]
     y = x.new_empty((*x.shape[:-1], rows))
     batch = y.numel() // rows
-    plan = rules.check("linear", placement, x.device, x.dtype, batch, bank)
-    if plan is not None:
+    launches = rules.check("linear", placement, x.device, x.dtype, batch, bank)
+    if launches:
+        ((_, plan),) = launches
         ring = launch.ring(bank, x.dtype)
         bias = None if bias is None else bias.float().contiguous()
         launch.run("linear", p, plan, batch, x.dtype, (ring, x.contiguous(), bias, y))
@@ -36,6 +37,8 @@ def linear(
 def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement: str) -> Tensor:
     """dy ``[..., N]`` -> dx ``[..., K]`` in dy's dtype.
 
+    Some rows of dy at a time, where the sums of all of them exceed the scratch limit.
+
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
@@ -43,10 +46,13 @@ def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement:
     columns = p.shape[1]
     dx = dy.new_empty((*dy.shape[:-1], columns))
     batch = dx.numel() // columns
-    plan = rules.check("linear_input_grad", placement, dy.device, dy.dtype, batch, bank)
-    if plan is not None:
-        ring = launch.ring(bank, dy.dtype)
-        launch.run("linear_input_grad", p, plan, batch, dy.dtype, (ring, dy.contiguous(), dx))
+    launches = rules.check("linear_input_grad", placement, dy.device, dy.dtype, batch, bank)
+    if launches:
+        ring, a, out = launch.ring(bank, dy.dtype), dy.contiguous(), dx.view(batch, columns)
+        a = a.view(batch, p.shape[0])
+        for part, plan in launches:
+            operands = (ring, a[part], out[part])
+            launch.run("linear_input_grad", p, plan, part.stop - part.start, dy.dtype, operands)
     return dx
 
 
@@ -60,10 +66,11 @@ def linear_bank_grad(
     """
     p = parse(placement)
     batch = dy.numel() // p.shape[0]
-    plan = rules.check("linear_bank_grad", placement, dy.device, dy.dtype, batch, None)
+    launches = rules.check("linear_bank_grad", placement, dy.device, dy.dtype, batch, None)
     shape = (p.generator.slots, p.generator.granularity)
-    if plan is None:
+    if not launches:
         return dy.new_zeros(shape, dtype=dtype)
+    ((_, plan),) = launches
     dw = dy.new_empty(shape, dtype=torch.float32)
     operands = (dy.contiguous(), x.contiguous(), dw)
     launch.run("linear_bank_grad", p, plan, batch, dy.dtype, operands)

@@ -258,6 +258,41 @@ def why_slower(
     return ""
 
 
+def parts(
+    op: str, placement: str, dtype: torch.dtype, batch: int, target: Gpu, copy: int
+) -> tuple[list[tuple[slice, Any]], str]:
+    """([(rows of the batch, the layout of their launch), ...], "") or ([], why there is none).
+
+    One part, unless the workspace would exceed the scratch limit. The input gradient's holds the
+    rows of dx once for every tile of the weight's rows, which fewer processors do not change: it is
+    then launched for some rows at a time, which are independent. Arguments are those of ``plan``.
+    """
+    height = batch
+    while True:
+        laid_out, reason = plan(op, placement, dtype, height, target, copy)
+        divided = op == "linear_input_grad" and reason.startswith("scratch_limit") and height > 1
+        if not divided:
+            break
+        height = half_of(height)
+    if reason:
+        return [], reason
+    cuts = [slice(at, min(at + height, batch)) for at in range(0, batch, height)]
+    rest = batch - cuts[-1].start
+    last = laid_out if rest == height else plan(op, placement, dtype, rest, target, copy)[0]
+    return [*((cut, laid_out) for cut in cuts[:-1]), (cuts[-1], last)], ""
+
+
+def half_of(rows: int) -> int:
+    """About half of some rows of the batch: whole tiles of 16, as long as there are two.
+
+    Example:
+        >>> half_of(64), half_of(40), half_of(17), half_of(16), half_of(3)
+        (32, 32, 16, 8, 2)
+    """
+    half = -(-rows // 2)
+    return half if rows <= 16 else -(-half // 16) * 16
+
+
 def check(
     op: str,
     placement: str,
@@ -265,19 +300,19 @@ def check(
     dtype: torch.dtype,
     batch: int,
     bank: Tensor | None,
-) -> Any:
-    """The layout of a call; None for an empty batch. Arguments are those of ``plan``.
+) -> list[tuple[slice, Any]]:
+    """The launches of a call, as ``parts``; none for an empty batch. Arguments as for ``plan``.
 
     Raises:
         RuntimeError: the weight cannot be read here, or the scratch limit is too small.
     """
     target = gpu(device)
-    laid_out, reason = plan(op, placement, dtype, max(1, batch), target, copied(bank, dtype))
+    made, reason = parts(op, placement, dtype, max(1, batch), target, copied(bank, dtype))
     if reason.startswith("scratch_limit"):
         raise RuntimeError(f"{reason}, for {op} in the {target.backend} back end")
     if reason:
         raise RuntimeError(f"backend: got {target.backend!r} for {op}, which cannot run: {reason}")
-    return laid_out if batch else None
+    return made if batch else []
 
 
 class Cuda(Backend):

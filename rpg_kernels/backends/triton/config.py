@@ -40,14 +40,15 @@ def _power_of_two(size: int, low: int, high: int) -> int:
 
 
 # op -> largest tiles of (batch, rows, columns): for 16 bits where products read shared memory, for
-# 16 bits elsewhere, and for fp32, whose products without tf32 run on the plain units.
+# 16 bits elsewhere, for fp32, whose products without tf32 run on the plain units, and for 16 bits
+# where registers are crowded.
 _TILES = {
-    "linear": ((128, 256, 64), (128, 128, 64), (64, 64, 32)),
-    "linear_input_grad": ((128, 64, 256), (128, 64, 128), (64, 32, 64)),
-    "linear_bank_grad": ((64, 256, 128), (32, 128, 128), (32, 64, 64)),
-    "conv2d": ((128, 256, 64), (128, 128, 64), (64, 64, 32)),
-    "conv2d_input_grad": ((128, 64, 256), (128, 64, 128), (64, 32, 64)),
-    "conv2d_bank_grad": ((64, 256, 128), (32, 128, 128), (32, 64, 64)),
+    "linear": ((128, 256, 64), (128, 128, 64), (64, 64, 32), (64, 128, 64)),
+    "linear_input_grad": ((128, 64, 256), (128, 64, 128), (64, 32, 64), (64, 64, 128)),
+    "linear_bank_grad": ((64, 256, 128), (32, 128, 128), (32, 64, 64), (32, 64, 128)),
+    "conv2d": ((128, 256, 64), (128, 128, 64), (64, 64, 32), (64, 128, 64)),
+    "conv2d_input_grad": ((128, 64, 256), (128, 64, 128), (64, 32, 64), (64, 64, 128)),
+    "conv2d_bank_grad": ((64, 256, 128), (32, 128, 128), (32, 64, 64), (32, 64, 128)),
 }
 # The dimension that a product sums over: its tile is a step, and not made smaller to fill the GPU.
 _SUMMED = {"": 2, "input_grad": 1, "bank_grad": 0}
@@ -55,10 +56,11 @@ _SUMMED = {"": 2, "input_grad": 1, "bank_grad": 0}
 
 @lru_cache(maxsize=4096)
 def _choose(
-    op: str, m: int, n: int, k: int, block: int, low: bool, target: Gpu, times: int
+    op: str, m: int, n: int, k: int, block: int, low: bool, target: Gpu, times: int, crowded: bool
 ) -> Config:
     summed, sizes = _SUMMED[op.partition("_")[2]], (m, n, k)
-    largest = list(_TILES[op][0 if low and target.shared else 1 if low else 2])
+    kind = 2 if not low else 3 if crowded else 0 if target.shared else 1
+    largest = _TILES[op][kind]
     tile = [_power_of_two(size, 16, high) for size, high in zip(sizes, largest, strict=True)]
     if block < 8:  # every element finds its own entry, which takes registers
         tile[2] = min(tile[2], 32)
@@ -82,7 +84,9 @@ def _choose(
     area = math.prod(tile[i] for i in kept)
     stages = 3 if summed == 0 else 5  # two of five are for entries
     # fp32 tiles are small, but sums and signs in fp32 take as many registers.
-    warps = 8 if area >= 128 * 128 or not low else 4
+    # So does what crowds registers.
+    dense = crowded or block < 8
+    warps = 8 if area >= (64 * 32 if dense else 128 * 128) or not low else 4
     return Config(tile[0], tile[1], tile[2], warps, stages, splits=splits)
 
 
@@ -150,6 +154,7 @@ def choose(
     dtype: torch.dtype,
     target: Gpu | bool = True,
     times: int = 1,
+    crowded: bool = False,
 ) -> Config:
     """The configuration of a call by its sizes.
 
@@ -164,6 +169,9 @@ def choose(
         dtype: that the product is computed in.
         target: the GPU.
         times: products of these sizes side by side, of groups and of taps.
+        crowded: the sums of the largest tiles would not fit registers, beside an address and a
+            mask for each element, where operands are not read 16 bytes at a time, or beside the
+            law in line.
 
     Example:
         >>> choose("linear", 4096, 4096, 4096, 64, torch.float16)
@@ -175,7 +183,7 @@ def choose(
         return _without_product(whole(m), n, block)
     if isinstance(target, bool):
         target = Gpu(target)
-    return _choose(op, whole(m), n, k, block, dtype.itemsize == 2, target, times)
+    return _choose(op, whole(m), n, k, block, dtype.itemsize == 2, target, times, crowded)
 
 
 def dot_precision(dtype: torch.dtype, convolution: bool = False) -> str:

@@ -29,7 +29,7 @@ _pixel, _inside, _tap_bits = pixels.pixel, pixels.inside, pixels.tap_bits
 _walk, _distance, _rows_of = pixels.walk, pixels.distance, pixels.rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=pixels.PER_LAYER)
 def _forward_kernel(
     x_ptr,  # [B, C, H, W]
     bank_ptr,  # [slots, G] or [2 * slots, G]
@@ -200,12 +200,15 @@ def conv2d(
     groups: int,
     config: Config | None = None,
 ) -> Tensor:
-    """x ``[B, C, H, W]`` -> ``[B, out, H', W']`` in x's memory format."""
+    """x ``[B, C, H, W]`` -> ``[B, out, H', W']`` in x's memory format.
+
+    The kernel reads and writes channels-last: other images are copied (pixels.lines).
+    """
     p = parse(placement)
     bias = None if bias is None else bias.contiguous()
     if pixels.is_pointwise(x, p, stride, padding, groups):
         lines, matrix = x.permute(0, 2, 3, 1), pixels.as_matrix(placement)
-        return pointwise.linear(lines, bank, table, bias, matrix, config).permute(0, 3, 1, 2)
+        return pixels.from_lines(pointwise.linear(lines, bank, table, bias, matrix, config), x)
     rows = p.selected_shape[0]
     view = pixels.forward_reads(p, stride, padding, dilation)
     out_h, out_w = (
@@ -218,6 +221,8 @@ def conv2d(
         return y
     if pixels.too_large(x, y):
         return reference.conv2d(x, bank, table, bias, placement, stride, padding, dilation, groups)
+    x = pixels.lines(x, p.selected_shape[1])
+    out = pixels.lines_for(y, rows // groups)
     m = x.shape[0] * out_h * out_w
     c = config or pixels.choose_tiles("conv2d", m, p, groups, x)
     with plan.on_device(x):
@@ -232,10 +237,11 @@ def conv2d(
             for image, number in pixels.images(x.shape[0], out_h * out_w):
                 some = slice(image, image + number)
                 _launch(
-                    x[some], bank_operand, entries, added, y[some, part], p, launch, view, groups, c
-                )
+                    x[some], bank_operand, entries, added, out[some, part], p, launch, view, groups,
+                    c,
+                )  # fmt: skip
             del entries  # before the next launch's are made
-    return y
+    return y if out is y else y.copy_(out)
 
 
 def _entries(
@@ -281,7 +287,7 @@ def _launch(
         WHOLE=even and cols.count == matrix.run_blocks, BY_TAP=matrix.by_tap, BITS=view.in_bits,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1], PARTS=parts,
         HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype, convolution=True),
-        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
+        **entries.law_of(launch, bank.sign),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=pointwise._stages(bank, x, entries, c),
     )  # fmt: skip

@@ -31,7 +31,7 @@ def _pixel_by_magic(m, height, width, line_magic, line_shift, image_magic, image
     return b, line - b * height, m - line * width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=pixels.PER_LAYER)
 def _bank_grad_kernel(
     dy_ptr,  # [B, N, out_h, out_w]
     x_ptr,  # [B, C, H, W]
@@ -206,7 +206,7 @@ def conv2d_bank_grad(
         RuntimeError: deterministic, and the scratch limit is too small for the reference too.
     """
     p = parse(placement)
-    if _same_lines(dy, x) and pixels.is_pointwise(x, p, stride, padding, groups):
+    if pixels.is_pointwise(x, p, stride, padding, groups):
         lines = dy.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
         matrix = pixels.as_matrix(placement)
         return linear_bank_grad.linear_bank_grad(*lines, table, matrix, dtype, config)
@@ -220,12 +220,16 @@ def conv2d_bank_grad(
     m = dy.shape[0] * dy.shape[2] * dy.shape[3]
     if m == 0:
         return grad.to(dtype)
-    c = config or pixels.choose_tiles("conv2d_bank_grad", m, p, groups, dy)
-    view = pixels.forward_reads(p, stride, padding, dilation)
-    ring = grad.view(-1, p.matrix.block)
+    dy, x = pixels.lines(dy, p.selected_shape[0] // groups), pixels.lines(x, columns)
     cols, rows = p.block_columns, p.selected_shape[0]
     limit = settings.scratch_bytes(dy.device.type)
-    at_most = plan.rows_that_fit(limit, rows, p.matrix.runs * cols.count, c.block_n)
+    count = p.matrix.runs * cols.count
+    in_line = table is None and not deterministic and limit < 4 * count * linear_bank_grad.MOST_ROWS
+    crowded = in_line or p.matrix.block < 8
+    c = config or pixels.choose_tiles("conv2d_bank_grad", m, p, groups, x, crowded)
+    view = pixels.forward_reads(p, stride, padding, dilation)
+    ring = grad.view(-1, p.matrix.block)
+    at_most = plan.rows_that_fit(limit, rows, count, c.block_n)
     in_scratch = table is None and not deterministic and at_most > 0
     with plan.on_device(dy):
         for launch in plan.launches(p, dy.device, at_most if in_scratch else plan.INT32_MAX):
@@ -251,11 +255,6 @@ def conv2d_bank_grad(
                     del dense
             del entries  # before the next launch's are made
     return grad.to(dtype)
-
-
-def _same_lines(dy: Tensor, x: Tensor) -> bool:
-    """Whether both are lines of channels, so that neither is copied as a matrix."""
-    return all(t.is_contiguous(memory_format=torch.channels_last) for t in (dy, x))
 
 
 @cache
@@ -298,7 +297,7 @@ def _launch(
         BY_TAP=matrix.by_tap, SCATTER=scatter,
         TAPS_H=view.taps[0], TAPS_W=view.taps[1],
         PRECISION=dot_precision(dy.dtype, convolution=True),
-        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
+        **entries.law_of(launch, plan.sign_kind(p)),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip

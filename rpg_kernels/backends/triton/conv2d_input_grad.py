@@ -68,7 +68,7 @@ def _element_tile(
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=pixels.PER_LAYER)
 def _input_grad_kernel(
     dy_ptr,  # [B, N, out_h, out_w]
     bank_ptr,  # [slots, G] or [2 * slots, G]
@@ -250,7 +250,7 @@ def conv2d_input_grad(
     if pixels.is_pointwise(dy, p, stride, padding, groups):
         lines, matrix = dy.permute(0, 2, 3, 1), pixels.as_matrix(placement)
         dx = pointwise.linear_input_grad(lines, bank, table, matrix, config)
-        return dx.permute(0, 3, 1, 2)
+        return pixels.from_lines(dx, dy)
     dx = empty_image(dy, input_size)
     if dx.numel() == 0:
         return dx
@@ -259,6 +259,7 @@ def conv2d_input_grad(
             dy, bank, table, input_size, placement, stride, padding, dilation, groups
         )
     classes = pixels.residue_classes(p, input_size[2:], stride, padding, dilation)
+    dy = pixels.lines(dy, p.selected_shape[0] // groups)
     m = dx.shape[0] * max((one.height * one.width for one in classes), default=0)
     c = config or pixels.choose_tiles("conv2d_input_grad", m, p, groups, dy)
     if not p.matrix.by_tap:
@@ -266,7 +267,8 @@ def conv2d_input_grad(
     with plan.on_device(dy):
         operand = plan.operand(bank, p, dy.dtype, tiles=plan.cdiv(m, c.block_m))
         launches = list(plan.launches(p, dy.device))
-        out = dx.float() if len(launches) > 1 else dx
+        out = pixels.lines_for(dx, p.selected_shape[1])
+        out = out.float() if len(launches) > 1 else out
         if len(launches) > 1 or len(classes) < stride[0] * stride[1]:
             out.zero_()
         for launch in launches:
@@ -351,7 +353,7 @@ def _launch(
         TAPS_H=view.taps[0], TAPS_W=view.taps[1],
         PARTS=plan.cdiv(g.per_group, c.block_n), ADD=add,
         PRECISION=dot_precision(dy.dtype, convolution=True),
-        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
+        **entries.law_of(launch, bank.sign),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=pointwise._stages(bank, dy, entries, c),
     )  # fmt: skip

@@ -237,6 +237,6 @@ def _launch(
                 *strides, launch.row, launch.rows, launch.row0, matrix.blocks, cols.low, cols.first,
                 steps, p.scale,
                 G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p),
-                ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
+                **entries.law_of(launch, plan.sign_kind(p)),
                 BLOCK_M=c.block_m, BLOCK_K=width, num_warps=c.warps,
             )  # fmt: skip

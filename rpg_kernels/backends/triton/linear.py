@@ -238,7 +238,10 @@ def linear(
     m = a.shape[0]
     if m == 0:
         return y
-    c = config or choose("linear", m, rows, columns, p.matrix.block, x.dtype, gpu(x.device))
+    c = config or choose(
+        "linear", m, rows, columns, p.matrix.block, x.dtype, gpu(x.device),
+        crowded=not plan.vectors(p, None, a),
+    )  # fmt: skip
     cols = p.block_columns
     added = None if bias is None else bias.contiguous()
     with plan.on_device(x):
@@ -293,7 +296,7 @@ def _launch_forward(
         G=g, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=cols.first == 0 and columns == steps * c.block_k, HAS_BIAS=bias is not None,
         UNIT_N=of_n, UNIT_K=of_k, PRECISION=dot_precision(a.dtype),
-        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
+        **entries.law_of(launch, bank.sign),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=_stages(bank, a, entries, c),
     )  # fmt: skip
@@ -319,7 +322,10 @@ def linear_input_grad(
     if m == 0:
         return dx
     block = p.matrix.block
-    c = config or choose("linear_input_grad", m, rows, columns, block, dy.dtype, gpu(dy.device))
+    c = config or choose(
+        "linear_input_grad", m, rows, columns, block, dy.dtype, gpu(dy.device),
+        crowded=not plan.vectors(p, a, None),
+    )  # fmt: skip
     cols, g = p.block_columns, p.matrix.block
     unit = max(1, c.block_k // g)  # blocks that a launch must hold whole
     with plan.on_device(dy):
@@ -386,7 +392,7 @@ def _launch_input_grad(
         EVEN_K=first == 0 and columns == steps * c.block_k, EVEN_N=launch.rows % c.block_n == 0,
         UNIT_N=of_n, UNIT_K=of_k, ADD=add,
         PRECISION=dot_precision(a.dtype),
-        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
+        **entries.law_of(launch, bank.sign),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,
         num_warps=c.warps, num_stages=_stages(bank, a, entries, c),
     )  # fmt: skip

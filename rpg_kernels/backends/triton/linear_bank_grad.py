@@ -15,6 +15,7 @@ from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gp
 from rpg_kernels.law.placement import Placement, parse, split
 
 _scatter = weights.scatter
+MOST_ROWS = 256  # of a tile; entries of fewer than that may not fit scratch, and are made in line
 
 
 @triton.jit(do_not_specialize=["M", "row0", "blocks", "low", "steps", "span"])
@@ -135,11 +136,14 @@ def linear_bank_grad(
     m = a.shape[0]
     if m == 0:
         return grad.to(dtype)
-    block = p.matrix.block
-    c = config or choose("linear_bank_grad", m, rows, columns, block, dy.dtype, gpu(dy.device))
-    ring = grad.view(-1, p.matrix.block)
-    cols = p.block_columns
+    block, cols = p.matrix.block, p.block_columns
     limit = settings.scratch_bytes(dy.device.type)
+    in_line = table is None and not deterministic and limit < 4 * cols.count * MOST_ROWS
+    c = config or choose(
+        "linear_bank_grad", m, rows, columns, block, dy.dtype, gpu(dy.device),
+        crowded=block < 8 or in_line or not plan.vectors(p, a, b),
+    )  # fmt: skip
+    ring = grad.view(-1, p.matrix.block)
     at_most = plan.rows_that_fit(limit, rows, cols.count, c.block_n)
     in_scratch = table is None and not deterministic and at_most > 0
     with plan.on_device(dy):
@@ -221,7 +225,7 @@ def _launch(
         G=g, SOURCE=entries.source, SIGN=plan.sign_kind(p), SCATTER=scatter, ADD=add,
         UNIT_N=of_n, UNIT_K=of_k,
         PRECISION=dot_precision(a.dtype),
-        ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
+        **entries.law_of(launch, plan.sign_kind(p)),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip

@@ -21,10 +21,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gpu
 from rpg_kernels.law.placement import Placement, parse, split
 
+# Integers of a convolution's kernels that no address is made of, or none that is a vector's. Sizes
+# come and go as multiples of 16: a kernel compiled anew for each of them gains nothing.
+PER_LAYER = [
+    *("M", "height", "width", "out_h", "out_w", "class_h", "class_w", "start_h", "start_w"),
+    *("group0", "row0", "blocks", "run_blocks", "low", "count", "first_tap", "tap_down"),
+    *("tap_across", "parts", "steps", "tiles_n", "tiles_k", "tiles", "span"),
+]
 MOST_PIXELS = 1 << 30  # of one launch, so that their numbers stay int32
+LEAST_CHANNELS = 8  # of a group whose images are brought into lines of channels
 MOST_BITS = 32  # taps that one word of a row's validity holds
 
 
@@ -212,18 +221,51 @@ def too_large(*tensors: Tensor) -> bool:
     return any(t.shape[2] * t.shape[3] > MOST_PIXELS for t in tensors)
 
 
-def choose_tiles(op: str, m: int, p: Placement, groups: int, image: Tensor) -> Config:
-    """rules.choose for m pixels; steps that divide a padded run where 32 columns do."""
+def choose_tiles(
+    op: str, m: int, p: Placement, groups: int, image: Tensor, crowded: bool = False
+) -> Config:
+    """config.choose for m pixels; steps that divide a padded run where 32 columns do.
+
+    Args:
+        op, m, p, groups: the product.
+        image: that its rows read, as ``lines`` made it.
+        crowded: see config.choose; so are images that are not read in vectors.
+    """
     matrix, cols = p.matrix, p.block_columns
     times = groups * matrix.runs if op == "conv2d_bank_grad" else groups
     rows = p.selected_shape[0] // groups
     on = gpu(image.device)
-    c = choose(op, m, rows, cols.length, matrix.block, image.dtype, on, times)
+    # What Triton finds to be whole vectors: it looks for multiples of 16 elements.
+    sizes = (rows, cols.length, cols.first, *(image.stride(d) for d in (0, 2, 3)))
+    vectors = image.stride(1) == 1 and all(size % 16 == 0 for size in sizes)
+    vectors = vectors and matrix.by_tap and image.data_ptr() % 16 == 0
+    crowded = crowded or not vectors
+    c = choose(op, m, rows, cols.length, matrix.block, image.dtype, on, times, crowded)
     block_k = c.block_k
     while block_k > 32 and cols.count * matrix.block % block_k:
         block_k //= 2
     whole = cols.count * matrix.block % block_k == 0
     return replace(c, block_k=block_k) if whole else c
+
+
+def lines(image: Tensor, channels: int) -> Tensor:
+    """The image with its channels innermost, which tiles read in vectors of 16 bytes: a copy in
+    channels-last where it is another.
+
+    Args:
+        image: ``[B, C, H, W]``, of any strides.
+        channels: of one group; of fewer than 8 no vectors are read, and the image is left as it is.
+    """
+    if channels < LEAST_CHANNELS or image.stride(1) == 1:
+        return image
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def lines_for(result: Tensor, channels: int) -> Tensor:
+    """Where kernels write a result, as ``lines``: another tensor where the caller is to copy it."""
+    if channels < LEAST_CHANNELS or result.stride(1) == 1:
+        return result
+    return torch.empty_like(result, memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -262,13 +304,18 @@ def as_matrix(placement: str) -> str:
 def is_pointwise(
     image: Tensor, p: Placement, stride: Sequence[int], padding: Sequence[int], groups: int
 ) -> bool:
-    """Whether a convolution is a product of matrices that are there: image only channels-last."""
+    """Whether a convolution is a product of matrices, whose rows are the image's pixels."""
     return (
         groups == 1
         and dot_precision(image.dtype) == dot_precision(image.dtype, convolution=True)
         and p.matrix.taps == 1
         and tuple(stride) == (1, 1)
         and tuple(padding) == (0, 0)
-        and image.is_contiguous(memory_format=torch.channels_last)
-        and not image.is_contiguous()
     )
+
+
+def from_lines(pixels: Tensor, like: Tensor) -> Tensor:
+    """``[B, H, W, C]`` as an image ``[B, C, H, W]`` in the memory format of an image's results."""
+    image = pixels.permute(0, 3, 1, 2)
+    result = empty_image(like, image.shape)
+    return image if image.stride() == result.stride() else result.copy_(image)

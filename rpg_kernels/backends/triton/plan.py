@@ -134,6 +134,24 @@ def unit(dtype: torch.dtype, *sizes: int) -> int:
     return whole if all(size % whole == 0 for size in sizes) else 1
 
 
+def vectors(p: Placement, rows: Tensor | None, columns: Tensor | None) -> bool:
+    """Whether a matrix product's operands and result are read and written 16 bytes at a time.
+
+    Args:
+        p: the weight.
+        rows, columns: operands ``[batch, rows]`` and ``[batch, columns]``; None for the result,
+            which is contiguous.
+    """
+    dtype = (columns if rows is None else rows).dtype  # type: ignore[union-attr]
+    sizes = [*p.selected_shape, p.block_columns.first]
+    for operand in (rows, columns):
+        if operand is not None:
+            if operand.stride(1) != 1 or operand.data_ptr() % 16:
+                return False
+            sizes.append(operand.stride(0))
+    return unit(dtype, *sizes) > 1
+
+
 def rows_that_fit(left: int, rows: int, blocks: int, block_n: int) -> int:
     """Rows of a launch whose entries, 4 bytes for each of ``blocks``, fit in ``left`` bytes.
 
@@ -212,6 +230,20 @@ class Entries:
     source: str
     tensor: Tensor
     stride: int
+
+    def law_of(self, launch: LaunchRows, sign: str) -> dict[str, int]:
+        """ROUNDS, SWAP_ROUNDS and SCRAMBLE, zero where a kernel does not need them: it is not
+        compiled anew for layers that differ in them alone.
+
+        Args:
+            launch: the launch.
+            sign: how the kernel finds signs; those of elements need the position in the law.
+        """
+        rounds, swap_rounds, scramble = launch.rounds
+        if self.source != "law":
+            rounds, swap_rounds = 0, 0
+            scramble = scramble if sign == "element" else 0
+        return {"ROUNDS": rounds, "SWAP_ROUNDS": swap_rounds, "SCRAMBLE": scramble}
 
 
 def entries_of_table(table: Tensor, p: Placement, launch: LaunchRows) -> Entries:

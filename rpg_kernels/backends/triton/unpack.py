@@ -156,7 +156,7 @@ def unpack_tile(
                 launch.row0, matrix.blocks, cols.low, cols.count, first, steps, p.scale,
                 G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p),
                 BY_TAP=matrix.by_tap, ONE_TAP=matrix.taps == 1,
-                ROUNDS=launch.rounds[0], SWAP_ROUNDS=launch.rounds[1], SCRAMBLE=launch.rounds[2],
+                **entries.law_of(launch, plan.sign_kind(p)),
                 BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps,
             )  # fmt: skip
     return dense.unflatten(2, kernel) if kernel else dense.squeeze(2)

@@ -107,6 +107,42 @@ def masked_load(at, columns, live, EVEN_K: tl.constexpr):
 
 
 @triton.jit
+def _scatter_columns(
+    grad_ptr,  # [slots, G], fp32
+    value,  # [BLOCK_N, BLOCK_K], fp32
+    law_ptr,  # [128]
+    entry_ptr,  # see entry
+    entry_stride,
+    n,
+    mask_n,
+    step,
+    row0,
+    blocks,
+    low,
+    first,
+    length,
+    G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SIGN: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SWAP_ROUNDS: tl.constexpr,
+    SCRAMBLE: tl.constexpr,
+):
+    """See scatter."""
+    b, e = _span(step, low, (first + length - 1) // G, G, BLOCK_K)
+    offsets, sign = locate(
+        law_ptr, entry_ptr, entry_stride, n, b, e, row0, blocks, low,
+        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+    )  # fmt: skip
+    if SIGN != "none":
+        value = _flip(value, sign)
+    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = mask_n[:, None] & ((k >= first) & (k < first + length))[None, :]
+    tl.atomic_add(grad_ptr + offsets, value, mask=mask, sem="relaxed")
+
+
+@triton.jit
 def scatter(
     grad_ptr,  # [slots, G], fp32
     value,  # [BLOCK_N, BLOCK_K], fp32
@@ -131,18 +167,26 @@ def scatter(
 ):
     """grad[slot, e] += sign * value, one atomic for 4 elements where the device has such.
 
-    Columns as in weight_tile; rows [BLOCK_N] are left out where ``mask_n`` is false.
+    Columns as in weight_tile; rows [BLOCK_N] are left out where ``mask_n`` is false. The halves of
+    a large tile follow each other: beside its sums, registers hold the addresses and signs of one.
     """
-    b, e = _span(step, low, (first + length - 1) // G, G, BLOCK_K)
-    offsets, sign = locate(
-        law_ptr, entry_ptr, entry_stride, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
-    )  # fmt: skip
-    if SIGN != "none":
-        value = _flip(value, sign)
-    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = mask_n[:, None] & ((k >= first) & (k < first + length))[None, :]
-    tl.atomic_add(grad_ptr + offsets, value, mask=mask, sem="relaxed")
+    if value.shape[0] * BLOCK_K >= 256 * 128:
+        halves = value.reshape(value.shape[0], 2, BLOCK_K // 2).permute(0, 2, 1)
+        left, right = tl.split(halves)
+        _scatter_columns(
+            grad_ptr, left, law_ptr, entry_ptr, entry_stride, n, mask_n, 2 * step, row0, blocks,
+            low, first, length, G, BLOCK_K // 2, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+        )  # fmt: skip
+        _scatter_columns(
+            grad_ptr, right, law_ptr, entry_ptr, entry_stride, n, mask_n, 2 * step + 1, row0,
+            blocks, low, first, length, G, BLOCK_K // 2, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
+            SCRAMBLE,
+        )  # fmt: skip
+    else:
+        _scatter_columns(
+            grad_ptr, value, law_ptr, entry_ptr, entry_stride, n, mask_n, step, row0, blocks,
+            low, first, length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+        )  # fmt: skip
 
 
 @triton.jit

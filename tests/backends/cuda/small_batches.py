@@ -82,10 +82,10 @@ class Problem:
             close(self.run(name), exact[name], dtype, self.x.dtype)
 
     def fill(self, name: str = "linear") -> int:
-        plan = rules.check(
+        launches = rules.check(
             name, self.weight.spec, self.x.device, self.x.dtype, self.batch, self.bank
         )
-        return int(plan.fill)
+        return int(launches[0][1].fill)
 
 
 def close(got: Tensor, wanted: Tensor, dtype: torch.dtype, product: torch.dtype) -> None:

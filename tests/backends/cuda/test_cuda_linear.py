@@ -167,13 +167,38 @@ def test_any_shape_against_the_written_out_weight(window: tuple[int, int] | None
         small.check_moves(problem)
 
 
+def large_layers(backend: str, dtype: torch.dtype, batch: int) -> Iterator[small.Problem]:
+    yield made((4096, 4096), backend, slots=31250, window=(256, 4), dtype=dtype, batch=batch)
+    yield made((14336, 1024), backend, slots=704, dtype=dtype, batch=batch)
+
+
 @pytest.mark.gpu
 @needs_cuda_build
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_layers(dtype: torch.dtype) -> None:
     for batch in (1, 16, 64):
-        made((4096, 4096), "cuda", slots=31250, window=(256, 4), dtype=dtype, batch=batch).check()
-        made((14336, 1024), "cuda", slots=704, dtype=dtype, batch=batch).check()
+        for problem in large_layers("cuda", dtype, batch):
+            problem.check()
+
+
+@needs_simt
+def test_large_layers_fit_the_usual_scratch(h200: dict[str, str]) -> None:
+    """Every launch of them, as laid out for an H200."""
+    target, limit = rules.gpu(GPU), 16 << 20
+    divided = set()
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch in (1, 16, 64):
+            for problem in large_layers("simt", dtype, batch):
+                for name in problem.operators:
+                    given = (name, problem.weight.spec, dtype, batch, target)
+                    parts, reason = rules.parts(*given, 0)
+                    assert not reason, given
+                    assert sum(part.stop - part.start for part, _ in parts) == batch
+                    assert all(4 * plan.workspace <= limit for _, plan in parts)
+                    if len(parts) > 1:  # never by default: triton takes it
+                        divided.add((name, dtype, batch))
+                        assert "for batches of 1 to 8, not of 64" in rules.why_slower(*given, None)
+    assert divided == {("linear_input_grad", torch.float32, 64)}
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -88,7 +89,7 @@ def test_writes_nothing_but_the_result() -> None:
     for fill in (WINDOW, RING, GATHERED):
         problem = of_fill(fill, "simt")
         p, batch = problem.weight.placement, problem.batch
-        plan = rules.check("linear", p.to_json(), CPU, torch.float32, batch, problem.bank)
+        ((_, plan),) = rules.check("linear", p.to_json(), CPU, torch.float32, batch, problem.bank)
         memory = torch.full((batch * p.shape[0] + 128,), 7.0)
         y = memory[64:-64].view(batch, -1)
         launch.run(
@@ -205,6 +206,31 @@ def test_scratch_bounds_the_workspace() -> None:
     sentence = rf"got {copy - 1} bytes, wanted at least {copy}, with a copy of the bank in torch.fl"
     with rpg.scratch_limit(copy - 1), pytest.raises(RuntimeError, match=sentence):
         problem.run("linear")
+
+
+@pytest.mark.parametrize("window", [(64, 4), None])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_input_gradient_that_exceeds_scratch_runs_some_rows_at_a_time(
+    window: tuple[int, int] | None, dtype: torch.dtype
+) -> None:
+    """Its workspace grows with the batch, whatever the number of processors."""
+    problem = made((600, 200), "simt", window=window, dtype=dtype, batch=41)
+    spec, wanted = problem.weight.spec, problem.exact()["linear_input_grad"]
+    ((_, whole),), _ = rules.parts("linear_input_grad", spec, dtype, 41, rules.SIMT, 0)
+    one, _ = rules.plan("linear_input_grad", spec, dtype, 1, rules.SIMT, 0)
+    for limit, parts in ((4 * whole.workspace - 1, 2), (2 * whole.workspace, 3)):
+        with rpg.scratch_limit(limit):
+            cut, reason = rules.parts("linear_input_grad", spec, dtype, 41, rules.SIMT, 0)
+            assert not reason
+            assert len(cut) == parts
+            assert [row for part, _ in cut for row in range(part.start, part.stop)] == [*range(41)]
+            assert all(part.start % 16 == 0 for part, _ in cut)
+            assert all(4 * plan.workspace <= limit for _, plan in cut)
+            small.close(problem.run("linear_input_grad"), wanted, dtype, dtype)
+    with rpg.scratch_limit(4 * one.workspace - 1):
+        sentence = f"scratch_limit: got {4 * one.workspace - 1} bytes, wanted at least"
+        with pytest.raises(RuntimeError, match=sentence):
+            problem.run("linear_input_grad")
 
 
 def test_strided_and_empty_inputs_and_a_bias_of_another_dtype() -> None:
@@ -337,3 +363,41 @@ def test_counters_of_streams_and_captures(monkeypatch: pytest.MonkeyPatch) -> No
     stream[0] = Stream(1)
     every = [early, addresses(600), other, *captured]
     assert len(set().union(*every)) == sum(map(len, every))
+
+
+def test_a_failed_launch_leaves_no_counters_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its CTAs have counted is not taken for the next launch's."""
+    gpu, stream, zeros = torch.device("cuda", 0), Stream(1), torch.zeros
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(counters, "_of_stream", {})
+    monkeypatch.setattr(counters, "_reserved", {})
+    monkeypatch.setattr(counters, "_lasting", lambda n, stream: zeros(n, dtype=torch.int32))
+    problem = of_fill(WINDOW, "simt")
+    p, made, forget = problem.weight.placement, counters.zeros, counters.forget
+    ((_, plan),) = rules.check("linear", p.to_json(), CPU, torch.float32, 3, problem.bank)
+    assert plan.counters > 0
+    given: list[torch.Tensor] = []
+
+    def of_gpu(count: int, device: torch.device) -> torch.Tensor:
+        given.append(made(count, gpu))
+        return given[-1]
+
+    def failing(*arguments: object) -> None:
+        given[-1][:2] = 1  # some CTAs arrived
+        raise RuntimeError("launch a kernel: out of resources")
+
+    monkeypatch.setattr(counters, "zeros", of_gpu)
+    monkeypatch.setattr(counters, "forget", lambda device: forget(gpu))
+    y = torch.empty(3, p.shape[0])
+    operands = (problem.bank, problem.x, problem.bias, y)
+    with monkeypatch.context() as broken:
+        broken.setattr(rules, "kernels", lambda on: SimpleNamespace(linear=failing))
+        with pytest.raises(RuntimeError, match="out of resources"):
+            launch.run("linear", p, plan, 3, torch.float32, operands)
+    launch.run("linear", p, plan, 3, torch.float32, operands)
+    small.close(y, problem.exact()["linear"], torch.float32, torch.float32)
+    assert not given[-1].any()
+    kept = given[-1].data_ptr()
+    launch.run("linear", p, plan, 3, torch.float32, operands)
+    assert given[-1].data_ptr() == kept  # those of a launch that worked are used again

@@ -26,6 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
 if INTERPRETED:
     from triton.runtime import interpreter
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+if os.environ.get("TRITON_COUNT", ""):  # triton_count.py: the cases of a GPU, without one
+    INTERPRETED = False
 CASES = Path(__file__).parent / "cases"
 HELPERS = Path(__file__).parents[2] / "helpers"
 
@@ -35,22 +37,38 @@ if INTERPRETED:
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
         sanitize_overflow=False
     )
+    # What the compiler refuses: products that sum over fewer than 16.
+    interpreter.interpreter_builder.codegen_fns["min_dot_size"] = lambda lhs, rhs: (1, 1, 16)
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
 
-def run(*names: str, interpreted: bool) -> None:
-    """Run files of cases and fail with their output."""
+def run(*files: str | Path, interpreted: bool, every: bool = False) -> None:
+    """Run files of cases and fail with their output.
+
+    Args:
+        files: names in ``cases``, or paths.
+        interpreted: on CPU tensors, otherwise compiled.
+        every: go on after a failure, so that all are named. A run on a GPU is rare and dear.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0"}
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(CASES.parent), str(HELPERS), os.environ.get("PYTHONPATH", "")))
     )
-    files = [CASES / name for name in names]
-    pytests = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
-    done = processes.run(*pytests, *files, env=environment, cwd=CASES.parents[3])
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    paths = [CASES / name for name in files]
+    how = ("--tb=short",) if every else ("-x",)
+    pytests = (sys.executable, "-m", "pytest", "-q", *how, "-p", "no:cacheprovider")
+    done = processes.run(*pytests, *paths, env=environment, cwd=CASES.parents[3])
+    assert done.returncode == 0, named(done.stdout) + done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def named(output: str) -> str:
+    """The lines of pytest's summary that name what failed, each cut to 300 characters."""
+    lines = output.splitlines()
+    failed = [line[:300] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return "".join(f"{line}\n" for line in failed)
 
 
 def bank_of(dof: int, dtype: torch.dtype, **arguments: object) -> rpg.ParameterBank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import weakref
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import rpg_kernels as rpg
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.triton import linear as kernels
-from rpg_kernels.backends.triton import plan
+from rpg_kernels.backends.triton import linear_bank_grad, plan
 from rpg_kernels.backends.triton.config import Config, Gpu, choose
 from rpg_kernels.law.placement import Placement
 
@@ -175,6 +176,14 @@ def test_tiles_of_every_configuration_hold_the_same_bits(g: int, reflect: str) -
                 dx = kernels.linear_input_grad(dy, on, None, spec, config)
             assert torch.equal(y.cpu().t(), wanted)
             assert torch.equal(dx.cpu(), wanted)
+
+
+@pytest.mark.parametrize("g", [4, 16, 128])
+def test_bank_gradient_of_the_largest_tile(g: int) -> None:
+    """Its halves are scattered one after the other."""
+    weight = bank_of(1500, torch.float16, granularity=g, reflect="element").place((20, 300))
+    x, dy = torch.randn(5, 300).half(), torch.randn(5, 20).half()
+    check(weight, x, dy, None, Config(16, 256, 128, 8, 2))
 
 
 @pytest.mark.parametrize("m", [1, 17])
@@ -407,3 +416,59 @@ def test_parts_fill_the_device_and_are_several_steps_each() -> None:
         assert c.splits == 1 or m // c.splits >= 8 * c.block_m - c.block_m
         assert c.splits == 1 or tiles * c.splits >= 0.8 * Gpu().processors or m < 5000
     assert choose("linear_bank_grad", 4096, 4096, 4096, 64, torch.float16).splits == 1
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_input_grad", "linear_bank_grad"])
+def test_a_failed_launch_leaves_nothing_behind(name: str) -> None:
+    """No scratch stays held, and the next call is right."""
+    weight = bank_of(640, torch.float32, granularity=16, reflect="element").place((20, 50))
+    bank, spec = weight.bank.weight.detach().to(DEVICE), weight.spec
+    x, dy = torch.randn(17, 50, device=DEVICE), torch.randn(17, 20, device=DEVICE)
+    calls: dict[str, tuple[Any, ...]] = {
+        "linear": (x, bank, None, None, spec, TILES),
+        "linear_input_grad": (dy, bank, None, spec, TILES),
+        "linear_bank_grad": (dy, x, None, spec, torch.float32, TILES),
+    }
+    call, made = getattr(kernels, name), plan.scratch
+    wanted = call(*calls[name])
+    held: list[weakref.ref[Tensor]] = []
+
+    def counted(*args: object) -> Tensor:
+        tensor = made(*args)  # type: ignore[arg-type]
+        held.append(weakref.ref(tensor))
+        return tensor
+
+    def failing(*args: object, **kwargs: object) -> Any:
+        raise RuntimeError("out of resource: shared memory")
+
+    place = {"linear": (kernels, "_launch_forward"), "linear_input_grad": (kernels, "_steps")}
+    module, attribute = place.get(name, (linear_bank_grad, "_launch"))
+    with (
+        mock.patch.object(plan, "scratch", counted),
+        mock.patch.object(module, attribute, failing),
+        pytest.raises(RuntimeError, match="out of resource"),
+    ):
+        call(*calls[name])
+    gc.collect()  # the traceback's frames
+    assert held
+    assert all(reference() is None for reference in held)
+    torch.testing.assert_close(call(*calls[name]), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter's state")
+def test_a_kernel_that_fails_leaves_the_interpreter_as_it_was() -> None:
+    from triton.runtime import interpreter as triton_interpreter
+
+    from rpg_kernels.backends.triton import interpreter
+
+    weight = bank_of(640, torch.float32, granularity=16).place((20, 50))
+    x, bank = torch.randn(17, 50), weight.bank.weight.detach()
+    wanted = kernels.linear(x, bank, None, None, weight.spec, TILES)
+    builder = triton_interpreter.InterpreterBuilder
+    with (
+        mock.patch.object(builder, "create_dot", side_effect=RuntimeError("in a kernel")),
+        pytest.raises(triton_interpreter.InterpreterError, match="in a kernel"),
+    ):
+        kernels.linear(x, bank, None, None, weight.spec, TILES)
+    assert not interpreter._patched
+    assert torch.equal(kernels.linear(x, bank, None, None, weight.spec, TILES), wanted)

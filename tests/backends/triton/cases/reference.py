@@ -20,7 +20,6 @@ from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.reference import conv2d, lent, linear
 from rpg_kernels.backends.triton import rules
 from rpg_kernels.backends.triton import unpack as kernels
-from rpg_kernels.backends.triton.config import dot_precision
 
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else brute.ALL[1:]
 REFLECT = ("element", "vector", "none")
@@ -241,16 +240,3 @@ def test_lent_tiles_cover_a_weight_once(groups: int, limit: int) -> None:
                 first = tile.placement.selection[1][0]
                 assert first % 8 == 0 or columns < 8  # a block is cut where it is all that fits
         assert (seen == 1).all()
-
-
-def test_convolutions_follow_their_own_tf32_switch() -> None:
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        for allowed in (True, False):
-            torch.backends.cudnn.allow_tf32 = allowed
-            wanted = "tf32" if allowed else "ieee"
-            assert dot_precision(torch.float32, convolution=True) == wanted
-            assert dot_precision(torch.float32) == "ieee"
-            assert dot_precision(torch.float16, convolution=True) == "ieee"
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
