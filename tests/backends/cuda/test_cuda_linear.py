@@ -41,6 +41,7 @@ FILLS = [WINDOW, RING, GATHERED]
 def h200(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """A machine with an H200 and a library for it; the record of the build, to be changed."""
     build = {"cuda": "13.0", "cuda_architectures": "80-real 90a-real 120"}
+    monkeypatch.setattr("rpg_kernels.settings._PROVE", "0")
     monkeypatch.setattr(native, "build_info", lambda: build)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
