@@ -607,3 +607,21 @@ def test_the_doctor_shows_the_verdicts(
     monkeypatch.setattr("rpg_kernels.settings._PROVE", "yes")
     with pytest.raises(ValueError, match="RPG_KERNELS_PROVE: got 'yes'"):
         environment.proved()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_back_ends_of_this_gpu_prove_themselves(dtype: torch.dtype) -> None:
+    """In another process; a failure's message is in what explain says."""
+    bank = rpg.ParameterBank(131_072, window=256, laps=4, device="cuda", dtype=dtype)
+    model = torch.nn.ModuleList(
+        [
+            rpg.nn.Linear(256, 1024, bank=bank),
+            rpg.nn.Conv2d(64, 64, 3, padding=1, bank=bank),
+            rpg.nn.Embedding(100, 256, bank=bank),
+        ]
+    )
+    said = rpg.prove(model, batches=(1, 16, 256), progress=False)
+    assert {e.backend for e in said} >= {"triton"}
+    for explained in said:
+        assert "failed its test" not in explained.reason, explained
