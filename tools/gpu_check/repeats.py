@@ -50,10 +50,10 @@ def answer(item: str, device: str = "cuda", runs: int = RUNS) -> dict[str, Any]:
     differs = any(map(repeat.failed, found))
     outcome = "raised" if raised else "differs" if differs else "same"
     free = [r for r in found if not r["deterministic"] and any(r.get(n) for n in repeat.NAMES)]
-    note = "; differs outside of deterministic mode, as it may" if free and not raised else ""
+    note = "differs outside of deterministic mode, as it may" if free and not raised else ""
     return {
         "outcome": outcome,
-        "message": (raised or [""])[0] + note,
+        "message": "; ".join(filter(None, [*raised[:1], note])),
         "forward_only": forward_only,
         "runs": found,
     }
