@@ -177,6 +177,11 @@ def _own_gpu() -> str:
 class BuildNative(build_ext):
     """build_ext by CMake."""
 
+    def run(self) -> None:
+        # setuptools takes "in place" back before it builds, and copies what was built itself.
+        self.development = bool(self.inplace or self.editable_mode)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         wanted = plan()
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -196,21 +201,20 @@ class BuildNative(build_ext):
             import pybind11
         except ImportError as error:
             raise BuildError("pybind11 is missing (`pip install pybind11`)") from error
-        for_development = self.inplace or self.editable_mode
         options = {
             "CMAKE_CXX_COMPILER": wanted.cxx,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": build / "out",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "RPG_ISAS": "native" if for_development else "avx512;avx2;baseline",
+            "RPG_ISAS": "native" if self.development else "avx512;avx2;baseline",
             "RPG_CUDA": "ON" if wanted.nvcc else "OFF",
-            "RPG_SIMT": "ON" if for_development else "OFF",  # tests run it, users do not
+            "RPG_SIMT": "ON" if self.development else "OFF",  # tests run it, users do not
         }
         if wanted.nvcc:
             options["CMAKE_CUDA_COMPILER"] = wanted.nvcc
             if wanted.cxx and ";" not in wanted.cxx:  # nvcc takes a program, not "ccache g++"
                 options["CMAKE_CUDA_HOST_COMPILER"] = wanted.cxx
-            options["RPG_CUDA_ARCHITECTURES"] = cuda_architectures(wanted.nvcc, for_development)
+            options["RPG_CUDA_ARCHITECTURES"] = cuda_architectures(wanted.nvcc, self.development)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         defines = [f"-D{name}={value}" for name, value in options.items()]
         # Fresh: what an earlier build found (another compiler, generator, pip's cmake) is not kept.

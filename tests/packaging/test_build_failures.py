@@ -274,3 +274,42 @@ def test_the_way_out(source: Path, tmp_path: Path) -> None:
     reason = "RPG_KERNELS_BUILD=python was set when it was installed"
     assert json.loads(record) == {"reason": reason}
     assert list((room.site / "rpg_kernels" / "native").glob("_native.*")) == []
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_build_in_place_is_one_for_development(
+    inplace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For this machine alone, with what tests need; setuptools forgets "in place" on the way."""
+    from setuptools import Distribution, Extension
+
+    from tools import build_backend as backend
+
+    asked: list[str] = []
+
+    def run(self: Any, command: list[str]) -> None:
+        asked.extend(command)
+        out = Path(self.build_temp) / "native" / "out"
+        out.mkdir(parents=True, exist_ok=True)
+        (out / Path(self.get_ext_fullpath("pkg.module")).name).write_text("compiled")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "pkg" / "__init__.py").write_text("")
+    monkeypatch.setattr(backend, "plan", lambda: backend.Plan("c++", "nvcc"))
+    monkeypatch.setattr(backend, "_version", lambda *_: (13, 0))
+    monkeypatch.setattr(backend, "_own_gpu", lambda: "90a")
+    monkeypatch.setattr(backend, "_output", lambda *_: "sm_80 sm_90 sm_120")
+    monkeypatch.setattr(backend.BuildNative, "_run", run)
+    monkeypatch.delenv("RPG_KERNELS_CUDA_ARCHITECTURES", raising=False)
+    extension = Extension("pkg.module", [])
+    build = backend.BuildNative(
+        Distribution({"name": "pkg", "packages": ["pkg"], "ext_modules": [extension]})
+    )
+    build.inplace = inplace
+    build.ensure_finalized()
+    build.run()
+    options = dict(word[2:].split("=", 1) for word in asked if word.startswith("-D"))
+    assert options["RPG_SIMT"] == ("ON" if inplace else "OFF")
+    assert options["RPG_ISAS"] == ("native" if inplace else "avx512;avx2;baseline")
+    assert (options["RPG_CUDA_ARCHITECTURES"] == "90a-real") is inplace
