@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,6 +89,7 @@ def peak(prepare: Callable[[], Callable[[], object]], device: torch.device) -> P
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        gc.collect()  # what is freed while we look would be subtracted
         before = torch.cuda.memory_allocated()
     with (
         _without_messages(),
