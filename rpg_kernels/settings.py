@@ -51,8 +51,8 @@ def scratch_limit(limit: int, device_type: str | None = None) -> Restore:
     run within the limit raises and says how much it needs. Not scratch are inputs and results, the
     fp32 accumulator of a bank gradient, a copy of the bank in the dtype of a product (at most 4
     bytes per degree of freedom in 16 bits; none when scratch is forbidden), copies of activations
-    (in another dtype or memory format, or in pieces), and what the library packs for itself. The back end
-    ``cuda`` counts its copy of the bank. The setting is process-wide.
+    (in another dtype or memory format, or in pieces), and what the library packs for itself. The
+    back end ``cuda`` counts its copy of the bank. The setting is process-wide.
 
     Args:
         limit: bytes, at least 0.
