@@ -210,8 +210,9 @@ def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = processes.run(sys.executable, "-m", "tools.gpu_check", "--out", out, cwd=ROOT)
     assert done.returncode == 2
-    assert done.stdout == (
-        "gpu-check: this torch sees no CUDA device; it needs one, and nothing was checked\n"
+    assert re.fullmatch(
+        r"gpu-check: this torch sees no CUDA device \(.+\); it needs one, and nothing was checked\n",
+        done.stdout,
     )
     assert not out.exists()
 
@@ -247,6 +248,16 @@ def test_a_folder_that_cannot_be_written_is_refused(
 def test_a_python_without_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_ASK", "import no_such_module")
     assert command.gpu_missing() == f"{sys.executable} cannot import torch"
+
+
+def test_a_driver_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "The NVIDIA driver on your system is too old (found version 11000)."
+    (tmp_path / "torch.py").write_text(
+        "class backends:\n    class cuda:\n        is_built = lambda: True\n"
+        f"class cuda:\n    def init(): raise RuntimeError({said!r} + chr(10) + 'more')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert command.gpu_missing() == f"this torch sees no CUDA device ({said})"
 
 
 def test_the_exit_status_is_that_of_the_parts(

@@ -28,18 +28,31 @@ from tools.gpu_check import plan
 from tools.gpu_check.running import FAILED, INTERRUPTED, TIMED_OUT, run_parts
 from tools.gpu_check.summaries import table
 
-_ASK = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
+# torch.cuda.is_available only warns of a driver that is too old; init says it.
+_ASK = """
+import sys, torch
+why = "" if torch.backends.cuda.is_built() else f"torch {torch.__version__} is built without CUDA"
+try:
+    if not why:
+        torch.cuda.init()
+        why = "" if torch.cuda.device_count() else "none is visible"
+except Exception as error:
+    why = str(error).strip().partition(chr(10))[0] or type(error).__name__
+print(why)
+sys.exit(3 if why else 0)
+"""
 
 
 def gpu_missing() -> str:
     """Why nothing can be checked here, or ""."""
     try:
-        done = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=60
+        )
     except subprocess.TimeoutExpired:
         return "torch did not answer within a minute"
-    return {0: "", 3: "this torch sees no CUDA device"}.get(
-        done.returncode, f"{sys.executable} cannot import torch"
-    )
+    said = f"this torch sees no CUDA device ({done.stdout.strip()})"
+    return {0: "", 3: said}.get(done.returncode, f"{sys.executable} cannot import torch")
 
 
 def not_writable(out: Path) -> str:

@@ -5,6 +5,7 @@ What a kernel may do to a process is done there: a crash, a lost CUDA context, a
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -166,3 +167,10 @@ _processes: dict[str, TrialProcess] = {}
 def of(device: torch.device) -> TrialProcess:
     """The process for a device."""
     return _processes.setdefault(str(device), TrialProcess(str(device)))
+
+
+@atexit.register
+def close_all() -> None:
+    """End every process."""
+    for process in _processes.values():
+        process.close()

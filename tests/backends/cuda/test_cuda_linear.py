@@ -34,6 +34,7 @@ needs_cuda_build = pytest.mark.skipif(
     not native.build_info().get("cuda"), reason="the native module has no CUDA kernels"
 )
 GPU = torch.device("cuda", 0)
+of_triton = triton.unsupported_kind  # the fixture below takes it away
 FILLS = [WINDOW, RING, GATHERED]
 
 
@@ -147,6 +148,21 @@ def test_a_build_without_the_simulator_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert "development builds" in reason
     module.simt = SimpleNamespace()
     assert rules.unsupported_kind("linear", torch.device("cpu"), torch.float32, "simt") == ""
+
+
+@needs_simt
+def test_a_gpu_that_is_too_old_runs_the_reference(
+    h200: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "unsupported_kind", of_triton)
+    monkeypatch.setattr(triton, "_installed", lambda: True)
+    for module in (torch.cuda, triton):
+        name = "_capability" if module is triton else "get_device_capability"
+        monkeypatch.setattr(module, name, lambda device: (7, 5))
+    left = explained(1)
+    assert left.backend == "reference"
+    assert "and cuda:0 has compute capability 7.5" in left.reason
+    assert "the Triton kernels need a GPU of compute capability 8.0 or later" in left.reason
 
 
 @needs_simt
