@@ -211,7 +211,8 @@ def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
     done = processes.run(sys.executable, "-m", "tools.gpu_check", "--out", out, cwd=ROOT)
     assert done.returncode == 2
     assert re.fullmatch(
-        r"gpu-check: this torch sees no CUDA device \(.+\); it needs one, and nothing was checked\n",
+        r"gpu-check: this torch sees no CUDA device \(.+\); it needs one, and nothing was "
+        r"checked\n",
         done.stdout,
     )
     assert not out.exists()
