@@ -100,9 +100,11 @@ class Backend(ABC):
         tile sizes chosen for its batch: calls with one configuration are proved together."""
         return str(call.rows)
 
-    def rehearsing(self, times: Fraction) -> contextlib.AbstractContextManager[object]:
-        """While a call has a small part of a batch ``times`` as large, and must be configured as if
-        it had all of it."""
+    def rehearsing(
+        self, times: Fraction, rows: Fraction
+    ) -> contextlib.AbstractContextManager[object]:
+        """While a call has a small part of a batch ``times`` as large, and of a weight with
+        ``rows`` times as many rows, and must be configured as if it had all of both."""
         return contextlib.nullcontext()
 
     def untried(self, call: Call) -> Callable[..., Tensor]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import queue
+import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import back_ends_on_trial as trials
@@ -34,6 +40,7 @@ HOW = {
     "raising": "it raised RuntimeError: CUDA error: an illegal memory access was encountered",
     "crashing": "the process that ran it ended with signal 11: my last words",
     "leaving": "the process that ran it ended with exit status 0",
+    "killed": "the process that ran it ended with signal 9",
     "hanging": "it was not done after 3 seconds",
     "without memory": "there was no memory for the test: CUDA out of memory",
 }
@@ -100,7 +107,8 @@ def test_one_that_is_right_is_tried_once_and_trusted(layer: rpg.nn.Linear, own_c
 def test_one_that_fails_is_left_aside_with_a_warning(
     way: str, layer: rpg.nn.Linear, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    elsewhere = way in ("raising", "crashing", "leaving", "hanging")  # the others need no process
+    # The others need no process of their own.
+    elsewhere = way in ("raising", "crashing", "leaving", "killed", "hanging")
     monkeypatch.setattr("rpg_kernels.settings._PROVE", "1" if elsewhere else "here")
     monkeypatch.setattr(trial_process, "LIMIT", 3 if way == "hanging" else 120)
     x = torch.randn(3, 20)
@@ -112,7 +120,7 @@ def test_one_that_fails_is_left_aside_with_a_warning(
     assert len(seen) == 1, [str(w.message) for w in seen]
     said = str(seen[0].message)
     usual = rpg.explain(layer, x).backend
-    lasting = way != "without memory"
+    lasting = way not in ("without memory", "killed")  # which is nothing that a kernel does
     what = "failed its test" if lasting else "could not be tested"
     assert f"back end {way} {what} for linear in torch.float32 on cpu" in said
     assert f"and {usual} runs instead" in said
@@ -303,6 +311,13 @@ def test_a_trial_of_a_large_call_is_small() -> None:
         assert config.whole(7) == 67
     assert small == config.choose("linear", 4004, *how)
     assert small != config.choose("linear", 16, *how)
+    # A weight of which rows are cut, too: with its few rows tiles would be smaller.
+    rows, columns = made.rows[1], how[1:]
+    real = config.choose("linear", 16, 50_007, *columns)
+    with config.as_if(Fraction(1), made.parts[1]):
+        assert config.choose("linear", 16, rows, *columns) == real
+        assert config.whole_weight(rows) == 50_007
+    assert config.choose("linear", 16, rows, *columns) != real
 
 
 def _halved(operands: list[Any]) -> list[Any]:
@@ -314,7 +329,8 @@ def test_inputs_are_exact_and_surrounded_by_nan() -> None:
     (call,) = [call for call in calls() if call.op == "linear"]
     made = trial.made(trials.ALL["right"], call)
     x, bank, *_ = trial_run._operands(made, CPU)
-    assert x.mul(4).frac().abs().sum() == 0
+    assert x.mul(2048).frac().abs().sum() == 0
+    assert x.mul(4).frac().abs().sum() > 0
     assert bank.mul(8).frac().abs().sum() == 0
     memory = x.as_strided((x.storage_offset() + x.numel() + 64,), (1,), 0)
     assert memory.isnan().sum() == 128
@@ -542,9 +558,12 @@ def test_lent_kernels_are_proved_with_the_product(
     verdicts_file = gate._book(CPU).path
     verdicts_file.unlink()
     gate.forget()
-    torch.testing.assert_close(layer(x), wanted)
+    said = "reference with kernels of right failed its test"
+    with pytest.warns(UserWarning, match=f"{said}.* reference without them runs instead"):
+        torch.testing.assert_close(layer(x), wanted)
     assert rpg.explain(layer, x).backend == "reference"
     assert "kernel of right" not in rpg.explain(layer, x).reason
+    assert f"{said}: " in rpg.explain(layer, x).reason
 
 
 @pytest.mark.parametrize(
@@ -607,6 +626,191 @@ def test_the_doctor_shows_the_verdicts(
     monkeypatch.setattr("rpg_kernels.settings._PROVE", "yes")
     with pytest.raises(ValueError, match="RPG_KERNELS_PROVE: got 'yes'"):
         environment.proved()
+
+
+def of_linear(x: torch.Tensor) -> Call:
+    (call,) = [call for call in calls() if call.op == "linear"]
+    return call._replace(x=x, operands=[x, *call.operands[1:]])
+
+
+def test_nothing_is_tried_for_an_embedding_of_no_indices(here: None) -> None:
+    bank = brute.bank_of(640, torch.float32, granularity=16)
+    trials.register("imprecise")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rpg.nn.Embedding(9, 20, bank=bank)(torch.zeros(0, 3, dtype=torch.int64))
+    assert trials.OnTrial.ran == ["imprecise embedding 40"]
+
+
+def test_tensors_expanded_over_memory_with_gaps() -> None:
+    """More memory lies between the first and the last element than there are elements."""
+    x = torch.randn(1, 500)[:, ::25].expand(3, 20)
+    made = trial.made(trials.ALL["right"], of_linear(x))
+    trials.register("right")
+    assert trial_run._operands(made, CPU)[0].stride() == (0, 25)
+    assert trial_run.run(made) == ""
+
+
+def test_products_of_matrices_must_be_exact_although_convolutions_may_use_tf32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As torch has it by default."""
+    trials.register("imprecise")
+    for matrices, found in (("none", True), ("tf32", False)):
+        monkeypatch.setattr(trial, "precision", lambda matrices=matrices: [matrices, "tf32"])
+        for call in calls():
+            made = trial.made(trials.ALL["imprecise"], call)
+            made.conditions["precision"] = made.conditions["precision"][:]
+            x = next(o for o in trial_run._operands(made, CPU) if isinstance(o, torch.Tensor))
+            fine = bool(x.mul(8).frac().abs().sum() > 0)
+            data = call.op not in ("embedding", "unpack") and not call.op.startswith("conv2d")
+            assert fine is (found and data), call.op
+
+
+def test_a_library_that_rounds_every_product_is_right_with_lent_kernels() -> None:
+    """Products in 16 bits whose sum is asked for in fp32, or which nearly cancel."""
+    trials.register("right")
+    for call in calls():
+        if not call.op.endswith("bank_grad") or call.op.startswith("embedding"):
+            continue
+        for dtype in (torch.bfloat16, torch.float16):
+            operands = [
+                o.to(dtype) if isinstance(o, torch.Tensor) and o.is_floating_point() else o
+                for o in call.operands
+            ]
+            rows = 40 if call.op.startswith("linear") else 1
+            operands[:2] = (o.repeat(rows, *[1] * (o.dim() - 1)) for o in operands[:2])
+            low = call._replace(x=operands[0], operands=operands)
+            made = replace(trial.made(trials.ALL["right"], low), label="right's, lent")
+            assert trial_run.run(made) == "", (call.op, dtype)
+
+
+def test_the_reference_has_scratch_enough_and_any_default_device(
+    layer: rpg.nn.Linear, here: None
+) -> None:
+    """In the calling process, too."""
+    made = trial.made(trials.ALL["right"], of_linear(torch.randn(3, 20)))
+    trials.register("right")
+    torch.set_default_device("meta")
+    try:
+        with rpg.scratch_limit(0):
+            exact = trial_run._exact(made, trial_run._operands(made, CPU))
+    finally:
+        torch.set_default_device(None)
+    assert exact.shape == (3, 9)
+
+
+def test_switches_are_set_only_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was set no longer follows torch's general switch."""
+
+    class Switch:
+        said: ClassVar[list[str]] = []
+        fp32_precision = property(lambda self: "none", lambda self, value: self.said.append(value))
+
+    monkeypatch.setattr(trial_run, "precision_switches", lambda: (Switch(), Switch()))
+    trial_run._set_precision(["none", "tf32"])
+    assert Switch.said == ["tf32"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("CUDA error: out of memory"), "there was no memory for the test: CUDA error"),
+        (RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED"), "there was no memory for the test"),
+        (OSError(errno.ENOSPC, "No space left on device"), "it raised OSError: .* No space left"),
+    ],
+)
+@pytest.mark.parametrize("where", ["_prepared", "_made"])
+def test_what_is_not_the_back_ends_fault_does_not_last(
+    error: Exception, said: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trial.made(trials.ALL["right"], next(calls()))
+    trials.register("right")
+    monkeypatch.setattr(trial_run, where, mock.Mock(side_effect=error))
+    answer, ended = trial_run.attempt(made)
+    assert ended
+    assert not answer["lasting"]
+    said = said.replace("it raised", "the test could not be prepared:" * (where == "_prepared"))
+    assert re.search(said, answer["wrong"])
+    monkeypatch.setattr(trial_run, where, mock.Mock(side_effect=RuntimeError("illegal access")))
+    assert trial_run.attempt(made)[0]["lasting"] is (where == "_made")
+
+
+def test_an_interrupted_trial_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = trial_process.of(CPU)
+    right, wrong = (trial.made(trials.ALL[way], next(calls())) for way in ("right", "wrong"))
+    assert process.verdict(right) == ("", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "_answer", mock.Mock(side_effect=[{}, KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            process.verdict(wrong)
+    assert process._process is None
+    assert process.verdict(right) == ("", True)
+    process.close()
+
+
+def test_the_process_finds_modules_where_this_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in its current folder, and past what is no string; what imports print is no answer."""
+    (tmp_path / "queue.py").write_text("raise RuntimeError('not this one')\n")
+    monkeypatch.setattr(sys, "path", [tmp_path / "none", *sys.path])
+    monkeypatch.chdir(tmp_path)
+    process = trial_process.TrialProcess("cpu")
+    assert process.verdict(trial.made(trials.ALL["right"], next(calls()))) == ("", True)
+    process.close()
+    said: queue.Queue[Any] = queue.Queue()
+    printed = ["welcome\n", "3\n", "{}\n", '{"state": "ready"}\n']
+    trial_process._listen(mock.Mock(stdout=printed), said)
+    assert [said.get(), said.get()] == [{"state": "ready"}, None]
+
+
+def test_without_a_temporary_folder_it_is_made_here(
+    layer: rpg.nn.Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials.register("right")
+    trial_process.of(CPU).close()
+    none = mock.Mock(side_effect=FileNotFoundError("No usable temporary directory found"))
+    monkeypatch.setattr(trial_process.tempfile, "TemporaryFile", none)
+    layer(torch.randn(3, 20))
+    assert len(trials.OnTrial.ran) == 2
+
+
+def test_a_process_that_is_stopped_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verdicts, "WAIT", 0.2)
+    book = verdicts.Book(CPU)
+    with book.alone(), verdicts.Book(CPU).alone():
+        pass
+    lock = book.path.with_suffix(".lock").open("ab")
+    with book.alone():
+        child = os.fork()
+        if not child:  # it keeps the file open, as a data loader's worker does
+            time.sleep(60)
+            os._exit(0)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_what_decides_how_operands_are_read_is_in_the_keys(here: None) -> None:
+    """Rows that begin at multiples of 16 bytes or not, and the address of every operand."""
+    backend = trials.ALL["right"]
+
+    def kind(x: torch.Tensor) -> str:
+        return trial.made(backend, of_linear(x)).key
+
+    assert kind(torch.randn(3, 20)) == kind(torch.randn(5, 20)) == kind(torch.randn(3, 20))
+    assert kind(torch.randn(3, 24)[:, :20]) != kind(torch.randn(3, 21)[:, :20])
+    (call,) = [call for call in calls() if call.op == "linear_bank_grad"]
+    dy, x, *rest = call.operands
+    moved = torch.randn(x.numel() + 1)[1:].view(x.shape)
+    other = call._replace(operands=[dy, moved, *rest])
+    assert trial.made(backend, call).key != trial.made(backend, other).key
+    assert gate._call_key(backend, call) != gate._call_key(backend, other)
 
 
 @pytest.mark.gpu

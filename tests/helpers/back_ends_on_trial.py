@@ -88,6 +88,12 @@ def leaves(y: Tensor) -> Tensor:
     os._exit(0)
 
 
+def is_killed(y: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGINT)  # which is survived
+    os.kill(os.getpid(), signal.SIGKILL)
+    return y
+
+
 def hangs(y: Tensor) -> Tensor:
     time.sleep(900)
     return y
@@ -113,6 +119,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "raising": raises,
     "crashing": dies,
     "leaving": leaves,
+    "killed": is_killed,
     "hanging": hangs,
     "without memory": lacks_memory,
 }

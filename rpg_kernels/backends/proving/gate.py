@@ -105,8 +105,10 @@ def forget() -> None:
 
 
 def _asked(backend: Backend, call: Call) -> bool:
-    """Whether a call is one that needs proof."""
-    if call.forced or not call.operands or not call.x.numel():
+    """Whether a call is one that needs proof; where a tensor is empty nothing is computed."""
+    if call.forced or not call.operands:
+        return False
+    if not all(o.numel() for o in call.operands if isinstance(o, Tensor)):
         return False
     return settings.proving() != "0" and bool(backend.on_trial(call))
 
@@ -115,12 +117,13 @@ def _look(backend: Backend, call: Call) -> Verdict | None:
     if not _asked(backend, call):
         return None
     key = _call_key(backend, call)
-    if key not in _known:
+    verdict = _known.get(key)
+    if verdict is None:
         with _lock:
             verdict = _found(backend, call)
             if verdict is not None:
                 _remember(key, verdict)
-    return _known.get(key)
+    return verdict
 
 
 def _remember(key: Any, verdict: Verdict) -> None:
@@ -135,7 +138,7 @@ def _call_key(backend: Backend, call: Call) -> Any:
     key: list[Any] = [backend.name, call.op, call.placement]
     for o in call.operands:
         if isinstance(o, Tensor):
-            key += (o.shape, o.stride(), o.dtype)
+            key += (o.shape, o.stride(), o.dtype, trial.misses(o))
         elif isinstance(o, list):
             key += o
         elif o is not call.placement:
@@ -143,7 +146,7 @@ def _call_key(backend: Backend, call: Call) -> Any:
     dtype, device = x.dtype, x.device
     if dtype == torch.float32:
         key += trial.precision()
-    key += (device, trial.misses(x), settings.scratch_bytes(device.type))
+    key += (device, settings.scratch_bytes(device.type))
     key.append(torch.are_deterministic_algorithms_enabled())
     return tuple(key)
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class Trial:
         operands: the operator's, less the back end. A tensor is a dict: role, shape, stride, dtype,
             and the bytes by which its address misses a multiple of 16.
         batch: (rows, images or indices of the real call, those of the trial).
+        rows: (rows of the real weight, those of the trial's).
         configuration: what the back end says it would choose.
         conditions: settings in force.
     """
@@ -65,6 +67,7 @@ class Trial:
     device: str
     operands: list[Any]
     batch: tuple[int, int]
+    rows: tuple[int, int]
     configuration: str
     conditions: dict[str, Any]
 
@@ -76,7 +79,12 @@ class Trial:
     def from_json(cls, text: str) -> Trial:
         """What ``to_json`` wrote."""
         fields = json.loads(text)
-        return cls(**{**fields, "batch": tuple(fields["batch"])})
+        return cls(**{**fields, "batch": tuple(fields["batch"]), "rows": tuple(fields["rows"])})
+
+    @property
+    def parts(self) -> tuple[Fraction, Fraction]:
+        """How many times as large the real call's batch and its weight's rows are."""
+        return Fraction(*self.batch), Fraction(*self.rows)
 
     @property
     def key(self) -> str:
@@ -88,13 +96,13 @@ class Trial:
         operands: list[Any] = []
         for role, operand in zip(ROLES[self.op], self.operands, strict=True):
             if isinstance(operand, dict):
-                kind = {"shape": _kind(role, operand["shape"]), "stride": _order(operand["stride"])}
+                kind = {"shape": _kind(role, operand["shape"]), "stride": _lie(operand["stride"])}
                 operands.append({**operand, **kind})
             else:
                 operands.append(_kind("image", operand) if role == "size" else operand)
         told = [
             *(self.backend, self.label, self.op, torch.device(self.device).type),
-            *(operands, self.configuration, self.conditions),
+            *(operands, self.rows, self.configuration, self.conditions),
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -139,6 +147,7 @@ def made(backend: Backend, call: Call) -> Trial:
         str(call.device),
         operands,
         (batch, kept),
+        of_rows,
         backend.configuration(call),
         conditions(call),
     )
@@ -171,7 +180,7 @@ def _fewer_rows(p: Placement) -> Placement:
     small = replace(p, layer=0, start=0, scale=scale)
     if p.numel <= WEIGHTS or len(p.shape) > 2:
         return small
-    kept = min(rows, WEIGHTS // p.selected_shape[1] // 1024 * 1024 + rows % 1024 or rows)
+    kept = min(rows, max(1, WEIGHTS // p.selected_shape[1] // 1024) * 1024 + rows % 1024)
     if rows == p.shape[0]:
         return replace(small, shape=(kept, p.shape[1]), rows=(0, kept))
     return replace(small, rows=(first, kept))
@@ -254,6 +263,8 @@ def _kind(role: str, shape: Sequence[int]) -> list[int]:
     return [len(shape), *shape[1:]] if role in ("x", "indices") else [*shape]
 
 
-def _order(stride: Sequence[int]) -> list[int]:
-    """Which dimension is innermost, and so on: what of strides decides which code runs."""
-    return sorted(range(len(stride)), key=lambda d: (stride[d], d))
+def _lie(stride: Sequence[int]) -> list[list[int]]:
+    """What of strides decides which code runs: which dimension is innermost, and so on; and the
+    power of two, up to 16, that each is a multiple of: by it vectors are read, or not."""
+    order = sorted(range(len(stride)), key=lambda d: (stride[d], d))
+    return [order, [min(step & -step, 16) for step in stride]]

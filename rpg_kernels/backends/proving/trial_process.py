@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,18 @@ from rpg_kernels.backends.proving.verdicts import Verdict
 
 START = 120.0  # seconds to import torch and reach the device
 LIMIT = 120.0  # seconds for a trial; most of it is compilation
+# Modules are found where this process finds them, and not in its current folder, which Python puts
+# first; an interrupt from the keyboard, which this process may survive, says nothing of a kernel.
 _PROGRAM = (
-    "import sys; from rpg_kernels.backends.proving import trial_run; trial_run.main(sys.argv[1])"
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "from rpg_kernels.backends.proving import trial_run; trial_run.main(sys.argv[1])"
+)
+# By which others end a process; what a kernel does to its process ends it by others.
+_FROM_OUTSIDE = tuple(
+    getattr(signal, name).value
+    for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
+    if hasattr(signal, name)
 )
 
 
@@ -52,6 +63,13 @@ class TrialProcess:
         Raises:
             CannotStartError: there is no process to make it in.
         """
+        try:
+            return self._asked(trial)
+        except BaseException:  # such as KeyboardInterrupt: its answer is not the next trial's
+            self.close()
+            raise
+
+    def _asked(self, trial: Trial) -> Verdict:
         for _ in range(2):  # a process that was idle may end as it is asked
             if self._process is None or self._process.poll() is not None:
                 self._start()
@@ -79,19 +97,14 @@ class TrialProcess:
 
     def _start(self) -> None:
         self.close()
-        paths = [path for path in sys.path if path]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            settings.ENVIRONMENT_PROVE: "0",
-        }
+        environment = {**os.environ, settings.ENVIRONMENT_PROVE: "0"}
         environment.pop(settings.ENVIRONMENT_BACKEND, None)
-        self._errors = tempfile.TemporaryFile(  # noqa: SIM115  closed with the process
-            "w+", encoding="utf-8", errors="replace"
-        )
         try:
+            self._errors = tempfile.TemporaryFile(  # noqa: SIM115  closed with the process
+                "w+", encoding="utf-8", errors="replace"
+            )
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, self._device],
+                [sys.executable, "-c", _PROGRAM, self._device, *_paths()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -142,7 +155,8 @@ class TrialProcess:
         if code is None:
             return Verdict(f"it was not done after {LIMIT:g} seconds")
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return Verdict(f"the process that ran it ended with {how}: {said}")
+        lasting = -code not in _FROM_OUTSIDE
+        return Verdict(f"the process that ran it ended with {how}: {said}", lasting)
 
     def _last_words(self) -> str:
         if self._errors is None:
@@ -155,10 +169,22 @@ class TrialProcess:
 def _listen(process: subprocess.Popen[str], said: queue.Queue[dict[str, Any] | None]) -> None:
     """Pass on what a process says; None when it ends."""
     assert process.stdout is not None
-    with contextlib.suppress(ValueError, OSError):  # closed here, or cut short there
+    with contextlib.suppress(ValueError, OSError):  # closed here
         for line in process.stdout:
-            said.put(json.loads(line))
+            answer = None
+            with contextlib.suppress(ValueError):
+                answer = json.loads(line)
+            if isinstance(answer, dict) and "state" in answer:  # not what imports print
+                said.put(answer)
     said.put(None)
+
+
+def _paths() -> list[str]:
+    """Where modules are found: sys.path, in which "" is the current folder and what is no string
+    is passed over."""
+    with contextlib.suppress(FileNotFoundError):  # the current folder was removed
+        return [path or os.getcwd() for path in sys.path if isinstance(path, str)]
+    return [path for path in sys.path if path and isinstance(path, str)]
 
 
 _processes: dict[str, TrialProcess] = {}

@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from rpg_kernels._sources import sources
 from rpg_kernels._version import __version__
 
 ENVIRONMENT_CACHE = "RPG_KERNELS_CACHE"
+WAIT = 300.0  # seconds for another process's trial
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -113,6 +115,20 @@ def _append(path: Path, line: bytes) -> None:
             raise OSError("the disk is full")
 
 
+def _lock(fcntl: Any, file: Any) -> None:
+    """Lock a file, or give up: after WAIT, and where a network file system has no locks."""
+    until = time.monotonic() + WAIT
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:
+            return
+        else:
+            return
+
+
 class Book:
     """The verdicts of one device: in memory, and on disk where there is a place.
 
@@ -159,7 +175,8 @@ class Book:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """While other processes that would make the same trials wait; where the folder lets us."""
+        """While other processes that would make the same trials wait; where the folder lets us,
+        and no longer than WAIT, since the one that is waited for may be stopped."""
         try:
             fcntl = importlib.import_module("fcntl")
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,9 +185,12 @@ class Book:
             yield
             return
         with lock:
-            with contextlib.suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            _lock(fcntl, lock)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # said, since a forked process keeps it open
+                    fcntl.flock(lock, fcntl.LOCK_UN)
 
     def _catch_up(self) -> None:
         lines, self._read = self._lines(self._read)

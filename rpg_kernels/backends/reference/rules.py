@@ -39,8 +39,11 @@ class Reference(Backend):
     def explain(self, call: Call) -> str:
         """What unpacks the tiles."""
         lender = self._lender(call)
-        if lender is None or proving.refused(self, call):
+        if lender is None:
             return self.summary
+        wrong = proving.refused(self, call)
+        if wrong:
+            return f"{self.summary}; {self.on_trial(call)} failed its test: {wrong}"
         return (
             f"unpacked by a kernel of {lender[0].name} within the scratch limit, multiplied by the "
             "vendor's library"
@@ -55,7 +58,10 @@ class Reference(Backend):
 
     def operator(self, call: Call) -> Callable[..., Tensor]:
         """With the kernels that it is lent, where they were proved."""
-        return self.untried(call) if proving.proved(self, call) else super().operator(call)
+        if proving.proved(self, call):
+            return self.untried(call)
+        proving.warn_once(self, call, f"{self.name} without them")
+        return super().operator(call)
 
     def untried(self, call: Call) -> Callable[..., Tensor]:
         """With the kernels that it is lent."""

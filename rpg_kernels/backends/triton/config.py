@@ -125,24 +125,30 @@ def products_read_shared(device: torch.device) -> bool:
     return gpu(device).shared
 
 
-_times = Fraction(1)
+_times, _rows = Fraction(1), Fraction(1)
 
 
 @contextlib.contextmanager
-def as_if(times: Fraction) -> Iterator[None]:
-    """While a call has a part of a batch ``times`` as large, choose what would be chosen for all of
-    it."""
-    global _times
-    before, _times = _times, times
+def as_if(times: Fraction, rows: Fraction = _rows) -> Iterator[None]:
+    """While a call has a part of a batch ``times`` as large, and of a weight with ``rows`` times as
+    many rows, choose what would be chosen for all of them."""
+    global _times, _rows
+    before = _times, _rows
+    _times, _rows = times, rows
     try:
         yield
     finally:
-        _times = before
+        _times, _rows = before
 
 
 def whole(m: int) -> int:
-    """The size of a batch, or the number of its tiles, that a configuration is chosen for."""
+    """The size of a batch that a configuration is chosen for."""
     return m if _times == 1 else math.ceil(m * _times)
+
+
+def whole_weight(n: int) -> int:
+    """The number of a weight's rows, or of its elements, that a configuration is chosen for."""
+    return n if _rows == 1 else math.ceil(n * _rows)
 
 
 def choose(
@@ -179,11 +185,12 @@ def choose(
         >>> choose("linear", 16, 4096, 4096, 64, torch.float16)
         Config(block_m=16, block_n=32, block_k=64, warps=4, stages=5, group=8, splits=1)
     """
+    m, n = whole(m), whole_weight(n)
     if op in ("embedding", "embedding_bank_grad", "unpack", "pack"):
-        return _without_product(whole(m), n, block)
+        return _without_product(m, n, block)
     if isinstance(target, bool):
         target = Gpu(target)
-    return _choose(op, whole(m), n, k, block, dtype.itemsize == 2, target, times, crowded)
+    return _choose(op, m, n, k, block, dtype.itemsize == 2, target, times, crowded)
 
 
 def dot_precision(dtype: torch.dtype, convolution: bool = False) -> str:

@@ -226,7 +226,7 @@ def conv2d(
     m = x.shape[0] * out_h * out_w
     c = config or pixels.choose_tiles("conv2d", m, p, groups, x)
     with plan.on_device(x):
-        bank_operand = plan.operand(bank, p, x.dtype, tiles=plan.cdiv(m, c.block_m))
+        bank_operand = plan.operand(bank, p, x.dtype, m, c.block_m)
         count = p.matrix.runs * p.block_columns.count
         at_most = plan.rows_that_fit(bank_operand.left, rows, count, c.block_n)
         in_scratch = table is None and at_most > 0

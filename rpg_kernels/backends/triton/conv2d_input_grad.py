@@ -265,7 +265,7 @@ def conv2d_input_grad(
     if not p.matrix.by_tap:
         c = replace(c, block_k=16)
     with plan.on_device(dy):
-        operand = plan.operand(bank, p, dy.dtype, tiles=plan.cdiv(m, c.block_m))
+        operand = plan.operand(bank, p, dy.dtype, m, c.block_m)
         launches = list(plan.launches(p, dy.device))
         out = pixels.lines_for(dx, p.selected_shape[1])
         out = out.float() if len(launches) > 1 else out

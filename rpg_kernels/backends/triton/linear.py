@@ -11,7 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from rpg_kernels.backends.triton import plan, weights
-from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gpu
+from rpg_kernels.backends.triton.config import (
+    Config,
+    choose,
+    dot_precision,
+    gpu,
+    whole_weight,
+)
 from rpg_kernels.backends.triton.linear_bank_grad import linear_bank_grad
 from rpg_kernels.law.placement import Placement, parse, split
 
@@ -245,7 +251,7 @@ def linear(
     cols = p.block_columns
     added = None if bias is None else bias.contiguous()
     with plan.on_device(x):
-        bank_operand = plan.operand(bank, p, x.dtype, tiles=plan.cdiv(m, c.block_m))
+        bank_operand = plan.operand(bank, p, x.dtype, m, c.block_m)
         at_most = plan.rows_that_fit(bank_operand.left, rows, cols.count, c.block_n)
         in_scratch = table is None and at_most > 0
         for launch in plan.launches(p, x.device, at_most if in_scratch else plan.INT32_MAX):
@@ -329,14 +335,14 @@ def linear_input_grad(
     cols, g = p.block_columns, p.matrix.block
     unit = max(1, c.block_k // g)  # blocks that a launch must hold whole
     with plan.on_device(dy):
-        bank_operand = plan.operand(bank, p, dy.dtype, tiles=plan.cdiv(m, c.block_m))
+        bank_operand = plan.operand(bank, p, dy.dtype, m, c.block_m)
         launches = list(plan.launches(p, dy.device))
         several = len(launches) > 1
         out = dx.view(-1, columns)
         if several:
             out = torch.empty_like(out, dtype=torch.float32)
         for launch in launches:
-            fits = bank_operand.left // (4 * launch.rows) // unit * unit
+            fits = bank_operand.left // (4 * whole_weight(launch.rows)) // unit * unit
             in_scratch = table is None and fits >= min(unit, cols.count)
             width = min(fits, cols.count) if in_scratch else cols.count
             for offset in range(0, cols.count, width):

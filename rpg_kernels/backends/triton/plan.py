@@ -18,7 +18,7 @@ from torch import Tensor
 from rpg_kernels import _checks, settings
 from rpg_kernels.backends.triton import entry_table, window_law
 from rpg_kernels.backends.triton import law as law_1
-from rpg_kernels.backends.triton.config import products_read_shared, whole
+from rpg_kernels.backends.triton.config import products_read_shared, whole, whole_weight
 from rpg_kernels.backends.triton.rules import interpreted
 from rpg_kernels.law.generator import TableGenerator
 from rpg_kernels.law.placement import Placement
@@ -74,7 +74,7 @@ def sign_kind(p: Placement) -> str:
     return kinds[p.generator.reflect]
 
 
-def operand(bank: Tensor, p: Placement, dtype: torch.dtype, tiles: int) -> Operand:
+def operand(bank: Tensor, p: Placement, dtype: torch.dtype, m: int, block_m: int) -> Operand:
     """The bank in the dtype of the product, with vector signs folded, where that pays.
 
     A copy is made when the dtype differs, or to fold the signs when several tiles of the batch
@@ -87,15 +87,16 @@ def operand(bank: Tensor, p: Placement, dtype: torch.dtype, tiles: int) -> Opera
         bank: ``[slots, granularity]``.
         p: the weight.
         dtype: of the product.
-        tiles: of the batch, that read the same weights one after the other.
+        m: rows of the batch.
+        block_m: of a tile of the batch; tiles read the same weights one after the other.
     """
     left = settings.scratch_bytes(bank.device.type)
     ring, sign = bank.contiguous().view(-1, p.matrix.block), sign_kind(p)
     foldable = sign == "entry" and not isinstance(p.generator, TableGenerator)
     # The reference rounds scale * w, and fp16 may hold that but not w.
     scale_of_copy = p.scale if dtype != bank.dtype else 1.0
-    tiles = whole(tiles)
-    if left > 0 and p.numel * tiles >= COPY_FROM * ring.numel():
+    tiles = cdiv(whole(m), block_m)
+    if left > 0 and whole_weight(p.numel) * tiles >= COPY_FROM * ring.numel():
         if foldable and (tiles > 1 or dtype != bank.dtype):
             copy = ring.new_empty((2 * ring.shape[0], ring.shape[1]), dtype=dtype)
             positive, negative = copy.chunk(2)

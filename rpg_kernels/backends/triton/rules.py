@@ -139,10 +139,12 @@ class Triton(Backend):
         """The tiles that ``config.choose`` gives."""
         return str(_tiles(call))
 
-    def rehearsing(self, times: Fraction) -> contextlib.AbstractContextManager[object]:
+    def rehearsing(
+        self, times: Fraction, rows: Fraction
+    ) -> contextlib.AbstractContextManager[object]:
         """See ``config.as_if``."""
         config = importlib.import_module(f"{__package__}.config")
-        made: contextlib.AbstractContextManager[object] = config.as_if(times)
+        made: contextlib.AbstractContextManager[object] = config.as_if(times, rows)
         return made
 
     def tile_kernels(self, call: Call) -> TileKernels | None:
