@@ -1,4 +1,4 @@
-"""The operator calls that a case makes, as questions to the dispatch table: nothing is computed.
+"""The operator calls that a case makes, as questions to dispatch: nothing is computed.
 
 Tensors are fake ones: they have a device, a shape, a dtype and strides, and no memory. A back end
 that is asked about them sees what it will see in the call itself, on a GPU that need not be there.

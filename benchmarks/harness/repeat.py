@@ -4,7 +4,7 @@
         [--dtype NAME ...] [--runs 20]
 
 Under ``torch.use_deterministic_algorithms(True)`` a difference is an error; otherwise it is
-counted. Prints one JSON object per back end, operator, dtype and mode. One run of it is also what
+counted. Prints one JSON object per back end, case, dtype and mode. One run of it is also what
 sanitizers watch.
 """
 
@@ -30,7 +30,7 @@ from rpg_kernels import _checks
 from rpg_kernels.backends import registry
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-# Sizes that no tile divides, and a bank small enough that its elements are used many times. First
+# Sizes most of which no tile divides, and a bank small enough that its elements are used many times. First
 # what the CUDA kernels are made for: windows, of a few tokens.
 CASES = (
     Case(Layer("linear", ("repeat.windows",), (200, 320)), 16, 5_000, 64, "vector", "fp32", 64, 2),

@@ -25,7 +25,7 @@ _QUICK = (
 _SWEPT = ("resnet18.layer3.conv3x3/32", "vit-b.fc1/256", "llama-3-8b.q_proj/1")
 _WINDOWS, _RING = (256, 4), (None, None)
 # What a GPU is asked first, the most telling first: windows, which the compiled kernels are made
-# for, at every batch, then whole rings, convolutions, the embedding and a larger layer.
+# for, at batches up to 256, then whole rings, convolutions, the embedding and a larger layer.
 _GPU = (
     *((f"llama-3-8b.q_proj/{batch}", _WINDOWS) for batch in (1, 16, 64, 256)),
     ("llama-3-8b.q_proj/1", _RING),

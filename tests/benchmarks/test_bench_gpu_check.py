@@ -158,7 +158,7 @@ def test_a_check_fits_one_command_and_what_comes_back(longer: bool) -> None:
     names = [p.name for p in parts]
     assert names[:2] == ["machine", "build"]
     if not longer:
-        assert names[2:] == ["prove", "tests", "repeat", "compile", "bench", "micro", "sanitizer"]
+        assert names[2:] == ["agree", "tests", "repeat", "compile", "bench", "micro", "sanitizer"]
     for p in parts:
         assert processes.run(*p.command[:3], "--help", cwd=ROOT).returncode == 0, p.name
 
@@ -221,8 +221,8 @@ def test_without_a_gpu_nothing_is_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--parts", "micro", "mirco"], "got part 'mirco', wanted one of machine, build, prove"),
-        (["--longer", "--parts", "prove"], "got part 'prove', wanted one of machine, build, comp"),
+        (["--parts", "micro", "mirco"], "got part 'mirco', wanted one of machine, build, agree"),
+        (["--longer", "--parts", "agree"], "got part 'agree', wanted one of machine, build, comp"),
         (["--limit", "0"], "limit: got 0, wanted a number of seconds above 0"),
         (["--limit", "nan"], "limit: got nan, wanted a number of seconds above 0"),
         (["--jobs", "0"], "jobs: got 0, wanted a number of processes from 1"),

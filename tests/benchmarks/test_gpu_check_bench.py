@@ -13,7 +13,7 @@ import pytest
 from benchmarks.harness import schema, suites
 from benchmarks.harness.cases import Case, Layer
 from rpg_kernels import native
-from tools.gpu_check import bench, warm
+from tools.gpu_check import bench, compile_ahead
 
 HAS_SIMT = native.available() and hasattr(native.module(), "simt")
 needs_simt = pytest.mark.skipif(not HAS_SIMT, reason="needs a development build, `make test`")
@@ -95,8 +95,8 @@ def test_suites_are_dealt_whole() -> None:
 
 
 def test_kernels_are_compiled_for_every_case_before_it_is_timed() -> None:
-    for name in (warm.SUITE, warm.LONGER):
-        every = warm.every(name)
+    for name in (compile_ahead.SUITE, compile_ahead.LONGER):
+        every = compile_ahead.every(name)
         count = len(suites.suite(name, "bf16"))
         assert set(every) == {f"{name} {i} {impl}" for i in range(count) for impl in bench.SUSPECTS}
 
@@ -107,7 +107,7 @@ def test_a_call_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     small = [Case(layer, 3, 5_000, 64), tools.case("conv2d")]
     monkeypatch.setattr(suites, "suite", lambda name, dtype: small)
     found = {
-        (number, name): warm.answer(f"gpu {number} {name}", "cpu", "fp32")["outcome"]
+        (number, name): compile_ahead.answer(f"gpu {number} {name}", "cpu", "fp32")["outcome"]
         for number in range(2)
         for name in ("rpg-simt", "unpack")
     }

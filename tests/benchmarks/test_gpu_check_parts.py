@@ -13,7 +13,7 @@ import torch
 from benchmarks.harness import repeat
 from benchmarks.harness.baselines import IMPLEMENTATIONS
 from rpg_kernels import native
-from tools.gpu_check import machine, pool, programs, prove, repeats
+from tools.gpu_check import agree, machine, pool, programs, repeats
 
 HAS_SIMT = native.available() and hasattr(native.module(), "simt")
 needs_simt = pytest.mark.skipif(not HAS_SIMT, reason="needs a development build, `make test`")
@@ -161,8 +161,8 @@ def test_verdicts_of_sanitizers(
     assert "note: no nvcc" in capsys.readouterr().out
 
 
-def test_everything_is_proved_on_every_back_end() -> None:
-    every = [item.split() for item in prove.every()]
+def test_everything_is_asked_of_every_back_end() -> None:
+    every = [item.split() for item in agree.every()]
     assert every[0][0] == "cuda"
     from rpg_kernels.backends.call import OPERATORS
 
@@ -171,22 +171,22 @@ def test_everything_is_proved_on_every_back_end() -> None:
     assert {dtype for _, _, dtype, *_ in every} == {"bf16", "fp32", "fp16", "amp"}
 
 
-@pytest.mark.parametrize("operator", sorted({i.split()[1] for i in prove.every()}))
-def test_the_reference_is_proved(operator: str) -> None:
-    for item in prove.every():
+@pytest.mark.parametrize("operator", sorted({i.split()[1] for i in agree.every()}))
+def test_the_reference_agrees(operator: str) -> None:
+    for item in agree.every():
         backend, op, *_ = item.split()
         if (backend, op) == ("reference", operator):
-            record = prove.answer(item, "cpu")
+            record = agree.answer(item, "cpu")
             assert record["outcome"] == "agrees", (item, record)
 
 
 @needs_simt
-def test_the_cuda_sources_are_proved_where_they_apply() -> None:
+def test_the_cuda_sources_agree_where_they_apply() -> None:
     found = {}
-    for item in prove.every():
+    for item in agree.every():
         backend, *rest = item.split()
         if backend == "cuda" and rest[1] == "bf16":
-            found[tuple(rest)] = prove.answer(" ".join(["simt", *rest]), "cpu")
+            found[tuple(rest)] = agree.answer(" ".join(["simt", *rest]), "cpu")
     applies = {key[0] for key, record in found.items() if record["outcome"] == "agrees"}
     assert applies == {"linear", "linear_input_grad", "linear_bank_grad", "unpack", "pack"}
     assert {record["outcome"] for record in found.values()} == {"agrees", "does not apply"}
@@ -194,15 +194,15 @@ def test_the_cuda_sources_are_proved_where_they_apply() -> None:
 
 
 def test_what_is_wrong_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = prove._call
+    real = agree._call
 
     def last_bit(*arguments: Any) -> Any:
         (x, *operands), quantity = real(*arguments)
         return (x * 1.01, *operands), quantity
 
-    monkeypatch.setattr(prove, "_call", last_bit)
+    monkeypatch.setattr(agree, "_call", last_bit)
     item = "reference linear fp32 linear 0"
-    record = prove.answer(item, "cpu")
+    record = agree.answer(item, "cpu")
     assert record["outcome"] == "disagrees"
     assert record["setting"] == "5K g64 vector fp32 w64x2"
 
@@ -277,13 +277,13 @@ def test_differences_fail_in_deterministic_mode_only(
 
 
 def test_a_bound_that_torch_itself_makes_wide_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = prove._call
+    real = agree._call
 
     def call(*arguments: Any) -> Any:
         operands, quantity = real(*arguments)
         return operands, dataclasses.replace(quantity, allowed=1e3)
 
-    monkeypatch.setattr(prove, "_call", call)
-    record = prove.answer("reference linear fp32 linear 0", "cpu")
+    monkeypatch.setattr(agree, "_call", call)
+    record = agree.answer("reference linear fp32 linear 0", "cpu")
     assert record["outcome"] == "no measure"
-    assert record["outcome"] not in prove.GOOD
+    assert record["outcome"] not in agree.GOOD

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tools.gpu_check import bench, gpu_tests, programs, prove, repeats, summaries, warm
+from tools.gpu_check import agree, bench, compile_ahead, gpu_tests, programs, repeats, summaries
 from tools.gpu_check.running import Part, own_command
 
 LIMIT, LONGER_LIMIT = 420.0, 180.0  # seconds of a whole command
@@ -27,11 +27,11 @@ def parts(out: Path, jobs: int) -> list[Part]:
     return [
         *_first(35.0, 80.0),
         Part(
-            "prove",
-            own_command("prove", *to, *several),
+            "agree",
+            own_command("agree", *to, *several),
             40,
-            summaries.of_file(prove.RESULTS, prove.GOOD),
-            (prove.RESULTS,),
+            summaries.of_file(agree.RESULTS, agree.GOOD),
+            (agree.RESULTS,),
         ),
         Part(
             "tests",
@@ -48,7 +48,7 @@ def parts(out: Path, jobs: int) -> list[Part]:
             (repeats.RESULTS,),
         ),
         _compile(25, *to, *several),
-        _benchmark(out, warm.SUITE, 60),
+        _benchmark(out, compile_ahead.SUITE, 60),
         Part("micro", own_command("programs", "micro"), 15, summaries.figures),
         Part(
             "sanitizer",
@@ -68,7 +68,7 @@ def longer_parts(out: Path, jobs: int) -> list[Part]:
     return [
         *_first(20.0, 45.0),
         _compile(30, *words),
-        _benchmark(out, warm.LONGER, 80, *impls),
+        _benchmark(out, compile_ahead.LONGER, 80, *impls),
     ]
 
 
@@ -82,10 +82,10 @@ def _first(look: float, build: float) -> list[Part]:
 def _compile(budget: float, *words: str) -> Part:
     return Part(
         "compile",
-        own_command("warm", *words),
+        own_command("compile_ahead", *words),
         budget,
-        summaries.of_file(warm.RESULTS, warm.GOOD),
-        (warm.RESULTS,),
+        summaries.of_file(compile_ahead.RESULTS, compile_ahead.GOOD),
+        (compile_ahead.RESULTS,),
     )
 
 

@@ -28,7 +28,7 @@ NOTHING_CODE = 75  # the exit status of a part that had nothing to do
 GRACE = 6.0  # seconds between an interrupt and the end, in which a part writes what it has
 _SWEEPS = 40  # a twentieth of a second each: a process that a driver holds is not waited for
 LEAST = 1.0  # seconds that a part gets, however late it is
-LOG_BYTES = 12 << 20  # of log.txt; what comes back from a lent machine may have 16 MiB
+LOG_BYTES = 12 << 20  # of log.txt, so that the folder stays small enough to send
 REPORT, LOG = "gpu_check.json", "log.txt"
 
 
@@ -135,7 +135,7 @@ def _start(part: Part, seconds: float, output: Any) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     environment["PYTHONFAULTHANDLER"] = "1"  # where it was when a library ended the process
     environment.pop("TRITON_INTERPRET", None)  # kernels are to be compiled
-    environment["RPG_KERNELS_PROVE"] = "0"  # they are judged here, wherever they are chosen
+    environment["RPG_KERNELS_PROVE"] = "0"  # the parts judge by themselves; trials take their time
     return subprocess.Popen(
         [word.replace("{seconds}", f"{max(LEAST, seconds):.1f}") for word in part.command],
         cwd=ROOT,

@@ -83,10 +83,10 @@ def _choose(
             tile[i] //= 2
     area = math.prod(tile[i] for i in kept)
     stages = 3 if summed == 0 else 5  # two of five are for entries
-    # fp32 tiles are small, but sums and signs in fp32 take as many registers.
-    # So does what crowds registers.
-    dense = crowded or block < 8
-    warps = 8 if area >= (64 * 32 if dense else 128 * 128) or not low else 4
+    # fp32 tiles are small, but sums and signs in fp32 take as many registers; so does what crowds
+    # them in 16 bits.
+    large = 64 * 32 if crowded or block < 8 else 128 * 128
+    warps = 8 if area >= large or not low else 4
     return Config(tile[0], tile[1], tile[2], warps, stages, splits=splits)
 
 

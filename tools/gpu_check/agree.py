@@ -1,8 +1,8 @@
 """Every back end on small calls of every operator and dtype, judged against float64.
 
-    python -m tools.gpu_check.prove --out DIR [--jobs N]
+    python -m tools.gpu_check.agree --out DIR [--jobs N]
 
-DIR/prove.jsonl has a line for each back end, operator, dtype and setting. The bound is that of the
+DIR/agree.jsonl has a line for each back end, operator, dtype and setting. The bound is that of the
 benchmarks' gate: twice the error of torch in the same dtype, and the rounding of its sums.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from tools.gpu_check import items
 
-RESULTS = "prove.jsonl"
+RESULTS = "agree.jsonl"
 GOOD = ("agrees", "does not apply")
 BACKENDS = ("cuda", "triton", "reference")
 DTYPES = ("bf16", "fp32", "fp16", "amp")
@@ -79,7 +79,7 @@ def answer(item: str, device: str = "cuda") -> dict[str, Any]:
     backend, operator, dtype, operation, number = item.split()
     setting = OPERATIONS[operation][int(number)]
     weight, image, batch, dof, granularity, reflect, window, laps = setting
-    layer = Layer(operation, (f"prove.{operation}",), weight, image)
+    layer = Layer(operation, (f"agree.{operation}",), weight, image)
     case = Case(layer, batch, dof, granularity, reflect, "fp32", window, laps)
     said = {"setting": case.setting.replace("fp32", dtype)}
     problem, wanted = _problem(replace(case, dtype=dtype), torch.device(device))

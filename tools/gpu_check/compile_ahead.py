@@ -1,6 +1,6 @@
 """Every case of a benchmark called once, in several processes at once: its kernels are compiled.
 
-    python -m tools.gpu_check.warm --out DIR [--jobs N] [--longer]
+    python -m tools.gpu_check.compile_ahead --out DIR [--jobs N] [--longer]
 
 Triton compiles a kernel when it is first called, and keeps it on the disk: a benchmark, which runs
 alone, would wait for most of its time. DIR/compile.jsonl has a line for each case and back end.
