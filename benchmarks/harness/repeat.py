@@ -30,8 +30,8 @@ from rpg_kernels import _checks
 from rpg_kernels.backends import registry
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-# Sizes most of which no tile divides, and a bank small enough that its elements are used many times. First
-# what the CUDA kernels are made for: windows, of a few tokens.
+# Sizes most of which no tile divides, and a bank small enough that its elements are used many
+# times. First what the CUDA kernels are made for: windows, of a few tokens.
 CASES = (
     Case(Layer("linear", ("repeat.windows",), (200, 320)), 16, 5_000, 64, "vector", "fp32", 64, 2),
     Case(Layer("linear", ("repeat.one_of_windows",), (200, 320)), 1, 9_000, 32, "none", "fp32",

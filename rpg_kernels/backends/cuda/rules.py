@@ -340,6 +340,10 @@ class Cuda(Backend):
         """See ``why_slower``; not of any weight."""
         return bool(call.placement) and not self._why_slower(call)
 
+    def configuration(self, call: Call) -> str:
+        """Rows of the batch in eights, as tiles of it are; one row is a case of its own."""
+        return "one" if call.rows == 1 else str(-(-call.rows // 8))
+
     def explain(self, call: Call) -> str:
         """Why a product on a CUDA device was left."""
         if self.takes(call):

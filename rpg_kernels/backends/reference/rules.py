@@ -56,6 +56,10 @@ class Reference(Backend):
             return ""
         return f"{self.name} with kernels of {lender[0].name}"
 
+    def configuration(self, call: Call) -> str:
+        """Nothing: lent kernels are given tiles of the weight, whatever the batch is."""
+        return ""
+
     def operator(self, call: Call) -> Callable[..., Tensor]:
         """With the kernels that it is lent, where they were proved."""
         if proving.proved(self, call):

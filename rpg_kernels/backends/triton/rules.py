@@ -95,7 +95,7 @@ def unpacked_once(call: Call) -> bool:
     return signs == "element" and fits(p, call.dtype, call.device)
 
 
-def _tiles(call: Call) -> object:
+def _tiles(call: Call) -> list[object]:
     """Of a call's rows, or of its indices; those of a convolution's gradients are about as many."""
     config = importlib.import_module(f"{__package__}.config")
     p = parse(call.placement)
@@ -105,7 +105,8 @@ def _tiles(call: Call) -> object:
     rows, columns = p.selected_shape[0] // groups, p.block_columns.length
     times = groups * (p.matrix.runs if call.op == "conv2d_bank_grad" else 1)
     target = config.gpu(call.device)
-    return config.choose(call.op, batch, rows, columns, p.matrix.block, call.dtype, target, times)
+    given = (call.op, batch, rows, columns, p.matrix.block, call.dtype, target, times)
+    return [config.choose(*given, crowded) for crowded in (False, True)]
 
 
 class Triton(Backend):
@@ -136,7 +137,7 @@ class Triton(Backend):
         )
 
     def configuration(self, call: Call) -> str:
-        """The tiles that ``config.choose`` gives."""
+        """The tiles that ``config.choose`` gives, where registers are crowded and where not."""
         return str(_tiles(call))
 
     def rehearsing(

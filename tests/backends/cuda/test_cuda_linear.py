@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rpg_kernels as rpg
 from rpg_kernels import native
 from rpg_kernels.backends import dispatch
+from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cuda import rules
 from rpg_kernels.backends.triton import rules as triton
 from rpg_kernels.law.placement import Placement
@@ -315,3 +316,17 @@ def test_taken_by_default() -> None:
     with torch.autocast("cuda", torch.bfloat16):
         assert rpg.explain(layer, x).backend == "cuda"
         assert layer(x).dtype == torch.bfloat16
+
+
+def test_calls_that_are_planned_alike_are_proved_together() -> None:
+    """By plan.h a batch of 1, up to 8 and up to 16 has tiles of its own, and more has whole ones."""
+    spec = made((600, 200), "simt", window=(64, 4)).weight.spec
+
+    def said(rows: int) -> str:
+        call = Call("linear", torch.empty(rows, 200), spec)
+        return rules.Cuda("cuda").configuration(call)
+
+    kinds = [said(rows) for rows in range(1, 65)]
+    assert len(set(kinds)) == 9
+    for rows in (1, 8, 16):
+        assert said(rows) != said(rows + 1)
