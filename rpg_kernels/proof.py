@@ -34,18 +34,20 @@ def prove(
     """Test the back ends with every kind of call that a model makes, before it makes them.
 
     On a GPU a back end is tested when it is first needed: some seconds at the first call, less at
-    the next ones, and never again on a machine that keeps the verdicts (in the folder
+    other kinds of calls, and never again on a machine that keeps the verdicts (in the folder
     RPG_KERNELS_CACHE, or ``~/.cache/rpg-kernels``). This does it at once: before a measurement, a
     CUDA graph, or a GPU that is full. What is computed does not change. On a CPU there is nothing
     to test. Under autocast the dtype is autocast's.
 
     Args:
         model: whose weights lie where it will run.
-        inputs: of the model; it is run once with them, in eval mode, without gradients and by the
-            reference, to see its calls. Without them each layer is asked by itself, with
-            ``batches``.
-        batches: rows of a linear layer, indices of an embedding, images of 32 x 32 of a
-            convolution.
+        inputs: positional ones of the model; it is run once with them, in eval mode, without
+            gradients and by the reference, to see its calls. Sizes of images and their memory
+            format decide what kind a convolution's call is, so networks of convolutions want
+            this. Without inputs each layer is asked by itself, with ``batches``, in the bank's
+            dtype: ``[batch, in]``, int64 indices ``[batch]``, or contiguous images
+            ``[batch, channels, 32, 32]``.
+        batches: rows of a linear layer, indices of an embedding, images of a convolution.
         backward: test the gradients too.
         progress: show a bar on the standard error.
 
@@ -54,13 +56,17 @@ def prove(
 
     Raises:
         TypeError, ValueError: model is no module, or batches are no positive ints.
-        RuntimeError: a back end is forced, or RPG_KERNELS_PROVE is 0, so that none is tested.
+        RuntimeError: a back end is forced, or RPG_KERNELS_PROVE is 0, so that none is tested; or a
+            CUDA graph is captured, in which no test can be made.
 
     Example:
         >>> import rpg_kernels as rpg
         >>> layer = rpg.nn.Linear(8, 8, bank=rpg.ParameterBank(dof=64))
         >>> [said.op for said in rpg.prove(layer, batches=[4], progress=False)]
         ['linear', 'linear_input_grad', 'linear_bank_grad']
+        >>> (said,) = rpg.prove(layer, torch.ones(2, 8), backward=False, progress=False)
+        >>> said.backend
+        'reference'
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, wanted a torch.nn.Module")
