@@ -451,6 +451,32 @@ def test_other_versions_do_not_count(
         assert len(trials.OnTrial.ran) == 2, change
 
 
+def test_what_a_verdict_holds_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of any of these is another identity."""
+    gpu = mock.Mock(major=9, minor=0, multi_processor_count=132)
+    gpu.name = "a GPU"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+
+    def identity() -> dict[str, Any]:
+        return verdicts.identity.__wrapped__("cuda", 0)
+
+    seen = [identity()]
+    for where, name, other in (
+        (torch, "__version__", "another"),
+        (verdicts, "__version__", "another"),
+        (verdicts, "_version", lambda package: f"another {package}"),
+        (verdicts, "sources", lambda: "others"),
+        (verdicts, "_build", lambda: "another"),
+        (verdicts, "_driver", lambda: "another"),
+        (gpu, "name", "another"),
+        (gpu, "minor", 3),
+        (gpu, "multi_processor_count", 1),
+    ):
+        monkeypatch.setattr(where, name, other)
+        assert identity() not in seen, name
+        seen.append(identity())
+
+
 def test_two_processes_make_one_trial(tmp_path: Path, own_cache: Path) -> None:
     """The second waits for the first, and takes its verdict."""
     code = (
