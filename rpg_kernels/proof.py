@@ -70,6 +70,7 @@ def prove(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, wanted a torch.nn.Module")
+    batches = tuple(batches)
     for batch in batches:
         _checks.integer("batches", batch, 1, _checks.INT32_MAX)
     if settings.forced_backend():
@@ -205,7 +206,8 @@ def _backward(call: Call, y: Tensor) -> Iterator[Call]:
 
 
 def _shown(calls: list[Call], progress: bool) -> Iterator[Call]:
-    """The calls, with a bar: tqdm's where it is installed."""
+    """The calls, with a bar: tqdm's where it is installed; none without a standard error."""
+    progress = progress and sys.stderr is not None
     with contextlib.suppress(ImportError):
         if progress:
             tqdm = importlib.import_module("tqdm")

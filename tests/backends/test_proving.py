@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -349,6 +350,16 @@ def test_inputs_are_exact_and_surrounded_by_nan() -> None:
     assert trial_run.run(made) == ""
 
 
+def test_a_result_may_be_rounded_and_no_more() -> None:
+    exact = torch.ones(8, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        eps = torch.finfo(dtype).eps
+        assert trial_run.difference((exact + 2 * eps).to(dtype), exact, dtype) == ""
+        assert "8 of 8 results are wrong" in trial_run.difference(
+            (exact + 4 * eps).to(dtype), exact, dtype
+        )
+
+
 def test_settings_travel_and_return(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
@@ -361,6 +372,10 @@ def test_settings_travel_and_return(monkeypatch: pytest.MonkeyPatch) -> None:
             y,
         )[1],
     )
+    parts, switches = [], []
+    rehearsing = mock.Mock(side_effect=lambda *of: (parts.append(of), nullcontext())[1])
+    monkeypatch.setattr(trials.ALL["right"], "rehearsing", rehearsing)
+    monkeypatch.setattr(trial_run, "_set_precision", switches.append)
     trials.register("right")
     call = next(calls())
     torch.use_deterministic_algorithms(True)
@@ -373,6 +388,8 @@ def test_settings_travel_and_return(monkeypatch: pytest.MonkeyPatch) -> None:
         trial_run.run(made)
         assert rpg.settings.scratch_bytes("cpu") == 1 << 20
     assert seen == [(True, 4 << 20)]
+    assert parts == [(1, 1)]
+    assert switches == [made.conditions["precision"], before[0]]
     assert not torch.are_deterministic_algorithms_enabled()
     assert (trial.precision(), rpg.settings.scratch_bytes("cpu")) == before
 
@@ -432,6 +449,32 @@ def test_other_versions_do_not_count(
         trials.OnTrial.ran.clear()
         layer(x)
         assert len(trials.OnTrial.ran) == 2, change
+
+
+def test_what_a_verdict_holds_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of any of these is another identity."""
+    gpu = mock.Mock(major=9, minor=0, multi_processor_count=132)
+    gpu.name = "a GPU"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+
+    def identity() -> dict[str, Any]:
+        return verdicts.identity.__wrapped__("cuda", 0)
+
+    seen = [identity()]
+    for where, name, other in (
+        (torch, "__version__", "another"),
+        (verdicts, "__version__", "another"),
+        (verdicts, "_version", lambda package: f"another {package}"),
+        (verdicts, "sources", lambda: "others"),
+        (verdicts, "_build", lambda: "another"),
+        (verdicts, "_driver", lambda: "another"),
+        (gpu, "name", "another"),
+        (gpu, "minor", 3),
+        (gpu, "multi_processor_count", 1),
+    ):
+        monkeypatch.setattr(where, name, other)
+        assert identity() not in seen, name
+        seen.append(identity())
 
 
 def test_two_processes_make_one_trial(tmp_path: Path, own_cache: Path) -> None:
@@ -794,6 +837,55 @@ def test_a_process_that_is_stopped_is_not_waited_for_without_end(
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_forked_process_has_a_process_of_its_own(layer: rpg.nn.Linear) -> None:
+    """Closing its parent's would wait for a thread that it has not."""
+    made = trial.made(trials.ALL["right"], next(calls()))
+    assert trial_process.of(CPU).verdict(made) == ("", True)
+    with gate._lock:  # as if another thread tried something
+        child = os.fork()
+    if not child:
+        with gate._lock:
+            here = trial_process.of(CPU).verdict(made)
+            trial_process.of(CPU).close()
+        os._exit(here != ("", True))
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("it hangs")
+    assert status == 0
+    assert trial_process.of(CPU).verdict(made) == ("", True)
+
+
+def test_the_process_ends_by_itself_in_a_trial_without_end() -> None:
+    """Once the one that asked was killed nobody else ends it."""
+    program = trial_process._PROGRAM.replace(
+        "trial_run.main(", "trial_run.LONGEST = 1; trial_run.main("
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, "cpu", *trial_process._paths()],
+        input=trial.made(trials.ALL["hanging"], next(calls())).to_json() + "\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.stdout.splitlines() == ['{"state": "ready"}', '{"state": "begun"}']
+    assert "Timeout" in ended.stderr
+
+
+def test_prove_without_a_standard_error(
+    layer: rpg.nn.Linear, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials.register("right")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert len(rpg.prove(layer, batches=(b for b in (1, 2)))) == 6  # type: ignore[arg-type]
 
 
 def test_what_decides_how_operands_are_read_is_in_the_keys(here: None) -> None:

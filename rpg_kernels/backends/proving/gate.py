@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -20,6 +21,16 @@ _known: dict[Any, Verdict] = {}
 _books: dict[torch.device, Book] = {}
 _lock = threading.RLock()
 _warned: set[tuple[str, str, torch.dtype, str]] = set()
+
+
+def _after_fork() -> None:
+    """The lock may be held by a thread that is not in the forked process."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def proved(backend: Backend, call: Call) -> bool:

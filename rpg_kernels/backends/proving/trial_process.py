@@ -188,6 +188,19 @@ def _paths() -> list[str]:
 
 
 _processes: dict[str, TrialProcess] = {}
+_of_parent: list[dict[str, TrialProcess]] = []
+
+
+def _after_fork() -> None:
+    """A forked process has processes of its own. Its parent's are kept, since the thread that reads
+    from them is not here, and closing the pipe would wait for it."""
+    global _processes
+    _of_parent.append(_processes)
+    _processes = {}
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def of(device: torch.device) -> TrialProcess:
