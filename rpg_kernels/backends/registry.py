@@ -49,7 +49,8 @@ class Backend(ABC):
         device_types: where it may be taken without being forced; None is everywhere. Others are
             passed over before anything else is asked, since every call of an operator asks.
         must_prove: it is tried before a call that nobody forced is given to it, and passed over
-            where it failed. See ``rpg_kernels.backends.proving``.
+            where it failed. See ``rpg_kernels.backends.proving``. Another process tries it, which
+            imports the module of the class: that has to register it.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Backend(ABC):
         return contextlib.nullcontext()
 
     def untried(self, call: Call) -> Callable[..., Tensor]:
-        """``operator``, where that depends on what was proved, as if everything were."""
+        """As ``operator``, but as if all kernels that are lent were proved: a trial runs it."""
         return self.operator(call)
 
     def takes(self, call: Call) -> bool:

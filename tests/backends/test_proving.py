@@ -28,7 +28,7 @@ import torch
 import rpg_kernels as rpg
 from rpg_kernels.backends import dispatch, proving, registry
 from rpg_kernels.backends.call import Call
-from rpg_kernels.backends.proving import gate, trial, trial_process, trial_run, verdicts
+from rpg_kernels.backends.proving import trial, trial_process, trial_run, trust, verdicts
 
 CPU = torch.device("cpu")
 BAD = [name for name in trials.WAYS if name not in ("right", "talkative", "hanging")]
@@ -54,10 +54,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setattr("rpg_kernels.settings._PROVE", "1")
     monkeypatch.setattr(trials.OnTrial, "wanted", True)
     monkeypatch.setattr(trials.OnTrial, "ran", [])
-    gate.forget()
+    trust.forget()
     yield tmp_path / "cache"
     trials.unregister()
-    gate.forget()
+    trust.forget()
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_one_that_is_right_is_tried_once_and_trusted(layer: rpg.nn.Linear, own_c
     assert identity["identity"]["torch"] == torch.__version__
     assert kept["wrong"] == ""
     assert kept["about"] == "talkative: linear in float32, weight 9x20, on cpu"
-    gate.forget()
+    trust.forget()
     trial_process.of(CPU).close()
     with_process = trial_process.TrialProcess.verdict
     try:
@@ -159,7 +159,7 @@ def test_where_no_other_process_can_be_started_it_is_made_here(
 ) -> None:
     trials.register("right")
     for broken in ("/nowhere/python", "", "/bin/false"):
-        gate.forget()
+        trust.forget()
         monkeypatch.setenv(verdicts.ENVIRONMENT_CACHE, f"/tmp/none-{os.getpid()}/{len(broken)}")
         trial_process.of(CPU).close()
         monkeypatch.setattr(sys, "executable", broken)
@@ -417,20 +417,20 @@ def test_what_is_no_verdict_in_the_file_is_passed_over(layer: rpg.nn.Linear, her
     trials.register("right")
     x = torch.randn(3, 20)
     layer(x)
-    book = gate._book(CPU)
+    book = trust._book(CPU)
     good = book.path.read_bytes()
     for spoiled in (
         good + b'{"key": 3, "wrong": "", "about": ""}\nnot json\n\xff\xfe\n[]\n{"key": "cut',
         b"\x00" * 100 + b"\n" + good,
     ):
         book.path.write_bytes(spoiled)
-        gate.forget()
+        trust.forget()
         trials.OnTrial.ran.clear()
         layer(x)
         assert len(trials.OnTrial.ran) == 1
         assert [record["wrong"] for record in proving.said(CPU)] == [""]
     book.path.write_bytes(good[: len(good) // 2])
-    gate.forget()
+    trust.forget()
     layer(x)
     assert len(trials.OnTrial.ran) == 3
 
@@ -445,7 +445,7 @@ def test_other_versions_do_not_count(
         before = verdicts.identity("cpu", 0)
         changed = {**before, change: "another"}
         monkeypatch.setattr(verdicts, "identity", lambda *_, changed=changed: changed)
-        gate.forget()
+        trust.forget()
         trials.OnTrial.ran.clear()
         layer(x)
         assert len(trials.OnTrial.ran) == 2, change
@@ -512,8 +512,8 @@ def test_not_while_a_graph_is_captured(
     layer: rpg.nn.Linear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(gate, "_with_index", lambda device: cuda)
-    monkeypatch.setattr(gate, "_book", lambda device: verdicts.Book(CPU))
+    monkeypatch.setattr(trust, "_with_index", lambda device: cuda)
+    monkeypatch.setattr(trust, "_book", lambda device: verdicts.Book(CPU))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     trials.register("right")
     sentence = r"right has not been tested for linear in torch.float32 .* captured; .*rpg.prove"
@@ -546,7 +546,7 @@ def test_prove_up_front(
     trials.register("right")
     x = torch.randn(2, 3, 6, 6)
     for inputs, images in (((x,), 1), ((), 2)):
-        gate.forget()
+        trust.forget()
         said = rpg.prove(model, *inputs, batches=(1, 16))
         products = {"", "_input_grad", "_bank_grad"}
         assert {e.op for e in said} == {f"{o}{p}" for o in ("linear", "conv2d") for p in products}
@@ -598,9 +598,9 @@ def test_lent_kernels_are_proved_with_the_product(
     torch.testing.assert_close(layer(x), wanted)
     assert "kernel of right" in rpg.explain(layer, x).reason
     factor[0] = 2.0
-    verdicts_file = gate._book(CPU).path
+    verdicts_file = trust._book(CPU).path
     verdicts_file.unlink()
-    gate.forget()
+    trust.forget()
     said = "reference with kernels of right failed its test"
     with pytest.warns(UserWarning, match=f"{said}.* reference without them runs instead"):
         torch.testing.assert_close(layer(x), wanted)
@@ -843,10 +843,10 @@ def test_a_forked_process_has_a_process_of_its_own(layer: rpg.nn.Linear) -> None
     """Closing its parent's would wait for a thread that it has not."""
     made = trial.made(trials.ALL["right"], next(calls()))
     assert trial_process.of(CPU).verdict(made) == ("", True)
-    with gate._lock:  # as if another thread tried something
+    with trust._lock:  # as if another thread tried something
         child = os.fork()
     if not child:
-        with gate._lock:
+        with trust._lock:
             here = trial_process.of(CPU).verdict(made)
             trial_process.of(CPU).close()
         os._exit(here != ("", True))
@@ -902,7 +902,7 @@ def test_what_decides_how_operands_are_read_is_in_the_keys(here: None) -> None:
     moved = torch.randn(x.numel() + 1)[1:].view(x.shape)
     other = call._replace(operands=[dy, moved, *rest])
     assert trial.made(backend, call).key != trial.made(backend, other).key
-    assert gate._call_key(backend, call) != gate._call_key(backend, other)
+    assert trust._call_key(backend, call) != trust._call_key(backend, other)
 
 
 @pytest.mark.gpu

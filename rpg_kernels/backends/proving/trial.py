@@ -23,7 +23,7 @@ from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.registry import Backend
 from rpg_kernels.law.placement import Placement, parse
 
-# What the operands of each operator are. Of "x", "dy" and "image" a part of the batch is kept.
+# What the operands of each operator are. Of "x", "image" and "indices" a part of the batch is kept.
 ROLES = {
     "linear": ("x", "bank", "table", "bias", "placement"),
     "linear_input_grad": ("x", "bank", "table", "placement"),
@@ -38,7 +38,7 @@ ROLES = {
 }
 ROWS = 384  # of a batch that are kept, and what is left over of whole tiles of 128
 PIXELS = 4096  # so many, and at least two images
-WEIGHTS = 1 << 24  # of a matrix; more are cut to whole thousands of rows, and what is left over
+WEIGHTS = 1 << 24  # of a matrix, about; more rows are cut, by multiples of 1024
 ALIGNMENT = 16  # bytes; kernels are compiled for addresses that are multiples of it, or are not
 
 
@@ -90,8 +90,8 @@ class Trial:
     def key(self) -> str:
         """Names the kind of call: trials of one key have one verdict, on one kind of device.
 
-        The batch counts by the configuration that is chosen for it, and the place of a weight on
-        the ring not at all.
+        The batch counts by the configuration that is chosen for it, and the segment of a weight not
+        at all.
         """
         operands: list[Any] = []
         for role, operand in zip(ROLES[self.op], self.operands, strict=True):

@@ -41,7 +41,8 @@ _FROM_OUTSIDE = tuple(
 
 
 class CannotStartError(RuntimeError):
-    """No process can use the device: this program is no Python, or the device is for one only."""
+    """No process can use the device: sys.executable is no Python (an embedded interpreter), or the
+    device is for one process, or full."""
 
 
 class TrialProcess:

@@ -1,10 +1,11 @@
 """Running a trial: ``main`` is the process that trials are made in.
 
-The bank holds multiples of 1/8 up to 1, and so do, of 1/4, x, dy and dense; the scale is a power of
-two. So products and sums are exact in fp32 in any order, and what is left is the rounding of the
-result to its dtype, and of partial results where a library sums in 16 bits: one wrong weight among
-thousands shows in every dtype. In fp32 the first of x, dy and dense holds multiples of 1/2048
-instead, so that a product in less than fp32 shows too, unless torch's switches allow it.
+The bank holds multiples of 1/8, and x, dy, dense and bias multiples of 1/4, all up to 1; the scale
+is a power of two. So products and sums are exact in fp32 in any order. What is left is the rounding
+of the result to its dtype, and of partial results where a library sums in 16 bits: one wrong weight
+among thousands shows in every dtype. In fp32 the first of x, dy and dense holds multiples of 1/2048
+instead, so that a product in less than fp32 shows too, unless torch's switches allow it; sums are
+then exact up to 1024 and more, which random ones hardly reach.
 
 Everything is surrounded by NaN, and memory that results may be made in holds NaN before.
 """

@@ -38,7 +38,7 @@ def proved(backend: Backend, call: Call) -> bool:
 
     Args:
         backend: that the call would be given to.
-        call: with its operands, on real tensors.
+        call: with its operands, which may be described only.
 
     Raises:
         RuntimeError: a trial would be needed while a CUDA graph is captured.
@@ -73,7 +73,7 @@ def state(backend: Backend, call: Call) -> str:
 
 
 def said(device: torch.device) -> list[dict[str, Any]]:
-    """The verdicts that are kept for a device: records of ``about`` and ``wrong``."""
+    """The verdicts that are kept for a device: records of ``key``, ``about`` and ``wrong``."""
     return _book(_with_index(device)).records()
 
 
