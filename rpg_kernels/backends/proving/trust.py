@@ -94,8 +94,8 @@ def warn_once(backend: Backend, call: Call, instead: str) -> None:
     instead = f"calls and {instead} runs instead; results are right, and may take longer."
     if not verdict.lasting:
         _checks.warn(
-            f"the back end {label} could not be tested for {what} {instead} `rpg.prove(model)` "
-            "tests it before the model's own tensors fill the memory; "
+            f"the back end {label} could not be tested for {what} {instead} The next process tries "
+            "again; `rpg.prove(model)` does it before the model's own tensors fill the memory, and "
             f"{settings.ENVIRONMENT_PROVE}=0 trusts it untested"
         )
         return
