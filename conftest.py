@@ -20,3 +20,5 @@ if not importlib.util.find_spec("triton"):
 collect_ignore += [
     str(p) for p in (Path(__file__).parent / "tests/backends/triton/cases").iterdir()
 ]
+# Fixtures, loaded by pytest itself; as modules for doctests their names would collide.
+collect_ignore += [str(p) for p in (Path(__file__).parent / "tests").rglob("conftest.py")]
