@@ -20,7 +20,7 @@ import triton_launches as launches
 from rpg_kernels.backends.triton.config import _TILES, choose
 
 PRODUCTS = (*every.MATRICES, *every.CONVOLUTIONS)
-DRAWN = 16  # for each architecture, beside the most crowded
+DRAWN = 8  # for each architecture, beside the most crowded
 FEW_BYTES = 64
 
 
