@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.rows import HASHED, LAW, UNSIGNED, Row
-from rpg_kernels import Generator, ParameterBank, VirtualWeight
-from rpg_kernels.law import window as window_law
-from rpg_kernels.law.geometry import VirtualMatrix
-from rpg_kernels.law.placement import Placement
+from rpg_kernels import Generator
+from rpg_kernels.law.explicit import explicit_map
+from rpg_kernels.law.placement import place
 
 
 @dataclass(frozen=True)
@@ -51,52 +50,18 @@ Map = Callable[[Ring, tuple[int, ...], int, int], Entries]
 def law(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:
     """The packing law, as ``ParameterBank.place`` lays layers out."""
     row = ring.row
-    if row.window is not None:
-        return _windows(ring, shape, layer, start)
     generator = Generator(
         slots=ring.dof // row.granularity,
         granularity=row.granularity,
         reflect=row.reflect,
         permute=row.permute,
-        seed=ring.seed,
-    )
-    matrix = VirtualMatrix(shape, row.granularity)
-    start = -(-start // matrix.block) * matrix.block
-    placement = Placement(generator, layer, start % generator.dof, shape, 1.0)
-    # A bank that holds its own addresses: what is read says where it was read, and how.
-    bank = ParameterBank(
-        generator.dof,
-        row.granularity,
-        row.reflect,
-        row.permute,
-        seed=ring.seed,
-        dtype=torch.float64,
-    )
-    with torch.no_grad():
-        addresses = torch.arange(1, generator.dof + 1, dtype=torch.float64)
-        bank.weight.copy_(addresses.view_as(bank.weight))
-        read = VirtualWeight(bank, placement).unpack()
-    return Entries(read.abs().long() - 1, read.sign().float(), start + matrix.span)
-
-
-def _windows(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:
-    row = ring.row
-    assert row.window is not None
-    assert row.laps is not None
-    start, end = window_law.place(shape, row.granularity, start)
-    index, sign = window_law.window_map(
-        shape,
-        slots=ring.dof // row.granularity,
-        granularity=row.granularity,
         window=row.window,
         laps=row.laps,
         seed=ring.seed,
-        layer=layer,
-        start=start,
-        reflect=row.reflect,
-        permute=row.permute,
+        law=row.law,
     )
-    return Entries(index, sign, end)
+    placement, end = place(generator, layer, start, shape, taps=row.taps)
+    return Entries(*explicit_map(placement), end)
 
 
 def hashed(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from rpg_kernels.bank.config import PAPER_INIT_STD
+from rpg_kernels.law.window import WINDOW_LAW
 
 GRANULARITIES = (1, 8, 16, 64, 128)
 REFLECT = ("element", "vector", "none")
@@ -25,7 +26,8 @@ class Row:
             has no more trainable numbers than a shared one of this compression.
         granularity, reflect, permute: of the packing law.
         init_std, scale: of the bank and of the layers, as in ``RPGConfig``.
-        window, laps: of the window law; None for the whole ring. The window is in slots.
+        window, laps, taps, law: of generator and placement; None for the whole ring, and for what
+            the law chooses.
         lr: factor on the recipe's learning rate.
         bank_lr, bank_decay: factors on the bank's learning rate and weight decay.
     """
@@ -38,6 +40,8 @@ class Row:
     permute: bool = True
     window: int | None = None
     laps: int | None = None
+    taps: int | None = None
+    law: int | None = None
     init_std: float = PAPER_INIT_STD
     scale: str = "fan_out"
     lr: float = 1.0
@@ -95,7 +99,27 @@ def _windows(
     compression: float, window: int, laps: int, granularity: int = 64, reflect: str = "vector"
 ) -> Row:
     name = window_name(compression, granularity, reflect, window, laps)
-    return Row(name, LAW, compression, granularity, reflect=reflect, window=window, laps=laps)
+    kept = {"granularity": granularity, "reflect": reflect, "law": WINDOW_LAW}
+    return Row(name, LAW, compression, window=window, laps=laps, **kept)
+
+
+def unit_name(compression: float, laps: int, window: int | None, taps: int | None) -> str:
+    """Name of a row of the unit law.
+
+    Example:
+        >>> unit_name(17, 4, None, None), unit_name(17, 4, 256, 1)
+        ('rpg 17x g64 vector, 4 laps', 'rpg 17x g64 vector, 4 laps, windows of 256, 1 tap')
+    """
+    name = f"{law_name(compression, 64, 'vector')}, {laps} lap{'s' * (laps > 1)}"
+    name += f", windows of {window}" if window else ""
+    return name + (f", {taps} tap{'s' * (taps > 1)}" if taps else "")
+
+
+def _units(
+    compression: float, laps: int, window: int | None = None, taps: int | None = None
+) -> Row:
+    name = unit_name(compression, laps, window, taps)
+    return Row(name, LAW, compression, window=window, laps=laps, taps=taps)
 
 
 def _trained(name: str, **changed: Any) -> Row:
@@ -132,6 +156,21 @@ WINDOWS = (
     _windows(17, 64, 16, reflect="element"),
     _windows(17, 256, 1),
     _windows(17, 512, 4),
+)
+# The unit law as it chooses, with larger windows, and with units of one tap.
+UNITS = (
+    _units(17, 4),
+    _units(4, 4),
+    _units(17, 9),
+    _units(4, 4, window=256),
+    _units(17, 4, window=256),
+    _units(4, 4, taps=1),
+    _units(17, 16),
+    _units(17, 9, window=256),
+    _units(17, 4, taps=1),
+    _units(17, 16, window=256),
+    _units(17, 1),
+    _units(4, 1),
 )
 # Degrees of freedom from 45K to as many as weights; comparators at 4x; permutation and signs alone.
 SUPPORTING = (
@@ -177,7 +216,7 @@ def _unique(tiers: Iterable[Sequence[Row]]) -> Iterator[tuple[Row, ...]]:
         yield fresh
 
 
-TIERS = tuple(_unique((DECIDING, WINDOWS, SUPPORTING, FURTHER)))
+TIERS = tuple(_unique((DECIDING, WINDOWS, UNITS, SUPPORTING, FURTHER)))
 ROWS = {row.name: row for tier in TIERS for row in tier}
 
 

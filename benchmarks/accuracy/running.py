@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=default.images, help="default: %(default)s")
     parser.add_argument("--test-images", type=int, help="default: all")
     parser.add_argument("--epochs", type=int, default=default.epochs, help="default: %(default)s")
+    parser.add_argument(
+        "--float32",
+        action="store_true",
+        help="instead of bfloat16, which processors without its instructions emulate",
+    )
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--out", type=Path, help="results file (default: in benchmarks/results)")
@@ -62,8 +67,9 @@ def main(args: argparse.Namespace) -> None:
         test_images=args.test_images,
         epochs=args.epochs,
         augment=args.data is not None,  # a mirrored or shifted digit is another one
+        bfloat16=not args.float32,
     )
-    out = args.out or RESULTS / default_name(args.network, args.data)
+    out = args.out or RESULTS / default_name(args.network, args.data, args.float32)
     if args.list:
         done = records.read(out)
         for row, seed in runs:
@@ -76,9 +82,9 @@ def main(args: argparse.Namespace) -> None:
     run(runs, recipe, train.Pixels(images, device), out, args.budget)
 
 
-def default_name(network: str, path: str | None) -> str:
-    """Of the results file: one for each data set and network."""
-    suffix = "" if network == "small" else f"_{network}"
+def default_name(network: str, path: str | None, float32: bool = False) -> str:
+    """Of the results file: one for each data set, network and dtype."""
+    suffix = ("" if network == "small" else f"_{network}") + ("_fp32" if float32 else "")
     return f"accuracy_{'digits' if path is None else 'cifar10'}{suffix}.jsonl"
 
 

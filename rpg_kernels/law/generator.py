@@ -9,10 +9,12 @@ from typing import Any
 
 from rpg_kernels import _checks
 from rpg_kernels.law.ring import LAW_VERSION, REFLECT
-from rpg_kernels.law.window import WINDOW_LAW, check_windows
+from rpg_kernels.law.unit import UNIT_LAW
+from rpg_kernels.law.unit import check_windows as check_units
+from rpg_kernels.law.window import WINDOW_LAW, check_window
 
 TABLE_LAW = "table"
-LAWS = (LAW_VERSION, WINDOW_LAW)
+LAWS = (LAW_VERSION, WINDOW_LAW, UNIT_LAW)
 
 
 @dataclass(frozen=True)
@@ -24,22 +26,23 @@ class Generator:
         granularity: elements per slot, a power of two from 1 to 128.
         reflect: ``"element"``, ``"vector"`` or ``"none"``.
         permute: False reads the ring in order.
-        window: None, the whole ring (law 1), or slots of a window (law 2): a power of two from 64
-            to 32768, at most the ring.
-        laps: times that a unit reads each slot of its window, 1 to 64; None without a window.
+        window: slots of a window. With law 3 what the law aims at, a multiple of 8 from 8 to 4096,
+            or None for its own choice; with law 2 a power of two from 64 to 32768, at most the
+            ring.
+        laps: times that a unit reads each slot of its window, 1 to 64; None, the whole ring.
         seed: 0 to 2^63 - 1.
-        law: version of the packing law; None for the one that the window implies.
+        law: version of the packing law; None for 3 with laps and 1 without.
 
     Raises:
         TypeError, ValueError: a field is out of range, a law that this version does not know, or
-            one that contradicts the window.
+            one that contradicts window and laps.
 
     Example:
         >>> g = Generator(slots=31250, granularity=64, reflect="vector")
         >>> g.dof, g.law, Generator.from_json(g.to_json()) == g
         (2000000, 1, True)
-        >>> Generator(slots=31250, granularity=64, reflect="vector", window=256, laps=16).law
-        2
+        >>> Generator(slots=31250, granularity=64, reflect="vector", laps=16).law
+        3
     """
 
     slots: int
@@ -53,21 +56,26 @@ class Generator:
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        law = LAW_VERSION if self.window is None else WINDOW_LAW
+        windows = self.window is not None or self.laps is not None
         if self.law is None:
-            object.__setattr__(self, "law", law)
+            object.__setattr__(self, "law", UNIT_LAW if windows else LAW_VERSION)
         _check_law(self.law)
-        if self.law != law and self.window is None:
-            raise _checks.fail("law", self.law, f"{law}, as there is no window")
-        if self.law != law:
-            raise _checks.fail("window", self.window, f"None with law {self.law}")
         _checks.integer("slots", self.slots, 1, _checks.INT32_MAX)
         _checks.granularity(self.granularity)
         _checks.choice("reflect", self.reflect, REFLECT)
         _checks.boolean("permute", self.permute)
-        check_windows(self.window, self.laps, self.slots)
-        if self.window is not None and self.laps is None:
-            raise _checks.fail("laps", None, "an int from 1 to 64 with a window")
+        if self.law == LAW_VERSION:
+            for name in ("window", "laps"):
+                if getattr(self, name) is not None:
+                    raise _checks.fail(name, getattr(self, name), f"None with law {self.law}")
+        elif self.laps is None:
+            raise _checks.fail("laps", None, f"an int from 1 to 64 with law {self.law}")
+        elif self.law == UNIT_LAW:
+            check_units(self.window, self.laps)
+        elif self.window is None:
+            raise _checks.fail("window", None, f"a number of slots with law {self.law}")
+        else:
+            check_window(self.window, self.laps, self.slots)
         _checks.integer("seed", self.seed, 0, 2**63 - 1)
         object.__setattr__(self, "text", _text(self))
 
@@ -77,7 +85,7 @@ class Generator:
         return self.slots * self.granularity
 
     def to_json(self) -> str:
-        """One line of JSON with every field, the law version among them; laps with windows only."""
+        """One line of JSON with every field, the law version among them; laps not with law 1."""
         return self.text
 
     @classmethod
@@ -180,7 +188,7 @@ def _fields(cls: type, text: str) -> dict[str, Any]:
         _check_law(law)  # first, since another law may have other fields
     required = {"slots", "law"}
     required |= {"granularity", "reflect"} if cls is Generator else {"entries", "sha256"}
-    if cls is Generator and law == WINDOW_LAW:
+    if cls is Generator and law != LAW_VERSION:
         required |= {"window", "laps"}
     else:
         names -= {"laps"}
@@ -196,11 +204,11 @@ def _fields(cls: type, text: str) -> dict[str, Any]:
 def _text(generator: Generator | TableGenerator) -> str:
     """The JSON form, made once: torch.compile cannot trace the json module."""
     record = {f.name: getattr(generator, f.name) for f in fields(generator) if f.init}
-    if record["law"] != WINDOW_LAW:
+    if record["law"] == LAW_VERSION:
         record.pop("laps", None)
     return json.dumps(record, separators=(",", ":"))
 
 
 def _check_law(law: object) -> None:
     if type(law) is not int or law not in LAWS:
-        raise _checks.fail("law", repr(law), f"{' or '.join(map(str, LAWS))}, the laws known here")
+        raise _checks.fail("law", repr(law), f"one of {', '.join(map(str, LAWS))}, the laws known here")

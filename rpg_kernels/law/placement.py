@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from rpg_kernels import _checks
+from rpg_kernels.law import unit as unit_law
 from rpg_kernels.law import window as window_law
 from rpg_kernels.law.generator import Generator, TableGenerator, parse_generator
 from rpg_kernels.law.geometry import VirtualMatrix
-from rpg_kernels.law.ring import MAX_BAND, LayerLaw
+from rpg_kernels.law.ring import LAW_VERSION, MAX_BAND, LayerLaw
+from rpg_kernels.law.unit import UNIT_LAW, UnitLaw
 
 Range = tuple[int, int]
 _KEYS = ("generator", "layer", "start", "shape", "scale", "rows", "columns")
@@ -37,12 +39,14 @@ class Placement:
         generator: what G is.
         layer: number of the layer, part of its keys.
         start: where the layer's segment begins: a ring address in elements, a multiple of the
-            layer's block; with windows an address up to 2^62 that is not wrapped, a multiple of
-            ``window_law.alignment(rows)`` blocks; with a table the first entry.
+            layer's block; with laps an address up to 2^62 that is not wrapped, a multiple of
+            ``alignment`` of the law; with a table the first entry.
         shape: torch's shape of the full weight, ``[N, K]`` or ``[out, in/groups, *kernel]``.
         scale: the layer's multiplier; finite and not zero.
         rows, columns: the selection along dimensions 0 and 1 of the shape as (offset, length);
             None for all of it.
+        taps: of a unit (law 3): a divisor of the kernel's, at most the laps; None for the largest,
+            or where there are no units.
 
     Raises:
         TypeError, ValueError: a field is out of range.
@@ -60,6 +64,7 @@ class Placement:
     scale: float
     rows: Range | None = None
     columns: Range | None = None
+    taps: int | None = None
     matrix: VirtualMatrix = field(init=False, repr=False, compare=False)  # the full weight
     selected_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
@@ -81,27 +86,59 @@ class Placement:
             object.__setattr__(self, name, (offset, length))
         (_, rows), (_, columns) = self.selection
         object.__setattr__(self, "selected_shape", (rows, columns, *self.shape[2:]))
-        if isinstance(self.generator, TableGenerator):
-            _checks.integer("start", self.start, 0, self.generator.entries - self.matrix.numel)
-        else:
-            if self.generator.dof // matrix.block > MAX_BAND:
-                got = f"a bank of {self.generator.dof} elements read in blocks of {matrix.block}"
-                raise _checks.fail("generator", got, f"at most {MAX_BAND} blocks")
-            if self.generator.window is not None:
-                window_law.check_start(self.start, matrix)
-                return
-            _checks.integer("start", self.start, 0, self.generator.dof - 1)
+        g = self.generator
+        laps = g.laps if isinstance(g, Generator) and g.law == UNIT_LAW else None
+        if laps is not None and self.taps is None:
+            object.__setattr__(self, "taps", unit_law.taps_of_unit(self.matrix.runs, laps))
+        elif laps is None and self.taps is not None:
+            raise _checks.fail("taps", self.taps, "None where there are no units")
+        self._check_start()
+
+    def _check_start(self) -> None:
+        generator, matrix = self.generator, self.matrix
+        if isinstance(generator, TableGenerator):
+            _checks.integer("start", self.start, 0, generator.entries - matrix.numel)
+        elif generator.dof // matrix.block > MAX_BAND:
+            got = f"a bank of {generator.dof} elements read in blocks of {matrix.block}"
+            raise _checks.fail("generator", got, f"at most {MAX_BAND} blocks")
+        elif generator.law == UNIT_LAW:
+            assert generator.laps is not None
+            assert self.taps is not None
+            unit_law.check_layer(self.start, matrix, self.taps, generator.laps)
+        elif generator.law == LAW_VERSION:
+            _checks.integer("start", self.start, 0, generator.dof - 1)
             if self.start % matrix.block:
                 raise _checks.fail("start", self.start, f"a multiple of {matrix.block}")
+        else:
+            window_law.check_start(self.start, matrix)
 
     @cached_property
     def law(self) -> LayerLaw:
-        """The packing law of this layer, a ``WindowLaw`` with windows; a table has none."""
+        """The packing law of this layer; a table has none."""
         g = self.generator
         if isinstance(g, TableGenerator):
             raise TypeError("generator: got a TableGenerator, wanted a Generator with a law")
         matrix = self.matrix
-        if g.window is not None:
+        if g.law == UNIT_LAW:
+            assert g.laps is not None
+            assert self.taps is not None
+            return UnitLaw(
+                seed=g.seed,
+                layer=self.layer,
+                rows=matrix.rows,
+                blocks=matrix.blocks,
+                granularity=matrix.block,
+                slots=g.dof // matrix.block,
+                start=self.start // (unit_law.OCTET * matrix.block),
+                reflect=g.reflect,
+                permute=g.permute,
+                laps=g.laps,
+                window=g.window,
+                runs=matrix.runs,
+                taps=self.taps,
+            )
+        if g.law != LAW_VERSION:
+            assert g.window is not None
             assert g.laps is not None
             return window_law.layer_law(
                 self.shape,
@@ -168,12 +205,55 @@ class Placement:
     def to_json(self) -> str:
         """One line of JSON: the operators' argument, and what a checkpoint keeps."""
         (rows, columns), shape = self.selection, list(self.shape)
+        taps = "" if self.taps is None else f',"taps":{self.taps}'
         # Written out, since torch.compile cannot trace the json module.
         return (
             f'{{"generator":{self.generator.to_json()},"layer":{self.layer},"start":{self.start},'
             f'"shape":{shape},"scale":{float(self.scale)!r},"rows":{list(rows)},'
-            f'"columns":{list(columns)}}}'
+            f'"columns":{list(columns)}{taps}}}'
         )
+
+
+def place(
+    generator: Generator | TableGenerator,
+    layer: int,
+    cursor: int,
+    shape: Sequence[int],
+    scale: float = 1.0,
+    taps: int | None = None,
+) -> tuple[Placement, int]:
+    """A layer that follows others, and where the next one may begin.
+
+    Args:
+        generator, layer, shape, scale, taps: of the placement.
+        cursor: where the layer before ended; 0 for the first.
+
+    Returns:
+        (placement, cursor).
+
+    Raises:
+        TypeError, ValueError: as Placement; a table with too few entries.
+
+    Example:
+        >>> ring = Generator(slots=4, granularity=8, reflect="none")
+        >>> [place(ring, 0, 0, (3, 8))[1], place(ring, 1, 24, (3, 8))[1]]
+        [24, 16]
+    """
+    shape = tuple(shape)
+    if isinstance(generator, TableGenerator):
+        placement = Placement(generator, layer, cursor, shape, scale)
+        return placement, cursor + placement.matrix.numel
+    first = Placement(generator, layer, 0, shape, scale, taps=taps)  # checks all but the start
+    if generator.law == LAW_VERSION:
+        block = first.matrix.block
+        start = -(-cursor // block) * block % generator.dof
+        end = (start + first.matrix.span) % generator.dof
+    elif generator.law == UNIT_LAW:
+        assert generator.laps is not None
+        start, end = unit_law.place(shape, generator.granularity, generator.laps, cursor)
+    else:
+        start, end = window_law.place(shape, generator.granularity, cursor)
+    return replace(first, start=start), end
 
 
 @lru_cache(maxsize=65536)
@@ -187,6 +267,7 @@ def parse(text: str) -> Placement:
     try:
         record = json.loads(text)
         given = {name: record[name] for name in _KEYS}
+        given["taps"] = record.get("taps")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise _checks.fail("placement", repr(text[:80]), "the JSON of a Placement") from error
     generator = parse_generator(json.dumps(given.pop("generator")))

@@ -369,37 +369,3 @@ def layer_law(
         laps=laps,
     )
     return matrix, law
-
-
-def window_map(shape: Sequence[int], **fields: int | str | bool) -> tuple[Tensor, Tensor]:
-    """The map of a layer written out, for experiments: which bank element, and with which sign.
-
-    Args:
-        shape: torch's shape of the weight.
-        fields: those of ``layer_law``.
-
-    Returns:
-        index, sign: int64 in [0, slots * granularity) and float32 ±1, of the given shape; the
-        weight is ``scale * sign * bank.flatten()[index]``.
-
-    Raises:
-        TypeError, ValueError: as layer_law.
-
-    Example:
-        >>> index, sign = window_map((8, 4, 3, 3), slots=70, granularity=8, window=64, laps=1)
-        >>> index.shape, int(index.max()) < 560, sorted(set(sign.flatten().tolist()))
-        (torch.Size([8, 4, 3, 3]), True, [-1.0, 1.0])
-    """
-    matrix, law = layer_law(shape, **fields)  # type: ignore[arg-type]
-    n, b = torch.arange(matrix.rows)[:, None], torch.arange(matrix.blocks)
-    element = torch.arange(matrix.block)
-    index = law.slot(n, b)[..., None] * matrix.block + element
-    sign = 1 - 2 * law.negative(n, b).float()
-    return _to_torch(index, matrix), _to_torch(sign, matrix)
-
-
-def _to_torch(entries: Tensor, matrix: VirtualMatrix) -> Tensor:
-    """[rows, blocks, block] of the virtual matrix in torch's layout, without padding."""
-    runs = entries.reshape(matrix.rows, matrix.runs, -1)[..., : matrix.run]
-    by_tap = runs.reshape(matrix.rows, matrix.taps, matrix.channels)
-    return by_tap.transpose(1, 2).reshape(matrix.shape).contiguous()
