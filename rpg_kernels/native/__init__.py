@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg_kernels import _checks
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
 from rpg_kernels.law.ring import LayerLaw
@@ -27,6 +28,8 @@ from rpg_kernels.native.elf import cut_short
 ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
 ENVIRONMENT_ISA = "RPG_KERNELS_ISA"
 BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
+
+KNOWN_LAWS = (LayerLaw, WindowLaw)
 
 _MODULE = "rpg_kernels.native._native"
 _REFLECT = {"none": 0, "vector": 1, "element": 2}
@@ -177,9 +180,21 @@ def stream(words: Tensor, *, write: bool, passes: int) -> None:
     _load()[0].bandwidth(words.data_ptr(), count, write, passes, threads)
 
 
+def knows(law: LayerLaw) -> bool:
+    """Whether the native module has this kind of law; ``layer_law`` refuses others."""
+    return type(law) in KNOWN_LAWS
+
+
 @lru_cache(maxsize=4096)
 def layer_law(law: LayerLaw) -> Any:
-    """The compiled counterpart of a layer's law; its methods take addresses."""
+    """The compiled counterpart of a layer's law; its methods take addresses.
+
+    Raises:
+        ValueError: a law that ``knows`` does not.
+    """
+    if not knows(law):
+        wanted = " or ".join(kind.__name__ for kind in KNOWN_LAWS)
+        raise _checks.fail("law", type(law).__name__, wanted)
     windows = {}
     if isinstance(law, WindowLaw):
         windows = {"window": law.window, "laps": law.laps, "address": law.start}
