@@ -67,7 +67,9 @@ class BankMap:
                     _checks.integer("taps", each, 1, MAX_LAPS)
                 shape = tuple(_list("shape", shape))
                 _checks.integer("dimensions", len(shape), 2, _MAX_DIMENSIONS)
-                placements.append(Placement(generator, layer, start, shape, scale, None, None, *taps))
+                placements.append(
+                    Placement(generator, layer, start, shape, scale, None, None, *taps)
+                )
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"a map that cannot be read ({error})") from error
         return cls(generator, tuple(placements))

@@ -22,7 +22,7 @@ from rpg_kernels.law.placement import Placement, Range, split
 from rpg_kernels.law.ring import WORD_BITS, sign_bits
 
 _LAW_BYTES = 96  # per position: twelve int64 tensors alive at once in the law
-_WINDOW_BYTES = 200  # 25 of them in law 2
+_LAPS_BYTES = 200  # 25 of them in laws 2 and 3, which have laps
 _SIGN_BYTES = 20  # per element of a position under "element": its word, its bit, its mask
 _MAX_POSITIONS = 1 << 16
 _FIXED_BYTES = 4096  # small tensors that do not grow with the tile
@@ -142,8 +142,8 @@ def _row(p: Placement) -> tuple[int, int, int]:
 
 def _position_bytes(p: Placement) -> int:
     per_element = getattr(p.generator, "reflect", "") == "element"
-    windows = getattr(p.generator, "window", None) is not None
-    law = _WINDOW_BYTES if windows else _LAW_BYTES
+    laps = getattr(p.generator, "laps", None) is not None
+    law = _LAPS_BYTES if laps else _LAW_BYTES
     return law + (_SIGN_BYTES * p.matrix.block if per_element else 0)
 
 
