@@ -18,7 +18,8 @@ from torch import Tensor
 import rpg_kernels as rpg
 from rpg_kernels.law.placement import Placement
 from rpg_kernels.law.ring import LayerLaw
-from rpg_kernels.law.window import WindowLaw
+from rpg_kernels.law.unit import UnitLaw
+from rpg_kernels.law.window import WINDOW_LAW, WindowLaw
 
 LOW = (torch.bfloat16, torch.float16)
 ALL = (torch.float64, torch.float32, *LOW)
@@ -98,8 +99,15 @@ def layer_law(p: Placement) -> tuple[LayerLaw, dict[tuple[int, int], tuple[int, 
         "reflect": g.reflect,
         "permute": g.permute,
     }
-    if g.window is None:
+    if g.laps is None:
         return LayerLaw(**fields), layout
+    if g.law != WINDOW_LAW:
+        fields["start"] //= 8  # octets of slots
+        runs = math.prod(p.shape[2:])
+        if runs > 1 and layout[0, 1][1] > 0:  # taps are packed into one run
+            runs = 1
+        more = {"laps": g.laps, "window": g.window, "runs": runs, "taps": p.taps}
+        return UnitLaw(**fields, **more), layout
     window = g.window * g.granularity // block
     return WindowLaw(**fields, window=window, laps=g.laps), layout
 
@@ -137,7 +145,7 @@ def _from_table(p: Placement, table: Tensor) -> tuple[Tensor, Tensor]:
 def index_and_sign(weight: rpg.VirtualWeight) -> tuple[Tensor, Tensor]:
     """For each virtual weight, in torch's layout: the bank element it reads, and +1 or -1."""
     p = weight.placement
-    whole = Placement(p.generator, p.layer, p.start, p.shape, p.scale)
+    whole = Placement(p.generator, p.layer, p.start, p.shape, p.scale, taps=p.taps)
     table = weight.bank.table
     index, sign = _full(whole) if table is None else _from_table(whole, table)
     (row, rows), (column, columns) = p.selection
@@ -178,6 +186,24 @@ def pack(weight: rpg.VirtualWeight, dense: Tensor) -> Tensor:
 def bank_of(dof: int, dtype: torch.dtype = torch.float64, **arguments: object) -> rpg.ParameterBank:
     """A bank with values of order 1."""
     return rpg.ParameterBank(dof, init_std=1.0, dtype=dtype, **arguments)  # type: ignore[arg-type]
+
+
+def window_bank(
+    dof: int,
+    granularity: int = 64,
+    reflect: str = "vector",
+    permute: bool = True,
+    window: int | None = None,
+    laps: int | None = None,
+    seed: int = 0,
+    **made: object,
+) -> rpg.ParameterBank:
+    """A bank of law 2, or of law 1 without a window: what kernels of windows are tested with."""
+    law = 1 if window is None else WINDOW_LAW
+    generator = rpg.Generator(
+        dof // granularity, granularity, reflect, permute, window, laps, seed, law
+    )
+    return rpg.ParameterBank.from_generator(generator, **made)  # type: ignore[arg-type]
 
 
 def table_bank(dof: int, entries: int, dtype: torch.dtype = torch.float64) -> rpg.ParameterBank:

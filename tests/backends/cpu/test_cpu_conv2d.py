@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import brute_force as brute
 import pytest
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def weight_of(rng: random.Random, window: tuple[int, int] | None, shape: tuple[int, ...]):
     """A weight behind another layer, so that it begins in the middle of a window."""
     granularity = rng.choice([32, 64, 128])
-    bank = rpg.ParameterBank(
+    bank = brute.window_bank(
         rng.choice([300, 704, 1121]) * granularity,
         granularity,
         rng.choice(["vector", "none"]),
@@ -146,7 +147,7 @@ def test_against_the_written_out_weight(window: tuple[int, int] | None, threads:
 @pytest.mark.parametrize("last", [False, True])
 def test_every_tile(tile: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in 16-bit numbers, with tiles that span images, and threads that share columns."""
-    bank = rpg.ParameterBank(64 * 300, 64, window=64, laps=4, init_std=1.0)
+    bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0)
     weight = bank.place((200, 60, 3, 3))
     for parts, threads in ((1, 1), (3, 1), (1, 3), (2, 2)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -161,7 +162,7 @@ def test_every_tile(tile: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_extremes() -> None:
     """Sizes of 1, empty batches and results, padding beyond the kernel, dilation beyond x."""
-    bank = rpg.ParameterBank(64 * 300, 64, window=64, laps=4, init_std=1.0)
+    bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0)
     point, kernel = bank.place((130, 64, 1, 1)), bank.place((70, 64, 3, 3))
     far = 2**31 - 1
     one = (1, 1)
@@ -187,7 +188,7 @@ def test_extremes() -> None:
 
 def test_unread_slots_and_padding_may_hold_anything() -> None:
     """Infinities that no weight reads reach no result: 60 channels leave 4 elements of a block."""
-    bank = rpg.ParameterBank(64 * 300, 64, window=64, laps=4, init_std=1.0)
+    bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0)
     weight = bank.place((200, 60, 3, 3))
     with torch.no_grad():
         dense = torch.randn(200, 60, 3, 3)
@@ -215,7 +216,7 @@ def test_unread_slots_and_padding_may_hold_anything() -> None:
 
 
 def test_same_bits_every_time_and_close_for_other_threads() -> None:
-    bank = rpg.ParameterBank(64 * 500, 64, window=64, laps=4, init_std=1.0)
+    bank = brute.window_bank(64 * 500, 64, window=64, laps=4, init_std=1.0)
     weight, before = bank.place((500, 64, 3, 3)), torch.get_num_threads()
     for size in (3, 12):
         x, results = torch.randn(2, 64, size, size), []
@@ -243,7 +244,7 @@ def test_same_bits_every_time_and_close_for_other_threads() -> None:
 
 
 def test_dispatch_takes_it_where_it_was_faster() -> None:
-    windows = rpg.ParameterBank(64 * 2000, window=64, laps=4)
+    windows = brute.window_bank(64 * 2000, window=64, laps=4)
     shared = rpg.nn.Conv2d(64, 256, 3, padding=1, bank=windows)
     alone = rpg.nn.Conv2d(64, 64, 3, padding=1, bank=windows)
     grouped = rpg.nn.Conv2d(128, 256, 1, groups=2, bank=windows)
@@ -263,7 +264,7 @@ def test_dispatch_takes_it_where_it_was_faster() -> None:
 
 def test_dispatch_counts_output_pixels() -> None:
     """Of the product's rows there are as many; large strides leave few, large paddings add some."""
-    bank = rpg.ParameterBank(64 * 2000, window=64, laps=4)
+    bank = brute.window_bank(64 * 2000, window=64, laps=4)
     for stride, padding, image, backend in (
         (1, 1, 8, "cpu"),
         (1, 1, 9, "reference"),
@@ -283,7 +284,7 @@ def test_dispatch_counts_output_pixels() -> None:
 
 
 def test_gradients_are_the_references() -> None:
-    bank = rpg.ParameterBank(64 * 500, window=64, laps=4)
+    bank = brute.window_bank(64 * 500, window=64, laps=4)
     layer = rpg.nn.Conv2d(64, 256, 3, padding=1, bank=bank)
     x = torch.randn(1, 64, 4, 4, requires_grad=True)
     assert rpg.explain(layer, x).backend == "cpu"
@@ -300,7 +301,7 @@ def test_gradients_are_the_references() -> None:
 
 
 def test_refusals() -> None:
-    bank = rpg.ParameterBank(64 * 512, window=64, laps=4)
+    bank = brute.window_bank(64 * 512, window=64, laps=4)
     grouped, good = bank.place((256, 64, 1, 1)), bank.place((256, 64, 3, 3))
     element = rpg.ParameterBank(64 * 512, reflect="element").place((100, 64, 1, 1))
     x = torch.randn(1, 64, 5, 5)
@@ -320,7 +321,7 @@ def test_refusals() -> None:
 
 def test_the_module_refuses_another_weight() -> None:
     """Addresses are all that it gets; what they hold must at least fit the law."""
-    bank = rpg.ParameterBank(64 * 512, window=64, laps=4)
+    bank = brute.window_bank(64 * 512, window=64, laps=4)
     law = native.layer_law(bank.place((256, 64, 3, 3)).placement.law)
 
     def call(size=(1, 64, 5, 5), kernel=(3, 3), padding=(0, 0), dilation=(1, 1), tile=16) -> None:

@@ -24,7 +24,7 @@ REFLECT = ("none", "vector", "element")
 def draw(rng: random.Random, granularity: int, windows: bool) -> VirtualWeight:
     """A weight behind another layer, and mostly a part of it that begins and ends in blocks."""
     slots = rng.randint(64, 400)
-    bank = rpg.ParameterBank(
+    bank = brute.window_bank(
         slots * granularity + rng.randrange(granularity),
         granularity,
         rng.choice(REFLECT),
@@ -102,7 +102,7 @@ def test_against_the_written_out_weight(reflect: str) -> None:
 def test_rows_far_apart_in_bands() -> None:
     """A weight of more than 2^31 blocks, whose rows lie in several bands."""
     for window in (None, 64):
-        bank = rpg.ParameterBank(700, 1, window=window, laps=window and 3, init_std=1.0)
+        bank = brute.window_bank(700, 1, window=window, laps=window and 3, init_std=1.0)
         weight = bank.place((2**21, 4099))
         last = 2**21 - 1
         indices = torch.tensor([last, 0, 2**20, 2**19, 5, last, 523_000, 524_288])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import brute_force as brute
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def layer(rng: random.Random, window: tuple[int, int] | None, shape: tuple[int, 
     """A weight behind another layer, so that it begins in the middle of a window."""
     granularity = rng.choice([32, 64, 128])
     slots = rng.choice([300, 704, 1121])
-    bank = rpg.ParameterBank(
+    bank = brute.window_bank(
         slots * granularity,
         granularity,
         rng.choice(["vector", "none"]),
@@ -81,7 +82,7 @@ def test_ring_without_permutation_and_half_slots() -> None:
     """Blocks smaller than the bank's slots, and the ablation of the paper."""
     for permute in (True, False):
         for window, laps in ((None, None), (64, 4)):
-            bank = rpg.ParameterBank(
+            bank = brute.window_bank(
                 128 * 200, 128, permute=permute, window=window, laps=laps, init_std=1.0
             )
             weight = bank.place((500, 32))
@@ -97,7 +98,7 @@ def test_ring_without_permutation_and_half_slots() -> None:
 
 def test_unread_slots_and_padding_may_hold_anything() -> None:
     """Infinities that no weight reads reach no result, neither forward nor backward."""
-    bank = rpg.ParameterBank(64 * 300, 64, window=64, laps=4, init_std=1.0)
+    bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0)
     weight = bank.place((200, 110))  # the last block's elements 46 to 63 are padding
     with torch.no_grad():
         grad = torch.ops.rpg_kernels.linear_bank_grad(
@@ -114,7 +115,7 @@ def test_unread_slots_and_padding_may_hold_anything() -> None:
 
 
 def test_same_bits_every_time_and_close_for_other_threads() -> None:
-    bank = rpg.ParameterBank(64 * 500, 64, window=64, laps=4, init_std=1.0)
+    bank = brute.window_bank(64 * 500, 64, window=64, laps=4, init_std=1.0)
     weight = bank.place((5000, 200))
     x, dy, before = torch.randn(20, 200), torch.randn(20, 5000), torch.get_num_threads()
     results = []
@@ -141,7 +142,7 @@ def test_same_bits_every_time_and_close_for_other_threads() -> None:
 
 
 def test_strided_and_empty_inputs() -> None:
-    bank = rpg.ParameterBank(64 * 500, 64, window=64, laps=2)
+    bank = brute.window_bank(64 * 500, 64, window=64, laps=2)
     weight = bank.place((300, 128))
     x = torch.randn(128, 6).t()
     with rpg.backend("cpu"):
@@ -155,7 +156,7 @@ def test_strided_and_empty_inputs() -> None:
 
 
 def test_dispatch_takes_it_where_rows_share_products() -> None:
-    shared = rpg.nn.Linear(64, 1024, bank=rpg.ParameterBank(64 * 512, window=64, laps=4))
+    shared = rpg.nn.Linear(64, 1024, bank=brute.window_bank(64 * 512, window=64, laps=4))
     alone = rpg.nn.Linear(64, 1024, bank=rpg.ParameterBank(64 * 5000))
     element = rpg.nn.Linear(64, 1024, bank=rpg.ParameterBank(64 * 512, reflect="element"))
     assert rpg.explain(shared, torch.empty(50, 64)).backend == "cpu"
@@ -174,7 +175,7 @@ def test_dispatch_takes_it_where_rows_share_products() -> None:
 
 
 def test_explain_says_how_many_rows_share_a_product() -> None:
-    windows, ring = rpg.ParameterBank(64 * 512, window=64, laps=4), rpg.ParameterBank(64 * 800)
+    windows, ring = brute.window_bank(64 * 512, window=64, laps=4), rpg.ParameterBank(64 * 800)
     shared = "the product of a slot is shared by the rows that read it, {} on average"
     alone = "every row has products of its own, as no slot is read by several"
     kernel = torch.empty(1, 64, 3, 3)
@@ -196,7 +197,7 @@ def test_explain_says_how_many_rows_share_a_product() -> None:
 def test_refusals() -> None:
     element = rpg.ParameterBank(64 * 512, reflect="element").place((100, 64))
     small = rpg.ParameterBank(64 * 512, 8).place((100, 64))
-    good = rpg.ParameterBank(64 * 512, window=64).place((1000, 64))
+    good = brute.window_bank(64 * 512, window=64, laps=4).place((1000, 64))
     x = torch.randn(2, 64)
     with rpg.backend("cpu"):
         with pytest.raises(RuntimeError, match="one sign for a slot use"):
@@ -214,7 +215,7 @@ def test_refusals() -> None:
 
 def test_steps_of_many_threads_and_little_scratch() -> None:
     """More threads share the scratch limit, and still never make a call slower by the count."""
-    windows = rpg.ParameterBank(200_000, window=256, laps=4).place((14336, 4096))
+    windows = brute.window_bank(200_000, window=256, laps=4).place((14336, 4096))
     ring = rpg.ParameterBank(200_000).place((14336, 4096))
     before = torch.get_num_threads()
     cost: dict[object, float] = {}

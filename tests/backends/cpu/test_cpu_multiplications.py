@@ -49,7 +49,8 @@ RINGS = [
 
 def placement(slots: int, shape: tuple[int, ...], **windows: int) -> Placement:
     """Behind another layer, in the middle of a window."""
-    generator = Generator(slots * 64, 64, "vector", seed=5, **windows)
+    law = 2 if windows else 1
+    generator = Generator(slots * 64, 64, "vector", seed=5, law=law, **windows)
     start = 64 * 64 * random.Random(str(shape)).randint(0, 9)
     return Placement(generator, 3, start if windows else start % (slots * 64), shape, 1.0)
 
@@ -183,7 +184,7 @@ def test_pairs_of_slot_and_column_of_whole_units() -> None:
 @pytest.mark.parametrize("window", [None, (256, 4)])
 def test_the_counter_says_so(window: tuple[int, int] | None, batch: int) -> None:
     window_and_laps = {"window": window[0], "laps": window[1]} if window else {}
-    bank = rpg.ParameterBank(704 * 64, 64, "vector", **window_and_laps)
+    bank = brute.window_bank(704 * 64, 64, "vector", **window_and_laps)
     layer = rpg.nn.Linear(120, 900, bank=bank)
     x = torch.randn(batch, 120, requires_grad=True)
     with FlopCounterMode(display=False, custom_mapping=rpg.flops.shared_products()) as counter:
@@ -199,7 +200,7 @@ def test_the_counter_says_so(window: tuple[int, int] | None, batch: int) -> None
 
 @needs_native
 def test_convolutions_count_pixels() -> None:
-    bank = rpg.ParameterBank(704 * 64, 64, "vector", window=128, laps=4)
+    bank = brute.window_bank(704 * 64, 64, "vector", window=128, laps=4)
     layer = rpg.nn.Conv2d(64, 512, 3, padding=1, stride=2, bank=bank)
     x = torch.randn(2, 64, 7, 9)
     assert rpg.explain(layer, x).backend == "cpu"

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import brute_force as brute
 import processes
 import pytest
 import torch
 from torch import Tensor
 
-import rpg_kernels as rpg
 from rpg_kernels import native
 from rpg_kernels.backends.cpu import rules
 from rpg_kernels.law.placement import parse
@@ -34,7 +34,7 @@ class Problem:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         random = torch.Generator().manual_seed(0)
-        bank = rpg.ParameterBank(64 * 300, 64, window=64, laps=4, init_std=1.0, dtype=dtype)
+        bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0, dtype=dtype)
         with torch.no_grad():
             bank.weight.normal_(generator=random)
         self.spec = bank.place((1000, 110), scale=0.5).spec

@@ -7,11 +7,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import brute_force as brute
 import pytest
 import torch
 from torch import Tensor
 
-import rpg_kernels as rpg
 from rpg_kernels import native
 from rpg_kernels.backends.cuda import rules
 from rpg_kernels.bank.virtual_weight import VirtualWeight
@@ -151,7 +151,7 @@ def made(
 ) -> Problem:
     """A layer behind another of ``before`` rows, so that it begins in the middle of a window."""
     device = torch.device("cuda" if backend == "cuda" else "cpu")
-    bank = rpg.ParameterBank(
+    bank = brute.window_bank(
         slots * granularity,
         granularity,
         reflect,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import brute_force as brute
 import pytest
 import torch
 from small_batches import HAS_SIMT, needs_simt
 
-import rpg_kernels as rpg
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
 pytestmark = needs_simt
@@ -25,7 +25,7 @@ BANKS = {
 def weight_of(fill: str, rows: int, columns: int, reflect: str) -> VirtualWeight:
     slots, windows = BANKS[fill]
     torch.manual_seed(rows)
-    bank = rpg.ParameterBank(slots * 64, granularity=64, reflect=reflect, seed=5, **windows)
+    bank = brute.window_bank(slots * 64, granularity=64, reflect=reflect, seed=5, **windows)
     return bank.place((rows, columns), scale=0.7)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
+import brute_force as brute
 import pytest
 import small_batches as small
 import torch
@@ -234,7 +235,7 @@ def test_an_input_gradient_that_exceeds_scratch_runs_some_rows_at_a_time(
 
 
 def test_strided_and_empty_inputs_and_a_bias_of_another_dtype() -> None:
-    weight = rpg.ParameterBank(64 * 500, window=64, laps=2).place((300, 128))
+    weight = brute.window_bank(64 * 500, window=64, laps=2).place((300, 128))
     x, bias = torch.randn(128, 6).t(), torch.randn(300)
     with rpg.backend("simt"):
         y = rpg.functional.linear(x, weight)
@@ -254,7 +255,7 @@ def test_strided_and_empty_inputs_and_a_bias_of_another_dtype() -> None:
 
 def test_refusals() -> None:
     x = torch.randn(2, 64)
-    good = rpg.ParameterBank(64 * 512, window=64).place((1000, 64))
+    good = brute.window_bank(64 * 512, window=64, laps=4).place((1000, 64))
     blocks = rpg.ParameterBank(64 * 512, 8).place((100, 64))
     with rpg.backend("simt"):
         with pytest.raises(RuntimeError, match="'simt' for linear, which cannot run: the CUDA ker"):
@@ -277,14 +278,14 @@ def test_refusals() -> None:
 
 
 def test_never_taken_on_cpu_tensors_unless_asked_for() -> None:
-    layer = rpg.nn.Linear(64, 1024, bank=rpg.ParameterBank(64 * 512, window=64, laps=4))
+    layer = rpg.nn.Linear(64, 1024, bank=brute.window_bank(64 * 512, window=64, laps=4))
     for batch in (1, 16, 64):
         assert rpg.explain(layer, torch.empty(batch, 64)).backend == "cpu"
 
 
 def test_where_it_is_predicted_to_win() -> None:
     """As on an H200."""
-    windows = rpg.ParameterBank(2_000_000, window=256, laps=4)
+    windows = brute.window_bank(2_000_000, window=256, laps=4)
     weight = windows.place((4096, 4096))
     ring = rpg.ParameterBank(2_000_000).place((4096, 4096))
     small_ring = rpg.ParameterBank(45_000).place((14336, 4096))

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import brute_force as brute
 import pytest
 import small_batches as small
 import torch
@@ -39,7 +40,7 @@ def plan_of(
 
 
 def test_windows_take_two_stages_or_less_of_the_batch_before_they_are_gathered() -> None:
-    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
+    bank = brute.window_bank(1 << 20, granularity=64, window=256, laps=4, device="meta")
     whole = bank.place((2048, 1024))
     bank.place((64, 64))
     cut = bank.place((2048, 1024))  # begins inside a cell: two windows for each tile
@@ -58,7 +59,7 @@ def test_windows_take_two_stages_or_less_of_the_batch_before_they_are_gathered()
 
 
 def test_columns_are_shared_so_that_processors_have_as_many() -> None:
-    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
+    bank = brute.window_bank(1 << 20, granularity=64, window=256, laps=4, device="meta")
     for rows, batch in ((4096, 1), (14336, 1), (67 * 1024, 1), (1024, 1), (14336, 64)):
         plan = plan_of(bank.place((rows, 4096)), batch, 227)
         blocks = plan.tiles * plan.splits * plan.batch_tiles
@@ -86,7 +87,7 @@ def test_two_stages_and_three_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Windows of 256 and 4 laps, from a whole cell on and from inside one."""
-    bank = rpg.ParameterBank(
+    bank = brute.window_bank(
         8 * 256 * granularity, granularity=granularity, window=256, laps=4, seed=3
     )
     if before:
@@ -116,7 +117,7 @@ def test_the_most_common_tiles_and_others_give_the_same_bits(
 ) -> None:
     """x at an odd address is not for their loop, nor are rows past the tiles."""
     monkeypatch.setattr(rules, "SIMT", rules.Gpu("simt", 2, 227 * 1024))
-    bank = rpg.ParameterBank(700 * 64, reflect=reflect, window=256, laps=4, seed=5)
+    bank = brute.window_bank(700 * 64, reflect=reflect, window=256, laps=4, seed=5)
     weight = bank.place((1024 + 90, 192), scale=0.5)
     torch.manual_seed(0)
     x, dy = torch.randn(batch, 192).bfloat16(), torch.randn(batch, 1114).bfloat16()
@@ -155,7 +156,7 @@ def test_what_the_loop_of_the_most_common_tiles_is_not_for(
 ) -> None:
     """Each differs from such tiles in one thing."""
     monkeypatch.setattr(rules, "SIMT", rules.Gpu("simt", 4, 227 * 1024))
-    bank = rpg.ParameterBank(1100 * 64, permute=permute, window=window, laps=4, seed=7)
+    bank = brute.window_bank(1100 * 64, permute=permute, window=window, laps=4, seed=7)
     if before:
         bank.place((before, 64))
     weight = bank.place((rows, 176), scale=0.5)  # x is aligned
@@ -168,7 +169,7 @@ def test_what_the_loop_of_the_most_common_tiles_is_not_for(
 
 
 def test_smaller_tiles_before_gathering() -> None:
-    bank = rpg.ParameterBank(1 << 20, granularity=64, window=256, laps=4, device="meta")
+    bank = brute.window_bank(1 << 20, granularity=64, window=256, laps=4, device="meta")
     weight = bank.place((14336, 4096))
     for batch in (2, 8, 32):
         plan = plan_of(weight, batch, 99, "linear_input_grad")

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import brute_force as brute
 import processes
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_unpack_and_pack_bit_for_bit(
     dtype: torch.dtype, granularity: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for reflect in ("element", "vector", "none"):
-        bank = rpg.ParameterBank(
+        bank = brute.window_bank(
             dof=70 * granularity,
             granularity=granularity,
             reflect=reflect,
@@ -183,7 +184,7 @@ def test_unpack_and_pack_bit_for_bit(
 
 @pytest.mark.parametrize("reflect", ["element", "vector"])
 def test_pack_does_not_depend_on_threads(reflect: str) -> None:
-    bank = rpg.ParameterBank(dof=1280, granularity=16, reflect=reflect, window=64, laps=4)
+    bank = brute.window_bank(dof=1280, granularity=16, reflect=reflect, window=64, laps=4)
     weight = bank.place((300, 640), scale=0.3)
     dense = torch.randn(weight.shape)
     results = []
@@ -196,7 +197,7 @@ def test_pack_does_not_depend_on_threads(reflect: str) -> None:
 
 
 def test_embedding_rows_by_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = rpg.ParameterBank(dof=1280, granularity=16, reflect="element", window=64, laps=2)
+    bank = brute.window_bank(dof=1280, granularity=16, reflect="element", window=64, laps=2)
     weight = bank.place((5000, 70), scale=0.5)
     index = torch.randint(5000, (9, 13))
 
@@ -212,7 +213,7 @@ def test_the_reference_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     laws = []
     real = native.unpack
     monkeypatch.setattr(tiles.native, "unpack", lambda *a: (laws.append(a[0]), real(*a))[1])
-    rpg.ParameterBank(dof=512, granularity=8, window=64).place((8, 16)).unpack()
+    brute.window_bank(dof=512, granularity=8, window=64, laps=4).place((8, 16)).unpack()
     assert [type(law) for law in laws] == [WindowLaw]
 
 

@@ -170,7 +170,7 @@ def _placed(
         table = torch.empty(count, dtype=torch.int32, device=META)
     else:
         window = call["window"]
-        more = {} if window is None else {"window": window[0], "laps": window[1]}
+        more = {} if window is None else {"window": window[0], "laps": window[1], "law": 2}
         generator = Generator(slots * g, g, call["reflect"], **more)
     p = Placement(generator, 0, 0, shape, 0.5)
     if call["part"] and min(shape[:2]) > 2:

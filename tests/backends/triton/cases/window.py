@@ -232,9 +232,9 @@ def poison() -> Iterator[None]:
 
 
 def bank_of(seed: int, dtype: torch.dtype, g: int) -> rpg.ParameterBank:
-    return brute.bank_of(
-        (64 + 37 * (seed % 2)) * g, dtype, granularity=g, reflect=REFLECT[seed % 3],
-        permute=seed % 7 != 6, window=64, laps=1 + seed % 3, seed=seed,
+    return brute.window_bank(
+        (64 + 37 * (seed % 2)) * g, granularity=g, reflect=REFLECT[seed % 3],
+        permute=seed % 7 != 6, window=64, laps=1 + seed % 3, seed=seed, init_std=1.0, dtype=dtype,
     )  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def test_linear(seed: int) -> None:
 )
 @pytest.mark.parametrize("reflect", ["vector", "element"])
 def test_conv2d(shape: tuple[int, ...], groups: int, g: int, reflect: str) -> None:
-    bank = brute.bank_of(70 * g, torch.float32, granularity=g, reflect=reflect, window=64, laps=2)
+    bank = brute.window_bank(70 * g, g, reflect, window=64, laps=2, init_std=1.0)
     bank.place((3, 40))
     weight = bank.place(shape, scale=0.5)
     x = torch.randn(2, shape[1] * groups, 6, 5).to(memory_format=torch.channels_last)
@@ -336,7 +336,7 @@ def test_lookup_unpack_and_pack(seed: int) -> None:
 
 def test_bands() -> None:
     """More than 2^31 positions: words of each band, and gradients that add up."""
-    bank = brute.bank_of(1000, torch.float32, granularity=8, reflect="element", window=64, laps=4)
+    bank = brute.window_bank(1000, 8, "element", window=64, laps=4, init_std=1.0)
     whole = Placement(bank.generator, 3, 8 * 256 * 5, (2**29, 64), 0.5)
     height = whole.law.rows_per_band
     assert height < 2**29
@@ -356,11 +356,12 @@ def test_bands() -> None:
 
 def test_through_dispatch_and_autograd() -> None:
     torch.manual_seed(0)
+    bank = brute.window_bank(64 * 4, 4, window=64, laps=2)
     model = torch.nn.Sequential(
-        torch.nn.Embedding(20, 16), torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 5)
-    )
-    config = rpg.RPGConfig(dof=64 * 4, granularity=4, window=64, reflect="vector")
-    rpg.convert(model, config).to(DEVICE)
+        rpg.nn.Embedding(20, 16, bank=bank), rpg.nn.Linear(16, 24, bank=bank), torch.nn.Tanh(),
+        torch.nn.Linear(24, 5),
+    )  # fmt: skip
+    rpg.attach(model, bank).to(DEVICE)
     tokens = torch.tensor([[1, 5, 5], [19, 0, 2]], device=DEVICE)
     grads = {}
     for backend in ("triton", "reference"):
