@@ -9,9 +9,9 @@ from torch import nn
 import rpg_kernels as rpg
 from rpg_kernels.models import Cache, Decoder, DecoderConfig
 
-# Rows for whole windows of 64 slots, and sizes that are no multiple of a block.
+# Sizes that are no multiple of a block, nor rows of an octet.
 SMALL = DecoderConfig(vocabulary=300, width=96, layers=3, heads=6, kv_heads=2, hidden=200)
-BANK = rpg.RPGConfig(dof=20_000, window=64, laps=2)
+BANK = rpg.RPGConfig(dof=20_000, laps=2)
 
 
 def tokens(count: int, batch: int = 2) -> torch.Tensor:

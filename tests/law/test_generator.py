@@ -15,13 +15,17 @@ from rpg_kernels.law.generator import parse_generator
 LAW = {"slots": 31, "granularity": 16, "reflect": "element", "permute": False, "seed": 2**63 - 1}
 WINDOWS = {
     "slots": 704, "granularity": 16, "reflect": "none", "permute": True, "window": 256, "laps": 3,
-    "seed": 5,
+    "seed": 5, "law": 2,
 }  # fmt: skip
+UNITS = {**WINDOWS, "window": None, "law": 3}
 TABLE = {"slots": 50, "entries": 99, "sha256": "0123456789abcdef" * 4}
 
 
 def test_is_frozen_hashable_and_printable() -> None:
-    made = rpg.Generator(**LAW), rpg.Generator(**WINDOWS), rpg.TableGenerator(**TABLE)
+    made = (
+        rpg.Generator(**LAW), rpg.Generator(**WINDOWS), rpg.Generator(**UNITS),
+        rpg.TableGenerator(**TABLE),
+    )  # fmt: skip
     for generator in made:
         with pytest.raises(dataclasses.FrozenInstanceError):
             generator.slots = 3  # type: ignore[misc]
@@ -42,8 +46,8 @@ def test_json_holds_every_field_and_the_law() -> None:
     text = rpg.Generator(**LAW).to_json()
     assert json.loads(text) == {**LAW, "window": None, "law": 1}
     assert list(json.loads(text)) == [*[*LAW][:4], "window", "seed", "law"]
-    record = json.loads(rpg.Generator(**WINDOWS).to_json())
-    assert record == {**WINDOWS, "law": 2}
+    for fields in (WINDOWS, UNITS, {**UNITS, "window": 96}):
+        assert json.loads(rpg.Generator(**fields).to_json()) == fields
     record = json.loads(rpg.TableGenerator(**TABLE).to_json())
     assert record == {**TABLE, "law": "table"}
 
@@ -61,13 +65,27 @@ def test_json_and_back(granularity: int, reflect: str) -> None:
 @pytest.mark.parametrize("window", [64, 128, 32768])
 @pytest.mark.parametrize("laps", [1, 3, 64])
 def test_windows_to_json_and_back(window: int, laps: int) -> None:
-    generator = rpg.Generator(32768, 8, "vector", window=window, laps=laps)
+    generator = rpg.Generator(32768, 8, "vector", window=window, laps=laps, law=2)
     assert generator.law == 2
     text = generator.to_json()
     assert f'"window":{window},"laps":{laps}' in text
     assert rpg.Generator.from_json(text) == generator == parse_generator(text)
     assert generator != dataclasses.replace(generator, laps=laps % 64 + 1)
-    assert rpg.Generator(32768, 8, "vector", window=window, laps=laps, law=2) == generator
+    without_law = dataclasses.asdict(generator) | {"law": None, "window": None}
+    del without_law["text"]
+    assert rpg.Generator(**without_law).law == 3
+
+
+@pytest.mark.parametrize("window", [None, 8, 104, 256])
+@pytest.mark.parametrize("laps", [1, 3, 64])
+def test_laps_to_json_and_back(window: int | None, laps: int) -> None:
+    """Laps alone make law 3, whatever the size of the ring."""
+    generator = rpg.Generator(5, 8, "vector", window=window, laps=laps)
+    assert generator.law == 3
+    text = generator.to_json()
+    assert rpg.Generator.from_json(text) == generator == parse_generator(text)
+    assert rpg.Generator(5, 8, "vector", window=window, laps=laps, law=3) == generator
+    assert generator != rpg.Generator(5, 8, "vector", window=window, laps=laps % 64 + 1)
 
 
 def test_the_text_of_law_1_is_what_it_was() -> None:
@@ -115,7 +133,7 @@ BAD_LAW: list[tuple[str, Any, type[Exception]]] = [
     ("seed", 1.0, TypeError),
     ("seed", False, TypeError),
     ("seed", None, TypeError),
-    ("law", 3, ValueError),
+    ("law", 4, ValueError),
     ("law", 0, ValueError),
     ("law", True, ValueError),
     ("law", "table", ValueError),
@@ -131,11 +149,24 @@ BAD_WINDOWS: list[tuple[str, Any, type[Exception], str]] = [
     ("laps", 0, ValueError, "got 0, wanted an int from 1 to 64"),
     ("laps", 65, ValueError, "got 65, wanted an int from 1 to 64"),
     ("laps", 2.0, TypeError, "got 2.0 (float), wanted an int"),
-    ("laps", None, ValueError, "got None, wanted an int from 1 to 64 with a window"),
+    ("laps", None, ValueError, "got None, wanted an int from 1 to 64 with law 2"),
+    ("window", None, ValueError, "got None, wanted a number of slots with law 2"),
     ("slots", 0, ValueError, "got 0, wanted an int from 1 to 2147483647"),
-    ("law", 3, ValueError, "got 3, wanted 1 or 2, the laws known here"),
-    ("law", None, ValueError, "got None, wanted 1 or 2, the laws known here"),
+    ("law", 4, ValueError, "got 4, wanted one of 1, 2, 3, the laws known here"),
+    ("law", None, ValueError, "got None, wanted one of 1, 2, 3, the laws known here"),
 ]
+BAD_UNITS: list[tuple[str, Any, type[Exception], str]] = [
+    *(("window", value, ValueError, f"got {value}, wanted a multiple of 8 from 8 to 4096")
+      for value in (0, -8, 4, 12, 100, 4104)),
+    ("window", 4096, ValueError, "got 4096, wanted at most 2048 slots with 64 laps"),
+    ("window", True, TypeError, "got True (bool), wanted an int"),
+    ("window", 64.0, TypeError, "got 64.0 (float), wanted an int"),
+    *(("laps", value, ValueError, f"got {value}, wanted an int from 1 to 64")
+      for value in (0, -1, 65)),
+    ("laps", 2.0, TypeError, "got 2.0 (float), wanted an int"),
+    ("laps", None, ValueError, "got None, wanted an int from 1 to 64 with law 3"),
+    ("slots", 0, ValueError, "got 0, wanted an int from 1 to 2147483647"),
+]  # fmt: skip
 BAD_TABLE: list[tuple[str, Any, type[Exception]]] = [
     ("slots", 0, ValueError),
     ("slots", 2**31, ValueError),
@@ -167,23 +198,33 @@ def test_field_of_windows_that_is_refused(
         with pytest.raises(error, match=match):
             rpg.Generator(**{**WINDOWS, field: value})
     with pytest.raises(error, match=match):
-        rpg.Generator.from_json(json.dumps({**WINDOWS, "law": 2, field: value}))
+        rpg.Generator.from_json(json.dumps({**WINDOWS, field: value}))
 
 
-def test_law_and_window_must_agree() -> None:
+@pytest.mark.parametrize(("field", "value", "error", "message"), BAD_UNITS)
+def test_field_of_units_that_is_refused(
+    field: str, value: Any, error: type[Exception], message: str
+) -> None:
+    fields = {**UNITS, "laps": 64 if value == 4096 else 3, field: value}
+    for make in (lambda: rpg.Generator(**fields), lambda: parse_generator(json.dumps(fields))):
+        with pytest.raises(error, match=f"^{field}: {re.escape(message)}"):
+            make()
+
+
+def test_law_laps_and_window_must_agree() -> None:
     for change, message in (
-        ({"law": 1}, "window: got 256, wanted None with law 1"),
-        ({"window": None, "law": 2}, "law: got 2, wanted 1, as there is no window"),
-        ({"window": None}, "laps: got 3, wanted None without a window"),
+        ({"law": 1}, "laps: got 3, wanted None with law 1"),
+        ({"law": 1, "laps": None}, "window: got 256, wanted None without laps"),
+        ({"law": None, "laps": None}, "window: got 256, wanted None without laps"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             rpg.Generator(**{**WINDOWS, **change})
-    for name in ("window", "laps"):
-        record = {key: value for key, value in {**WINDOWS, "law": 2}.items() if key != name}
-        with pytest.raises(
-            ValueError, match=f"Generator of law 2: got .*, wanted at least .*{name}"
-        ):
-            rpg.Generator.from_json(json.dumps(record))
+    for fields in (WINDOWS, UNITS):
+        for name in ("window", "laps"):
+            record = {key: value for key, value in fields.items() if key != name}
+            wanted = f"Generator of law {fields['law']}: got .*, wanted at least .*{name}"
+            with pytest.raises(ValueError, match=wanted):
+                rpg.Generator.from_json(json.dumps(record))
 
 
 @pytest.mark.parametrize(("field", "value", "error"), BAD_TABLE)
@@ -230,7 +271,7 @@ def test_another_law_is_named() -> None:
         '{"law":7}',
     ):
         for read in (rpg.Generator.from_json, parse_generator):
-            with pytest.raises(ValueError, match="law: got 7, wanted 1 or 2, the laws known here"):
+            with pytest.raises(ValueError, match="law: got 7, wanted one of 1, 2, 3, the laws"):
                 read(text)
 
 
@@ -241,9 +282,9 @@ CONFIG: list[tuple[str, Any, type[Exception]]] = [
     *(("granularity", value, TypeError) for value in (False, 8.0, None)),
     *(("reflect", value, ValueError) for value in ("elements", None, 0)),
     *(("permute", value, TypeError) for value in (0, "yes", None)),
-    *(("window", value, ValueError) for value in (0, 48, 64)),  # the ring has 10 slots
-    *(("window", value, TypeError) for value in ("all", 64.0, True)),
-    ("laps", 4, ValueError),  # without a window
+    *(("window", value, ValueError) for value in (0, 64, "all")),  # without laps
+    *(("laps", value, ValueError) for value in (0, 65)),
+    *(("laps", value, TypeError) for value in ("4", 4.0, True)),
     *(("seed", value, ValueError) for value in (-1, 2**63)),
     *(("seed", value, TypeError) for value in (True, 0.5, None)),
     *(("init_std", value, ValueError) for value in (0, -1.0, float("inf"), float("nan"))),
@@ -261,20 +302,16 @@ def test_configuration_that_is_refused(field: str, value: Any, error: type[Excep
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"window": 128}, ValueError, "window: got 128, wanted at most the ring's 100 slots"),
-        ({"window": 65}, ValueError, "window: got 65, wanted a power of two .a multiple of 8."),
+        ({"window": 64}, ValueError, "window: got 64, wanted None without laps"),
+        ({"window": 12, "laps": 2}, ValueError, "window: got 12, wanted a multiple of 8 from 8"),
         ({"window": 64, "laps": 0}, ValueError, "laps: got 0, wanted an int from 1 to 64"),
-        ({"window": 64, "laps": 65}, ValueError, "laps: got 65, wanted an int from 1 to 64"),
-        ({"window": 64, "laps": 4.0}, TypeError, "laps: got 4.0"),
-        ({"laps": 4}, ValueError, "laps: got 4, wanted None without a window"),
-        (
-            {"window": 64, "dof": 63},
-            ValueError,
-            "window: got 64, wanted at most the ring's 1 slots",
-        ),
+        ({"laps": 65}, ValueError, "laps: got 65, wanted an int from 1 to 64"),
+        ({"laps": 4.0}, TypeError, "laps: got 4.0"),
+        ({"laps": 4, "window": 64.0}, TypeError, "window: got 64.0"),
+        ({"laps": 64, "window": 4096}, ValueError, "window: got 4096, wanted at most 2048 slots"),
     ],
 )
-def test_windows_that_are_refused(
+def test_laps_and_windows_that_are_refused(
     fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     for make in (rpg.RPGConfig, rpg.ParameterBank):

@@ -21,6 +21,8 @@ REFLECT = ("element", "vector", "none")
 KINDS = [
     *(((64, f"{reflect} windows"), torch.float32) for reflect in REFLECT[1:]),
     ((8, "element windows"), torch.float64),
+    *(((64, f"{reflect} laps"), torch.float32) for reflect in REFLECT[1:]),
+    ((8, "element laps"), torch.float64),
     *(((64, reflect), torch.float32) for reflect in REFLECT),
     ((8, "element"), torch.float32),
     ((1, "element"), torch.float32),
@@ -88,11 +90,12 @@ def place(
     if reflect == "table":
         bank = brute.table_bank(1000, torch.Size(shape).numel(), dtype)
     else:
-        mode, _, windows = reflect.partition(" ")
+        mode, _, law = reflect.partition(" ")
         options = {"granularity": granularity, "reflect": mode}
-        if windows:
-            options |= {"window": 64, "laps": 2}
-        bank = brute.bank_of(8192 if windows else 1024, dtype, **options)
+        if law == "windows":
+            bank = brute.window_bank(8192, **options, window=64, laps=2, init_std=1.0, dtype=dtype)
+        else:
+            bank = brute.bank_of(8192 if law else 1024, dtype, **options, laps=2 if law else None)
     return bank.place(shape, scale=0.7), bank.weight.detach()
 
 
@@ -149,13 +152,16 @@ def operators(
     return calls
 
 
-@pytest.mark.parametrize("mode", ["", " windows"])
+@pytest.mark.parametrize("mode", ["", " windows", " laps"])
+@pytest.mark.parametrize("shape", [(400, 500), (300, 9, 3, 3)])
 @pytest.mark.parametrize("reflect", REFLECT)
-def test_the_law_takes_a_quarter_of_the_limit(reflect: str, mode: str) -> None:
+def test_the_law_takes_a_quarter_of_the_limit(
+    reflect: str, shape: tuple[int, ...], mode: str
+) -> None:
     """In PyTorch, where slots and signs of some positions are worked out at a time."""
-    weight, _ = place((400, 500), (64, reflect + mode), torch.float32)
+    weight, _ = place(shape, (64, reflect + mode), torch.float32)
     p = weight.placement
-    blocks = torch.zeros(1 << 12, 64)
+    blocks = torch.zeros(1 << 12, p.matrix.block)
 
     def evaluate() -> Tensor:
         for _, n, b in tiles._position_groups(p, blocks.device, None):

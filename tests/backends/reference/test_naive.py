@@ -87,7 +87,8 @@ def test_the_compiled_back_ends(
     if backend == "cpu":
         operators = {"linear", "linear_input_grad", "linear_bank_grad", "conv2d"}
         operators |= {"embedding", "embedding_bank_grad"}
-        weights.append(calls.drawn(rng, (5, 32, 2, 2), granularity=32, reflect="none"))
+        kernel = calls.drawn(rng, (5, 32, 2, 2), granularity=32, reflect="none", window=window)
+        weights.append(kernel)
     else:
         operators = {"linear", "linear_input_grad", "unpack", "pack"}
         operators |= set() if window is None else {"linear_bank_grad"}
