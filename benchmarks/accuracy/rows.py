@@ -99,7 +99,7 @@ def _windows(
     compression: float, window: int, laps: int, granularity: int = 64, reflect: str = "vector"
 ) -> Row:
     name = window_name(compression, granularity, reflect, window, laps)
-    kept = {"granularity": granularity, "reflect": reflect, "law": WINDOW_LAW}
+    kept: dict[str, Any] = {"granularity": granularity, "reflect": reflect, "law": WINDOW_LAW}
     return Row(name, LAW, compression, window=window, laps=laps, **kept)
 
 
