@@ -126,20 +126,20 @@ def test_a_converted_resnet_uses_its_bank_evenly(laps: int) -> None:
         model = rpg.convert(ResNet([1, 1, 1], num_classes=10, width=16, stem="cifar"), config)
     bank = model.rpg_bank
     assert isinstance(bank, rpg.ParameterBank)
-    uses = torch.zeros(bank.dof, dtype=torch.int64)
-    placed = 0
+    uses = torch.zeros(bank.slots, 16, dtype=torch.int64)
+    end = 0
     for p in bank.map.placements:
-        assert p.matrix.span == p.span == p.matrix.numel  # no padding that would not be counted
+        assert (p.matrix.block, p.span) == (16, p.numel)  # no padding within layers
+        for use in range(end // 128, p.start // 128):  # of an octet, before the layer
+            uses[(use // laps * 8 + torch.arange(8)) % bank.slots] += 1
         index, _ = explicit_map(p)
-        uses += index.flatten().bincount(minlength=bank.dof)
-        placed += p.numel
+        uses += index.flatten().bincount(minlength=bank.dof).view(-1, 16)
+        end = p.start + p.span
+    assert int(uses.sum()) == end
+    assert int(uses.max() - uses.min()) <= laps
     strided = [m for m in model.modules() if isinstance(m, rpg.nn.Conv2d) and m.stride != (1, 1)]
     assert strided
     assert all(m.virtual_weight.placement.taps == 1 for m in strided)
-    assert int(uses.sum()) == placed
-    skipped = bank.map.placements[-1].start + bank.map.placements[-1].span - placed
-    assert skipped == 0
-    assert int(uses.max() - uses.min()) <= laps
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
