@@ -161,6 +161,7 @@ class UnitLinearGrads {
     const int64_t slots = law_.slots, laps = law_.laps;
     const int64_t uses = int64_t{plan_.band.octets} * law_.blocks + plan_.band.offset;
     const int64_t read = (uses + laps - 1) / laps * kOctet, rest = read % slots, passes = read / slots;
+    slots_read_ = std::min(read, slots);
     zone_.push_back(0);
     for (int part = 1; part < args_.threads; ++part) {
       const int64_t wanted = read * part / args_.threads;
@@ -333,7 +334,7 @@ class UnitLinearGrads {
     if (!args_.dw) return;
     const int64_t block = law_.granularity, slots = law_.slots;
     const float scale = static_cast<float>(args_.scale);
-    for (int64_t at = zone_[part]; at < zone_[part + 1]; ++at) {
+    for (int64_t at = zone_[part]; at < std::min(zone_[part + 1], slots_read_); ++at) {
       float* dw = args_.dw + (plan_.band.base + at) % slots * block;
       for (int64_t e = 0; e < block; ++e) dw[e] *= scale;
     }
@@ -358,6 +359,7 @@ class UnitLinearGrads {
   Ring ring_;
   int last_rows_;              // of the last octet, where it is not whole; 0: it is
   std::vector<int64_t> zone_;  // where zones begin
+  int64_t slots_read_ = 0;     // of the ring, from the first on
   const int32_t (*residues_)[8] = residues_of(plan_.band);
   const int32_t (*rows_of_slots_)[8] = rpg::rows_of(plan_.band);
 };
