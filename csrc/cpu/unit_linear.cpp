@@ -34,11 +34,7 @@ namespace rpg::RPG_ISA {
 namespace {
 
 constexpr int kTogether = 4;
-constexpr int64_t kLineBytes = 64;
 constexpr int64_t kSquare = 8;  // activations are transposed so many at a time
-
-inline int64_t lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
-inline int64_t padded(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
 // How the workspace is divided; bytes of one thread.
 struct Layout {
@@ -63,8 +59,6 @@ Layout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs
   out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));
   return out;
 }
-
-alignas(8) constexpr float kSigns[2] = {1.f, -1.f};
 
 // y [8 octets, L] (+)= ± S[slot] of `count` columns, where L is NV vectors.
 template <int NV>
@@ -103,7 +97,7 @@ class UnitLinear {
     const int64_t lanes = args_.lanes, tiles = (args_.batch + lanes - 1) / lanes;
     if (layout_.by_tiles) {
 #pragma omp parallel for num_threads(args_.threads) schedule(dynamic)
-      for (int64_t tile = 0; tile < tiles; ++tile) whole_tile(thread(), tile);
+      for (int64_t tile = 0; tile < tiles; ++tile) whole_tile(thread_number(), tile);
       return;
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -124,8 +118,6 @@ class UnitLinear {
     uint16_t* shuffled;
   };
 
-  static int thread();
-
   Memory memory_of(int part) const {
     char* at = static_cast<char*>(args_.workspace) + part * layout_.bytes();
     Memory out{};
@@ -142,20 +134,22 @@ class UnitLinear {
   int64_t rows_of(int64_t tile) const {
     return std::min<int64_t>(args_.batch - tile * args_.lanes, args_.lanes);
   }
+  // The last tile may have fewer rows than the others, and fewer lanes.
+  int lanes_of(int64_t tile) const { return lanes_for(rows_of(tile), args_.lanes); }
 
   // x of columns `low` to `high` - 1 of blocks, in lanes.
   void pack(const Memory& memory, int64_t tile, int64_t low, int64_t high) const {
     const int64_t first = low * law_.granularity;
     const int64_t columns = std::min(args_.columns, high * law_.granularity) - first;
     pack_lanes({args_.x_dtype, args_.x}, tile * args_.lanes * args_.columns + first, args_.columns,
-               rows_of(tile), columns, args_.lanes, memory.x);
+               rows_of(tile), columns, lanes_of(tile), memory.x);
   }
 
   void whole_tile(int part, int64_t tile) const {
     const Memory memory = memory_of(part);
     pack(memory, tile, 0, plan_.band.columns);
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
-      add_group(memory, group, 0, plan_.band.columns, memory.y);
+      add_group(memory, group, 0, plan_.band.columns, lanes_of(tile), memory.y);
       const int64_t row = int64_t{first_octet(plan_.band, group)} * kOctet;
       const int64_t rows = int64_t{group_size(plan_.band, group)} * kOctet;
       const float* sums[1] = {memory.y};
@@ -171,8 +165,8 @@ class UnitLinear {
     if (low == high) return;
     pack(memory, tile, low, high);
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
-      add_group(memory, group, low, high,
-                memory.y + int64_t{first_octet(plan_.band, group)} * kOctet * args_.lanes);
+      add_group(memory, group, low, high, lanes_of(tile),
+                memory.y + int64_t{first_octet(plan_.band, group)} * kOctet * lanes_of(tile));
     }
   }
 
@@ -192,8 +186,9 @@ class UnitLinear {
   }
 
   // y [rows of the group, L] = the sum over columns `low` to `high` - 1, whose x is packed.
-  void add_group(const Memory& memory, uint32_t group, int64_t low, int64_t high, float* y) const {
-    const int64_t lanes = args_.lanes, block = law_.granularity;
+  void add_group(const Memory& memory, uint32_t group, int64_t low, int64_t high, int64_t lanes,
+                 float* y) const {
+    const int64_t block = law_.granularity;
     const int64_t room = entries_room(plan_.most_octets);
     const int64_t s_size = plan_.most_window * kOctet * lanes;
     for (int64_t first = low; first < high; first += kTogether) {
@@ -229,7 +224,7 @@ class UnitLinear {
   // Rows of y from sums [row - row of the first sum, L], all of which are added.
   void write(const float* const* sums, int count, int64_t row, int64_t rows, int64_t tile,
              int64_t offset) const {
-    const int64_t lanes = args_.lanes, batch = rows_of(tile);
+    const int64_t lanes = lanes_of(tile), batch = rows_of(tile);
     const Floats<8> scale = splat<8>(static_cast<float>(args_.scale));
     const int64_t size = args_.x_dtype == Dtype::kFloat32 ? 4 : 2;
     for (int64_t n = 0; n < rows; n += kSquare) {
@@ -248,7 +243,7 @@ class UnitLinear {
           alignas(32) float out[8];
           store<8>(out, square[i] * scale + load<8>(bias));
           void* to = static_cast<char*>(args_.y) +
-                     ((tile * lanes + m + i) * law_.rows + row + n) * size;
+                     ((tile * args_.lanes + m + i) * law_.rows + row + n) * size;
           if (valid == 8) {
             write_floats<8>(args_.x_dtype, out, to);
           } else {
@@ -266,17 +261,11 @@ class UnitLinear {
   Ring ring_;
 };
 
-#if defined(_OPENMP)
-extern "C" int omp_get_thread_num();
-int UnitLinear::thread() { return omp_get_thread_num(); }
-#else
-int UnitLinear::thread() { return 0; }
-#endif
-
 }  // namespace
 
-int64_t unit_linear_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
-  return args.threads * layout_of(law, UnitPlan(law), args).bytes();
+Workspace unit_linear_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
+  const Layout layout = layout_of(law, UnitPlan(law), args);
+  return {args.threads * layout.bytes(), args.threads * layout.x};
 }
 
 void unit_linear(const LayerLaw& law, const UnitLinearArgs& args) { UnitLinear(law, args).run(); }

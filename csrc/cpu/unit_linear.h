@@ -4,8 +4,7 @@
 
 #include <cstdint>
 
-#include "law/number.h"
-#include "law/ring.h"
+#include "cpu/linear.h"
 
 namespace rpg {
 

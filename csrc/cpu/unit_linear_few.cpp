@@ -32,9 +32,6 @@ constexpr int kDotVector = 4;
 #endif
 typedef Floats<kDotVector> DotVector;
 typedef FloatsOf<kDotVector>::integers DotIntegers;
-constexpr int64_t kLineBytes = 64;
-
-inline int64_t lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
 
 // How the workspace is divided; bytes of one thread.
 struct Layout {
@@ -321,8 +318,9 @@ class UnitLinearFew {
 
 }  // namespace
 
-int64_t unit_linear_few_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
-  return args.threads * layout_of(law, UnitPlan(law), args).bytes();
+Workspace unit_linear_few_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
+  const Layout layout = layout_of(law, UnitPlan(law), args);
+  return {args.threads * layout.bytes(), args.threads * layout.x};
 }
 
 void unit_linear_few(const LayerLaw& law, const UnitLinearArgs& args) {

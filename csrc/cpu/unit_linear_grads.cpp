@@ -40,11 +40,6 @@ namespace {
 
 constexpr int64_t kChunk = 16;
 constexpr int64_t kChunkSlots = kChunk * kOctet;
-constexpr int64_t kLineBytes = 64;
-
-inline int64_t lines(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
-
-alignas(8) constexpr float kSigns[2] = {1.f, -1.f};
 
 // How the workspace is divided, in bytes: what all threads share, and what each has.
 struct Layout {
@@ -121,7 +116,7 @@ class UnitLinearGrads {
 #pragma omp for schedule(static)
         for (int64_t column = 0; column < law_.blocks; ++column) pack_x(tile, column);
 #pragma omp for schedule(static)
-        for (int part = 0; part < zones; ++part) add_zone(part);
+        for (int part = 0; part < zones; ++part) add_zone(part, lanes_of(tile));
 #pragma omp for schedule(static)
         for (int64_t column = 0; column < law_.blocks; ++column) write_dx(tile, column);
       }
@@ -175,6 +170,8 @@ class UnitLinearGrads {
   int64_t rows_of(int64_t tile) const {
     return std::min<int64_t>(args_.batch - tile * args_.lanes, args_.lanes);
   }
+  // The last tile may have fewer rows than the others, and fewer lanes.
+  int lanes_of(int64_t tile) const { return lanes_for(rows_of(tile), args_.lanes); }
   int valid_of(int64_t column) const {
     return static_cast<int>(
         std::min<int64_t>(args_.columns - column * law_.granularity, law_.granularity));
@@ -183,24 +180,24 @@ class UnitLinearGrads {
   void pack_dy(int64_t tile, int64_t octet) const {
     const int64_t row = octet * kOctet, columns = std::min<int64_t>(law_.rows - row, kOctet);
     pack_lanes({args_.dtype, args_.dy}, tile * args_.lanes * law_.rows + row, law_.rows,
-               rows_of(tile), columns, args_.lanes, dy() + row * args_.lanes);
+               rows_of(tile), columns, lanes_of(tile), dy() + row * lanes_of(tile));
   }
 
   void pack_x(int64_t tile, int64_t column) const {
     if (!args_.dw) return;
     const int64_t block = law_.granularity;
     pack_rows({args_.dtype, args_.x}, tile * args_.lanes * args_.columns + column * block,
-              args_.columns, rows_of(tile), args_.columns - column * block, args_.lanes,
-              law_.granularity, x() + column * args_.lanes * block);
+              args_.columns, rows_of(tile), args_.columns - column * block, lanes_of(tile),
+              law_.granularity, x() + column * lanes_of(tile) * block);
   }
 
   // What the slots of a zone add for a tile.
-  void add_zone(int part) const {
+  void add_zone(int part, int64_t lanes) const {
     const Memory memory = memory_of(part);
     const int64_t slots = law_.slots, low = zone_[part], high = zone_[part + 1];
     if (args_.dx) std::memset(memory.dx, 0, layout_.dx);
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
-      const float* rows = dy() + int64_t{first_octet(plan_.band, group)} * kOctet * args_.lanes;
+      const float* rows = dy() + int64_t{first_octet(plan_.band, group)} * kOctet * lanes;
       for (uint32_t column = 0; column < plan_.band.columns; ++column) {
         const PlannedUnit& planned = plan_.at(group, column);
         bool dealt = false;
@@ -214,7 +211,8 @@ class UnitLinearGrads {
             if (!dealt) deal(planned, memory);
             dealt = true;
             for (int64_t done = 0; done < count; done += kChunk) {
-              add_chunk(planned, column, rows, o + done, std::min(count - done, kChunk), part, memory);
+              add_chunk(planned, column, rows, o + done, std::min(count - done, kChunk), part, lanes,
+                        memory);
             }
           }
           o += count;
@@ -233,15 +231,15 @@ class UnitLinearGrads {
   }
 
   // T of octet o of a window; returns the slots of it that are read, as bits.
-  uint32_t sum(const PlannedUnit& planned, const float* rows, int64_t o, const Memory& memory,
-               float* t) const {
+  uint32_t sum(const PlannedUnit& planned, const float* rows, int64_t o, int64_t lanes,
+               const Memory& memory, float* t) const {
     const int64_t laps = law_.laps, before = planned.window.before;
     const int64_t begin = std::max<int64_t>(o * laps - before, 0);
     const int64_t end = std::min<int64_t>((o + 1) * laps - before, planned.unit.size);
     const uint16_t* at = memory.octet_at + begin;
     const int count = static_cast<int>(end - begin);
     const int32_t(*table)[8] = rows_of_slots_;
-    switch (args_.lanes / kVector) {
+    switch (lanes / kVector) {
       case 1: sum_octet<1>(memory.entries, at, count, rows, table, t); break;
       case 2: sum_octet<2>(memory.entries, at, count, rows, table, t); break;
       case 4: sum_octet<4>(memory.entries, at, count, rows, table, t); break;
@@ -263,13 +261,13 @@ class UnitLinearGrads {
 
   // Octets o ... o + count - 1 of a window: T, then what it adds to dx and to dw.
   void add_chunk(const PlannedUnit& planned, uint32_t column, const float* rows, int64_t o,
-                 int64_t count, int part, const Memory& memory) const {
-    const int64_t lanes = args_.lanes, block = law_.granularity, slots = law_.slots;
+                 int64_t count, int part, int64_t lanes, const Memory& memory) const {
+    const int64_t block = law_.granularity, slots = law_.slots;
     uint8_t read[kChunk];
     bool all = true;
     for (int64_t k = 0; k < count; ++k) {
       read[k] = static_cast<uint8_t>(
-          sum(planned, rows, o + k, memory, memory.t + k * kOctet * lanes));
+          sum(planned, rows, o + k, lanes, memory, memory.t + k * kOctet * lanes));
       all &= read[k] == 0xFF;
     }
     const auto is_read = [&read](int64_t j) { return read[j / kOctet] >> j % kOctet & 1; };
@@ -312,7 +310,7 @@ class UnitLinearGrads {
 
   void write_dx(int64_t tile, int64_t column) const {
     if (!args_.dx) return;
-    const int64_t lanes = args_.lanes, block = law_.granularity;
+    const int64_t lanes = lanes_of(tile), block = law_.granularity;
     const float scale = static_cast<float>(args_.scale);
     const int valid = valid_of(column);
     const int64_t size = args_.dtype == Dtype::kFloat32 ? 4 : 2;
@@ -325,7 +323,7 @@ class UnitLinearGrads {
       }
       for (int e = 0; e < valid; ++e) out[e] *= scale;
       void* to = static_cast<char*>(args_.dx) +
-                 ((tile * lanes + m) * args_.columns + column * block) * size;
+                 ((tile * args_.lanes + m) * args_.columns + column * block) * size;
       write_some(args_.dtype, out, valid, to);
     }
   }
@@ -366,9 +364,10 @@ class UnitLinearGrads {
 
 }  // namespace
 
-int64_t unit_linear_grads_workspace(const LayerLaw& law, const UnitLinearGradsArgs& args) {
+Workspace unit_linear_grads_workspace(const LayerLaw& law, const UnitLinearGradsArgs& args) {
   const Layout layout = layout_of(law, UnitPlan(law), args);
-  return layout.shared() + args.threads * layout.of_thread();
+  return {layout.shared() + args.threads * layout.of_thread(),
+          layout.shared() + args.threads * layout.dx};
 }
 
 void unit_linear_grads(const LayerLaw& law, const UnitLinearGradsArgs& args) {

@@ -2,14 +2,38 @@
 
 #pragma once
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include <algorithm>
 #include <vector>
 
 #include "cpu/lanes.h"
+#include "cpu/product.h"
 #include "cpu/unit_entries.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
+
+inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+alignas(8) constexpr float kSigns[2] = {1.f, -1.f};
+
+// Lanes of a tile with so many rows: a power of two from 8, or from a vector, to `most`.
+inline int lanes_for(int64_t rows, int most) {
+  int lanes = kVector < 8 ? 8 : kVector;
+  while (lanes < rows && lanes < most) lanes *= 2;
+  return lanes < most ? lanes : most;
+}
+
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
 
 // The bank: `slots` rows of `block` elements.
 struct Ring {
@@ -36,13 +60,6 @@ inline const float* window_rows(const Ring& ring, int64_t first, int64_t count, 
     first = 0;
   }
   return buffer;
-}
-
-// Asks for the first slots of a window that is read soon.
-inline void fetch_window(const Ring& ring, int64_t first, int64_t count) {
-  const char* at = static_cast<const char*>(ring.at) + first * ring.row_bytes();
-  const int64_t bytes = std::min(count, ring.slots - first) * ring.row_bytes();
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 // A unit of one tap, with its window.
