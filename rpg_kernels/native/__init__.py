@@ -29,6 +29,8 @@ ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
 ENVIRONMENT_ISA = "RPG_KERNELS_ISA"
 BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
 
+KNOWN_LAWS = (LayerLaw, WindowLaw, UnitLaw)
+
 _MODULE = "rpg_kernels.native._native"
 _REFLECT = {"none": 0, "vector": 1, "element": 2}
 _WORKSPACE_POSITIONS = 1 << 13
@@ -176,6 +178,11 @@ def stream(words: Tensor, *, write: bool, passes: int) -> None:
     """
     threads, count = words.shape
     _load()[0].bandwidth(words.data_ptr(), count, write, passes, threads)
+
+
+def knows(law: LayerLaw) -> bool:
+    """Whether the native module has this kind of law."""
+    return type(law) in KNOWN_LAWS
 
 
 @lru_cache(maxsize=4096)
