@@ -96,6 +96,9 @@ def _summary_arguments(parser: argparse.ArgumentParser) -> None:
         "--granularity", type=int, default=64, help="bank elements in a slot (default: 64)"
     )
     parser.add_argument("--reflect", choices=("element", "vector", "none"), default="vector")
+    parser.add_argument(
+        "--laps", type=int, metavar="N", help="as for bench, and at most the compression"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the generating matrix")
     parser.add_argument("--stem", choices=("imagenet", "cifar"), default="imagenet")
     parser.add_argument("--num-classes", type=int, default=1000)
@@ -107,7 +110,11 @@ def _summary(args: argparse.Namespace) -> None:
     from rpg_kernels import RPGConfig, models, summary
 
     config = RPGConfig(
-        dof=args.dof, granularity=args.granularity, reflect=args.reflect, seed=args.seed
+        dof=args.dof,
+        granularity=args.granularity,
+        reflect=args.reflect,
+        laps=args.laps,
+        seed=args.seed,
     )
     with torch.device("meta"):
         model = getattr(models, args.model)(args.num_classes, stem=args.stem, rpg=config)
@@ -127,7 +134,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--laps",
         type=int,
         metavar="N",
-        help="windows of 256 slots, each read N times (default: no windows)",
+        help="read each slot N times close together, which saves as many multiplications "
+        "(default: read the whole bank at random)",
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
 

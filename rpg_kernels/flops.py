@@ -32,7 +32,7 @@ def shared_products() -> dict[Any, Callable[..., int]]:
         >>> import torch
         >>> import rpg_kernels as rpg
         >>> from torch.utils.flop_counter import FlopCounterMode
-        >>> bank = rpg.ParameterBank(dof=65536, granularity=64, window=256, laps=4)
+        >>> bank = rpg.ParameterBank(dof=65536, granularity=64, laps=4)
         >>> layer = rpg.nn.Linear(64, 4096, bank=bank)
         >>> with FlopCounterMode(display=False) as dense:
         ...     y = layer(torch.ones(8, 64))

@@ -26,7 +26,6 @@ from rpg_kernels.nn.linear import Linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORWARD, FULL = PASSES = ("forward", "forward+backward")
-WINDOW = 256  # slots of a window, where laps are asked for
 _ROUNDS = (5, 200)  # at least and at most
 _SAMPLE = 2e-3  # seconds that the calls of one sample take together, at least
 HINT = """\
@@ -243,9 +242,8 @@ def run(
     sizes = [count(text, "batch") for text in batches]
     place = device(device_name)
     kind = DTYPES[_checks.choice("dtype", dtype, tuple(DTYPES))]
-    window = None if laps is None else WINDOW
     try:
-        bank = ParameterBank(count(dof), window=window, laps=laps, device=place, dtype=kind)
+        bank = ParameterBank(count(dof), laps=laps, device=place, dtype=kind)
     except RuntimeError as error:
         raise _checks.fail(
             "dof", repr(dof), f"a bank that fits here ({_first_line(error)})"

@@ -17,8 +17,9 @@ import torch
 
 from rpg_kernels import _checks
 from rpg_kernels.bank.config import ring_of
-from rpg_kernels.law.ring import REFLECT
-from rpg_kernels.law.window import check_windows
+from rpg_kernels.law.generator import Generator
+from rpg_kernels.law.ring import LAW_VERSION, REFLECT
+from rpg_kernels.law.window import WINDOW_LAW
 
 DOFS = (45_000, 2_000_000, 20_000_000)
 GRANULARITIES = (1, 16, 64)
@@ -80,7 +81,8 @@ class Case:
         granularity: elements of a slot.
         reflect: ``"element"``, ``"vector"`` or ``"none"``.
         dtype: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"amp"`` for bf16 beside an fp32 bank.
-        window: slots of a window of the bank; None reads the whole ring.
+        window: slots of a window of the bank, of law 2, which the CUDA kernels read; None reads the
+            whole ring.
         laps: times that a unit reads each slot of its window; None with a whole ring.
 
     Example:
@@ -104,9 +106,22 @@ class Case:
         _checks.granularity(self.granularity)
         _checks.choice("reflect", self.reflect, REFLECT)
         _checks.choice("dtype", self.dtype, tuple(DTYPES))
-        check_windows(self.window, self.laps, ring_of(self.dof, self.granularity)[0])
-        if self.window is not None and self.laps is None:
-            raise _checks.fail("laps", self.laps, "an int with windows")
+        if self.window is not None or self.laps is not None:
+            _ = self.generator  # checks them
+
+    @property
+    def generator(self) -> Generator:
+        """Of the bank."""
+        slots, granularity = ring_of(self.dof, self.granularity)
+        whole = self.window is None and self.laps is None
+        return Generator(
+            slots=slots,
+            granularity=granularity,
+            reflect=self.reflect,
+            window=self.window,
+            laps=self.laps,
+            law=LAW_VERSION if whole else WINDOW_LAW,
+        )
 
     @property
     def name(self) -> str:

@@ -176,15 +176,7 @@ class Problem:
 
 def new_bank(case: Case, device: torch.device, dtype: torch.dtype) -> ParameterBank:
     """A bank as the case asks for, without layers."""
-    return ParameterBank(
-        case.dof,
-        case.granularity,
-        case.reflect,
-        window=case.window,
-        laps=case.laps,
-        device=device,
-        dtype=dtype,
-    )
+    return ParameterBank.from_generator(case.generator, device=device, dtype=dtype)
 
 
 def placed(bank: ParameterBank, case: Case, scale: float = 1.0) -> VirtualWeight:

@@ -10,5 +10,7 @@ from rpg_kernels.backends.cuda.rules import Cuda
 from rpg_kernels.backends.reference.rules import Reference
 from rpg_kernels.backends.triton.rules import Triton
 
-for _backend in (Cuda("cuda"), Triton(), Cpu(), Cuda("simt"), Reference()):
+_cpu = Cpu()
+_cpu.by_native = True
+for _backend in (Cuda("cuda"), Triton(), _cpu, Cuda("simt"), Reference()):
     registry.register(_backend)

@@ -13,6 +13,7 @@ from rpg_kernels import _checks
 from rpg_kernels._json import parse_json
 from rpg_kernels.law.generator import Generator, TableGenerator, parse_generator
 from rpg_kernels.law.placement import Placement
+from rpg_kernels.law.unit import MAX_LAPS, UNIT_LAW
 
 _MAX_DIMENSIONS = 64  # torch's; the product of thousands of sizes takes seconds
 _LONGEST_SCALE = len(repr(-2.2250738585072014e-308))
@@ -61,10 +62,14 @@ class BankMap:
             assert generator is not None
             placements = []
             for layer, item in enumerate(_list("placements", given)):
-                start, shape, scale = _fields(item, "start", "shape", "scale")
+                start, shape, scale, *taps = _fields(item, *_names(generator))
+                for each in taps:
+                    _checks.integer("taps", each, 1, MAX_LAPS)
                 shape = tuple(_list("shape", shape))
                 _checks.integer("dimensions", len(shape), 2, _MAX_DIMENSIONS)
-                placements.append(Placement(generator, layer, start, shape, scale))
+                placements.append(
+                    Placement(generator, layer, start, shape, scale, None, None, *taps)
+                )
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"a map that cannot be read ({error})") from error
         return cls(generator, tuple(placements))
@@ -124,7 +129,7 @@ class BankMap:
         if len(self.placements) != len(wanted.placements):
             return f"layers: got {len(self.placements)}, wanted {len(wanted.placements)}"
         for theirs, ours in zip(self.placements, wanted.placements, strict=True):
-            for name in ("shape", "start"):
+            for name in ("shape", "start", "taps"):
                 got, want = getattr(theirs, name), getattr(ours, name)
                 if got != want:
                     return f"{name} of layer {ours.layer}: got {got}, wanted {want}"
@@ -148,8 +153,14 @@ def no_map(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.float16, device=device)
 
 
+def _names(generator: Generator | TableGenerator) -> tuple[str, ...]:
+    """Fields of a layer's record: what a placement has beside the generator and its number."""
+    return ("start", "shape", "scale", *(["taps"] if generator.law == UNIT_LAW else []))
+
+
 def _placement(p: Placement) -> dict[str, Any]:
-    return {"start": p.start, "shape": list(p.shape), "scale": float(p.scale)}
+    values = {"shape": list(p.shape), "scale": float(p.scale)}
+    return {name: values.get(name, getattr(p, name)) for name in _names(p.generator)}
 
 
 def _fields(record: object, *names: str) -> list[Any]:

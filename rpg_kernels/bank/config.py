@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from rpg_kernels import _checks
+from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.ring import REFLECT
-from rpg_kernels.law.window import check_windows
+from rpg_kernels.law.unit import check_windows
 
 SCALES = ("match", "fan_out", "fan_in")
 
@@ -26,11 +27,12 @@ class RPGConfig:
         reflect: ``"element"`` (the paper: a sign per element), ``"vector"`` (a sign per slot
             use) or ``"none"``.
         permute: False reads the ring in order (an ablation of the paper).
-        window: slots of a window (law 2, ``docs/window_law.md``), a power of two (a multiple of
-            8) from 64 to 32768 and at most the ring; None draws from the whole ring (law 1).
-        laps: times that a unit reads each slot of its window, 1 to 64 and at most the compression
-            (weights, padding counted, / dof); None for the largest power of two up to 4 that this
-            allows. Memory is read that many times less often.
+        laps: times that the slots of a unit, some rows and taps of a channel block, are read close
+            together: a layer needs 1/laps of the multiplications, and reads memory that many times
+            less often (law 3, ``docs/unit_law.md``). 1 to 64, and at most the compression (weights,
+            padding counted, / dof). None draws each weight from the whole bank (law 1).
+        window: slots that the units aim at, a multiple of 8 from 8 to 4096: for experts, and only
+            with laps. None lets the law choose.
         seed: of the generating matrix and nothing else, 0 to 2^63 - 1.
         init_std: standard deviation of the bank at initialisation.
         scale: the rule for each layer's standard deviation at initialisation: ``"match"`` (the
@@ -53,8 +55,8 @@ class RPGConfig:
     granularity: int = 64
     reflect: str = "vector"
     permute: bool = True
-    window: int | None = None
     laps: int | None = None
+    window: int | None = None
     seed: int = 0
     init_std: float = PAPER_INIT_STD
     scale: str = "match"
@@ -64,11 +66,32 @@ class RPGConfig:
         _checks.granularity(self.granularity)
         _checks.choice("reflect", self.reflect, REFLECT)
         _checks.boolean("permute", self.permute)
-        check_windows(self.window, self.laps, ring_of(self.dof, self.granularity)[0])
+        if self.laps is not None:
+            check_windows(self.window, self.laps)
+        elif self.window is not None:
+            raise _checks.fail("window", self.window, "None without laps")
         _checks.integer("seed", self.seed, 0, 2**63 - 1)
         if _checks.finite("init_std", self.init_std) <= 0:
             raise _checks.fail("init_std", self.init_std, "a number above 0")
         _checks.choice("scale", self.scale, SCALES)
+
+    @property
+    def generator(self) -> Generator:
+        """What G is: of law 3 with laps, and of law 1 without.
+
+        Raises:
+            ValueError: more slots than a bank can have.
+        """
+        slots, granularity = ring_of(self.dof, self.granularity)
+        return Generator(
+            slots=slots,
+            granularity=granularity,
+            reflect=self.reflect,
+            permute=self.permute,
+            window=self.window,
+            laps=self.laps,
+            seed=self.seed,
+        )
 
 
 def ring_of(dof: int, granularity: int) -> tuple[int, int]:

@@ -12,13 +12,10 @@ from rpg_kernels._tensors import DTYPES
 from rpg_kernels.bank.bank_map import DIGITS, no_map
 from rpg_kernels.bank.bank_state import BankState
 from rpg_kernels.bank.buffers import sha256_of
-from rpg_kernels.bank.config import PAPER_INIT_STD, ring_of
+from rpg_kernels.bank.config import PAPER_INIT_STD, RPGConfig
 from rpg_kernels.bank.virtual_weight import VirtualWeight
-from rpg_kernels.law import window as window_law
 from rpg_kernels.law.generator import Generator, TableGenerator
-from rpg_kernels.law.placement import Placement
-
-DEFAULT_LAPS = 4
+from rpg_kernels.law.placement import Placement, place
 
 
 class ParameterBank(BankState):
@@ -34,10 +31,11 @@ class ParameterBank(BankState):
         granularity: elements per slot, a power of two from 1 to 128.
         reflect: ``"element"``, ``"vector"`` or ``"none"``.
         permute: False reads the ring in order.
-        window: slots of a window (law 2), a power of two (a multiple of 8) from 64 to 32768 and at
-            most the ring; None, the whole ring.
-        laps: times that a unit reads each slot of its window, 1 to 64; None for 4. Where the
-            finished model compresses less than that, nothing reads some windows: ``rpg.summary``.
+        window: slots that the units aim at, a multiple of 8 from 8 to 4096: for experts, and only
+            with laps. None lets the law choose.
+        laps: times that the slots of a unit are read close together (law 3), 1 to 64; None reads
+            the whole ring (law 1). Where the finished model compresses less than that, nothing
+            reads some slots: ``rpg.summary``.
         seed: of the generating matrix, not of the initial values.
         init_std: standard deviation of the normal distribution that initialises the bank.
         device, dtype: of the weight; floating point.
@@ -51,6 +49,8 @@ class ParameterBank(BankState):
         (960, (15, 64))
         >>> bank.place((32, 100)).unpack().shape
         torch.Size([32, 100])
+        >>> ParameterBank(dof=1000, granularity=64, laps=4).generator.law
+        3
 
     Source: Wang et al. (WACV 2023), section 3.
     """
@@ -70,24 +70,28 @@ class ParameterBank(BankState):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _checks.integer("dof", dof, 1, 2**62)
-        _checks.granularity(granularity)
-        slots, granularity = ring_of(dof, granularity)
-        if window is not None and laps is None:
-            laps = DEFAULT_LAPS
-        generator = Generator(
-            slots=slots,
+        config = RPGConfig(
+            dof=dof,
             granularity=granularity,
             reflect=reflect,
             permute=permute,
-            window=window,
             laps=laps,
+            window=window,
             seed=seed,
+            init_std=init_std,
         )
-        if _checks.finite("init_std", init_std) <= 0:
-            raise _checks.fail("init_std", init_std, "a number above 0")
-        self._setup(generator, dof, init_std)
-        shape = (generator.slots, granularity)
+        self._draw(config.generator, dof, init_std, device, dtype)
+
+    def _draw(
+        self,
+        generator: Generator,
+        requested_dof: int,
+        init_std: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._setup(generator, requested_dof, init_std)
+        shape = (generator.slots, generator.granularity)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=_floating(dtype)))
         self.register_buffer("table", None)
         self.register_buffer(DIGITS, no_map(self.weight.device))
@@ -102,6 +106,41 @@ class ParameterBank(BankState):
         self._cursor = 0
         self.skipped: dict[str, str] = {}  # what convert left dense, and why
         self.residuals: dict[str, float] = {}  # of a least-squares start, per layer
+
+    @classmethod
+    def from_generator(
+        cls,
+        generator: Generator,
+        *,
+        init_std: float = PAPER_INIT_STD,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ParameterBank:
+        """A bank ``[slots, granularity]`` whose generating matrix is given, of any packing law.
+
+        A checkpoint's record holds the generator of its bank; law 2 is reached only so.
+
+        Args:
+            generator: what G is.
+            init_std, device, dtype: as for ``ParameterBank``.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or out of range. Tables are for
+                ``from_table``.
+
+        Example:
+            >>> generator = Generator(1024, 64, "vector", window=256, laps=4, law=2)
+            >>> bank = ParameterBank.from_generator(generator)
+            >>> tuple(bank.weight.shape), bank.place((32, 100)).unpack().shape
+            ((1024, 64), torch.Size([32, 100]))
+        """
+        if not isinstance(generator, Generator):
+            raise TypeError(f"generator: got a {type(generator).__name__}, wanted a Generator")
+        if _checks.finite("init_std", init_std) <= 0:
+            raise _checks.fail("init_std", init_std, "a number above 0")
+        bank = cls.__new__(cls)
+        bank._draw(generator, generator.dof, init_std, device, dtype)
+        return bank
 
     @classmethod
     def from_table(cls, weight: Tensor, table: Tensor) -> ParameterBank:
@@ -173,7 +212,8 @@ class ParameterBank(BankState):
         if placement.layer < self.layers:
             weight = self._placed[placement.layer]
             mine = weight.placement
-            if (mine.shape, mine.start) == (placement.shape, placement.start):
+            wanted = placement.shape, placement.start, placement.taps
+            if (mine.shape, mine.start, mine.taps) == wanted:
                 return weight
         return None
 
@@ -183,19 +223,23 @@ class ParameterBank(BankState):
         self.write_map()
         self.watch_for_other_rules()
 
-    def place(self, shape: Sequence[int], *, scale: float = 1.0) -> VirtualWeight:
+    def place(
+        self, shape: Sequence[int], *, scale: float = 1.0, taps: int | None = None
+    ) -> VirtualWeight:
         """The next layer's virtual weight, on the next segment of the ring.
 
         Segments follow each other and wrap around. Each begins at a multiple of its own block,
         so a layer with a larger block than the one before may skip less than one block. Over a
         model the use counts of bank elements, padding counted, therefore differ by at most one
-        plus the number of such skips (design: even sampling, paper section 3). With windows
-        addresses are not wrapped and starts are aligned to up to 64 blocks; the bound on use
-        counts is in ``docs/window_law.md``, section 6.
+        plus the number of such skips (design: even sampling, paper section 3). With laps addresses
+        are not wrapped, and layers start where an octet of slots is read first; the bound on use
+        counts is in ``docs/unit_law.md``.
 
         Args:
             shape: torch's shape of the weight.
             scale: the layer's multiplier, finite and not zero.
+            taps: of a unit, of a convolution's kernel: a divisor of its taps, at most the laps;
+                None for the largest. Only with laps.
 
         Returns:
             A virtual weight with the next layer number.
@@ -203,24 +247,11 @@ class ParameterBank(BankState):
         Raises:
             TypeError, ValueError: as VirtualMatrix and Placement; a table with too few entries.
         """
-        generator = self.generator
         if isinstance(shape, str) or not isinstance(shape, Sequence):
             raise TypeError(f"shape: got {shape!r}, wanted a sequence of ints")
-        start = self._cursor
-        if isinstance(generator, Generator):
-            trial = Placement(generator, self.layers, 0, tuple(shape), scale)
-            if generator.window is not None:
-                start, _ = window_law.place(shape, generator.granularity, start)
-            else:
-                block = trial.matrix.block
-                start = -(-start // block) * block % generator.dof
-        placement = Placement(generator, self.layers, start, tuple(shape), scale)
-        if not isinstance(generator, Generator):
-            self._cursor = start + placement.matrix.numel
-        elif generator.window is not None:
-            self._cursor = start + placement.matrix.span
-        else:
-            self._cursor = (start + placement.matrix.span) % generator.dof
+        placement, self._cursor = place(
+            self.generator, self.layers, self._cursor, shape, scale, taps
+        )
         self.look_at_map()
         weight = VirtualWeight(self, placement)
         self._placed.append(weight)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
 from rpg_kernels import _checks
 from rpg_kernels._wrappers import unwrap, unwrap_to_change
-from rpg_kernels.bank.config import RPGConfig, ring_of
+from rpg_kernels.bank.config import RPGConfig
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.scales import layer_std
 from rpg_kernels.bank.virtual_weight import VirtualWeight
@@ -18,12 +18,13 @@ from rpg_kernels.conversion.least_squares import fit_bank
 from rpg_kernels.conversion.ownership import register
 from rpg_kernels.conversion.select import Filter, Selection, select
 from rpg_kernels.conversion.ties import tie_key
-from rpg_kernels.law import window as window_law
+from rpg_kernels.law.generator import Generator
+from rpg_kernels.law.placement import check_laps, place
 from rpg_kernels.nn import VirtualLayer
+from rpg_kernels.nn.conv2d import taps_with_stride
 from rpg_kernels.nn.part import BANK_NAME
 
 INIT = ("random", "least_squares")
-MOST_LAPS = 4  # that convert chooses by itself
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -42,7 +43,7 @@ def convert(
     Args:
         model: any nn.Module that is not itself a layer; also inside torch.compile, DataParallel
             or AveragedModel.
-        config: size of the bank, granularity, reflect mode, windows, seed, scale rule.
+        config: size of the bank, granularity, reflect mode, laps, seed, scale rule.
         filter_fn: ``filter_fn(module, name) -> bool`` for every nn.Linear, nn.Conv2d and
             nn.Embedding (and transformers' Conv1D); None for the default rule. A layer that was
             asked for and cannot be shared is named in a warning.
@@ -136,13 +137,15 @@ def _bank(chosen: Selection, config: RPGConfig, init: str) -> ParameterBank:
     first = next(iter(weights.values()))
     if init == "least_squares" and first.device.type == "meta":
         raise _checks.fail("init", "'least_squares' for a model on meta", "a model with weights")
+    if config.laps is not None:
+        check_laps(config.laps, config.generator.dof, _end(chosen, config.generator))
     return ParameterBank(
         dof=config.dof,
         granularity=config.granularity,
         reflect=config.reflect,
         permute=config.permute,
         window=config.window,
-        laps=_laps(chosen, config),
+        laps=config.laps,
         seed=config.seed,
         init_std=config.init_std,
         device=first.device,
@@ -150,23 +153,13 @@ def _bank(chosen: Selection, config: RPGConfig, init: str) -> ParameterBank:
     )
 
 
-def _laps(chosen: Selection, config: RPGConfig) -> int | None:
-    """Laps of the bank's windows: those asked for, or as many as the model allows, up to 4.
-
-    Raises:
-        ValueError: those asked for are above the compression.
-    """
-    if config.window is None:
-        return None
-    slots, granularity = ring_of(config.dof, config.granularity)
+def _end(chosen: Selection, generator: Generator) -> int:
+    """Where the last layer ends, in elements."""
     end = 0
-    for weight in {tie_key(w): w for w in map(weight_of, chosen.shared.values())}.values():
-        _, end = window_law.place(weight.shape, granularity, end)
-    dof = slots * granularity
-    if config.laps is not None:
-        window_law.check_laps(config.laps, dof, end)
-        return config.laps
-    return 1 << max(1, min(MOST_LAPS, end // dof)).bit_length() - 1
+    by_memory = {tie_key(w): w for w in map(weight_of, chosen.shared.values())}
+    for layer, weight in enumerate(by_memory.values()):
+        _, end = place(generator, layer, end, weight.shape)
+    return end
 
 
 def _place(chosen: Selection, bank: ParameterBank, config: RPGConfig) -> dict[str, VirtualWeight]:
@@ -179,7 +172,10 @@ def _place(chosen: Selection, bank: ParameterBank, config: RPGConfig) -> dict[st
         if key not in by_memory:
             lookup = isinstance(module, nn.Embedding)
             std = layer_std(config.scale, weight.shape, lookup=lookup, weight=weight)
-            by_memory[key] = bank.place(tuple(weight.shape), scale=std / bank.init_std)
+            taps = None
+            if isinstance(module, nn.Conv2d):
+                taps = taps_with_stride(bank, cast(tuple[int, int], module.stride))
+            by_memory[key] = bank.place(tuple(weight.shape), scale=std / bank.init_std, taps=taps)
             by_memory[key].name = name
             for note, value in vars(module.weight).items():  # no_weight_decay, and the like
                 setattr(by_memory[key], note, value)

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from rpg_kernels._wrappers import unwrap
 from rpg_kernels.bank.parameter_bank import ParameterBank
-from rpg_kernels.law.window import check_laps
+from rpg_kernels.law.placement import check_laps
 from rpg_kernels.nn import VirtualLayer
 from rpg_kernels.nn.part import BANK_NAME
 
@@ -18,10 +18,11 @@ from rpg_kernels.nn.part import BANK_NAME
 class LayerSummary:
     """One rpg layer: where its virtual weight lies and how it is scaled.
 
-    ``start`` and ``span`` are a ring address (with windows one that is not wrapped) and a length
-    in elements, padding counted; ``laps`` is span / dof; ``std`` is the standard deviation of the
-    unpacked weight at initialisation; ``residual`` that of a least-squares start, or None;
-    ``tied_to`` the layer whose virtual weight this one uses, or ""; ``window`` the bank's, or None.
+    ``start`` and ``span`` are a ring address (on a bank with laps one that is not wrapped) and a
+    length in elements, padding counted; ``laps`` is span / dof; ``std`` is the standard deviation
+    of the unpacked weight at initialisation; ``residual`` that of a least-squares start, or None;
+    ``tied_to`` the layer whose virtual weight this one uses, or ""; ``window`` the bank's, or None;
+    ``taps`` those of a unit, or None where the bank has no units.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerSummary:
     residual: float | None
     tied_to: str
     window: int | None = None
+    taps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Summary:
     """What ``rpg.summary`` returns. Printable.
 
     ``virtual_weights`` counts tied weights once; ``unshared`` is the number of other trainable
-    parameters; ``idle`` says of which banks a part is never read, because their windows have more
-    laps than the model compresses.
+    parameters; ``idle`` says of which banks a part is never read, because they have more laps than
+    the model compresses.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -104,7 +106,7 @@ class Summary:
                 if not x.tied_to:
                     end = -(-end // x.granularity) * x.granularity + x.span
             uses = "at most once" if end <= self.dof else "at most twice, padding counted"
-            if any(x.window for x in self.layers):  # which may overlap where the ring closes
+            if any(x.window or x.taps for x in self.layers):  # units may be cut where it closes
                 uses = "about once"
             lines.append(f"the bank is at least as large as the model: each slot is used {uses}")
         if self.skipped:
@@ -185,9 +187,9 @@ def _idle(bank: ParameterBank) -> str:
     if laps is None or not placements:
         return ""
     try:
-        check_laps(laps, bank.dof, placements[-1].start + placements[-1].matrix.span)
+        check_laps(laps, bank.dof, placements[-1].start + placements[-1].span)
     except ValueError as error:
-        return f"windows of a bank that nothing reads; {error}"
+        return f"slots of a bank that nothing reads; {error}"
     return ""
 
 
@@ -202,11 +204,12 @@ def _layer(name: str, module: VirtualLayer, tied_to: str, residual: float | None
         layer=p.layer,
         granularity=p.matrix.block,
         start=p.start,
-        span=p.matrix.span,
-        laps=p.matrix.span / bank.dof,
+        span=p.span,
+        laps=p.span / bank.dof,
         scale=vw.scale,
         std=abs(vw.scale) * bank.init_std,
         residual=residual,
         tied_to=tied_to,
         window=getattr(bank.generator, "window", None),
+        taps=p.taps,
     )

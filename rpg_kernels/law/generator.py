@@ -34,8 +34,8 @@ class Generator:
         law: version of the packing law; None for 3 with laps and 1 without.
 
     Raises:
-        TypeError, ValueError: a field is out of range, a law that this version does not know, or
-            one that contradicts window and laps.
+        TypeError, ValueError: a field is out of range, a window without laps, a law that this
+            version does not know, or one that contradicts window and laps.
 
     Example:
         >>> g = Generator(slots=31250, granularity=64, reflect="vector")
@@ -56,18 +56,18 @@ class Generator:
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        windows = self.window is not None or self.laps is not None
         if self.law is None:
-            object.__setattr__(self, "law", UNIT_LAW if windows else LAW_VERSION)
+            object.__setattr__(self, "law", LAW_VERSION if self.laps is None else UNIT_LAW)
         _check_law(self.law)
         _checks.integer("slots", self.slots, 1, _checks.INT32_MAX)
         _checks.granularity(self.granularity)
         _checks.choice("reflect", self.reflect, REFLECT)
         _checks.boolean("permute", self.permute)
         if self.law == LAW_VERSION:
-            for name in ("window", "laps"):
-                if getattr(self, name) is not None:
-                    raise _checks.fail(name, getattr(self, name), f"None with law {self.law}")
+            if self.laps is not None:
+                raise _checks.fail("laps", self.laps, f"None with law {self.law}")
+            if self.window is not None:
+                raise _checks.fail("window", self.window, "None without laps")
         elif self.laps is None:
             raise _checks.fail("laps", None, f"an int from 1 to 64 with law {self.law}")
         elif self.law == UNIT_LAW:
@@ -165,7 +165,7 @@ def parse_generator(text: str) -> Generator | TableGenerator:
     Example:
         >>> parse_generator('{"slots":4,"granularity":8,"reflect":"none","law":7}')
         Traceback (most recent call last):
-        ValueError: law: got 7, wanted 1 or 2, the laws known here
+        ValueError: law: got 7, wanted one of 1, 2, 3, the laws known here
     """
     _checks.text("generator", text)
     try:
@@ -211,4 +211,5 @@ def _text(generator: Generator | TableGenerator) -> str:
 
 def _check_law(law: object) -> None:
     if type(law) is not int or law not in LAWS:
-        raise _checks.fail("law", repr(law), f"one of {', '.join(map(str, LAWS))}, the laws known here")
+        known = ", ".join(map(str, LAWS))
+        raise _checks.fail("law", repr(law), f"one of {known}, the laws known here")

@@ -165,6 +165,13 @@ class Placement:
         )
 
     @property
+    def span(self) -> int:
+        """Addresses in elements that the whole weight takes, padding counted."""
+        if self.generator.law == UNIT_LAW:
+            return unit_law.span_of(self.matrix)
+        return self.matrix.span
+
+    @property
     def selection(self) -> tuple[Range, Range]:
         """Rows and columns as (offset, length), never None."""
         assert self.rows is not None
@@ -241,7 +248,7 @@ def place(
     """
     shape = tuple(shape)
     if isinstance(generator, TableGenerator):
-        placement = Placement(generator, layer, cursor, shape, scale)
+        placement = Placement(generator, layer, cursor, shape, scale, taps=taps)
         return placement, cursor + placement.matrix.numel
     first = Placement(generator, layer, 0, shape, scale, taps=taps)  # checks all but the start
     if generator.law == LAW_VERSION:
@@ -254,6 +261,29 @@ def place(
     else:
         start, end = window_law.place(shape, generator.granularity, cursor)
     return replace(first, start=start), end
+
+
+def check_laps(laps: int, dof: int, span: int) -> None:
+    """Refuse more laps than a finished model compresses: some slots would never be read.
+
+    Args:
+        laps: of the generator, of law 2 or 3.
+        dof: elements of the bank.
+        span: addresses that the model's layers take, in elements: where the last one ends.
+
+    Raises:
+        ValueError: laps is above span / dof.
+
+    Example:
+        >>> check_laps(4, dof=1000, span=4500)
+        >>> check_laps(5, dof=1000, span=4500)
+        Traceback (most recent call last):
+        ValueError: laps: got 5, wanted at most 4, as 4500 weights are read from 1000 elements
+    """
+    most = max(1, span // dof)
+    if laps > most:
+        why = f"as {span} weights are read from {dof} elements"
+        raise _checks.fail("laps", laps, f"at most {most}, {why}")
 
 
 @lru_cache(maxsize=65536)

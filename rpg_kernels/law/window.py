@@ -71,42 +71,6 @@ def check_window(window: int, laps: int, slots: int) -> None:
     _checks.integer("laps", laps, 1, MAX_LAPS)
 
 
-def check_windows(window: int | None, laps: int | None, slots: int) -> None:
-    """Refuse windows and laps that law 2 does not know; None is the whole ring, or laps by default.
-
-    Raises:
-        TypeError, ValueError: as ``check_window``; laps without a window.
-    """
-    if window is not None:
-        check_window(window, 1 if laps is None else laps, slots)
-    elif laps is not None:
-        raise _checks.fail("laps", laps, "None without a window")
-
-
-def check_laps(laps: int, dof: int, span: int) -> None:
-    """Refuse more laps than a finished model compresses: some windows would never be read.
-
-    Args:
-        laps: of the generator.
-        dof: elements of the bank.
-        span: addresses that the model's layers take, in elements: where the last one ends.
-
-    Raises:
-        ValueError: laps is above span / dof.
-
-    Example:
-        >>> check_laps(4, dof=1000, span=4500)
-        >>> check_laps(5, dof=1000, span=4500)
-        Traceback (most recent call last):
-        ValueError: laps: got 5, wanted at most 4, as 4500 weights are read from 1000 elements
-    """
-    if laps * dof > span:
-        most = max(1, span // dof)
-        if most < laps:
-            why = f"as {span} weights are read from {dof} elements"
-            raise _checks.fail("laps", laps, f"at most {most}, {why}")
-
-
 def alignment(rows: int) -> int:
     """What a layer's start must be a multiple of, in blocks, so that laps hold stretches whole.
 

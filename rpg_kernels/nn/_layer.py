@@ -138,6 +138,7 @@ class VirtualLayer(HoldsBank):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         lookup: bool = False,
+        taps: int | None = None,
     ) -> None:
         """Set ``virtual_weight``: the one given, or the next of the bank, or of a private bank."""
         # An entry without a tensor: transformers ties weights by get_buffer, which asks for one and
@@ -170,7 +171,7 @@ class VirtualLayer(HoldsBank):
             setattr(self, BANK_NAME, bank)
         if isinstance(scale, str):
             scale = layer_std(scale, shape, lookup=lookup) / bank.init_std
-        self.virtual_weight = bank.place(shape, scale=scale)
+        self.virtual_weight = bank.place(shape, scale=scale, taps=taps)
 
     def _make_bias(
         self, size: int, device: torch.device | str | None, dtype: torch.dtype | None

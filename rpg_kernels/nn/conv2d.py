@@ -13,10 +13,25 @@ from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.functional import Pair, pair
 from rpg_kernels.law.geometry import MAX_ROWS
+from rpg_kernels.law.unit import UNIT_LAW
 from rpg_kernels.nn._layer import VirtualLayer
 from rpg_kernels.nn.part import as_leaf, is_traced
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def taps_with_stride(bank: ParameterBank, stride: tuple[int, int]) -> int | None:
+    """What ``ParameterBank.place`` is asked for: 1 of strided convolutions, else the bank's choice.
+
+    Taps share products where one pixel is read by both. With a stride that is so only of taps whose
+    offsets differ by whole strides, so their units would share little.
+
+    Example:
+        >>> bank = ParameterBank(4096, laps=4)
+        >>> taps_with_stride(bank, (2, 2)), taps_with_stride(bank, (1, 1))
+        (1, None)
+    """
+    return 1 if bank.generator.law == UNIT_LAW and stride != (1, 1) else None
 
 
 class Conv2d(VirtualLayer, nn.Conv2d):  # type: ignore[misc]
@@ -29,7 +44,8 @@ class Conv2d(VirtualLayer, nn.Conv2d):  # type: ignore[misc]
         bank: shared parameter bank; None makes a private one with room for every weight.
         scale: the layer's multiplier, or the rule for its standard deviation at initialisation:
             ``"match"`` (torch.nn.Conv2d's), ``"fan_in"``, ``"fan_out"`` (the paper's).
-        virtual_weight: use this one (tied weights) instead of placing a new one.
+        virtual_weight: use this one (tied weights) instead of placing a new one. Where a new one
+            is placed on a bank with laps, its units have one tap if the convolution is strided.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or range.
@@ -84,7 +100,8 @@ class Conv2d(VirtualLayer, nn.Conv2d):  # type: ignore[misc]
         self.transposed, self.output_padding = False, (0, 0)
         self._reversed_padding_repeated_twice = self._explicit_padding()
         shape = (out_channels, in_channels // groups, *self.kernel_size)
-        self._place(shape, bank, virtual_weight, scale, device, dtype)
+        taps = taps_with_stride(bank, self.stride) if isinstance(bank, ParameterBank) else None
+        self._place(shape, bank, virtual_weight, scale, device, dtype, taps=taps)
         if bias:
             self._make_bias(out_channels, device, dtype)
         else:

@@ -21,6 +21,7 @@ import torch
 
 import rpg_kernels as rpg
 from rpg_kernels import native
+from rpg_kernels.law.window import WINDOW_LAW
 from tools.reports import shared_banks as banks
 from tools.reports.cuda_counts import INTEGERS, Case, column_loop, per_weight
 from tools.reports.cuda_sass import (
@@ -93,8 +94,9 @@ def plan(kernel: str, rows: int, columns: int, batch: int, code: int, fill: str)
     """The plan of a layer that begins with a whole cell."""
     simt = native._load()[0].simt  # type: ignore[union-attr]
     slots = {"windows": 16384, "ring": 704, "gather": 32768}[fill]
-    windows = {"window": 256, "laps": 4} if fill == "windows" else {}
-    bank = rpg.ParameterBank(slots * 64, granularity=64, device="meta", **windows)
+    windows = {"window": 256, "laps": 4, "law": WINDOW_LAW} if fill == "windows" else {}
+    generator = rpg.Generator(slots, 64, "vector", **windows)
+    bank = rpg.ParameterBank.from_generator(generator, device="meta")
     law = native.layer_law(bank.place((rows, columns)).placement.law)
     return getattr(simt, f"plan_{kernel}")(law, code, batch, columns, *banks.H200)
 

@@ -19,6 +19,7 @@ import torch
 
 import rpg_kernels as rpg
 from rpg_kernels import native
+from rpg_kernels.law.window import WINDOW_LAW
 from tools.reports.cuda_sass import Line, Region, region
 
 WARP = 32
@@ -174,9 +175,10 @@ def recorded(
 ) -> dict[str, Count]:
     """Wavefronts of one launch of a layer that begins with a whole cell."""
     simt = native._load()[0].simt  # type: ignore[union-attr]
-    bank = rpg.ParameterBank(
-        4 * window * granularity, granularity=granularity, window=window, laps=laps
+    generator = rpg.Generator(
+        4 * window, granularity, "vector", window=window, laps=laps, law=WINDOW_LAW
     )
+    bank = rpg.ParameterBank.from_generator(generator)
     matrix = bank.place((rows, columns)).placement
     law, code = native.layer_law(matrix.law), native.dtype_code(dtype)
     plan = getattr(simt, f"plan_{kernel}")(law, code, batch, columns, *H200)

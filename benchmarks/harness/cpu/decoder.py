@@ -20,7 +20,7 @@ from benchmarks.harness.timing import cpu_headline
 from rpg_kernels import RPGConfig, _checks, convert, materialize, summary
 from rpg_kernels.models import Cache, Decoder, DecoderConfig
 
-BANK = RPGConfig(dof=2_000_000, window=256, laps=4)
+BANK = RPGConfig(dof=2_000_000, laps=4)
 PROMPT, TOKENS, SERIES = 8, 32, 5
 # Of the logits, relative to the largest: what rounding may make of a dozen layers.
 _ALLOWED = {"fp32": 1e-4, "bf16": 5e-2}

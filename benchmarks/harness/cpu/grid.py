@@ -19,23 +19,25 @@ DTYPES = ("fp32", "bf16")
 class Bank:
     """A bank of granularity 64 with a sign for each slot use.
 
+    Args:
+        dof: degrees of freedom.
+        laps: of its units; None reads the whole ring.
+        window: slots that the units aim at; None lets the law choose.
+
     Example:
-        >>> str(Bank(200_000)), str(Bank(20_000_000, 256, 4))
-        ('ring, 200K', 'windows 256 x 4, 20M')
+        >>> str(Bank(200_000)), str(Bank(20_000_000, 4)), str(Bank(2_000_000, 4, 256))
+        ('ring, 200K', '4 laps, 20M', 'windows 256 x 4, 2M')
     """
 
     dof: int
-    window: int | None = None
     laps: int | None = None
+    window: int | None = None
 
     def __str__(self) -> str:
-        read = "ring" if self.window is None else f"windows {self.window} x {self.laps}"
+        read = "ring" if self.laps is None else f"{self.laps} laps"
+        if self.window is not None:
+            read = f"windows {self.window} x {self.laps}"
         return f"{read}, {cases.short(self.dof)}"
-
-    @property
-    def possible(self) -> bool:
-        """Whether the ring has as many slots as a window."""
-        return self.window is None or self.window <= self.dof // GRANULARITY
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,10 @@ class Suite:
 
 
 _SMALL = Bank(200_000)
-_SMALL_WINDOWS = Bank(200_000, 256, 4)
-_QUICK_BANKS = (_SMALL, _SMALL_WINDOWS, Bank(20_000_000, 256, 4))
+_SMALL_LAPS = Bank(200_000, 4)
+_QUICK_BANKS = (_SMALL, _SMALL_LAPS, Bank(20_000_000, 4))
 _FULL_BANKS = tuple(
-    Bank(dof, *windows)
-    for windows in ((None, None), (256, 4), (256, 16))
-    for dof in (45_000, 200_000, 2_000_000, 20_000_000)
+    Bank(dof, laps) for laps in (None, 4, 16) for dof in (45_000, 200_000, 2_000_000, 20_000_000)
 )
 _QUICK_LAYERS = ("llama-3-8b.gate_proj", "llama-3-8b.q_proj", "bert-base.query")
 _FULL_LAYERS = (
@@ -156,7 +156,7 @@ SUITES = {
                 _FULL_LAYERS,
                 banks=_FULL_BANKS,
                 batches=(1, 2, 4, 8, 16, 32),
-                referred=(_SMALL, _SMALL_WINDOWS),
+                referred=(_SMALL, _SMALL_LAPS),
                 referred_batches=(1, 16),
             ),
             *_groups(_FULL_CONVOLUTIONS, banks=_QUICK_BANKS, batches=(1, 8), referred=(_SMALL,),
@@ -201,7 +201,7 @@ def choose(
         if named and group.dtype in (dtypes or DTYPES):
             kept = replace(
                 group,
-                banks=tuple(b for b in group.banks if b.possible and b.dof in (dofs or [b.dof])),
+                banks=tuple(b for b in group.banks if b.dof in (dofs or [b.dof])),
                 batches=tuple(b for b in group.batches if b in (batches or [b])),
                 referred=tuple(b for b in group.referred if b.dof in (dofs or [b.dof])),
                 referred_batches=tuple(b for b in group.referred_batches if b in (batches or [b])),

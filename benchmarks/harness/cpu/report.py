@@ -16,9 +16,9 @@ from benchmarks.harness.table import NOT_MEASURED
 from rpg_kernels import timing
 
 _SPEED_LAYERS = ("llama-3-8b.gate_proj", "llama-3-8b.q_proj")
-_SPEED_BANKS = (Bank(200_000), Bank(200_000, 256, 4), Bank(20_000_000, 256, 4))
+_SPEED_BANKS = ((200_000, None), (200_000, 4), (20_000_000, 4))  # (dof, laps)
 _SPEED_BATCHES = (1, 4, 8, 16)
-_ROOF_BANKS = (None, *_SPEED_BANKS, Bank(20_000_000, 256, 16))
+_ROOF_BANKS = (*_SPEED_BANKS, (20_000_000, 16))
 _ROOF_BATCHES = (1, 16)
 Row = Mapping[str, Any]
 Line = tuple[str, Bank | None]  # implementation and bank of a line of a table
@@ -43,7 +43,7 @@ def _heading(path: Path, record: Any) -> Iterator[str]:
 
 
 def _line(row: Row) -> Line:
-    bank = None if row["dof"] is None else Bank(row["dof"], row["window"], row["laps"])
+    bank = None if row["dof"] is None else Bank(row["dof"], row["laps"], row["window"])
     return row["impl"], bank
 
 
@@ -87,18 +87,22 @@ def speed(results: Path) -> list[str]:
         return [NOT_MEASURED]
     path, record = found
     tables = _tables(record)
-    lines: list[Line] = [(DENSE, None), *((OURS, bank) for bank in _SPEED_BANKS)]
     rows = []
     for key in ((layer, dtype) for layer in _known(tables, _SPEED_LAYERS) for dtype in DTYPES):
-        for line in lines:
-            held = tables.get(key, {}).get(line)
-            if held:
+        for line, held in tables.get(key, {}).items():
+            if line[0] in (DENSE, OURS) and _among(_SPEED_BANKS, line):
                 dense = tables[key].get((DENSE, None), {})
                 shape = _shape(next(iter(held.values())))
                 cells = (_cell(held.get(b), dense.get(b)) or NOT_MEASURED for b in _SPEED_BATCHES)
                 rows.append((f"{shape}, {key[1]}", _label(line), *cells))
     head = ("linear layer", "weight", *(f"batch {batch}" for batch in _SPEED_BATCHES))
     return [*_heading(path, record), *table.markdown(head, rows)]
+
+
+def _among(banks: tuple[tuple[int, int | None], ...], line: Line) -> bool:
+    """Whether a line's bank is one of those, or there is none as the weight is dense."""
+    _, bank = line
+    return bank is None or (bank.dof, bank.laps) in banks
 
 
 def _known(tables: Mapping[tuple[str, str], object], names: tuple[str, ...]) -> list[str]:
@@ -152,7 +156,7 @@ def roofline(results: Path) -> list[str]:
     tables = _tables(record)
     for key in ((layer, dtype) for layer in _known(tables, _SPEED_LAYERS) for dtype in DTYPES):
         for line, held in tables.get(key, {}).items():
-            for batch in _ROOF_BATCHES if line[1] in _ROOF_BANKS else ():
+            for batch in _ROOF_BATCHES if _among(_ROOF_BANKS, line) else ():
                 row = held.get(batch)
                 if row and row["traffic"] and row["median_s"]:
                     name = f"{_shape(row)} {key[1]}, {_label(line)}, batch {batch}"
@@ -202,10 +206,11 @@ def tokens_of(path: Path, record: Any) -> list[str]:
     head = ("network", "tokens per second", "of dense", "linear layers", "all parameters",
             "logits differ by", "same tokens")  # fmt: skip
     m, o = record["model"], record["options"]
+    read = f"windows {m['window']} x {m['laps']}" if m["window"] else f"{m['laps']} laps"
     about = (
         f"Decoder of width {m['width']}, {m['layers']} layers, {m['heads']} heads, SwiGLU "
         f"{m['hidden']}, vocabulary {m['vocabulary']}: {m['virtual_weights'] / 1e6:.0f}M virtual "
-        f"weights on a bank of {m['dof'] / 1e6:.0f}M, windows {m['window']} x {m['laps']}; "
+        f"weights on a bank of {m['dof'] / 1e6:.0f}M, {read}; "
         f"batch 1, {o['tokens']} tokens after {o['prompt']}, median of {o['series']} series."
     )
     return [*_heading(path, record), about, "", *table.markdown(head, rows)]

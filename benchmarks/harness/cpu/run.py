@@ -306,7 +306,7 @@ def wrong(record: Record) -> list[str]:
     """A sentence for each result that is wrong."""
     return [
         f"{row['layer']} {row['dtype']} batch {row['batch']} "
-        f"{grid.Bank(row['dof'], row['window'], row['laps'])} {row['impl']}: {row['reason']}"
+        f"{grid.Bank(row['dof'], row['laps'], row['window'])} {row['impl']}: {row['reason']}"
         for row in record["results"]
         if row["status"] != format_.OK
     ]

@@ -59,8 +59,10 @@ ROW = {
     "dtype": text("of x, weight and bank", *DTYPES),
     "impl": text("implementation", *IMPLS),
     "dof": integer("degrees of freedom asked for; null of a dense weight", nullable=True),
-    "window": integer("slots of a window; null for a whole ring", nullable=True),
-    "laps": integer("times that a window is read; null for a whole ring", nullable=True),
+    "window": integer(
+        "slots of a window; null where the law chooses them, and for a whole ring", nullable=True
+    ),
+    "laps": integer("times that a slot is read close together; null for a ring", nullable=True),
     "backend": text("that ran it: `torch`, `cpu` or `reference`"),
     "status": text("how it went", *STATUSES),
     "reason": text(f"why, unless {OK}", nullable=True),
@@ -119,8 +121,8 @@ DECODER_FILE = {
             },
             "virtual_weights": integer("of the linear layers that are shared"),
             "dof": integer("of the bank"),
-            "window": integer("slots of a window"),
-            "laps": integer("times that a window is read"),
+            "window": integer("slots of a window; null where the law chooses them", nullable=True),
+            "laps": integer("times that a slot is read close together"),
         },
     ),
     "results": _list(

@@ -80,7 +80,7 @@ class Subject:
         return images_last(self._x[:batch])
 
     def _bank(self, bank: Bank, dtype: torch.dtype) -> ParameterBank:
-        return ParameterBank(bank.dof, GRANULARITY, window=bank.window, laps=bank.laps, dtype=dtype)
+        return ParameterBank(bank.dof, GRANULARITY, laps=bank.laps, window=bank.window, dtype=dtype)
 
     def _weights(self, bank: Bank) -> list[VirtualWeight]:
         parameters, shape = self._banks[bank], self.group.layer.weight

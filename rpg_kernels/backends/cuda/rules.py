@@ -20,6 +20,7 @@ from rpg_kernels.backends.registry import Backend
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import parse
 from rpg_kernels.law.ring import MAX_BAND
+from rpg_kernels.law.unit import UNIT_LAW
 from rpg_kernels.law.window import WindowLaw
 
 PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad")
@@ -137,6 +138,8 @@ def unsupported_weight(op: str, placement: str) -> str:
     p = parse(placement)
     if not isinstance(p.generator, Generator):
         return "the CUDA kernels read weights of a packing law, not of a table"
+    if p.generator.law == UNIT_LAW:
+        return f"the CUDA kernels read laws 1 and 2, not law {p.generator.law}"
     if p.selected_shape != p.shape:
         return "the CUDA kernels read whole weights, not a part"
     matrix = p.matrix

@@ -1,4 +1,4 @@
-"""What "right" means: docs/law.md and docs/window_law.md in plain loops, for readers and tests."""
+"""What "right" means: a weight of any law (docs/law.md) in plain loops, for readers and tests."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from rpg_kernels.law.placement import Placement, Range, split
 from rpg_kernels.law.ring import WORD_BITS, sign_bits
 
 _LAW_BYTES = 96  # per position: twelve int64 tensors alive at once in the law
-_WINDOW_BYTES = 200  # 25 of them in law 2
+_LAPS_BYTES = 200  # 25 of them in laws 2 and 3, which have laps
 _SIGN_BYTES = 20  # per element of a position under "element": its word, its bit, its mask
 _MAX_POSITIONS = 1 << 16
 _FIXED_BYTES = 4096  # small tensors that do not grow with the tile
@@ -142,8 +142,8 @@ def _row(p: Placement) -> tuple[int, int, int]:
 
 def _position_bytes(p: Placement) -> int:
     per_element = getattr(p.generator, "reflect", "") == "element"
-    windows = getattr(p.generator, "window", None) is not None
-    law = _WINDOW_BYTES if windows else _LAW_BYTES
+    laps = getattr(p.generator, "laps", None) is not None
+    law = _LAPS_BYTES if laps else _LAW_BYTES
     return law + (_SIGN_BYTES * p.matrix.block if per_element else 0)
 
 
@@ -172,7 +172,7 @@ def unpack_tile(
     ring = bank.view(-1, block)
     rows = p.selected_shape[0] if lookup is None else lookup.numel()
     out = bank.new_empty((rows * p.matrix.runs * p.block_columns.count, block))
-    if table is None and native.handles(ring, out):
+    if table is None and native.knows(p.law) and native.handles(ring, out):
         native.unpack(p.law, ring, out, p.scale, _region(p, rows), lookup)
     else:
         for offset, n, b in _position_groups(p, bank.device, lookup):
@@ -210,7 +210,7 @@ def pack_tile(
         runs = padded
     del dense  # the last reference, when the caller keeps none
     source = runs.view(-1, block)
-    if table is None and native.handles(source, grad):
+    if table is None and native.knows(p.law) and native.handles(source, grad):
         law_bytes, _ = _shares(grad.device)
         region = _region(p, runs.shape[0])
         native.pack(p.law, source, ring, p.scale, region, lookup, law_bytes)
