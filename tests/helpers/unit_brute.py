@@ -11,6 +11,7 @@ import bisect
 import random
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ def taps_of_unit(taps: int, laps: int) -> int:
     return max(d for d in divisors(taps) if d <= laps)
 
 
+@lru_cache(maxsize=1024)
 def groups_of(octets: int, taps: int, laps: int, window: int | None) -> int:
     """Groups of a band's octets, section 2."""
     if window is None:

@@ -231,7 +231,8 @@ def test_shared_memory_is_read_without_conflicts(element: int, g: int) -> None:
     c = UnitLaw(4, 1, 512, 2, 64, 8 * 10000, 0, "none", True, 4, None, 1, 1)
     for slots in (c.slot(*everywhere(c)).T.reshape(-1, 8) % 4096)[:40].tolist():
         for part in range(chunks // 4):
-            lanes = range(part, chunks, chunks // 4)
+            # Lane t of a row has chunks 2t and 2t + 1 of 8, but t, t + 4 ... of 16.
+            lanes = range(part, 8, 2) if chunks == 8 else range(4 * part, 4 * part + 4)
             read = [s * size + (chunk ^ swizzle(s)) * 16 for s in slots for chunk in lanes]
             assert window_brute.wavefronts(read, 16) == 1
         for chunk in range(chunks):
