@@ -21,6 +21,7 @@ Dtype checked_dtype(int dtype) {
 
 void check_product(const LayerLaw& law, int64_t batch, int threads, int batch_tile, int tiles) {
   const int block = law.granularity;
+  require(!law.taps, "law: wanted 1 or 2, not the unit law");
   require(block == 32 || block == 64, "granularity: wanted blocks of 32 or 64 elements");
   require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
   require(law.window <= 1u << 15, "window: wanted at most 2^15 blocks");
@@ -155,6 +156,82 @@ void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
   kernels().conv2d(law, args);
 }
 
+// Of the unit law: one tap, one band, blocks that vectors divide.
+void check_units(const LayerLaw& law, int64_t batch, int64_t columns, int threads, int lanes) {
+  const int block = law.granularity;
+  require(law.taps == 1 && bands_of(law) == 1, "law: wanted units of one tap, in one band");
+  require(block >= 16 && block <= 128, "granularity: wanted blocks of 16 to 128 elements");
+  require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
+  require(batch >= 1 && batch <= INT64_MAX / 8 / law.rows / block, "batch: out of range");
+  require(columns >= 1 && (columns - 1) / block + 1 == law.blocks, "columns: another K");
+  require(threads >= 1, "threads: wanted at least 1");
+  require(lanes >= 1 && lanes <= 64 && !(lanes & (lanes - 1)), "lanes: wanted a power of two");
+}
+
+constexpr int kFew = 4;      // lanes up to which the bank is read as it is stored
+constexpr int kVector = 16;  // lanes that every instruction set's vectors divide
+
+UnitLinearArgs unit_args(const LayerLaw& law, int64_t batch, int64_t columns, int threads,
+                         int lanes) {
+  check_units(law, batch, columns, threads, lanes);
+  require(lanes > kFew ? lanes >= kVector : batch <= lanes && law.granularity % 32 == 0,
+          "lanes: wanted 16 to 64, or up to 4 for no larger a batch and blocks of 32 or more");
+  UnitLinearArgs args{};
+  args.batch = batch, args.columns = columns, args.threads = threads, args.lanes = lanes;
+  return args;
+}
+
+WorkspaceBytes unit_linear_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
+                                     int threads, int lanes) {
+  const UnitLinearArgs args = unit_args(law, batch, columns, threads, lanes);
+  const Workspace size = lanes > kFew ? kernels().unit_linear_workspace(law, args)
+                                      : kernels().unit_linear_few_workspace(law, args);
+  return {size.bytes, size.activations};
+}
+
+void unit_linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
+                 uintptr_t bias, uintptr_t y, int64_t batch, int64_t columns, double scale,
+                 int threads, int lanes, uintptr_t workspace) {
+  UnitLinearArgs args = unit_args(law, batch, columns, threads, lanes);
+  args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
+  args.x_dtype = checked_dtype(x_dtype), args.x = address<const void>(x);
+  args.bias = address<const float>(bias), args.y = address<void>(y);
+  args.scale = scale, args.workspace = address<void>(workspace);
+  (lanes > kFew ? kernels().unit_linear : kernels().unit_linear_few)(law, args);
+}
+
+UnitLinearGradsArgs unit_grads_args(const LayerLaw& law, int64_t batch, int64_t columns,
+                                    int threads, int lanes, bool dx, bool dw) {
+  check_units(law, batch, columns, threads, lanes);
+  require(lanes >= kVector, "lanes: wanted 16 to 64");
+  UnitLinearGradsArgs args{};
+  args.batch = batch, args.columns = columns, args.threads = threads, args.lanes = lanes;
+  // Only whether they are there counts for the size of the workspace.
+  args.dx = dx ? &args : nullptr, args.dw = dw ? reinterpret_cast<float*>(&args) : nullptr;
+  return args;
+}
+
+WorkspaceBytes unit_linear_grads_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
+                                           int threads, int lanes, bool dx, bool dw) {
+  const UnitLinearGradsArgs args = unit_grads_args(law, batch, columns, threads, lanes, dx, dw);
+  const Workspace size = kernels().unit_linear_grads_workspace(law, args);
+  return {size.bytes, size.activations};
+}
+
+void unit_linear_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
+                       uintptr_t x, int dtype, uintptr_t dx, uintptr_t dw, int64_t batch,
+                       int64_t columns, double scale, int threads, int lanes,
+                       uintptr_t workspace) {
+  UnitLinearGradsArgs args = unit_grads_args(law, batch, columns, threads, lanes, dx, dw);
+  require(!dx || ring, "ring: wanted for dx");
+  require(!dw || x, "x: wanted for dw");
+  args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
+  args.dtype = checked_dtype(dtype), args.dy = address<const void>(dy);
+  args.x = address<const void>(x), args.dx = address<void>(dx), args.dw = address<float>(dw);
+  args.scale = scale, args.workspace = address<void>(workspace);
+  kernels().unit_linear_grads(law, args);
+}
+
 }  // namespace
 
 void bind_linear(py::class_<LayerLaw>& law) {
@@ -179,6 +256,19 @@ void bind_linear(py::class_<LayerLaw>& law) {
   law.def("linear_bank_grad", &linear_bank_grad, Release(), py::arg("dy"), py::arg("x"),
           py::arg("dtype"), py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
           py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));
+  law.def("unit_linear_workspace", &unit_linear_workspace, Release(), py::arg("batch"),
+          py::arg("columns"), py::arg("threads"), py::arg("lanes"));
+  law.def("unit_linear", &unit_linear, Release(), py::arg("ring"), py::arg("bank_dtype"),
+          py::arg("x"), py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"),
+          py::arg("columns"), py::arg("scale"), py::arg("threads"), py::arg("lanes"),
+          py::arg("workspace"));
+  law.def("unit_linear_grads_workspace", &unit_linear_grads_workspace, Release(),
+          py::arg("batch"), py::arg("columns"), py::arg("threads"), py::arg("lanes"),
+          py::arg("dx"), py::arg("dw"));
+  law.def("unit_linear_grads", &unit_linear_grads, Release(), py::arg("ring"),
+          py::arg("bank_dtype"), py::arg("dy"), py::arg("x"), py::arg("dtype"), py::arg("dx"),
+          py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
+          py::arg("threads"), py::arg("lanes"), py::arg("workspace"));
   law.def("conv2d_workspace", &conv2d_workspace, Release(), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
   law.def("conv2d", &conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),

@@ -18,6 +18,7 @@ constexpr int64_t kInt32 = INT32_MAX;
 
 void check_law(const LayerLaw& law) {
   const int block = law.granularity;
+  require(!law.taps, "law: wanted 1 or 2, not the unit law");
   require(block == 32 || block == 64, "granularity: wanted blocks of 32 or 64 elements");
   require(bands_of(law) == 1, "rows: wanted a layer of at most 2^31 blocks");
   require(law.rows * law.blocks <= kInt32 && law.blocks * block <= kInt32,
@@ -99,6 +100,7 @@ void linear_bank_grad(const LayerLaw& law, const Plan& plan, int dtype, uintptr_
 
 void check_blocks(const LayerLaw& law, int64_t columns) {
   const int block = law.granularity;
+  require(!law.taps, "law: wanted 1 or 2, not the unit law");
   require(block == 32 || block == 64, "granularity: wanted blocks of 32 or 64 elements");
   check_columns(law, columns);
 }

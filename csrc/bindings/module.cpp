@@ -10,6 +10,7 @@
 
 #include "cpu/kernels.h"
 #include "cuda/law.h"
+#include "law/unit.h"
 #include "law/window.h"
 
 namespace py = pybind11;
@@ -17,16 +18,24 @@ namespace py = pybind11;
 namespace rpg {
 namespace {
 
-LayerLaw checked_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks, int granularity,
-                     int64_t slots, int64_t start, int reflect, bool permute, int64_t window,
-                     int64_t laps, int64_t address) {
+void check_layer(int64_t rows, int64_t blocks, int granularity, int64_t slots, int reflect) {
   require(blocks >= 1 && blocks <= kMaxBand, "blocks: wanted 1 to 2^31");
   require(rows >= 1 && rows <= INT64_MAX / blocks, "rows: wanted at least 1, rows * blocks < 2^63");
   require(granularity >= 1 && granularity <= 128 && !(granularity & (granularity - 1)),
           "granularity: wanted a power of two from 1 to 128");
   require(slots >= 1 && slots <= kMaxBand, "slots: wanted 1 to 2^31");
-  require(start >= 0 && start < slots, "start: wanted 0 to slots - 1");
   require(reflect >= 0 && reflect <= 2, "reflect: wanted 0 (none), 1 (vector) or 2 (element)");
+}
+
+void check_address(int64_t address, int64_t uses) {
+  require(address >= 0 && address <= INT64_MAX - uses, "address: wanted 0 to 2^63 - 1");
+}
+
+LayerLaw checked_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks, int granularity,
+                     int64_t slots, int64_t start, int reflect, bool permute, int64_t window,
+                     int64_t laps, int64_t address) {
+  check_layer(rows, blocks, granularity, slots, reflect);
+  require(start >= 0 && start < slots, "start: wanted 0 to slots - 1");
   LayerLaw law =
       make_layer_law(seed, layer, rows, blocks, granularity, static_cast<uint32_t>(slots),
                      static_cast<uint32_t>(start), static_cast<Reflect>(reflect), permute);
@@ -35,11 +44,45 @@ LayerLaw checked_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks
         window >= kMinWindow && window <= kMaxWindow && !(window & (window - 1)) && window <= slots,
         "window: wanted a power of two of at least 64 blocks, at most the ring");
     require(laps >= 1 && laps <= kMaxLaps, "laps: wanted 1 to 64");
-    require(address >= 0 && address <= INT64_MAX - rows * blocks, "address: wanted 0 to 2^63 - 1");
+    check_address(address, rows * blocks);
     law.window = static_cast<uint32_t>(window);
     law.laps = static_cast<uint32_t>(laps);
     law.address = static_cast<uint64_t>(address);
   }
+  return law;
+}
+
+// Octets of `rows` rows, of which the last may have fewer.
+int64_t octets_of(int64_t rows) { return (rows - 1) / kOctet + 1; }
+
+// Whether so many groups cut the rows of a band into units that the law knows.
+bool cuts(int64_t groups, int64_t rows, int64_t taps) {
+  const int64_t octets = octets_of(rows);
+  return groups >= 1 && groups <= octets && (octets - 1) / groups + 1 <= kMaxUnit / taps;
+}
+
+LayerLaw checked_unit_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks,
+                          int granularity, int64_t slots, int reflect, bool permute, int64_t laps,
+                          int64_t address, int64_t taps, int64_t run_blocks, int64_t groups,
+                          int64_t last_groups) {
+  check_layer(rows, blocks, granularity, slots, reflect);
+  require(blocks <= kMaxBand / kOctet, "blocks: wanted 1 to 2^28");
+  require(laps >= 1 && laps <= kMaxUnitLaps, "laps: wanted 1 to 64");
+  check_address(address, octets_of(rows) * blocks);
+  require(taps >= 1 && taps <= kMaxUnit, "taps: wanted 1 to 2^15");
+  require(run_blocks >= 1 && run_blocks <= blocks && blocks % (taps * run_blocks) == 0,
+          "run_blocks: wanted taps * run_blocks to divide blocks");
+  LayerLaw law = make_unit_law(seed, layer, rows, blocks, granularity, static_cast<uint32_t>(slots),
+                               static_cast<uint64_t>(address), static_cast<Reflect>(reflect),
+                               permute, static_cast<uint32_t>(laps), static_cast<uint32_t>(taps),
+                               static_cast<uint32_t>(run_blocks), 0, 0);
+  const int64_t last_rows = rows - (bands_of(law) - 1) * law.rows_per_band;
+  require(cuts(groups, law.rows_per_band, taps),
+          "groups: wanted 1 to the octets of a band, each of at most 2^15 octets with its taps");
+  require(cuts(last_groups, last_rows, taps),
+          "last_groups: wanted 1 to the octets of the last band, as groups");
+  law.groups = static_cast<uint32_t>(groups);
+  law.last_groups = static_cast<uint32_t>(last_groups);
   return law;
 }
 
@@ -105,6 +148,8 @@ void permutation(const LayerLaw& law, int64_t band, bool inverse, uintptr_t q, i
   if (law.window) {
     const int64_t units = make_window_band(law, band).units;
     size = units ? units : 1;
+  } else if (law.taps) {
+    size = law.blocks / law.taps;
   }
   const int64_t* positions = address<const int64_t>(q);
   for (int64_t i = 0; i < count; ++i) {
@@ -136,7 +181,7 @@ void pack(const LayerLaw& law, uintptr_t dense, uintptr_t grad, int dtype, doubl
 py::dict build_info() {
   py::dict info;
   info["version"] = RPG_VERSION;
-  info["law"] = kWindowLawVersion;
+  info["law"] = kUnitLawVersion;
   info["compiler"] = RPG_COMPILER;
 #if defined(_OPENMP)
   info["openmp"] = true;
@@ -169,6 +214,10 @@ PYBIND11_MODULE(_native, m) {
           py::arg("blocks"), py::arg("granularity"), py::arg("slots"), py::arg("start"),
           py::arg("reflect"), py::arg("permute"), py::arg("window") = 0, py::arg("laps") = 0,
           py::arg("address") = 0)
+      .def(py::init(&checked_unit_law), py::arg("seed"), py::arg("layer"), py::arg("rows"),
+           py::arg("blocks"), py::arg("granularity"), py::arg("slots"), py::arg("reflect"),
+           py::arg("permute"), py::arg("laps"), py::arg("address"), py::arg("taps"),
+           py::arg("run_blocks"), py::arg("groups"), py::arg("last_groups"))
       .def("slots", &slots, py::call_guard<py::gil_scoped_release>(), py::arg("n"), py::arg("b"),
            py::arg("count"), py::arg("out"), py::arg("threads"))
       .def("sign_words", &sign_words, py::call_guard<py::gil_scoped_release>(), py::arg("n"),
@@ -206,6 +255,7 @@ PYBIND11_MODULE(_native, m) {
       "cuda_law",
       [](const LayerLaw& law, int64_t band, uintptr_t n, uintptr_t b, int64_t count,
          uintptr_t slots_out, uintptr_t words_out, uintptr_t stream) {
+        require(!law.taps, "law: wanted 1 or 2, not the unit law");
         require(band >= 0 && band < bands_of(law), "band: outside the layer");
         cuda::law(law, band, address<const int64_t>(n), address<const int64_t>(b), count,
                   address<int64_t>(slots_out), address<int64_t>(words_out), address<void>(stream));

@@ -32,7 +32,13 @@ struct Choice {
    ISA::linear_input_grad_workspace, \
    ISA::linear_bank_grad_workspace,  \
    ISA::conv2d,                      \
-   ISA::conv2d_workspace}
+   ISA::conv2d_workspace,            \
+   ISA::unit_linear,                 \
+   ISA::unit_linear_few,             \
+   ISA::unit_linear_grads,           \
+   ISA::unit_linear_workspace,       \
+   ISA::unit_linear_few_workspace,   \
+   ISA::unit_linear_grads_workspace}
 
 const Choice kChoices[] = {
 #if defined(RPG_HAVE_AVX512)

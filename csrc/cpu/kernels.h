@@ -7,6 +7,7 @@
 
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
+#include "cpu/unit_linear.h"
 #include "cpu/unpack.h"
 #include "law/ring.h"
 
@@ -31,6 +32,12 @@ struct Kernels {
   Workspace (*linear_bank_grad_workspace)(const LayerLaw&, const LinearBankGradArgs&);
   void (*conv2d)(const LayerLaw&, const Conv2dArgs&);
   Workspace (*conv2d_workspace)(const LayerLaw&, const Conv2dArgs&);  // of one part
+  void (*unit_linear)(const LayerLaw&, const UnitLinearArgs&);
+  void (*unit_linear_few)(const LayerLaw&, const UnitLinearArgs&);
+  void (*unit_linear_grads)(const LayerLaw&, const UnitLinearGradsArgs&);
+  Workspace (*unit_linear_workspace)(const LayerLaw&, const UnitLinearArgs&);
+  Workspace (*unit_linear_few_workspace)(const LayerLaw&, const UnitLinearArgs&);
+  Workspace (*unit_linear_grads_workspace)(const LayerLaw&, const UnitLinearGradsArgs&);
 };
 
 #define RPG_DECLARE_KERNELS(ISA)                                                            \
@@ -49,6 +56,12 @@ struct Kernels {
   Workspace linear_bank_grad_workspace(const LayerLaw&, const LinearBankGradArgs&);         \
   void conv2d(const LayerLaw&, const Conv2dArgs&);                                          \
   Workspace conv2d_workspace(const LayerLaw&, const Conv2dArgs&);                           \
+  void unit_linear(const LayerLaw&, const UnitLinearArgs&);                                 \
+  void unit_linear_few(const LayerLaw&, const UnitLinearArgs&);                             \
+  void unit_linear_grads(const LayerLaw&, const UnitLinearGradsArgs&);                      \
+  Workspace unit_linear_workspace(const LayerLaw&, const UnitLinearArgs&);                  \
+  Workspace unit_linear_few_workspace(const LayerLaw&, const UnitLinearArgs&);              \
+  Workspace unit_linear_grads_workspace(const LayerLaw&, const UnitLinearGradsArgs&);       \
   }
 
 RPG_DECLARE_KERNELS(baseline)

@@ -1,5 +1,5 @@
 // The laws on lists of positions: slots, sign words, and the bare permutation (of the window law:
-// of units) and its inverse.
+// of units; of the unit law: of columns) and its inverse.
 //
 // A list is split evenly over threads and evaluated kLanes positions at a time, all of one band.
 
@@ -11,7 +11,18 @@ namespace {
 
 constexpr int kLanes = 64;
 
-// Calls evaluate(band_law, q, first, size) for positions first ... first + size - 1 of the list,
+// The position of row n of the band and block b, which the law's functions take.
+uint32_t position_at(const LayerLaw& law, const BandLaw&, uint32_t n, uint32_t b) {
+  return n * static_cast<uint32_t>(law.blocks) + b;
+}
+uint32_t position_at(const LayerLaw&, const WindowBand& band, uint32_t n, uint32_t b) {
+  return order(band, n, b);
+}
+uint32_t position_at(const LayerLaw&, const UnitBand& band, uint32_t n, uint32_t b) {
+  return position_in_units(band, n, b);
+}
+
+// Calls evaluate(band_law, p, first, size) for positions first ... first + size - 1 of the list,
 // which are of one band.
 template <class Evaluate>
 void by_band(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t count, int threads,
@@ -20,22 +31,23 @@ void by_band(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t co
   for (int part = 0; part < threads; ++part) {
     int64_t first = count * part / threads;
     const int64_t end = count * (part + 1) / threads;
-    WindowBand band_law{};
+    AnyBand any_band{};
     for (int64_t band = -1; first < end;) {
       const int64_t next = n[first] / law.rows_per_band;
-      if (next != band) band_law = make_any_band(law, band = next);
-      uint32_t q[kLanes] = {};
-      int size = 0;
-      for (; size < kLanes && first + size < end; ++size) {
-        const int64_t row = n[first + size] - band * law.rows_per_band;
-        if (row < 0 || row >= law.rows_per_band) break;
-        const int64_t block = b[first + size];
-        q[size] = law.window
-                      ? order(band_law, static_cast<uint32_t>(row), static_cast<uint32_t>(block))
-                      : static_cast<uint32_t>(row * law.blocks + block);
-      }
-      evaluate(band_law, q, first, size);
-      first += size;
+      if (next != band) any_band = make_any_band(law, band = next);
+      with_band(law, any_band, [&](const auto& band_law) {
+        uint32_t p[kLanes] = {};
+        int size = 0;
+        for (; size < kLanes && first + size < end; ++size) {
+          const int64_t row = n[first + size] - band * law.rows_per_band;
+          if (row < 0 || row >= law.rows_per_band) break;
+          const int64_t block = b[first + size];
+          p[size] =
+              position_at(law, band_law, static_cast<uint32_t>(row), static_cast<uint32_t>(block));
+        }
+        evaluate(band_law, p, first, size);
+        first += size;
+      });
     }
   }
 }
@@ -45,9 +57,9 @@ void by_band(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t co
 void slots(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t count, int64_t* out,
            int threads) {
   by_band(law, n, b, count, threads,
-          [&](const WindowBand& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
-            any_slots_of(band_law, q);
-            for (int l = 0; l < size; ++l) out[first + l] = q[l];
+          [&](const auto& band_law, uint32_t (&p)[kLanes], int64_t first, int size) {
+            slots_of(band_law, p);
+            for (int l = 0; l < size; ++l) out[first + l] = p[l];
           });
 }
 
@@ -55,10 +67,10 @@ void sign_words(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t
                 int64_t* out, int threads) {
   const int words = words_of(law);
   by_band(law, n, b, count, threads,
-          [&](const WindowBand& band_law, uint32_t (&q)[kLanes], int64_t first, int size) {
+          [&](const auto& band_law, uint32_t (&p)[kLanes], int64_t first, int size) {
             for (int w = 0; w < words; ++w) {
               uint32_t word[kLanes];
-              any_sign_words_of(band_law, w, q, word);
+              sign_words_of(band_law, w, p, word);
               for (int l = 0; l < size; ++l) out[(first + l) * words + w] = word[l];
             }
           });
@@ -66,7 +78,8 @@ void sign_words(const LayerLaw& law, const int64_t* n, const int64_t* b, int64_t
 
 void permutation(const LayerLaw& law, int64_t band, bool inverse, const int64_t* q, int64_t count,
                  int64_t* out, int threads) {
-  const Permutation p = make_any_band(law, band).permutation;
+  Permutation p;
+  with_band(law, make_any_band(law, band), [&](const auto& band_law) { p = band_law.permutation; });
   const int64_t groups = (count + kLanes - 1) / kLanes;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {

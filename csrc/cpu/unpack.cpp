@@ -1,13 +1,13 @@
 // unpack: Ŵ's blocks [positions, block] = scale · G · ring [slots, block], and its adjoint
 // pack: grad [slots, block] += scale · Gᵀ · dense [positions, block].
 //
-// kLanes positions at a time: their q, their slots and sign words (vector instructions), then one
-// block after the other is copied or added with its signs. A block is BLOCK elements, or a
-// multiple of 32 for BLOCK = 0. Bytes moved per position and element: one read of the ring, which
-// is meant to lie in cache, and one write of out (pack: a read of dense, a read and a write of
-// grad). Where rows are cut within blocks (region.h), those go through a buffer. Rounding: unpack
-// rounds scale · w once to the element type; pack rounds scale · x to the type of grad and adds in
-// the order of positions, whatever the number of threads.
+// kLanes positions at a time: their slots and sign words (vector instructions), then one block
+// after the other is copied or added with its signs. A block is BLOCK elements, or a multiple of 32
+// for BLOCK = 0. Bytes moved per position and element: one read of the ring, which is meant to lie
+// in cache, and one write of out (pack: a read of dense, a read and a write of grad). Where rows
+// are cut within blocks (region.h), those go through a buffer. Rounding: unpack rounds scale · w
+// once to the element type; pack rounds scale · x to the type of grad and adds in the order of
+// positions, whatever the number of threads.
 
 #include <type_traits>
 
@@ -98,16 +98,15 @@ struct Group {
   int size;
 
   void evaluate(Cursor& cursor, int64_t left, Reflect reflect, int words) {
-    size = cursor.next(left, slot);
-    const WindowBand& band_law = cursor.band_law();
+    uint32_t position[kLanes];
+    size = cursor.next(left, position, slot);
     if (SIGNS) {
-      for (int w = 0; w < words; ++w) any_sign_words_of(band_law, w, slot, word[w]);
+      for (int w = 0; w < words; ++w) cursor.sign_words(w, position, word[w]);
     } else if (reflect == Reflect::kVector) {
-      any_sign_words_of(band_law, 0, slot, word[0]);
+      cursor.sign_words(0, position, word[0]);
     } else {
       for (int l = 0; l < kLanes; ++l) word[0][l] = 0;
     }
-    any_slots_of(band_law, slot);
   }
 };
 

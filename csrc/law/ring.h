@@ -208,6 +208,11 @@ struct LayerLaw {
   uint32_t window = 0;
   uint32_t laps = 0;
   uint64_t address = 0;
+  // Of the unit law (law/unit.h), with `laps` and `address`; taps 0: another law.
+  uint32_t taps = 0;         // of a unit
+  uint32_t run_blocks = 0;   // blocks of a tap
+  uint32_t groups = 0;       // of rows, each a unit of every column; in a full band
+  uint32_t last_groups = 0;  // in the last band
 };
 
 // Sign words of a block.
@@ -251,6 +256,26 @@ RPG_HOST LayerLaw make_window_law(uint64_t seed, uint64_t layer, int64_t rows, i
   law.window = window;
   law.laps = laps;
   law.address = address;
+  return law;
+}
+
+// The unit law of one layer. `address` is in uses of octets, not wrapped; all arguments are as
+// rpg_kernels.law.unit checks them.
+RPG_HOST LayerLaw make_unit_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks,
+                                int granularity, uint32_t slots, uint64_t address, Reflect reflect,
+                                bool permute, uint32_t laps, uint32_t taps, uint32_t run_blocks,
+                                uint32_t groups, uint32_t last_groups) {
+  LayerLaw law{seed, layer, rows, blocks, granularity, slots, 0, reflect, permute, rows, 1, 1};
+  if ((rows + 7) / 8 > kMaxBand / 8 / blocks) {  // rows are padded to octets
+    law.rows_per_band = 1;
+    while (2 * law.rows_per_band * blocks <= kMaxBand) law.rows_per_band *= 2;
+  }
+  law.laps = laps;
+  law.address = address;
+  law.taps = taps;
+  law.run_blocks = run_blocks;
+  law.groups = groups;
+  law.last_groups = last_groups;
   return law;
 }
 

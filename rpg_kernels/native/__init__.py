@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rpg_kernels import _checks
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
 from rpg_kernels.law.ring import LayerLaw
-from rpg_kernels.law.window import WINDOW_LAW, WindowLaw
+from rpg_kernels.law.unit import UNIT_LAW, UnitLaw
+from rpg_kernels.law.window import WindowLaw
 from rpg_kernels.native.elf import cut_short
 
 ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
 ENVIRONMENT_ISA = "RPG_KERNELS_ISA"
 BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
 
-KNOWN_LAWS = (LayerLaw, WindowLaw)
+KNOWN_LAWS = (LayerLaw, WindowLaw, UnitLaw)
 
 _MODULE = "rpg_kernels.native._native"
 _REFLECT = {"none": 0, "vector": 1, "element": 2}
@@ -76,9 +76,9 @@ def _load() -> tuple[Any, str]:
         if os.environ.get(ENVIRONMENT_ISA) and isinstance(error, RuntimeError):
             raise
         return None, f"the native module cannot be loaded: {error}"
-    if built.get("version") != __version__ or built["law"] != WINDOW_LAW:
+    if built.get("version") != __version__ or built["law"] != UNIT_LAW:
         of = f"version {built.get('version')}, law {built['law']}"
-        wanted = f"version {__version__}, law {WINDOW_LAW}; install again"
+        wanted = f"version {__version__}, law {UNIT_LAW}; install again"
         return None, f"the native module cannot be loaded: got {of}, wanted {wanted}"
     return module, ""
 
@@ -117,7 +117,7 @@ def build_info() -> dict[str, Any]:
     """What was compiled: compiler, instruction sets, CUDA version and architectures.
 
     Example:
-        >>> "reason" in build_info() or build_info()["law"] == 2
+        >>> "reason" in build_info() or build_info()["law"] == 3
         True
     """
     module, reason = _load()
@@ -181,23 +181,27 @@ def stream(words: Tensor, *, write: bool, passes: int) -> None:
 
 
 def knows(law: LayerLaw) -> bool:
-    """Whether the native module has this kind of law; ``layer_law`` refuses others."""
+    """Whether the native module has this kind of law."""
     return type(law) in KNOWN_LAWS
 
 
 @lru_cache(maxsize=4096)
 def layer_law(law: LayerLaw) -> Any:
-    """The compiled counterpart of a layer's law; its methods take addresses.
-
-    Raises:
-        ValueError: a law that ``knows`` does not.
-    """
-    if not knows(law):
-        wanted = " or ".join(kind.__name__ for kind in KNOWN_LAWS)
-        raise _checks.fail("law", type(law).__name__, wanted)
-    windows = {}
-    if isinstance(law, WindowLaw):
-        windows = {"window": law.window, "laps": law.laps, "address": law.start}
+    """The compiled counterpart of a layer's law; its methods take addresses."""
+    given: dict[str, int]
+    if isinstance(law, UnitLaw):
+        given = {
+            "laps": law.laps,
+            "address": law.start,
+            "taps": law.taps,
+            "run_blocks": law.blocks // law.runs,
+            "groups": law.groups(0),
+            "last_groups": law.groups((law.rows - 1) // law.rows_per_band),
+        }
+    elif isinstance(law, WindowLaw):
+        given = {"start": 0, "window": law.window, "laps": law.laps, "address": law.start}
+    else:
+        given = {"start": law.start}
     return _load()[0].LayerLaw(
         seed=law.seed,
         layer=law.layer,
@@ -205,10 +209,9 @@ def layer_law(law: LayerLaw) -> Any:
         blocks=law.blocks,
         granularity=law.granularity,
         slots=law.slots,
-        start=0 if windows else law.start,
         reflect=_REFLECT[law.reflect],
         permute=law.permute,
-        **windows,
+        **given,
     )
 
 
@@ -228,7 +231,8 @@ def sign_words(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:
 
 
 def permutation(law: LayerLaw, band: int, q: Tensor, *, inverse: bool) -> Tensor:
-    """Permutation.forward or .inverse of one row band in C++; with windows, of its units."""
+    """Permutation.forward or .inverse of one row band in C++; in law 2 that of its units, in law 3
+    that of its columns."""
     q = q.contiguous()
     out = torch.empty_like(q)
     layer_law(law).permutation(band, inverse, q.data_ptr(), q.numel(), out.data_ptr(), threads())

@@ -1,0 +1,146 @@
+// Activations in lanes, as the kernels of the unit law want them: a tile of the batch is fp32, with
+// the rows of the batch innermost ("lanes", [columns, L]) or as rows of blocks ("rows", [blocks, L,
+// block]). Rows that a tile lacks are zeros, and so are columns behind the last.
+
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/simd.h"
+#include "law/number.h"
+
+namespace rpg {
+namespace {  // compiled once per instruction set, see law/ring.h
+
+// Elements of activations at an address; sizes and strides are in elements.
+struct Activations {
+  Dtype dtype;
+  const void* at;
+  const void* element(int64_t i) const {
+    return static_cast<const char*>(at) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
+  }
+};
+
+template <class T, int COUNT>
+inline void convert_from(const void* from, float* to) {
+  const typename T::Bits* bits = static_cast<const typename T::Bits*>(from);
+#pragma omp simd
+  for (int i = 0; i < COUNT; ++i) to[i] = T::load(bits[i]);
+}
+
+template <class T, int COUNT>
+inline void convert_to(const float* from, void* to) {
+  typename T::Bits* bits = static_cast<typename T::Bits*>(to);
+#pragma omp simd
+  for (int i = 0; i < COUNT; ++i) bits[i] = T::store(from[i]);
+}
+
+// COUNT elements as fp32.
+template <int COUNT>
+inline void read_floats(Dtype dtype, const void* from, float* to) {
+  switch (dtype) {
+    case Dtype::kBfloat16: return convert_from<Bfloat16, COUNT>(from, to);
+    case Dtype::kFloat16: return convert_from<Float16, COUNT>(from, to);
+    default: std::memcpy(to, from, 4 * COUNT);
+  }
+}
+
+template <int COUNT>
+inline void write_floats(Dtype dtype, const float* from, void* to) {
+  switch (dtype) {
+    case Dtype::kBfloat16: return convert_to<Bfloat16, COUNT>(from, to);
+    case Dtype::kFloat16: return convert_to<Float16, COUNT>(from, to);
+    default: std::memcpy(to, from, 4 * COUNT);
+  }
+}
+
+inline void read_some(Dtype dtype, const void* from, int count, float* to) {
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    read_floats<8>(dtype, static_cast<const char*>(from) + i * size, to + i);
+  }
+  for (; i < count; ++i) read_floats<1>(dtype, static_cast<const char*>(from) + i * size, to + i);
+}
+
+inline void write_some(Dtype dtype, const float* from, int count, void* to) {
+  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+  int i = 0;
+  for (; i + 8 <= count; i += 8) {
+    write_floats<8>(dtype, from + i, static_cast<char*>(to) + i * size);
+  }
+  for (; i < count; ++i) write_floats<1>(dtype, from + i, static_cast<char*>(to) + i * size);
+}
+
+#if defined(__clang__)
+#define RPG_SHUFFLE8(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define RPG_SHUFFLE8(a, b, ...) __builtin_shuffle(a, b, FloatsOf<8>::integers{__VA_ARGS__})
+#endif
+
+// x[j][i] = x[i][j].
+inline void transpose8(Floats<8> (&x)[8]) {
+  Floats<8> y[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    y[i] = RPG_SHUFFLE8(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    y[i + 1] = RPG_SHUFFLE8(x[i], x[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      x[i + k] = RPG_SHUFFLE8(y[i + k], y[i + k + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      x[i + k + 2] = RPG_SHUFFLE8(y[i + k], y[i + k + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    y[k] = RPG_SHUFFLE8(x[k], x[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    y[k + 4] = RPG_SHUFFLE8(x[k], x[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k) x[k] = y[k];
+}
+
+// 8 rows, `stride` apart, of 8 columns of activations; only `rows` and `columns` of them exist.
+inline void load_square(const Activations& x, int64_t first, int64_t stride, int rows, int columns,
+                        Floats<8> (&out)[8]) {
+  for (int i = 0; i < 8; ++i) {
+    alignas(32) float row[8] = {};
+    if (i < rows && columns >= 8) {
+      read_floats<8>(x.dtype, x.element(first + i * stride), row);
+    } else if (i < rows) {
+      read_some(x.dtype, x.element(first + i * stride), columns, row);
+    }
+    out[i] = load<8>(row);
+  }
+}
+
+// out [8 · ceil(columns / 8), L]: columns of `rows` rows of x, which begin at element `first`.
+inline void pack_lanes(const Activations& x, int64_t first, int64_t stride, int64_t rows,
+                       int64_t columns, int lanes, float* out) {
+  for (int64_t k = 0; k < columns; k += 8) {
+    for (int m = 0; m < lanes; m += 8) {
+      Floats<8> square[8];
+      load_square(x, first + m * stride + k, stride, static_cast<int>(std::min<int64_t>(rows - m, 8)),
+                  static_cast<int>(std::min<int64_t>(columns - k, 8)), square);
+      transpose8(square);
+      for (int i = 0; i < 8; ++i) store<8>(out + (k + i) * lanes + m, square[i]);
+    }
+  }
+}
+
+// out [L, block]: one block of columns of `rows` rows of x.
+inline void pack_rows(const Activations& x, int64_t first, int64_t stride, int64_t rows,
+                      int64_t columns, int lanes, int block, float* out) {
+  const int valid = static_cast<int>(std::min<int64_t>(columns, block));
+  for (int m = 0; m < lanes; ++m, out += block) {
+    if (m < rows) read_some(x.dtype, x.element(first + m * stride), valid, out);
+    const int from = m < rows ? valid : 0;
+    std::memset(out + from, 0, sizeof(float) * (block - from));
+  }
+}
+
+}  // namespace
+}  // namespace rpg

@@ -1,0 +1,273 @@
+// unit_linear: y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias, for the unit law.
+//
+// A unit, R rows of a column of blocks, reads W slots of a window, `laps` rows each. So for L rows
+// of x ("lanes"), with x_b [block, L]:
+//
+//   S [W, L]    = window [W, block] · x_b             product.h
+//   y [R, L]   += ± S [slot(row)]                     a line of L floats for each row and column
+//
+// Several columns, kTogether, are added at once, so that a row of y stays in registers meanwhile.
+// Memory of a thread, for units of 1024 rows on 256 slots of 64, 64 lanes, K = 4096:
+//
+//   x_b of all columns   [K, L]               1 MB    L3, a panel of 16 KB at a time in L1
+//   S                    [kTogether, W, L]    256 KB  L2
+//   y of a group         [R, L]               256 KB  L2
+//   window               [W, block]           64 KB   copied where it is no fp32, or wraps around
+//   entries              [kTogether, R / 8]   2 KB    L1
+//
+// Multiplications: W block L for each unit, 1 / laps of the dense ones. Additions: R L, each with a
+// load from L2.
+//
+// Where there are as many tiles of L rows as threads, a thread does whole tiles, and results do not
+// depend on the number of threads. Otherwise threads share the columns of each tile, and add up
+// what they have in order.
+
+#include "cpu/unit_linear.h"
+
+#include <vector>
+
+#include "cpu/product.h"
+#include "cpu/unit_window.h"
+
+namespace rpg::RPG_ISA {
+
+namespace {
+
+constexpr int kTogether = 4;
+constexpr int64_t kSquare = 8;  // activations are transposed so many at a time
+
+// How the workspace is divided; bytes of one thread.
+struct Layout {
+  bool by_tiles;
+  int64_t x, s, y, window, entries, shuffled;
+  int64_t bytes() const { return x + s + y + window + entries + shuffled; }
+};
+
+Layout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs& args) {
+  Layout out{};
+  const int64_t lanes = args.lanes, block = law.granularity;
+  const int64_t tiles = (args.batch + lanes - 1) / lanes;
+  out.by_tiles = tiles >= args.threads;
+  const int64_t columns =
+      out.by_tiles ? plan.band.columns : plan.band.columns / args.threads + 1;
+  const int64_t rows = kOctet * (out.by_tiles ? plan.most_octets : int64_t{plan.band.octets});
+  out.x = lines(4 * columns * block * lanes);
+  out.s = lines(4 * kTogether * plan.most_window * kOctet * lanes);
+  out.y = lines(4 * rows * lanes);
+  out.window = lines(4 * plan.most_window * kOctet * block);
+  out.entries = lines(kTogether * entries_room(plan.most_octets) * sizeof(OctetEntry));
+  out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));
+  return out;
+}
+
+// y [8 octets, L] (+)= ± S[slot] of `count` columns, where L is NV vectors.
+template <int NV>
+void add_lines(const OctetEntry* const* entry, const float* const* s, int count, int64_t octets,
+               const int32_t (*residues)[8], bool add, float* y) {
+  typedef Floats<kVector> Vector;
+  constexpr int64_t kLanes = NV * kVector;
+  for (int64_t i = 0; i < octets; ++i) {
+    for (int r = 0; r < 8; ++r, y += kLanes) {
+      Vector sum[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) sum[v] = add ? load<kVector>(y + v * kVector) : Vector{};
+      for (int g = 0; g < count; ++g) {
+        const OctetEntry e = entry[g][i];
+        const float* line = s[g] + (kOctet * int64_t{e.octet} + residues[e.pattern][r]) * kLanes;
+        const Vector sign = splat<kVector>(kSigns[e.signs >> r & 1]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[v] += sign * load<kVector>(line + v * kVector);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) store<kVector>(y + v * kVector, sum[v]);
+    }
+  }
+}
+
+class UnitLinear {
+ public:
+  UnitLinear(const LayerLaw& law, const UnitLinearArgs& args)
+      : law_(law),
+        args_(args),
+        plan_(law),
+        layout_(layout_of(law, plan_, args)),
+        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
+
+  void run() {
+    const int64_t lanes = args_.lanes, tiles = (args_.batch + lanes - 1) / lanes;
+    if (layout_.by_tiles) {
+#pragma omp parallel for num_threads(args_.threads) schedule(dynamic)
+      for (int64_t tile = 0; tile < tiles; ++tile) whole_tile(thread_number(), tile);
+      return;
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+#pragma omp parallel num_threads(args_.threads)
+      {
+#pragma omp for schedule(static)
+        for (int part = 0; part < args_.threads; ++part) columns_of_tile(part, tile);
+#pragma omp for schedule(static)
+        for (int part = 0; part < args_.threads; ++part) join(part, tile);
+      }
+    }
+  }
+
+ private:
+  struct Memory {
+    float *x, *s, *y, *window;
+    OctetEntry* entries;
+    uint16_t* shuffled;
+  };
+
+  Memory memory_of(int part) const {
+    char* at = static_cast<char*>(args_.workspace) + part * layout_.bytes();
+    Memory out{};
+    const auto take = [&at](auto*& pointer, int64_t bytes) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
+      at += bytes;
+    };
+    take(out.x, layout_.x), take(out.s, layout_.s), take(out.y, layout_.y);
+    take(out.window, layout_.window), take(out.entries, layout_.entries);
+    take(out.shuffled, layout_.shuffled);
+    return out;
+  }
+
+  int64_t rows_of(int64_t tile) const {
+    return std::min<int64_t>(args_.batch - tile * args_.lanes, args_.lanes);
+  }
+  // The last tile may have fewer rows than the others, and fewer lanes.
+  int lanes_of(int64_t tile) const { return lanes_for(rows_of(tile), args_.lanes); }
+
+  // x of columns `low` to `high` - 1 of blocks, in lanes.
+  void pack(const Memory& memory, int64_t tile, int64_t low, int64_t high) const {
+    const int64_t first = low * law_.granularity;
+    const int64_t columns = std::min(args_.columns, high * law_.granularity) - first;
+    pack_lanes({args_.x_dtype, args_.x}, tile * args_.lanes * args_.columns + first, args_.columns,
+               rows_of(tile), columns, lanes_of(tile), memory.x);
+  }
+
+  void whole_tile(int part, int64_t tile) const {
+    const Memory memory = memory_of(part);
+    pack(memory, tile, 0, plan_.band.columns);
+    for (uint32_t group = 0; group < plan_.band.groups; ++group) {
+      add_group(memory, group, 0, plan_.band.columns, lanes_of(tile), memory.y);
+      const int64_t row = int64_t{first_octet(plan_.band, group)} * kOctet;
+      const int64_t rows = int64_t{group_size(plan_.band, group)} * kOctet;
+      const float* sums[1] = {memory.y};
+      write(sums, 1, row, rows, tile, 0);
+    }
+  }
+
+  void columns_of_tile(int part, int64_t tile) const {
+    const Memory memory = memory_of(part);
+    const int64_t columns = plan_.band.columns;
+    const int64_t low = columns * part / args_.threads;
+    const int64_t high = columns * (part + 1) / args_.threads;
+    if (low == high) return;
+    pack(memory, tile, low, high);
+    for (uint32_t group = 0; group < plan_.band.groups; ++group) {
+      add_group(memory, group, low, high, lanes_of(tile),
+                memory.y + int64_t{first_octet(plan_.band, group)} * kOctet * lanes_of(tile));
+    }
+  }
+
+  // This part's share of the rows, of which every part has summed some columns.
+  void join(int part, int64_t tile) const {
+    std::vector<const float*> sums;
+    const int64_t columns = plan_.band.columns, threads = args_.threads;
+    for (int64_t peer = 0; peer < threads; ++peer) {
+      if (columns * peer / threads < columns * (peer + 1) / threads) {
+        sums.push_back(memory_of(static_cast<int>(peer)).y);
+      }
+    }
+    const int64_t octets = plan_.band.octets;
+    const int64_t first = octets * part / threads, end = octets * (part + 1) / threads;
+    write(sums.data(), static_cast<int>(sums.size()), first * kOctet, (end - first) * kOctet, tile,
+          first * kOctet);
+  }
+
+  // y [rows of the group, L] = the sum over columns `low` to `high` - 1, whose x is packed.
+  void add_group(const Memory& memory, uint32_t group, int64_t low, int64_t high, int64_t lanes,
+                 float* y) const {
+    const int64_t block = law_.granularity;
+    const int64_t room = entries_room(plan_.most_octets);
+    const int64_t s_size = plan_.most_window * kOctet * lanes;
+    for (int64_t first = low; first < high; first += kTogether) {
+      const int count = static_cast<int>(std::min<int64_t>(high - first, kTogether));
+      const OctetEntry* entry[kTogether];
+      const float* s[kTogether];
+      for (int g = 0; g < count; ++g) {
+        const int64_t column = first + g;
+        const PlannedUnit& planned = plan_.at(group, static_cast<uint32_t>(column));
+        OctetEntry* to = memory.entries + g * room;
+        unit_entries(plan_.band, planned.unit, planned.window, to, memory.shuffled);
+        const int rows = static_cast<int>(planned.window.octets * kOctet);
+        const float* window = window_rows(ring_, planned.window.base, rows, memory.window);
+        float* products = memory.s + g * s_size;
+        const int valid = static_cast<int>(std::min(args_.columns - column * block, block));
+        multiply<false>(rows, static_cast<int>(lanes), {window, block, 1},
+                        memory.x + (column - low) * block * lanes, lanes, valid, products, lanes);
+        entry[g] = to, s[g] = products;
+      }
+      const int64_t octets = group_size(plan_.band, group);
+      const int32_t(*residues)[8] = residues_of(plan_.band);
+      const bool add = first > low;
+      switch (lanes / kVector) {
+        case 1: add_lines<1>(entry, s, count, octets, residues, add, y); break;
+        case 2: add_lines<2>(entry, s, count, octets, residues, add, y); break;
+        case 4: add_lines<4>(entry, s, count, octets, residues, add, y); break;
+        case 8: add_lines<8>(entry, s, count, octets, residues, add, y); break;
+        default: add_lines<16>(entry, s, count, octets, residues, add, y); break;
+      }
+    }
+  }
+
+  // Rows of y from sums [row - row of the first sum, L], all of which are added.
+  void write(const float* const* sums, int count, int64_t row, int64_t rows, int64_t tile,
+             int64_t offset) const {
+    const int64_t lanes = lanes_of(tile), batch = rows_of(tile);
+    const Floats<8> scale = splat<8>(static_cast<float>(args_.scale));
+    const int64_t size = args_.x_dtype == Dtype::kFloat32 ? 4 : 2;
+    for (int64_t n = 0; n < rows; n += kSquare) {
+      const int valid = static_cast<int>(std::min(law_.rows - row - n, kSquare));
+      float bias[8] = {};
+      if (args_.bias) std::memcpy(bias, args_.bias + row + n, sizeof(float) * valid);
+      for (int64_t m = 0; m < batch; m += kSquare) {
+        Floats<8> square[8];
+        for (int i = 0; i < 8; ++i) {
+          const int64_t at = (offset + n + i) * lanes + m;
+          square[i] = load<8>(sums[0] + at);
+          for (int k = 1; k < count; ++k) square[i] += load<8>(sums[k] + at);
+        }
+        transpose8(square);
+        for (int i = 0; i < 8 && m + i < batch; ++i) {
+          alignas(32) float out[8];
+          store<8>(out, square[i] * scale + load<8>(bias));
+          void* to = static_cast<char*>(args_.y) +
+                     ((tile * args_.lanes + m + i) * law_.rows + row + n) * size;
+          if (valid == 8) {
+            write_floats<8>(args_.x_dtype, out, to);
+          } else {
+            write_some(args_.x_dtype, out, valid, to);
+          }
+        }
+      }
+    }
+  }
+
+  const LayerLaw& law_;
+  const UnitLinearArgs& args_;
+  UnitPlan plan_;
+  Layout layout_;
+  Ring ring_;
+};
+
+}  // namespace
+
+Workspace unit_linear_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
+  const Layout layout = layout_of(law, UnitPlan(law), args);
+  return {args.threads * layout.bytes(), args.threads * layout.x};
+}
+
+void unit_linear(const LayerLaw& law, const UnitLinearArgs& args) { UnitLinear(law, args).run(); }
+
+}  // namespace rpg::RPG_ISA

@@ -1,0 +1,330 @@
+// unit_linear_few: y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias for the unit law and up to
+// kFew rows of x, where reading the bank takes as long as multiplying.
+//
+// A unit, R rows of a column of blocks, reads W slots of a window. With x_b [M, block]:
+//
+//   S [W / 8, M, 8]  = window · x_bᵀ         dot products, 8 slots of the bank at a time
+//   y [R / 8, M, 8] += ± S [octet] [order]   one permuted vector for 8 rows
+//
+// The bank is read as it is stored, bfloat16 without a conversion in memory: of a word with two
+// elements, the even one is its lower half shifted up and the odd one its upper half, so x_b has
+// its even elements first. S of 256 slots has 1 KB for a row of x; y [N] stays in L1 and L2. Per
+// weight read: block / V multiply-adds of V lanes and, for bfloat16, 3 / V instructions more; per
+// octet of rows: an entry, a load of S, a permutation, a sign and an addition.
+//
+// Threads share the columns, and add up what they have in order.
+
+#include <vector>
+
+#include "cpu/unit_linear.h"
+#include "cpu/unit_window.h"
+
+namespace rpg::RPG_ISA {
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kDotVector = 16;
+#elif defined(__AVX2__)
+constexpr int kDotVector = 8;
+#else
+constexpr int kDotVector = 4;
+#endif
+typedef Floats<kDotVector> DotVector;
+typedef FloatsOf<kDotVector>::integers DotIntegers;
+
+// How the workspace is divided; bytes of one thread.
+struct Layout {
+  int64_t x, s, y, rows, entries, shuffled;
+  int64_t bytes() const { return x + s + y + rows + entries + shuffled; }
+};
+
+Layout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs& args) {
+  Layout out{};
+  const int64_t room = entries_room(plan.most_octets);
+  out.x = lines(4 * args.lanes * law.granularity);
+  out.s = lines(4 * plan.most_window * kOctet * args.lanes);
+  out.y = lines(4 * int64_t{plan.band.octets} * kOctet * args.lanes);
+  out.rows = lines(4 * kOctet * law.granularity);
+  out.entries = lines(room * sizeof(OctetEntry));
+  out.shuffled = lines(room * sizeof(uint16_t));
+  return out;
+}
+
+// The even and the odd elements of kDotVector words of two bfloat16.
+inline void load_pairs(const char* from, DotVector& even, DotVector& odd) {
+  DotIntegers words, upper, lower;
+  std::memcpy(&words, from, sizeof words);
+  lower = words << 16;
+  upper = words & static_cast<int32_t>(0xFFFF0000);
+  std::memcpy(&even, &lower, sizeof even);
+  std::memcpy(&odd, &upper, sizeof odd);
+}
+
+// Lane j of the result is the sum of all lanes of x[j].
+inline Floats<8> sum_eight(DotVector (&x)[8]) {
+  Floats<8> y[8];
+  for (int j = 0; j < 8; ++j) {
+    if constexpr (kDotVector == 16) {
+      alignas(64) float lanes[16];
+      store<kDotVector>(lanes, x[j]);
+      y[j] = load<8>(lanes) + load<8>(lanes + 8);
+    } else if constexpr (kDotVector == 8) {
+      std::memcpy(&y[j], &x[j], sizeof y[j]);
+    } else {
+      alignas(32) float lanes[8] = {};
+      store<kDotVector>(lanes, x[j]);
+      y[j] = load<8>(lanes);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    y[j] = RPG_SHUFFLE8(y[j], y[j + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+           RPG_SHUFFLE8(y[j], y[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    y[j] = RPG_SHUFFLE8(y[j], y[j + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+           RPG_SHUFFLE8(y[j], y[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return RPG_SHUFFLE8(y[0], y[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+         RPG_SHUFFLE8(y[0], y[1], 1, 9, 3, 11, 5, 13, 7, 15);
+}
+
+// s [M, 8]: 8 slots, `stride` bytes apart, times x_b [M, block] (PAIRS: even elements first).
+template <int M, bool PAIRS>
+inline void dot_octet(const char* slots, int64_t stride, const float* x, int block, float* s) {
+  constexpr int kSlots = 8 / M;  // whose sums stay in registers
+#pragma GCC unroll 4
+  for (int first = 0; first < 8; first += kSlots) {
+    DotVector sum[8] = {};  // [M, kSlots]
+    constexpr int kStep = PAIRS ? 2 * kDotVector : kDotVector;
+    for (int e = 0; e < block; e += kStep) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kSlots; ++i) {
+        const char* from = slots + (first + i) * stride + e * (PAIRS ? 2 : 4);
+        if constexpr (PAIRS) {
+          DotVector even, odd;
+          load_pairs(from, even, odd);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) {
+            const float* xm = x + m * block + e;
+            sum[m * kSlots + i] += even * load<kDotVector>(xm);
+            sum[m * kSlots + i] += odd * load<kDotVector>(xm + kDotVector);
+          }
+        } else {
+          const DotVector w = load<kDotVector>(reinterpret_cast<const float*>(from));
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) {
+            sum[m * kSlots + i] += w * load<kDotVector>(x + m * block + e);
+          }
+        }
+      }
+    }
+    alignas(32) float sums[8];
+    store<8>(sums, sum_eight(sum));
+    for (int m = 0; m < M; ++m) {
+      std::memcpy(s + m * 8 + first, sums + m * kSlots, sizeof(float) * kSlots);
+    }
+  }
+}
+
+// y [octets, M, 8] += ± S.
+template <int M>
+inline void add_octets(const OctetEntry* entry, int64_t octets, const float* s,
+                       const int32_t (*residues)[8], float* y) {
+  typedef FloatsOf<8>::integers Integers;
+  const Integers to_sign = {31, 30, 29, 28, 27, 26, 25, 24};
+  for (int64_t i = 0; i < octets; ++i, y += M * 8) {
+    const OctetEntry e = entry[i];
+    Integers order, bits, sign = {};
+    std::memcpy(&order, residues[e.pattern], sizeof order);
+    sign += e.signs;
+    sign = (sign << to_sign) & static_cast<int32_t>(0x80000000);
+    for (int m = 0; m < M; ++m) {
+      const Floats<8> read = load<8>(s + (int64_t{e.octet} * M + m) * 8);
+#if defined(__clang__)
+      Floats<8> ordered;
+      for (int r = 0; r < 8; ++r) ordered[r] = read[order[r]];
+#else
+      const Floats<8> ordered = __builtin_shuffle(read, order);
+#endif
+      std::memcpy(&bits, &ordered, sizeof bits);
+      bits ^= sign;
+      Floats<8> added;
+      std::memcpy(&added, &bits, sizeof added);
+      store<8>(y + m * 8, load<8>(y + m * 8) + added);
+    }
+  }
+}
+
+class UnitLinearFew {
+ public:
+  UnitLinearFew(const LayerLaw& law, const UnitLinearArgs& args)
+      : law_(law),
+        args_(args),
+        plan_(law),
+        layout_(layout_of(law, plan_, args)),
+        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
+
+  void run() {
+#pragma omp parallel num_threads(args_.threads)
+    {
+#pragma omp for schedule(static)
+      for (int part = 0; part < args_.threads; ++part) {
+        switch (args_.lanes) {
+          case 1: add_columns<1>(part); break;
+          case 2: add_columns<2>(part); break;
+          default: add_columns<4>(part); break;
+        }
+      }
+#pragma omp for schedule(static)
+      for (int part = 0; part < args_.threads; ++part) write(part);
+    }
+  }
+
+ private:
+  struct Memory {
+    float *x, *s, *y, *rows;
+    OctetEntry* entries;
+    uint16_t* shuffled;
+  };
+
+  Memory memory_of(int part) const {
+    char* at = static_cast<char*>(args_.workspace) + part * layout_.bytes();
+    Memory out{};
+    const auto take = [&at](auto*& pointer, int64_t bytes) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
+      at += bytes;
+    };
+    take(out.x, layout_.x), take(out.s, layout_.s), take(out.y, layout_.y);
+    take(out.rows, layout_.rows), take(out.entries, layout_.entries);
+    take(out.shuffled, layout_.shuffled);
+    return out;
+  }
+
+  // x_b [M, block], zeros where it ends before.
+  void load_x(const Memory& memory, int64_t column, int valid, bool pairs) const {
+    const int block = law_.granularity;
+    const Activations x{args_.x_dtype, args_.x};
+    for (int m = 0; m < args_.lanes; ++m) {
+      float* to = memory.x + m * block;
+      std::memset(to, 0, sizeof(float) * block);
+      if (m >= args_.batch) continue;
+      read_some(x.dtype, x.element(m * args_.columns + column * block), valid, to);
+      if (!pairs) continue;
+      for (int e = 0; e < block; e += 2 * kDotVector) {
+        float split[2 * kDotVector];
+        for (int i = 0; i < 2 * kDotVector; ++i) {
+          split[i % 2 * kDotVector + i / 2] = to[e + i];
+        }
+        std::memcpy(to + e, split, sizeof split);
+      }
+    }
+  }
+
+  template <int M>
+  void add_columns(int part) const {
+    const Memory memory = memory_of(part);
+    const int64_t columns = plan_.band.columns, block = law_.granularity;
+    const int64_t low = columns * part / args_.threads, high = columns * (part + 1) / args_.threads;
+    if (low == high) return;
+    std::memset(memory.y, 0, layout_.y);
+    for (int64_t column = low; column < high; ++column) {
+      const int valid = static_cast<int>(std::min(args_.columns - column * block, block));
+      const bool pairs = ring_.dtype == Dtype::kBfloat16 && valid == block;
+      load_x(memory, column, valid, pairs);
+      for (uint32_t group = 0; group < plan_.band.groups; ++group) {
+        const PlannedUnit& planned = plan_.at(group, static_cast<uint32_t>(column));
+        dot_window<M>(planned.window, valid, pairs, memory);
+        unit_entries(plan_.band, planned.unit, planned.window, memory.entries, memory.shuffled);
+        add_octets<M>(memory.entries, group_size(plan_.band, group), memory.s,
+                      residues_of(plan_.band),
+                      memory.y + int64_t{first_octet(plan_.band, group)} * kOctet * M);
+      }
+    }
+  }
+
+  template <int M>
+  void dot_window(const UnitWindow& window, int valid, bool pairs, const Memory& memory) const {
+    const int block = law_.granularity;
+    const int64_t stride = ring_.row_bytes();
+    const bool stored = pairs || (ring_.dtype == Dtype::kFloat32 && valid == block);
+    int64_t first = window.base;
+    for (uint32_t o = 0; o < window.octets; ++o) {
+      float* s = memory.s + int64_t{o} * M * 8;
+      const char* slots = static_cast<const char*>(ring_.at) + first * stride;
+      if (!stored || first + kOctet > ring_.slots) {
+        // Around the end of the ring, of a dtype that is converted, or with a part of no weights,
+        // which may hold infinities.
+        slots = copy_octet(first, valid, pairs, memory);
+      }
+      if (pairs) {
+        dot_octet<M, true>(slots, stride, memory.x, block, s);
+      } else {
+        dot_octet<M, false>(slots, 4 * block, memory.x, block, s);
+      }
+      first = (first + kOctet) % ring_.slots;
+    }
+  }
+
+  const char* copy_octet(int64_t first, int valid, bool pairs, const Memory& memory) const {
+    char* to = reinterpret_cast<char*>(memory.rows);
+    const int64_t stride = ring_.row_bytes(), block = law_.granularity;
+    for (int64_t i = 0; i < kOctet; ++i) {
+      const char* from = static_cast<const char*>(ring_.at) + (first + i) % ring_.slots * stride;
+      if (pairs) {
+        std::memcpy(to + i * stride, from, stride);
+      } else {
+        read_some(ring_.dtype, from, valid, memory.rows + i * block);
+        std::memset(memory.rows + i * block + valid, 0, sizeof(float) * (block - valid));
+      }
+    }
+    return to;
+  }
+
+  // This part's share of the rows, of which every part has summed some columns.
+  void write(int part) const {
+    const int64_t octets = plan_.band.octets, columns = plan_.band.columns, lanes = args_.lanes;
+    const int64_t threads = args_.threads, size = args_.x_dtype == Dtype::kFloat32 ? 4 : 2;
+    std::vector<const float*> sums;
+    for (int64_t peer = 0; peer < threads; ++peer) {
+      if (columns * peer / threads < columns * (peer + 1) / threads) {
+        sums.push_back(memory_of(static_cast<int>(peer)).y);
+      }
+    }
+    const Floats<8> scale = splat<8>(static_cast<float>(args_.scale));
+    for (int64_t i = octets * part / threads; i < octets * (part + 1) / threads; ++i) {
+      const int64_t row = i * kOctet;
+      const int valid = static_cast<int>(std::min<int64_t>(law_.rows - row, kOctet));
+      alignas(32) float bias[8] = {}, out[8];
+      if (args_.bias) std::memcpy(bias, args_.bias + row, sizeof(float) * valid);
+      for (int64_t m = 0; m < args_.batch; ++m) {
+        Floats<8> total = load<8>(sums[0] + (i * lanes + m) * 8);
+        for (size_t k = 1; k < sums.size(); ++k) total += load<8>(sums[k] + (i * lanes + m) * 8);
+        store<8>(out, total * scale + load<8>(bias));
+        write_some(args_.x_dtype, out, valid,
+                   static_cast<char*>(args_.y) + (m * law_.rows + row) * size);
+      }
+    }
+  }
+
+  const LayerLaw& law_;
+  const UnitLinearArgs& args_;
+  UnitPlan plan_;
+  Layout layout_;
+  Ring ring_;
+};
+
+}  // namespace
+
+Workspace unit_linear_few_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
+  const Layout layout = layout_of(law, UnitPlan(law), args);
+  return {args.threads * layout.bytes(), args.threads * layout.x};
+}
+
+void unit_linear_few(const LayerLaw& law, const UnitLinearArgs& args) {
+  UnitLinearFew(law, args).run();
+}
+
+}  // namespace rpg::RPG_ISA
