@@ -307,16 +307,19 @@ class UnitLaw(LayerLaw):
         i = (tap % taps) * self._size(group, band) + octet - first
         return column, group, i, (column * octets + first) * taps + i
 
+    def unit(self, column: Tensor, group: Tensor, band: int) -> tuple[Tensor, Tensor]:
+        """(first use, octets) of units; uses are counted from the band's first."""
+        first = self._first_octet(group, band)
+        turned = (first - self._first_octet(self._turn(column, band), band)) % self.octets(band)
+        place = self.permutation(band).forward(column.clone()) if self.permute else column
+        first = (place * self.octets(band) + turned) * self.taps
+        return first, self._size(group, band) * self.taps
+
     def use(self, column: Tensor, group: Tensor, i: Tensor, band: int) -> Tensor:
         """The use of octet i of a unit, counted from the band's first."""
-        octets, taps = self.octets(band), self.taps
-        unit = column * self.groups(band) + group
-        size = self._size(group, band) * taps
-        turned = self._first_octet(group, band)
-        turned = (turned - self._first_octet(self._turn(column, band), band)) % octets
-        column = self.permutation(band).forward(column.clone()) if self.permute else column
-        shuffled = self._shuffle(i, size, unit, band, inverse=False)
-        return (column * octets + turned) * taps + shuffled
+        first, size = self.unit(column, group, band)
+        number = column * self.groups(band) + group
+        return first + self._shuffle(i, size, number, band, inverse=False)
 
     def slot(self, n: Tensor, b: Tensor) -> Tensor:
         """Slot of each position.
