@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
 SHAPES = [
     Shape(1024, 16, 1, 1, 4, None, 2048, 6),
-    Shape(512, 36, 9, 3, 4, None, 704, 6),
+    Shape(512, 36, 9, 3, 4, None, 704, 8),
     Shape(320, 18, 9, 9, 16, None, 1000, 10),  # units share octets
     Shape(1003, 16, 1, 1, 7, 64, 1001, 6),  # and groups differ
     Shape(60, 64, 1, 1, 4, None, 300, 20),
@@ -110,6 +110,8 @@ def at_random(law: UnitLaw, key: int) -> Layer:
 
 def of_rows(out: dict[str, float], slot: Tensor) -> None:
     """How often two rows read the same slot, over columns, for all pairs of some rows."""
+    if len(slot) == 1:
+        return
     chosen = slot[torch.linspace(0, len(slot) - 1, min(len(slot), 160)).long()]
     equal = sum((chosen[:, None, b] == chosen[None, :, b]).long() for b in range(slot.shape[1]))
     assert isinstance(equal, Tensor)
