@@ -113,7 +113,7 @@ def groups_of(octets: int, taps: int, laps: int, window: int | None) -> int:
         if 2 * size * taps >= aim and octets % size == 0 and size * taps % laps == 0
     ]
     if exact:
-        # A ratio above 1 as (numerator, denominator), compared exactly.
+        # Quotients of small whole numbers: as floats they are equal exactly where they are equal.
         nearest = min(exact, key=lambda size: _ratio(size * taps, aim))
         return octets // nearest
     return min(octets, max(1, (2 * total + aim) // (2 * aim)))
