@@ -36,7 +36,7 @@ UNIT_LAW = 3  # version of this law
 OCTET = 8  # rows that read neighbouring slots
 MAX_LAPS = 64
 MAX_WINDOW = 4096
-MAX_UNIT = 2**14  # octets of a unit that is aimed at; the largest has twice as many
+MAX_UNIT = 2**10  # octets of a unit that is aimed at; the largest has twice as many
 MAX_START = 2**62  # in elements
 MAX_BLOCKS = MAX_BAND // OCTET  # of a row
 WINDOW, WINDOW_OF_TAPS = 256, 64  # slots that are aimed at: of units of one tap, and of several
@@ -106,14 +106,14 @@ def groups_of(octets: int, taps: int, laps: int, window: int | None) -> int:
     """
     if window is None:
         window = WINDOW if taps == 1 else WINDOW_OF_TAPS
-    aim, total = window // OCTET * laps, octets * taps
+    aim, total = min(window // OCTET * laps, MAX_UNIT), octets * taps
     exact = [
         size
         for size in range(min(octets, 2 * aim // taps), 0, -1)
         if 2 * size * taps >= aim and octets % size == 0 and size * taps % laps == 0
     ]
     if exact:
-        # A ratio above 1 as (numerator, denominator), compared exactly.
+        # Quotients of small whole numbers: as floats they are equal exactly where they are equal.
         nearest = min(exact, key=lambda size: _ratio(size * taps, aim))
         return octets // nearest
     return min(octets, max(1, (2 * total + aim) // (2 * aim)))
@@ -147,7 +147,7 @@ def place(shape: Sequence[int], granularity: int, laps: int, cursor: int) -> tup
     """The addresses in elements where a layer starts and ends; the next cursor is the end.
 
     Example:
-        >>> place((100, 64), 64, 4, cursor=0), place((16, 100), 64, 4, cursor=6656)
+        >>> place((100, 64), 64, 4, cursor=0), place((16, 128), 64, 4, cursor=6656)
         ((0, 6656), (8192, 10240))
     """
     matrix = VirtualMatrix(tuple(shape), granularity)
