@@ -109,8 +109,8 @@ class OctetRow {
     run_blocks_ = static_cast<uint32_t>(region.run_blocks);
     low_ = static_cast<uint32_t>(region.low);
     by_count_ = make_divider(static_cast<uint32_t>(region.count));
-    most_ = min_u32(columns_, kMostColumns);
-    memory_.reset(new uint32_t[kTables * (most_ + kChunk)]);
+    capacity_ = min_u32(columns_, kMostColumns);
+    memory_.reset(new uint32_t[kTables * (capacity_ + kChunk)]);
   }
 
   void begin_band() { octet_ = -1, evaluated_ = begin_; }
@@ -118,11 +118,11 @@ class OctetRow {
   // Writes p and slot of `count` columns of row n of the layer, which is row n_in_band of the band.
   void read(const UnitBand& law, int64_t n, uint32_t n_in_band, uint32_t column, uint32_t count,
             uint32_t* __restrict p, uint32_t* __restrict slot) {
-    const bool another = n / kOctet != octet_;
+    const bool changed = n / kOctet != octet_;
     octet_ = n / kOctet;
-    if (column < begin_ || column + count > begin_ + most_ || (another && column != begin_)) {
+    if (column < begin_ || column + count > begin_ + capacity_ || (changed && column != begin_)) {
       begin_ = evaluated_ = end_ = column;
-    } else if (another) {
+    } else if (changed) {
       end_ = begin_;
     }
     for (; evaluated_ < column + count; evaluated_ += kChunk) add_columns(law);
@@ -146,7 +146,7 @@ class OctetRow {
   enum Table { kColumn, kTap, kPlace, kTurn, kQ, kUse, kWord, kTables };
 
   uint32_t* table(Table number, uint32_t column) const {
-    return memory_.get() + number * (most_ + kChunk) + column - begin_;
+    return memory_.get() + number * (capacity_ + kChunk) + column - begin_;
   }
 
   void add_columns(const UnitBand& law) {
@@ -203,12 +203,12 @@ class OctetRow {
     std::memcpy(table(kWord, end_), word, sizeof word);
   }
 
-  uint32_t columns_ = 0, run_blocks_ = 0, low_ = 0, most_ = 0;
+  uint32_t columns_ = 0, run_blocks_ = 0, low_ = 0, capacity_ = 0;
   Divider by_count_{};
   int64_t octet_ = -1;  // of the layer
   // Tables hold columns from `begin_`: to `evaluated_` those of columns, to `end_` those of octets.
   uint32_t begin_ = 0, evaluated_ = 0, end_ = 0;
-  std::unique_ptr<uint32_t[]> memory_;  // [kTables, most_ + kChunk]
+  std::unique_ptr<uint32_t[]> memory_;  // [kTables, capacity_ + kChunk]
 };
 
 // Walks the positions of a region.

@@ -39,7 +39,7 @@ def draw(rng: random.Random) -> Placement:
     """A layer of any shape behind others: a linear one, or a convolution by taps or not."""
     granularity = 2 ** rng.randrange(8)
     generator = generator_of(rng, rng.choice([1, 7, 8, 100, 5000]), granularity)
-    rows = rng.choice([1, 5, 8, rng.randint(1, 200), rng.randint(1, 1500)])
+    rows = rng.choice([1, 5, 8, rng.randint(1, 200), rng.randint(1, 700)])
     kernel = rng.choice([(), (), (3, 3), (2, 2), (5,)])
     shape = (rows, rng.randint(1, 3 * granularity + 20), *kernel)
     return place(generator, rng.randrange(2**31), rng.randrange(2**40), shape)[0]
@@ -61,13 +61,13 @@ def assert_as_in_pytorch(law: UnitLaw, n: Tensor, b: Tensor) -> None:
 
 def test_random_layers() -> None:
     rng = random.Random(3)
-    for _ in range(120):
+    for _ in range(50):
         law = law_of(draw(rng))
         with threads(rng.randint(1, 3)):
             assert_as_in_pytorch(law, *positions_of(law))
 
 
-@pytest.mark.parametrize("laps", [1, 4, 9, 64])
+@pytest.mark.parametrize("laps", [1, 9])
 @pytest.mark.parametrize("blocks", [1, 3, 2**10 + 1, 12345, 2**20, 2**28])
 def test_far_rows_in_bands(blocks: int, laps: int) -> None:
     rng = random.Random(blocks + laps)
@@ -82,11 +82,10 @@ def test_far_rows_in_bands(blocks: int, laps: int) -> None:
         law = law_of(Placement(generator, 3, start, (rows, blocks), 1.0))
         band = law.rows_per_band
         rows_at = {0, 7, band - 1, band, 2 * band, rows // band * band, rows - 2, rows - 1}
-        n = torch.tensor(
-            [n for n in sorted(rows_at) if 0 <= n < rows] + [rng.randrange(rows) for _ in range(80)]
-        )
-        assert_as_in_pytorch(law, n, torch.tensor([rng.randrange(blocks) for _ in n]))
-        assert_as_in_pytorch(law, n, torch.tensor(blocks - 1))
+        rows_at |= {rng.randrange(rows) for _ in range(4)}
+        n = torch.tensor([n for n in sorted(rows_at) if 0 <= n < rows])
+        b = torch.tensor([0, blocks - 1, *(rng.randrange(blocks) for _ in range(8))])
+        assert_as_in_pytorch(law, n[:, None], b)
 
 
 def test_addresses_that_end_below_two_to_the_63() -> None:
@@ -112,19 +111,19 @@ def weights(bank: rpg.ParameterBank) -> list[VirtualWeight]:
     blocks."""
     linear = bank.place((70, 150), scale=0.37)
     conv = bank.place((21, 40, 3, 3), scale=-1.0)
-    tall = bank.place((1100, 33), scale=1.0)
+    tall = bank.place((300, 33), scale=1.0)
     return [
         linear,
         linear.narrow(0, 13, 30).narrow(1, 37, 70),
         conv,
         conv.narrow(0, 3, 11).narrow(1, 7, 20),
         tall,
-        tall.narrow(0, 515, 500),
+        tall.narrow(0, 115, 180),
     ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("granularity", [1, 2, 8, 32, 64, 128])
+@pytest.mark.parametrize("granularity", [1, 8, 64])
 def test_unpack_and_pack_bit_for_bit(
     dtype: torch.dtype, granularity: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,22 +156,24 @@ def test_pack_does_not_depend_on_threads(reflect: str) -> None:
         assert_same_bits(unpacked, results[0][1])
 
 
-@pytest.mark.parametrize("shape", [(19, LONGEST), (19, LONGEST + 1), (11, 3 * LONGEST - 5)])
+@pytest.mark.parametrize("shape", [(9, LONGEST), (9, LONGEST + 1), (4, 3 * LONGEST - 5)])
 def test_rows_longer_than_the_memory(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bank = rpg.ParameterBank.from_generator(Generator(3000, 1, "element", laps=4))
     weight = bank.place(shape, scale=0.3)
     dense = torch.randn(shape)
-    for count in (1, 3):
-        with threads(count), torch.no_grad():
-            assert_same_bits(weight.unpack(), in_pytorch(monkeypatch, weight.unpack))
-            wanted = in_pytorch(monkeypatch, lambda: weight.pack(dense))
-            assert_same_bits(weight.pack(dense), wanted)
+    with torch.no_grad():
+        unpacked = in_pytorch(monkeypatch, weight.unpack)
+        packed = in_pytorch(monkeypatch, lambda: weight.pack(dense))
+        for count in (1, 3):
+            with threads(count):
+                assert_same_bits(weight.unpack(), unpacked)
+                assert_same_bits(weight.pack(dense), packed)
 
 
-def test_rows_of_many_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a layer of 2^35 blocks, with rows that are looked up in and out of order."""
+def test_rows_of_many_bands() -> None:
+    """Of a layer of 2^35 blocks, rows that are looked up, in and out of order."""
     generator = Generator(1000, 2, "element", laps=3)
     p = Placement(generator, 4, 0, (2**23 + 3, 2**13), 0.5).narrow(0, 5, 2**23 - 9)
     band = law_of(p).rows_per_band
