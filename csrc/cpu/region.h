@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 
 #include "law/unit.h"
@@ -96,10 +97,10 @@ inline Region merged(const LayerLaw& law, Region region) {
   return region;
 }
 
-// Of the unit law: the octets that lie side by side in the columns of a region. They are evaluated
-// once for their 8 rows, since an octet takes 400 instructions and one of its positions 40. Columns
-// are those of the region: its blocks, run by run. Longer rows than the memory holds are evaluated
-// anew for each row.
+// Of the unit law: the octets that lie side by side in the columns of a region, which are its
+// blocks, run by run. A lone position takes hundreds of instructions, but most of them are those of
+// its column, which are done once for all rows of a band, or of its octet, once for 8 rows. What
+// does not fit the memory, in longer rows, is evaluated anew for each row.
 class OctetRow {
  public:
   OctetRow(const LayerLaw& law, const Region& region) {
@@ -108,84 +109,106 @@ class OctetRow {
     run_blocks_ = static_cast<uint32_t>(region.run_blocks);
     low_ = static_cast<uint32_t>(region.low);
     by_count_ = make_divider(static_cast<uint32_t>(region.count));
-    most_ = min_u32(columns_, kMostColumns);
-    memory_.reset(new uint32_t[3 * (most_ + kChunk)]);
-    q_ = memory_.get();
-    use_ = q_ + most_ + kChunk;
-    word_ = use_ + most_ + kChunk;
+    capacity_ = min_u32(columns_, kMostColumns);
+    memory_.reset(new uint32_t[kTables * (capacity_ + kChunk)]);
   }
 
+  void begin_band() { octet_ = -1, evaluated_ = begin_; }
+
   // Writes p and slot of `count` columns of row n of the layer, which is row n_in_band of the band.
-  void read(const UnitBand& law, int64_t n, uint32_t n_in_band, uint32_t column, int count,
+  void read(const UnitBand& law, int64_t n, uint32_t n_in_band, uint32_t column, uint32_t count,
             uint32_t* __restrict p, uint32_t* __restrict slot) {
-    if (n / kOctet != octet_ || column < begin_ || column > end_ ||
-        column + count > begin_ + most_) {
-      octet_ = n / kOctet;
-      begin_ = end_ = column;
+    const bool changed = n / kOctet != octet_;
+    octet_ = n / kOctet;
+    if (column < begin_ || column + count > begin_ + capacity_ || (changed && column != begin_)) {
+      begin_ = evaluated_ = end_ = column;
+    } else if (changed) {
+      end_ = begin_;
     }
-    while (end_ < column + count) add_octets(law, n_in_band / kOctet);
-    const uint32_t first = column - begin_, row = n_in_band % kOctet;
-    const uint32_t* __restrict q = q_ + first;
-    const uint32_t* __restrict use = use_ + first;
-    const uint32_t* __restrict word = word_ + first;
-    for (int k = 0; k < count; ++k) {
+    for (; evaluated_ < column + count; evaluated_ += kChunk) add_columns(law);
+    for (; end_ < column + count; end_ += kChunk) add_octets(law, n_in_band / kOctet);
+    const uint32_t row = n_in_band % kOctet;
+    const uint32_t* __restrict q = table(kQ, column);
+    const uint32_t* __restrict use = table(kUse, column);
+    const uint32_t* __restrict word = table(kWord, column);
+    for (uint32_t k = 0; k < count; ++k) {
       p[k] = q[k] * kOctet + row;
       slot[k] = slot_of_use(law, use[k], residue_of(row, word[k]));
     }
   }
 
  private:
-  static constexpr uint32_t kChunk = 32;             // octets that are evaluated at once
-  static constexpr uint32_t kMostColumns = 1 << 14;  // 192 KiB, which a second cache holds
+  static constexpr uint32_t kChunk = 16;             // columns that are evaluated at once
+  static constexpr uint32_t kMostColumns = 1 << 14;  // 448 KiB, which a second cache holds
 
-  // What slots_of does for lone positions, here with one group, and so one size of units, for all.
-  void add_octets(const UnitBand& law, uint32_t octet) {
-    const uint32_t group = group_of(law, octet), first = first_octet(law, group);
-    const uint32_t rows = group_size(law, group), begin = end_, last = columns_ - 1;
+  // Of a column: its number in the law, its tap of the unit, which column's place it has, the octet
+  // that comes first; of an octet: q, use and word.
+  enum Table { kColumn, kTap, kPlace, kTurn, kQ, kUse, kWord, kTables };
+
+  uint32_t* table(Table number, uint32_t column) const {
+    return memory_.get() + number * (capacity_ + kChunk) + column - begin_;
+  }
+
+  void add_columns(const UnitBand& law) {
+    const uint32_t begin = evaluated_, last = columns_ - 1;
     const uint32_t run_blocks = run_blocks_, low = low_;
     const Divider by_count = by_count_;
-    uint32_t column[kChunk], place[kChunk], turned[kChunk], i[kChunk], q[kChunk], word[kChunk];
+    uint32_t column[kChunk], tap[kChunk], place[kChunk], turn[kChunk];
     for (uint32_t l = 0; l < kChunk; ++l) {
       const uint32_t c = min_u32(begin + l, last), run = divide(c, by_count);
       const uint32_t b = run * run_blocks + low + c - run * by_count.divisor;
-      const uint32_t tap = divide(b, law.by_run_blocks), part = divide(tap, law.by_taps);
-      column[l] = part * law.run_blocks + b - tap * law.run_blocks;
-      i[l] = (tap - part * law.taps) * rows + octet - first;
-      q[l] = (column[l] * law.octets + first) * law.taps + i[l];
+      const uint32_t tap_of_layer = divide(b, law.by_run_blocks);
+      const uint32_t part = divide(tap_of_layer, law.by_taps);
+      column[l] = part * law.run_blocks + b - tap_of_layer * law.run_blocks;
+      tap[l] = tap_of_layer - part * law.taps;
+      const uint32_t word = hash_word(column[l], law.turn_key[0], law.turn_key[1]);
+      turn[l] = law.permute ? first_octet(law, umulhi(word, law.groups)) : 0;
       place[l] = column[l];
-      turned[l] = first;
-      word[l] = 0;  // of which every row is its own residue
     }
-    if (law.permute) {
-      permute(law.permutation, place);
-      for (uint32_t l = 0; l < kChunk; ++l) {
-        const uint32_t turn = hash_word(column[l], law.turn_key[0], law.turn_key[1]);
-        turned[l] = sub_mod(first, first_octet(law, umulhi(turn, law.groups)), law.octets);
-        word[l] = hash_word(q[l], law.octet_key[0], law.octet_key[1]);
-      }
-      for (int j = 0; j < kShuffleRounds; ++j) {
-        const uint32_t k0 = law.round_key[2 * j], k1 = law.round_key[2 * j + 1];
-        for (uint32_t l = 0; l < kChunk; ++l) {
-          const uint32_t unit = column[l] * law.groups + group;
-          i[l] = shuffle_round(i[l], rows * law.taps, hash_word(unit, k0, k1));
-        }
-      }
-    }
-    const uint32_t kept = end_ - begin_;
-    for (uint32_t l = 0; l < kChunk; ++l) {
-      q_[kept + l] = q[l];
-      use_[kept + l] = (place[l] * law.octets + turned[l]) * law.taps + law.offset + i[l];
-      word_[kept + l] = word[l];
-    }
-    end_ += min_u32(kChunk, columns_ - end_);
+    if (law.permute) permute(law.permutation, place);
+    std::memcpy(table(kColumn, begin), column, sizeof column);
+    std::memcpy(table(kTap, begin), tap, sizeof tap);
+    std::memcpy(table(kPlace, begin), place, sizeof place);
+    std::memcpy(table(kTurn, begin), turn, sizeof turn);
   }
 
-  uint32_t columns_ = 0, run_blocks_ = 0, low_ = 0, most_ = 0;
+  // As slots_of, but that one group, and so one size of units, is that of all.
+  void add_octets(const UnitBand& law, uint32_t octet) {
+    const uint32_t group = group_of(law, octet), first = first_octet(law, group);
+    const uint32_t rows = group_size(law, group), size = rows * law.taps;
+    const uint32_t* __restrict column = table(kColumn, end_);
+    const uint32_t* __restrict tap = table(kTap, end_);
+    const uint32_t* __restrict place = table(kPlace, end_);
+    const uint32_t* __restrict turn = table(kTurn, end_);
+    uint32_t unit[kChunk], i[kChunk], q[kChunk], use[kChunk], word[kChunk];
+    for (uint32_t l = 0; l < kChunk; ++l) {
+      unit[l] = column[l] * law.groups + group;
+      i[l] = tap[l] * rows + octet - first;
+      q[l] = (column[l] * law.octets + first) * law.taps + i[l];
+      // Every row is its own residue of the word 0.
+      word[l] = law.permute ? hash_word(q[l], law.octet_key[0], law.octet_key[1]) : 0;
+    }
+    for (int j = 0; law.permute && j < kShuffleRounds; ++j) {
+      const uint32_t k0 = law.round_key[2 * j], k1 = law.round_key[2 * j + 1];
+      for (uint32_t l = 0; l < kChunk; ++l) {
+        i[l] = shuffle_round(i[l], size, hash_word(unit[l], k0, k1));
+      }
+    }
+    for (uint32_t l = 0; l < kChunk; ++l) {
+      const uint32_t turned = sub_mod(first, turn[l], law.octets);
+      use[l] = (place[l] * law.octets + turned) * law.taps + law.offset + i[l];
+    }
+    std::memcpy(table(kQ, end_), q, sizeof q);
+    std::memcpy(table(kUse, end_), use, sizeof use);
+    std::memcpy(table(kWord, end_), word, sizeof word);
+  }
+
+  uint32_t columns_ = 0, run_blocks_ = 0, low_ = 0, capacity_ = 0;
   Divider by_count_{};
-  int64_t octet_ = -1;                  // of the layer
-  uint32_t begin_ = 0, end_ = 0;        // columns that are in memory
-  std::unique_ptr<uint32_t[]> memory_;  // [3, most_ + kChunk]
-  uint32_t *q_ = nullptr, *use_ = nullptr, *word_ = nullptr;
+  int64_t octet_ = -1;  // of the layer
+  // Tables hold columns from `begin_`: to `evaluated_` those of columns, to `end_` those of octets.
+  uint32_t begin_ = 0, evaluated_ = 0, end_ = 0;
+  std::unique_ptr<uint32_t[]> memory_;  // [kTables, capacity_ + kChunk]
 };
 
 // Walks the positions of a region.
@@ -210,11 +233,12 @@ class Cursor {
         if (filled) break;
         band_ = band;
         band_law_ = make_any_band(law_, band);
+        octets_.begin_band();
       }
       int64_t take = LANES - filled;
       if (take > left - filled) take = left - filled;
       if (take > region_.count - column_) take = region_.count - column_;
-      read(n, static_cast<int>(take), p + filled, slot + filled);
+      read(n, static_cast<uint32_t>(take), p + filled, slot + filled);
       filled += static_cast<int>(take);
       column_ += take;
       if (column_ == region_.count) {
@@ -244,7 +268,7 @@ class Cursor {
 
  private:
   // p of `count` blocks of row n that lie beside each other, and of the unit law their slots.
-  void read(int64_t n, int count, uint32_t* p, uint32_t* slot) {
+  void read(int64_t n, uint32_t count, uint32_t* p, uint32_t* slot) {
     const uint32_t row = static_cast<uint32_t>(n - band_ * law_.rows_per_band);
     if (law_.taps) {
       const uint32_t column = static_cast<uint32_t>(run_ * region_.count + column_);
@@ -257,7 +281,7 @@ class Cursor {
       first = order(band_law_.window, row, static_cast<uint32_t>(b));
       step = strip_height(row, band_law_.window.rows);
     }
-    for (int k = 0; k < count; ++k) p[k] = first + static_cast<uint32_t>(k) * step;
+    for (uint32_t k = 0; k < count; ++k) p[k] = first + k * step;
   }
 
   const LayerLaw& law_;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import brute_force as brute
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 import rpg_kernels as rpg
 from rpg_kernels import native
 from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.law.generator import Generator
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
 
@@ -19,17 +21,27 @@ op = torch.ops.rpg_kernels
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GRANULARITY = (1, 2, 4, 8, 16, 32, 64, 128)
 REFLECT = ("none", "vector", "element")
+LAWS = (1, 2, 3)
 
 
-def draw(rng: random.Random, granularity: int, windows: bool) -> VirtualWeight:
+def bank_of(
+    law: int, slots: int, granularity: int, reflect: str, laps: int, **given: Any
+) -> rpg.ParameterBank:
+    if law == 1:
+        return rpg.ParameterBank(slots * granularity, granularity, reflect, **given)
+    made = {name: given.pop(name) for name in ("permute", "seed") if name in given}
+    generator = Generator(slots, granularity, reflect, window=64, laps=laps, law=law, **made)
+    return rpg.ParameterBank.from_generator(generator, **given)
+
+
+def draw(rng: random.Random, granularity: int, law: int) -> VirtualWeight:
     """A weight behind another layer, and mostly a part of it that begins and ends in blocks."""
-    slots = rng.randint(64, 400)
-    bank = brute.window_bank(
-        slots * granularity + rng.randrange(granularity),
+    bank = bank_of(
+        law,
+        rng.randint(64, 400),
         granularity,
         rng.choice(REFLECT),
-        window=64 if windows else None,
-        laps=rng.randint(1, 5) if windows else None,
+        rng.randint(1, 5),
         permute=rng.random() < 0.8,
         seed=rng.randrange(100),
         init_std=1.0,
@@ -63,18 +75,18 @@ def same_bits(got: Tensor, wanted: Tensor) -> None:
     assert got.view(torch.uint8).equal(wanted.view(torch.uint8))
 
 
-@pytest.mark.parametrize("windows", [False, True], ids=["ring", "windows"])
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("granularity", GRANULARITY)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_bits_of_the_reference(
-    granularity: int, windows: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+    granularity: int, law: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = random.Random(f"{granularity} {windows}")
+    rng = random.Random(f"{granularity} {law}")
     empty = Tensor.new_empty
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     monkeypatch.setattr(native, "threads", lambda: threads)
     for _ in range(12):
-        weight = draw(rng, granularity, windows)
+        weight = draw(rng, granularity, law)
         shape = rng.choice([(), (1,), (rng.randint(2, 700),), (3, rng.randint(1, 90))])
         dtype = rng.choice([torch.int32, torch.int64])
         indices = torch.randint(weight.shape[0], shape, dtype=dtype)
@@ -101,9 +113,8 @@ def test_against_the_written_out_weight(reflect: str) -> None:
 
 def test_rows_far_apart_in_bands() -> None:
     """A weight of more than 2^31 blocks, whose rows lie in several bands."""
-    for window in (None, 64):
-        bank = brute.window_bank(700, 1, window=window, laps=window and 3, init_std=1.0)
-        weight = bank.place((2**21, 4099))
+    for law in LAWS:
+        weight = bank_of(law, 700, 1, "vector", laps=3, init_std=1.0).place((2**21, 4099))
         last = 2**21 - 1
         indices = torch.tensor([last, 0, 2**20, 2**19, 5, last, 523_000, 524_288])
         dy = torch.randn(8, 4099)

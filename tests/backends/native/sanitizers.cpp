@@ -222,6 +222,18 @@ Results lookup(const LayerLaw& law, int threads) {
 int main(int argc, char**) {
   barriers = argc == 1;
   int calls = 0;
+  for (Reflect reflect : {Reflect::kVector, Reflect::kElement}) {
+    const LayerLaw law = make_unit_law(5, 1, 1100, 6, 32, 123, 40, reflect, true, 4, 2, 3, 7, 7);
+    const Results alone = lookup(law, 1);
+    for (int threads : {2, 4}) {
+      const Results several = lookup(law, threads);
+      if (barriers) {
+        compare(several.y, alone.y, true, "unpack, units");
+        compare(several.dw, alone.dw, true, "pack, units");
+      }
+      calls += 2;
+    }
+  }
   for (int64_t rows : {70, 1100}) {
     for (int windows : {0, 1, 4}) {  // laps; 0: law 1
       for (Reflect reflect : {Reflect::kVector, Reflect::kElement}) {

@@ -209,7 +209,7 @@ def test_layers_as_large_as_numbers_go(rows: int) -> None:
     assert torch.equal(native.slots(law, n, torch.tensor(0)), law.slot(n, torch.tensor(0)))
 
 
-@pytest.mark.parametrize("changes", [{"version": "0.0.9"}, {"law": 3}])
+@pytest.mark.parametrize("changes", [{"version": "0.0.9"}, {"law": 4}])
 def test_a_module_of_another_version_is_not_used(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

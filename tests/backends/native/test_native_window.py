@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import brute_force as brute
 import processes
 import pytest
 import torch
@@ -21,6 +20,7 @@ from window_brute import draw, everywhere
 import rpg_kernels as rpg
 from rpg_kernels import native
 from rpg_kernels.backends.reference import tiles
+from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.window import WindowLaw, alignment
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "built")
@@ -152,6 +152,13 @@ def test_the_permutation_is_that_of_units() -> None:
             native.permutation(law, 0, torch.tensor([units]), inverse=False)
 
 
+def bank_of(
+    slots: int, granularity: int, reflect: str, laps: int, **given: Any
+) -> rpg.ParameterBank:
+    generator = Generator(slots, granularity, reflect, window=64, laps=laps, seed=5, law=2)
+    return rpg.ParameterBank.from_generator(generator, **given)
+
+
 def weights(bank: rpg.ParameterBank) -> list[rpg.VirtualWeight]:
     linear = bank.place((70, 150), scale=0.37)
     conv = bank.place((21, 40, 3, 3), scale=-1.0)
@@ -164,15 +171,7 @@ def test_unpack_and_pack_bit_for_bit(
     dtype: torch.dtype, granularity: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for reflect in ("element", "vector", "none"):
-        bank = brute.window_bank(
-            dof=70 * granularity,
-            granularity=granularity,
-            reflect=reflect,
-            seed=5,
-            dtype=dtype,
-            window=64,
-            laps=3,
-        )
+        bank = bank_of(70, granularity, reflect, laps=3, dtype=dtype)
         for weight in weights(bank):
             assert type(weight.placement.law) is WindowLaw
             with torch.no_grad():
@@ -184,7 +183,7 @@ def test_unpack_and_pack_bit_for_bit(
 
 @pytest.mark.parametrize("reflect", ["element", "vector"])
 def test_pack_does_not_depend_on_threads(reflect: str) -> None:
-    bank = brute.window_bank(dof=1280, granularity=16, reflect=reflect, window=64, laps=4)
+    bank = bank_of(80, 16, reflect, laps=4)
     weight = bank.place((300, 640), scale=0.3)
     dense = torch.randn(weight.shape)
     results = []
@@ -197,7 +196,7 @@ def test_pack_does_not_depend_on_threads(reflect: str) -> None:
 
 
 def test_embedding_rows_by_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = brute.window_bank(dof=1280, granularity=16, reflect="element", window=64, laps=2)
+    bank = bank_of(80, 16, "element", laps=2)
     weight = bank.place((5000, 70), scale=0.5)
     index = torch.randint(5000, (9, 13))
 
@@ -213,7 +212,7 @@ def test_the_reference_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     laws = []
     real = native.unpack
     monkeypatch.setattr(tiles.native, "unpack", lambda *a: (laws.append(a[0]), real(*a))[1])
-    brute.window_bank(dof=512, granularity=8, window=64, laps=4).place((8, 16)).unpack()
+    bank_of(64, 8, "vector", laps=4).place((8, 16)).unpack()
     assert [type(law) for law in laws] == [WindowLaw]
 
 
