@@ -147,7 +147,7 @@ def place(shape: Sequence[int], granularity: int, laps: int, cursor: int) -> tup
     """The addresses in elements where a layer starts and ends; the next cursor is the end.
 
     Example:
-        >>> place((100, 64), 64, 4, cursor=0), place((16, 100), 64, 4, cursor=6656)
+        >>> place((100, 64), 64, 4, cursor=0), place((16, 128), 64, 4, cursor=6656)
         ((0, 6656), (8192, 10240))
     """
     matrix = VirtualMatrix(tuple(shape), granularity)
