@@ -60,12 +60,18 @@ inline void multiply_rows(const Operand& a, const float* b, int64_t b_step, int 
   }
 }
 
-// The same of any number of rows.
+// The same of any number of rows. `soon` is memory that is read after this product: a line of it is
+// asked for with each row.
 template <int NV, bool ADD>
 inline void multiply_panel(int rows, Operand a, const float* b, int64_t b_step, int steps, float* c,
-                           int64_t c_row) {
+                           int64_t c_row, const char*& soon) {
   constexpr int kRows = NV == 1 ? 8 : 6;
   for (; rows >= kRows; rows -= kRows, a.at += kRows * a.row, c += kRows * c_row) {
+    if (soon) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) __builtin_prefetch(soon + 64 * i, 0, 2);
+      soon += 64 * kRows;
+    }
     multiply_rows<kRows, NV, ADD>(a, b, b_step, steps, c, c_row);
   }
   if (rows >= 4) {
@@ -79,19 +85,21 @@ inline void multiply_panel(int rows, Operand a, const float* b, int64_t b_step, 
   if (rows) multiply_rows<1, NV, ADD>(a, b, b_step, steps, c, c_row);
 }
 
-// C [rows, columns] (+)= A [rows, steps] · B [steps, columns]; columns a multiple of V.
+// C [rows, columns] (+)= A [rows, steps] · B [steps, columns]; columns a multiple of V. Panels of B
+// one after the other, each with all rows.
 template <bool ADD>
 inline void multiply(int rows, int columns, const Operand& a, const float* b, int64_t b_step,
-                     int steps, float* c, int64_t c_row) {
+                     int steps, float* c, int64_t c_row, const void* next = nullptr) {
+  const char* soon = static_cast<const char*>(next);
   int j = 0;
   for (; j + kPanel <= columns; j += kPanel) {
-    multiply_panel<kProductVectors, ADD>(rows, a, b + j, b_step, steps, c + j, c_row);
+    multiply_panel<kProductVectors, ADD>(rows, a, b + j, b_step, steps, c + j, c_row, soon);
   }
   if (kProductVectors > 2 && columns - j >= 2 * kVector) {
-    multiply_panel<2, ADD>(rows, a, b + j, b_step, steps, c + j, c_row);
+    multiply_panel<2, ADD>(rows, a, b + j, b_step, steps, c + j, c_row, soon);
     j += 2 * kVector;
   }
-  if (j < columns) multiply_panel<1, ADD>(rows, a, b + j, b_step, steps, c + j, c_row);
+  if (j < columns) multiply_panel<1, ADD>(rows, a, b + j, b_step, steps, c + j, c_row, soon);
 }
 
 }  // namespace

@@ -204,8 +204,11 @@ class UnitLinear {
         const float* window = window_rows(ring_, planned.window.base, rows, memory.window);
         float* products = memory.s + g * s_size;
         const int valid = static_cast<int>(std::min(args_.columns - column * block, block));
+        const void* next = column + 1 < high ? ring_.slot(plan_.at(group, column + 1).window.base)
+                                             : nullptr;
         multiply<false>(rows, static_cast<int>(lanes), {window, block, 1},
-                        memory.x + (column - low) * block * lanes, lanes, valid, products, lanes);
+                        memory.x + (column - low) * block * lanes, lanes, valid, products, lanes,
+                        next);
         entry[g] = to, s[g] = products;
       }
       const int64_t octets = group_size(plan_.band, group);

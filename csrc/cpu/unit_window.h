@@ -41,6 +41,7 @@ struct Ring {
   const void* at;
   int64_t slots;
   int block;
+  const char* slot(int64_t i) const { return static_cast<const char*>(at) + i * row_bytes(); }
   int64_t row_bytes() const { return int64_t{block} * (dtype == Dtype::kFloat32 ? 4 : 2); }
 };
 

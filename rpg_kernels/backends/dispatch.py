@@ -93,6 +93,19 @@ def implementation(call: Call) -> Callable[..., Tensor]:
     return backend.operator(call)
 
 
+def both_grads(call: Call, other: Call) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """What makes both gradients of a layer at once, where one back end runs both and can.
+
+    Args:
+        call, other: of the input gradient and of the bank gradient.
+
+    Raises:
+        ValueError, RuntimeError: as ``choose``.
+    """
+    backend = choose(call)
+    return backend.both_grads(call) if choose(other) is backend else None
+
+
 def failed_launch(call: Call, error: Exception) -> str:
     """What to say of an exception that a kernel's compilation or launch raised; "" for others.
 

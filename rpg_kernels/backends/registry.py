@@ -99,6 +99,11 @@ class Backend(ABC):
         function: Callable[..., Tensor] = getattr(_beside(type(self).__module__, call.op), call.op)
         return function
 
+    def both_grads(self, call: Call) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """What makes dx and dw of a layer at once, for less than two operators: a function of (dy,
+        bank, table, x, placement, dtype). ``call`` is the input gradient's. None: there is none."""
+        return None
+
     def multiplications(self, call: Call) -> int | None:
         """Multiplications of a weight with an activation in a call that runs here; None where they
         are those of the dense product. Padding is not counted. See ``rpg_kernels.flops``."""

@@ -36,7 +36,7 @@ UNIT_LAW = 3  # version of this law
 OCTET = 8  # rows that read neighbouring slots
 MAX_LAPS = 64
 MAX_WINDOW = 4096
-MAX_UNIT = 2**14  # octets of a unit that is aimed at; the largest has twice as many
+MAX_UNIT = 2**10  # octets of a unit that is aimed at; the largest has twice as many
 MAX_START = 2**62  # in elements
 MAX_BLOCKS = MAX_BAND // OCTET  # of a row
 WINDOW, WINDOW_OF_TAPS = 256, 64  # slots that are aimed at: of units of one tap, and of several
@@ -106,14 +106,14 @@ def groups_of(octets: int, taps: int, laps: int, window: int | None) -> int:
     """
     if window is None:
         window = WINDOW if taps == 1 else WINDOW_OF_TAPS
-    aim, total = window // OCTET * laps, octets * taps
+    aim, total = min(window // OCTET * laps, MAX_UNIT), octets * taps
     exact = [
         size
         for size in range(min(octets, 2 * aim // taps), 0, -1)
         if 2 * size * taps >= aim and octets % size == 0 and size * taps % laps == 0
     ]
     if exact:
-        # A ratio above 1 as (numerator, denominator), compared exactly.
+        # Quotients of small whole numbers: as floats they are equal exactly where they are equal.
         nearest = min(exact, key=lambda size: _ratio(size * taps, aim))
         return octets // nearest
     return min(octets, max(1, (2 * total + aim) // (2 * aim)))
@@ -307,16 +307,19 @@ class UnitLaw(LayerLaw):
         i = (tap % taps) * self._size(group, band) + octet - first
         return column, group, i, (column * octets + first) * taps + i
 
+    def unit(self, column: Tensor, group: Tensor, band: int) -> tuple[Tensor, Tensor]:
+        """(first use, octets) of units; uses are counted from the band's first."""
+        first = self._first_octet(group, band)
+        turned = (first - self._first_octet(self._turn(column, band), band)) % self.octets(band)
+        place = self.permutation(band).forward(column.clone()) if self.permute else column
+        first = (place * self.octets(band) + turned) * self.taps
+        return first, self._size(group, band) * self.taps
+
     def use(self, column: Tensor, group: Tensor, i: Tensor, band: int) -> Tensor:
         """The use of octet i of a unit, counted from the band's first."""
-        octets, taps = self.octets(band), self.taps
-        unit = column * self.groups(band) + group
-        size = self._size(group, band) * taps
-        turned = self._first_octet(group, band)
-        turned = (turned - self._first_octet(self._turn(column, band), band)) % octets
-        column = self.permutation(band).forward(column.clone()) if self.permute else column
-        shuffled = self._shuffle(i, size, unit, band, inverse=False)
-        return (column * octets + turned) * taps + shuffled
+        first, size = self.unit(column, group, band)
+        number = column * self.groups(band) + group
+        return first + self._shuffle(i, size, number, band, inverse=False)
 
     def slot(self, n: Tensor, b: Tensor) -> Tensor:
         """Slot of each position.

@@ -59,6 +59,13 @@ def linear_bank_grad(dy: Shape, x: Shape, table: Any, placement: str, *_: Any, *
     return _matrix(dy, placement)
 
 
+def linear_grads(
+    dy: Shape, bank: Shape, table: Any, x: Shape, placement: str, *_: Any, **__: Any
+) -> int:
+    """As two of ``aten.mm``."""
+    return 2 * _matrix(dy, placement)
+
+
 def conv2d(
     x: Shape,
     bank: Shape,
@@ -133,6 +140,7 @@ PRODUCTS: dict[str, Callable[..., int]] = {
     "linear": linear,
     "linear_input_grad": linear_input_grad,
     "linear_bank_grad": linear_bank_grad,
+    "linear_grads": linear_grads,
     "conv2d": conv2d,
     "conv2d_input_grad": conv2d_input_grad,
     "conv2d_bank_grad": conv2d_bank_grad,
@@ -145,7 +153,7 @@ def packet(name: str) -> Any:
 
 
 def _register(counter: ModuleType) -> None:
-    for name in OPERATORS:
+    for name in {**OPERATORS, **PRODUCTS}:
         if packet(name) not in counter.flop_registry:  # somebody's own formula stays
             counter.register_flop_formula(packet(name))(PRODUCTS.get(name, nothing))
 

@@ -23,8 +23,9 @@ CHECKS: dict[str, Callable[..., Any]] = {}  # of an operator's arguments, less t
 def define(
     schema: str,
     check: Callable[..., Any],
-    fake: Callable[..., Tensor],
+    fake: Callable[..., Any],
     values: Callable[..., None] | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> None:
     """Define one operator: checked, then sent to the implementation that dispatch chooses.
 
@@ -34,17 +35,20 @@ def define(
         fake: called with the same arguments after the check; an empty result of the right
             shape, dtype and strides.
         values: a second check, of what tensors hold, made before launches only.
+        run: what computes it, with all arguments, where that is made of other operators.
     """
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema[: schema.index("(")]
     CHECKS[name] = check
 
-    def run(*args: Any) -> Tensor:
+    def checked(*args: Any) -> Any:
         *operands, backend = args
         refuse_forward_mode()  # also in a backward pass, whose tangents would be dropped
         check(*operands)
         if values is not None:
             values(*operands)
+        if run is not None:
+            return run(*args)
         made = call(name, operands, backend)
         function = dispatch.implementation(made)
         try:
@@ -55,11 +59,11 @@ def define(
                 raise RuntimeError(said) from error
             raise
 
-    def trace(*args: Any) -> Tensor:
+    def trace(*args: Any) -> Any:
         check(*args[:-1])
         return fake(*args[:-1])
 
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=LIBRARY)
 
 

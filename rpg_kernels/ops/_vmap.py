@@ -65,7 +65,22 @@ def _each(operator: Any, batch: int, in_dims: Sequence[Any], args: Sequence[Any]
     return torch.stack([operator(*sample(number)) for number in range(batch)])
 
 
+def _linear_grads(info: _Info, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+    """Two operators, whose rules are known."""
+    op = torch.ops.rpg_kernels
+
+    def both(
+        dy: Tensor, bank: Tensor, table: Any, x: Tensor, placement: str, dtype: Any, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        dx = op.linear_input_grad(dy, bank, table, placement, backend)
+        return dx, op.linear_bank_grad(dy, x, table, placement, dtype, backend)
+
+    return torch.vmap(both, tuple(in_dims))(*args), (0, 0)
+
+
 def register() -> None:
     """Register the rules of all operators, which are defined by now."""
     for name in OPERATORS:
         _register(name)
+    name = f"{lib.NAMESPACE}::linear_grads"
+    torch.library.register_vmap(name, _linear_grads, lib=lib.LIBRARY)

@@ -1,5 +1,7 @@
 """Operators y = x·Ŵᵀ + bias, dx = dy·Ŵ and dw = scale·Gᵀ·(dyᵀ·x), closed under derivatives.
 
+``linear_grads`` is dx and dw together, which some back ends make for less.
+
 Shapes: x ``[..., K]``, dy ``[..., N]``, Ŵ ``[N, K]``, bank and dw ``[slots, granularity]``,
 table int32 ``[entries]`` or None, bias ``[N]`` or None.
 """
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
+from rpg_kernels.backends import dispatch
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.ops import _library as lib
 
@@ -102,6 +105,49 @@ lib.define(
 _op = torch.ops.rpg_kernels
 
 
+def _check_grads(
+    dy: Tensor, bank: Tensor, table: Tensor | None, x: Tensor, placement: str, dtype: torch.dtype
+) -> None:
+    _check_input_grad(dy, bank, table, placement)
+    _check_bank_grad(dy, x, table, placement, dtype)
+
+
+def _fake_grads(
+    dy: Tensor, bank: Tensor, table: Tensor | None, x: Tensor, placement: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    dx = _fake_input_grad(dy, bank, table, placement)
+    return dx, _fake_bank_grad(dy, x, table, placement, dtype)
+
+
+def _grads(
+    dy: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    x: Tensor,
+    placement: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """At once where the back end can, otherwise one after the other."""
+    both = dispatch.both_grads(
+        lib.call("linear_input_grad", (dy, bank, table, placement), backend),
+        lib.call("linear_bank_grad", (dy, x, table, placement, dtype), backend),
+    )
+    if both is not None:
+        return both(dy, bank, table, x, placement, dtype)
+    dx = _op.linear_input_grad(dy, bank, table, placement, backend)
+    return dx, _op.linear_bank_grad(dy, x, table, placement, dtype, backend)
+
+
+lib.define(
+    "linear_grads(Tensor dy, Tensor bank, Tensor? table, Tensor x, str placement,"
+    " ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _check_grads,
+    _fake_grads,
+    run=_grads,
+)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bank, table, bias, ctx.placement, ctx.backend = inputs
     needs_x, needs_bank, _, needs_bias, *_ = ctx.needs_input_grad
@@ -112,11 +158,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, bank, table = ctx.saved_tensors
-    how = (ctx.placement, ctx.backend)
-    dx = None if bank is None else _op.linear_input_grad(dy, bank, table, *how)
-    dbank = dbias = None
-    if x is not None:
-        dbank = _op.linear_bank_grad(dy, x, table, ctx.placement, ctx.bank_dtype, ctx.backend)
+    dx = dbank = dbias = None
+    of_bank = (ctx.placement, ctx.bank_dtype, ctx.backend)
+    if bank is not None and x is not None:
+        dx, dbank = _op.linear_grads(dy, bank, table, x, *of_bank)
+    elif bank is not None:
+        dx = _op.linear_input_grad(dy, bank, table, ctx.placement, ctx.backend)
+    elif x is not None:
+        dbank = _op.linear_bank_grad(dy, x, table, *of_bank)
     if ctx.bias_dtype is not None:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
     return dx, dbank, None, dbias, None, None
@@ -139,6 +188,25 @@ def _backward_input_grad(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     return ddy, dbank, None, None, None
 
 
+def _setup_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    dy, bank, table, x, ctx.placement, ctx.dtype, ctx.backend = inputs
+    ctx.save_for_backward(dy, bank, table, x)
+
+
+def _backward_grads(ctx: Any, ddx: Tensor, dgrad: Tensor) -> tuple[Tensor | None, ...]:
+    dy, bank, table, x = ctx.saved_tensors
+    needs_dy, needs_bank, _, needs_x, *_ = ctx.needs_input_grad
+    how = (ctx.placement, ctx.backend)
+    ddy = dbank = dx = None
+    if needs_dy:
+        ddy = _op.linear(ddx, bank, table, None, *how) + _op.linear(x, dgrad, table, None, *how)
+    if needs_bank:
+        dbank = _op.linear_bank_grad(dy, ddx, table, ctx.placement, ctx.dtype, ctx.backend)
+    if needs_x:
+        dx = _op.linear_input_grad(dy, dgrad, table, *how)
+    return ddy, dbank, None, dx, None, None, None
+
+
 def _setup_bank_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     dy, x, table, ctx.placement, _, ctx.backend = inputs
     needs_dy, needs_x, *_ = ctx.needs_input_grad
@@ -156,4 +224,5 @@ def _backward_bank_grad(ctx: Any, dgrad: Tensor) -> tuple[Tensor | None, ...]:
 lib.differentiate("linear", _backward, _setup)
 lib.differentiate("linear_input_grad", _backward_input_grad, _setup_input_grad)
 lib.differentiate("linear_bank_grad", _backward_bank_grad, _setup_bank_grad)
+lib.differentiate("linear_grads", _backward_grads, _setup_grads)
 lib.autocast("linear")

@@ -42,16 +42,16 @@ def groups_of(octets: int, taps: int, laps: int, window: int | None) -> int:
     if window is None:
         window = 256 if taps == 1 else 64
     aim = window // 8 * laps
-    best = None
+    near: list[tuple[Fraction, int]] = []
     for size in range(1, min(octets, 2 * aim) + 1):
         unit = size * taps
         if octets % size or unit % laps or not aim <= 2 * unit <= 4 * aim:
             continue
-        ratio = max(Fraction(unit, aim), Fraction(aim, unit))
-        if best is None or (ratio, -size) < best:
-            best = ratio, -size
-    if best is not None:
-        return octets // -best[1]
+        near.append((max(Fraction(unit, aim), Fraction(aim, unit)), size))
+    if near:
+        near.sort()
+        assert len(near) == 1 or near[0][0] < near[1][0]  # never two at once
+        return octets // near[0][1]
     nearest = int(Fraction(octets * taps, aim) + Fraction(1, 2))
     return min(max(nearest, 1), octets)
 

@@ -529,3 +529,22 @@ def test_layers_begin_with_the_first_use_of_an_octet() -> None:
             assert start == math.ceil(cursor / step) * step
             assert end - start == math.ceil(matrix.rows / 8) * 8 * matrix.blocks * matrix.block
             cursor = end
+
+
+def test_the_worked_examples() -> None:
+    """Two layers of docs/unit_law.md, section 8."""
+    c = UnitLaw(2, 1, 100, 20, 64, 704, 448, "vector", True, laps=2, window=64, runs=1, taps=1)
+    n, b = torch.tensor(37), torch.tensor(9)
+    assert (c.octets(0), c.groups(0)) == (13, 1)
+    column, group, i, q = c.number(n, b, 0)
+    assert (int(column), int(group), int(i), int(q)) == (9, 0, 4, 121)
+    assert int(c.use(column, group, i, 0)) + c.first(0) == 520
+    assert (int(c.slot(n, b)), bool(c.negative(n, b)[0])) == (673, False)
+    c = UnitLaw(3, 6, 60, 18, 64, 100, 40, "element", True, laps=4, window=16, runs=9, taps=3)
+    n, b = torch.tensor(43), torch.tensor(13)
+    assert (c.octets(0), c.groups(0)) == (8, 2)
+    column, group, i, q = c.number(n, b, 0)
+    assert (int(column), int(group), int(i), int(q)) == (5, 1, 1, 133)
+    assert int(c.use(column, group, i, 0)) + c.first(0) == 144
+    assert int(c.slot(n, b)) == 89
+    assert c.negative(n, b)[:3].tolist() == [True, True, True]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -48,11 +49,11 @@ class Shape(NamedTuple):
 
 SHAPES = [
     Shape(1024, 16, 1, 1, 4, None, 2048, 6),
-    Shape(512, 36, 9, 3, 4, None, 704, 6),
+    Shape(512, 36, 9, 3, 4, None, 704, 8),
     Shape(320, 18, 9, 9, 16, None, 1000, 10),  # units share octets
     Shape(1003, 16, 1, 1, 7, 64, 1001, 6),  # and groups differ
-    Shape(60, 64, 1, 1, 4, None, 300, 20),
-    Shape(8, 300, 1, 1, 3, None, 200, 20),  # units of one octet
+    Shape(60, 64, 1, 1, 4, None, 300, 12),
+    Shape(8, 200, 1, 1, 3, None, 200, 12),  # units of one octet
 ]
 
 
@@ -110,6 +111,8 @@ def at_random(law: UnitLaw, key: int) -> Layer:
 
 def of_rows(out: dict[str, float], slot: Tensor) -> None:
     """How often two rows read the same slot, over columns, for all pairs of some rows."""
+    if len(slot) == 1:
+        return
     chosen = slot[torch.linspace(0, len(slot) - 1, min(len(slot), 160)).long()]
     equal = sum((chosen[:, None, b] == chosen[None, :, b]).long() for b in range(slot.shape[1]))
     assert isinstance(equal, Tensor)
@@ -202,6 +205,7 @@ def statistics(layer: Layer, after: Layer) -> dict[str, float]:
     return out
 
 
+@cache
 def sample(draw: Draw, shape: Shape, kind: type[UnitLaw] = UnitLaw) -> dict[str, Tensor]:
     """Name -> values over the shape's keys, as one tensor each."""
     each = []
@@ -252,7 +256,7 @@ class SignsOfRows(UnitLaw):
 
 @pytest.mark.parametrize("kind", [SameShuffle, Rotated, NoTurns, SignsOfRows])
 def test_bad_laws_fail(kind: type[UnitLaw]) -> None:
-    shape = Shape(1024, 32, 1, 1, 4, 64, 20000, 6)
+    shape = Shape(1024, 24, 1, 1, 4, 64, 20000, 5)
     failed = scores(sample(from_law, shape, kind), sample(at_random, shape))
     assert worst(failed) > (FAIL, "")
 
@@ -281,7 +285,7 @@ def of_pairs(shuffled: Tensor) -> float:
 @pytest.mark.parametrize("size", [8, 24, 72, 128, 344])
 def test_pairs_of_octets_keep_their_difference_hardly_more_often(size: int) -> None:
     """The weakest point of the shuffle: with 2^-17, which adds to 1 / size."""
-    count = 2**20 // size
+    count = 2**19 // size
     noise = 5 * (2 / (count * size)) ** 0.5
     assert abs(of_pairs(shuffles(size, count)) - 1 - size / 2**17) < noise
     if size > 24:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rpg_kernels import native
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.cpu import rules
+from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.geometry import conv_output
 from rpg_kernels.law.placement import parse
 
@@ -42,7 +43,7 @@ def conv2d(
         return y
     bank = bank.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    memory = rules.workspace(step)
+    memory = workspace(step.workspace)
     native.layer_law(p.law).conv2d(
         bank.data_ptr(),
         native.dtype_code(bank.dtype),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import native
-from rpg_kernels.backends.cpu import rules
+from rpg_kernels.backends.cpu import rules, unit_linear
+from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.placement import Placement, parse
 
 
@@ -23,6 +24,8 @@ def linear(
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
+    if rules.of_units(placement):
+        return unit_linear.linear(x, bank, bias, placement)
     p = parse(placement)
     y = x.new_empty((*x.shape[:-1], p.shape[0]))
     batch = y.numel() // p.shape[0]
@@ -42,6 +45,8 @@ def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement:
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
+    if rules.of_units(placement):
+        return unit_linear.linear_input_grad(dy, bank, placement)
     p = parse(placement)
     dx = dy.new_empty((*dy.shape[:-1], p.shape[1]))
     batch = dx.numel() // p.shape[1]
@@ -61,6 +66,8 @@ def linear_bank_grad(
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
+    if rules.of_units(placement):
+        return unit_linear.linear_bank_grad(dy, x, placement, dtype)
     p = parse(placement)
     batch = dy.numel() // p.shape[0]
     step = rules.check("linear_bank_grad", placement, batch)
@@ -79,7 +86,7 @@ def _typed(tensor: Tensor) -> tuple[int, int]:
 
 def _call(op: str, p: Placement, step: rules.Steps, batch: int, *tensors: int) -> None:
     """Run a kernel; what all of them take comes after the tensors."""
-    memory = rules.workspace(step)
+    memory = workspace(step.workspace)
     getattr(native.layer_law(p.law), op)(
         *tensors,
         batch,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from rpg_kernels import native, settings
 from rpg_kernels._tensors import LOW_PRECISION
 from rpg_kernels.backends.call import Call
-from rpg_kernels.backends.cpu import multiplications
+from rpg_kernels.backends.cpu import multiplications, units
 from rpg_kernels.backends.cpu.multiplications import RING_ROWS, RING_SUMS
 from rpg_kernels.backends.registry import Backend
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import parse
+from rpg_kernels.law.unit import UnitLaw
 from rpg_kernels.law.window import STRIP, WindowLaw
 
 PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad", "conv2d")
@@ -32,7 +36,7 @@ LOW_BATCH, LOW_GAIN = 32, 4
 CONV_GAIN, CONV_PIXELS = 1.5, 64
 LOW_CONV_GAIN, LOW_CONV_PIXELS = 4, 1024
 
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # of a part's memory
 _TILES = ((16, 4), (16, 2), (16, 1), (8, 1), (4, 1), (1, 1))
 
 
@@ -68,13 +72,13 @@ def unsupported_lookup(placement: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def unsupported_weight(placement: str) -> str:
-    """Why a weight cannot be read here, or "".
+def unsupported_weight(op: str, placement: str) -> str:
+    """Why a product with a weight cannot run here, or "".
 
     Example:
         >>> from rpg_kernels.law.placement import Placement
         >>> p = Placement(Generator(100, 8, "vector"), 0, 0, (6, 16), 1.0)
-        >>> unsupported_weight(p.to_json())
+        >>> unsupported_weight("linear", p.to_json())
         'the CPU kernels read blocks of 32 or 64 elements, not of 8'
     """
     p = parse(placement)
@@ -84,6 +88,8 @@ def unsupported_weight(placement: str) -> str:
         return "the CPU kernels have one sign for a slot use, not one for each element"
     if p.selected_shape != p.shape:
         return "the CPU kernels read whole weights, not a part"
+    if isinstance(p.law, UnitLaw):
+        return units.unsupported(op, placement)
     if p.matrix.block not in BLOCKS:
         return f"the CPU kernels read blocks of 32 or 64 elements, not of {p.matrix.block}"
     if isinstance(p.law, WindowLaw) and p.law.window > MAX_WINDOW:
@@ -142,8 +148,10 @@ def faster(op: str, dtype: torch.dtype, batch: int, placement: str, groups: int 
     """
     if op in LOOKUPS:
         return not unsupported_lookup(placement)
-    if unsupported_weight(placement) or unsupported_groups(groups) or batch == 0:
+    if unsupported_weight(op, placement) or unsupported_groups(groups) or batch == 0:
         return False
+    if of_units(placement):
+        return units.faster(op, dtype, batch, placement)
     step = steps(op, batch, placement)
     if step is None:
         return False
@@ -154,6 +162,11 @@ def faster(op: str, dtype: torch.dtype, batch: int, placement: str, groups: int 
     if shared == 1:
         return batch <= DIRECT_BATCH[op][low]
     return not (low and batch > LOW_BATCH and shared < LOW_GAIN)
+
+
+def of_units(placement: str) -> bool:
+    """Whether a weight is of the unit law."""
+    return isinstance(parse(placement).law, UnitLaw)
 
 
 def _convolves(dtype: torch.dtype, pixels: int, shared: float) -> bool:
@@ -172,6 +185,10 @@ def what(op: str, batch: int, placement: str) -> str:
     """
     if op in LOOKUPS:
         return "rows written where they are wanted, without scratch"
+    if of_units(placement):
+        units.check(op, placement, batch)
+        shared = units.reads(placement)
+        return f"the product of a slot is shared by the rows that read it, {shared:.3g} on average"
     step = check(op, placement, batch)
     shared = gain(op, placement, step.batch_tile * step.tiles)
     if shared == 1:
@@ -265,7 +282,7 @@ def check(op: str, placement: str, batch: int, groups: int = 1) -> Steps:
     Raises:
         RuntimeError: the weight cannot be read here, or the scratch limit is too small.
     """
-    reason = unsupported_weight(placement) or unsupported_groups(groups)
+    reason = unsupported_weight(op, placement) or unsupported_groups(groups)
     if reason:
         raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
     step = steps(op, batch, placement)
@@ -276,12 +293,6 @@ def check(op: str, placement: str, batch: int, groups: int = 1) -> Steps:
             f"{list(parse(placement).shape)}"
         )
     return step
-
-
-def workspace(step: Steps) -> torch.Tensor:
-    """uint8, aligned as the kernels want it."""
-    memory = torch.empty(step.workspace + _ALIGNMENT, dtype=torch.uint8, device="cpu")
-    return memory[-memory.data_ptr() % _ALIGNMENT :]
 
 
 class Cpu(Backend):
@@ -298,7 +309,7 @@ class Cpu(Backend):
             return reason
         if call.op in LOOKUPS:
             return unsupported_lookup(call.placement)
-        return unsupported_weight(call.placement) or unsupported_groups(call.groups)
+        return unsupported_weight(call.op, call.placement) or unsupported_groups(call.groups)
 
     def preferred(self, call: Call) -> bool:
         """See ``faster``; not of any weight."""
@@ -310,11 +321,22 @@ class Cpu(Backend):
         """See ``multiplications.of_row``."""
         if call.op not in PRODUCTS:
             return None
+        if not call.rows:
+            return None
+        if of_units(call.placement):
+            return call.rows * units.multiplications(call.op, call.placement)
         step = steps(call.op, call.rows, call.placement)
-        if not call.rows or step is None:
+        if step is None:
             return None
         lanes = step.batch_tile * step.tiles
         return call.rows * multiplications.of_row(call.op, call.placement, lanes, step.threads)
+
+    def both_grads(self, call: Call) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """``unit_linear.linear_grads`` for linear layers of the unit law."""
+        if call.op != "linear_input_grad" or not of_units(call.placement):
+            return None
+        module = importlib.import_module(f"{__package__}.unit_linear")
+        return cast(Callable[..., tuple[Tensor, Tensor]], module.linear_grads)
 
     def explain(self, call: Call) -> str:
         """How many rows share a product, or why the call was left."""

@@ -34,15 +34,15 @@ Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernel does not write is NaN, in the result and in its memory."""
-    workspace = rules.workspace
+    workspace = compiled.workspace
 
-    def memory(step: rules.Steps) -> Tensor:
-        return workspace(step).fill_(0xFF)
+    def memory(size: int) -> Tensor:
+        return workspace(size).fill_(0xFF)
 
     def image(*how: object) -> Tensor:
         return empty_image(*how).fill_(float("nan"))  # type: ignore[arg-type]
 
-    monkeypatch.setattr(rules, "workspace", memory)
+    monkeypatch.setattr(compiled, "workspace", memory)
     monkeypatch.setattr(compiled, "empty_image", image)
 
 
