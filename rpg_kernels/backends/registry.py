@@ -52,7 +52,7 @@ class Backend(ABC):
         must_prove: it is tried before a call that nobody forced is given to it, and passed over
             where it failed. See ``rpg_kernels.backends.proving``. Another process tries it, which
             imports the module of the class: that has to register it.
-        by_native: it reads weights by the native module, which may not know the law of one.
+        by_native: its products are the native module's, which may have none for a weight's law.
     """
 
     name: str
@@ -67,17 +67,17 @@ class Backend(ABC):
         kind can. Scratch is no reason: operators say what they lack."""
 
     def cannot_run(self, call: Call) -> str:
-        """As ``unsupported``, or that the native module does not know the law of the weight."""
+        """As ``unsupported``, or that the native module has no products of the weight's law."""
         return self.unsupported(call) or self.unknown_law(call)
 
     def unknown_law(self, call: Call) -> str:
-        """Why the native module cannot read the weight of a call, or ""."""
-        if not self.by_native or not call.placement:
+        """Why the native module cannot multiply with the weight of a call, or ""."""
+        if not self.by_native or not call.placement or call.op.startswith("embedding"):
             return ""
         p = parse(call.placement)
-        if not isinstance(p.generator, Generator) or native.knows(p.law):
+        if not isinstance(p.generator, Generator) or native.multiplies(p.law):
             return ""
-        return f"the native module does not know law {p.generator.law}"
+        return f"the native module has no products of law {p.generator.law}"
 
     @abstractmethod
     def preferred(self, call: Call) -> bool:

@@ -29,7 +29,7 @@ ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
 ENVIRONMENT_ISA = "RPG_KERNELS_ISA"
 BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
 
-KNOWN_LAWS = (LayerLaw, WindowLaw, UnitLaw)
+PRODUCT_LAWS = (LayerLaw, WindowLaw)  # those that its products multiply by; it evaluates all
 
 _MODULE = "rpg_kernels.native._native"
 _REFLECT = {"none": 0, "vector": 1, "element": 2}
@@ -180,9 +180,9 @@ def stream(words: Tensor, *, write: bool, passes: int) -> None:
     _load()[0].bandwidth(words.data_ptr(), count, write, passes, threads)
 
 
-def knows(law: LayerLaw) -> bool:
-    """Whether the native module has this kind of law."""
-    return type(law) in KNOWN_LAWS
+def multiplies(law: LayerLaw) -> bool:
+    """Whether the native module has products with weights of this kind of law."""
+    return type(law) in PRODUCT_LAWS
 
 
 @lru_cache(maxsize=4096)

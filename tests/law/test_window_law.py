@@ -13,16 +13,18 @@ import torch
 import window_brute
 from window_brute import WINDOWS, draw, everywhere
 
+from rpg_kernels.law.explicit import explicit_map
+from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.geometry import VirtualMatrix
+from rpg_kernels.law.placement import Placement, check_laps
 from rpg_kernels.law.scramble import Scramble
 from rpg_kernels.law.window import (
+    WINDOW_LAW,
     WindowLaw,
     alignment,
-    check_laps,
     check_window,
     layer_law,
     place,
-    window_map,
 )
 
 
@@ -264,10 +266,11 @@ def test_unstratified_slots_do_conflict() -> None:
 
 @pytest.mark.parametrize("shape", [*brute_force.MATRICES, *brute_force.KERNELS])
 @pytest.mark.parametrize("reflect", ["element", "vector", "none"])
-def test_window_map_is_in_torchs_layout(shape: tuple[int, ...], reflect: str) -> None:
+def test_the_explicit_map_is_in_torchs_layout(shape: tuple[int, ...], reflect: str) -> None:
     fields = {"slots": 70, "granularity": 16, "window": 64, "laps": 2, "seed": 3, "layer": 4}
     start, _ = place(shape, 16, cursor=1000)
-    index, sign = window_map(shape, start=start, reflect=reflect, **fields)
+    generator = Generator(70, 16, reflect, window=64, laps=2, seed=fields["seed"], law=WINDOW_LAW)
+    index, sign = explicit_map(Placement(generator, 4, start, shape, 1.0))
     assert (index.shape, sign.shape) == (shape, shape)
     _, c = layer_law(shape, start=start, reflect=reflect, **fields)
     block, blocks, layout = brute_force.row_layout(shape, 16)
@@ -321,7 +324,7 @@ def test_traffic_falls_by_the_laps() -> None:
 def test_bad_fields(change: dict[str, object], error: type[Exception], message: str) -> None:
     fields = {"slots": 400, "granularity": 64, "window": 256, "laps": 4} | change
     with pytest.raises(error, match=message):
-        window_map((128, 128), **fields)
+        layer_law((128, 128), **fields)
 
 
 def test_laps_above_the_compression() -> None:

@@ -24,6 +24,7 @@ from rpg_kernels.backends.call import OPERATORS, Call
 from rpg_kernels.backends.reference import tiles
 from rpg_kernels.doctor import law_check, report, selftest
 from rpg_kernels.law.ring import LayerLaw
+from rpg_kernels.law.unit import UnitLaw
 from rpg_kernels.law.window import WindowLaw
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -153,7 +154,7 @@ def test_explicit_weights_are_those_of_the_brute_force_definition() -> None:
 def test_law_values_are_the_committed_ones() -> None:
     committed_of = {
         kind: json.loads((GOLDEN / f"law{number}.json").read_text("utf-8"))["entries"]
-        for number, kind in ((1, LayerLaw), (2, WindowLaw))
+        for number, kind in ((1, LayerLaw), (2, WindowLaw), (3, UnitLaw))
     }
     assert {type(golden.law) for golden in law_check.GOLDEN} == set(committed_of)
     for golden in law_check.GOLDEN:
@@ -298,11 +299,12 @@ def test_a_wrong_law_in_pytorch_fails(
     assert "law in PyTorch" in failing(record)
 
 
-def test_a_wrong_window_law_in_pytorch_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", [WindowLaw, UnitLaw])
+def test_a_wrong_law_with_laps_in_pytorch_fails(
+    kind: type[LayerLaw], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    true = WindowLaw.slot
-    monkeypatch.setattr(WindowLaw, "slot", lambda law, n, b: (true(law, n, b) + 8) % law.slots)
+    true = kind.slot
+    monkeypatch.setattr(kind, "slot", lambda law, n, b: (true(law, n, b) + 8) % law.slots)
     status, record = run_json(capsys)
     assert status == 1
     assert failing(record) == {"law in PyTorch"}

@@ -172,7 +172,7 @@ def unpack_tile(
     ring = bank.view(-1, block)
     rows = p.selected_shape[0] if lookup is None else lookup.numel()
     out = bank.new_empty((rows * p.matrix.runs * p.block_columns.count, block))
-    if table is None and native.knows(p.law) and native.handles(ring, out):
+    if table is None and native.handles(ring, out):
         native.unpack(p.law, ring, out, p.scale, _region(p, rows), lookup)
     else:
         for offset, n, b in _position_groups(p, bank.device, lookup):
@@ -210,7 +210,7 @@ def pack_tile(
         runs = padded
     del dense  # the last reference, when the caller keeps none
     source = runs.view(-1, block)
-    if table is None and native.knows(p.law) and native.handles(source, grad):
+    if table is None and native.handles(source, grad):
         law_bytes, _ = _shares(grad.device)
         region = _region(p, runs.shape[0])
         native.pack(p.law, source, ring, p.scale, region, lookup, law_bytes)
