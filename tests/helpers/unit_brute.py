@@ -41,7 +41,7 @@ def groups_of(octets: int, taps: int, laps: int, window: int | None) -> int:
     """Groups of a band's octets, section 2."""
     if window is None:
         window = 256 if taps == 1 else 64
-    aim = window // 8 * laps
+    aim = min(window // 8 * laps, 1024)
     near: list[tuple[Fraction, int]] = []
     for size in range(1, min(octets, 2 * aim) + 1):
         unit = size * taps
