@@ -105,18 +105,17 @@ class OctetRow {
  public:
   OctetRow(const LayerLaw& law, const Region& region) {
     if (!law.taps) return;
-    columns_ = static_cast<uint32_t>(region.runs * region.count);
     run_blocks_ = static_cast<uint32_t>(region.run_blocks);
     low_ = static_cast<uint32_t>(region.low);
     by_count_ = make_divider(static_cast<uint32_t>(region.count));
-    capacity_ = min_u32(columns_, kMostColumns);
+    capacity_ = min_u32(static_cast<uint32_t>(region.runs * region.count), kMostColumns);
     memory_.reset(new uint32_t[kTables * (capacity_ + kChunk)]);
   }
 
-  void begin_band() { octet_ = -1, evaluated_ = begin_; }
+  void begin_band() { octet_ = kNone, evaluated_ = begin_; }
 
-  // Writes p and slot of `count` columns of row n of the layer, which is row n_in_band of the band.
-  void read(const UnitBand& law, int64_t n, uint32_t n_in_band, uint32_t column, uint32_t count,
+  // Writes p and slot of `count` columns of row n of the band.
+  void read(const UnitBand& law, uint32_t n, uint32_t column, uint32_t count,
             uint32_t* __restrict p, uint32_t* __restrict slot) {
     const bool changed = n / kOctet != octet_;
     octet_ = n / kOctet;
@@ -126,8 +125,8 @@ class OctetRow {
       end_ = begin_;
     }
     for (; evaluated_ < column + count; evaluated_ += kChunk) add_columns(law);
-    for (; end_ < column + count; end_ += kChunk) add_octets(law, n_in_band / kOctet);
-    const uint32_t row = n_in_band % kOctet;
+    for (; end_ < column + count; end_ += kChunk) add_octets(law);
+    const uint32_t row = n % kOctet;
     const uint32_t* __restrict q = table(kQ, column);
     const uint32_t* __restrict use = table(kUse, column);
     const uint32_t* __restrict word = table(kWord, column);
@@ -138,6 +137,7 @@ class OctetRow {
   }
 
  private:
+  static constexpr uint32_t kNone = ~0u;
   static constexpr uint32_t kChunk = 16;             // columns that are evaluated at once
   static constexpr uint32_t kMostColumns = 1 << 14;  // 448 KiB, which a second cache holds
 
@@ -150,12 +150,13 @@ class OctetRow {
   }
 
   void add_columns(const UnitBand& law) {
-    const uint32_t begin = evaluated_, last = columns_ - 1;
+    const uint32_t begin = evaluated_;
     const uint32_t run_blocks = run_blocks_, low = low_;
     const Divider by_count = by_count_;
     uint32_t column[kChunk], tap[kChunk], place[kChunk], turn[kChunk];
     for (uint32_t l = 0; l < kChunk; ++l) {
-      const uint32_t c = min_u32(begin + l, last), run = divide(c, by_count);
+      // Beyond the last column this is nonsense, which nothing reads.
+      const uint32_t c = begin + l, run = divide(c, by_count);
       const uint32_t b = run * run_blocks + low + c - run * by_count.divisor;
       const uint32_t tap_of_layer = divide(b, law.by_run_blocks);
       const uint32_t part = divide(tap_of_layer, law.by_taps);
@@ -173,8 +174,8 @@ class OctetRow {
   }
 
   // As slots_of, but that one group, and so one size of units, is that of all.
-  void add_octets(const UnitBand& law, uint32_t octet) {
-    const uint32_t group = group_of(law, octet), first = first_octet(law, group);
+  void add_octets(const UnitBand& law) {
+    const uint32_t octet = octet_, group = group_of(law, octet), first = first_octet(law, group);
     const uint32_t rows = group_size(law, group), size = rows * law.taps;
     const uint32_t* __restrict column = table(kColumn, end_);
     const uint32_t* __restrict tap = table(kTap, end_);
@@ -203,9 +204,9 @@ class OctetRow {
     std::memcpy(table(kWord, end_), word, sizeof word);
   }
 
-  uint32_t columns_ = 0, run_blocks_ = 0, low_ = 0, capacity_ = 0;
+  uint32_t run_blocks_ = 0, low_ = 0, capacity_ = 0;
   Divider by_count_{};
-  int64_t octet_ = -1;  // of the layer
+  uint32_t octet_ = kNone;  // of the band
   // Tables hold columns from `begin_`: to `evaluated_` those of columns, to `end_` those of octets.
   uint32_t begin_ = 0, evaluated_ = 0, end_ = 0;
   std::unique_ptr<uint32_t[]> memory_;  // [kTables, capacity_ + kChunk]
@@ -272,7 +273,7 @@ class Cursor {
     const uint32_t row = static_cast<uint32_t>(n - band_ * law_.rows_per_band);
     if (law_.taps) {
       const uint32_t column = static_cast<uint32_t>(run_ * region_.count + column_);
-      octets_.read(band_law_.unit, n, row, column, count, p, slot);
+      octets_.read(band_law_.unit, row, column, count, p, slot);
       return;
     }
     const int64_t b = run_ * region_.run_blocks + region_.low + column_;
