@@ -10,7 +10,5 @@ from rpg_kernels.backends.cuda.rules import Cuda
 from rpg_kernels.backends.reference.rules import Reference
 from rpg_kernels.backends.triton.rules import Triton
 
-_cpu = Cpu()
-_cpu.by_native = True
-for _backend in (Cuda("cuda"), Triton(), _cpu, Cuda("simt"), Reference()):
+for _backend in (Cuda("cuda"), Triton(), Cpu(), Cuda("simt"), Reference()):
     registry.register(_backend)

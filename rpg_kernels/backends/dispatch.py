@@ -56,13 +56,13 @@ def choose(call: Call) -> Backend:
     reason, of_kind = "this version has no such back end", True
     if call.forced in registry.names() or settings.from_environment(call.forced):
         forced = registry.find(call.forced)
-        reason = forced.cannot_run(call)
+        reason = forced.unsupported(call)
         if not reason:
             return forced
         # Where it is the weight that cannot be read, the device and the dtype are not to blame.
-        of_kind = bool(forced.cannot_run(call.of_any_weight()))
+        of_kind = bool(forced.unsupported(call.of_any_weight()))
     kind = f" on {call.device} in {call.dtype}" if of_kind else ""
-    able = ", ".join(sorted(b.name for b in registry.backends() if not b.cannot_run(call)))
+    able = ", ".join(sorted(b.name for b in registry.backends() if not b.unsupported(call)))
     raise RuntimeError(
         f"backend: got {call.forced!r} for {call.op}{kind}, which cannot run: {reason}; wanted one "
         f"of: {able}"
@@ -142,12 +142,9 @@ def explain(call: Call) -> Explanation:
             if backend is chosen:
                 break
             wrong = _left_aside(backend, call)
-            reason = backend.explain(call)
-            if wrong:
-                reason = f"{backend.name} failed its test: {wrong}"
-            elif reason:
-                reason = backend.unknown_law(call) or reason
-            said.append(reason)
+            said.append(
+                f"{backend.name} failed its test: {wrong}" if wrong else backend.explain(call)
+            )
     limit = settings.scratch_bytes(call.device.type)
     reason = "; ".join(filter(None, said))
     return Explanation(call.op, chosen.name, reason, str(call.device), str(call.dtype), limit)

@@ -18,10 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rpg_kernels import native, settings
+from rpg_kernels import settings
 from rpg_kernels.backends.call import OPERATORS, Call
-from rpg_kernels.law.generator import Generator
-from rpg_kernels.law.placement import Placement, parse
+from rpg_kernels.law.placement import Placement
 
 
 class TileKernels(Protocol):
@@ -52,32 +51,17 @@ class Backend(ABC):
         must_prove: it is tried before a call that nobody forced is given to it, and passed over
             where it failed. See ``rpg_kernels.backends.proving``. Another process tries it, which
             imports the module of the class: that has to register it.
-        by_native: its products are the native module's, which may have none for a weight's law.
     """
 
     name: str
     summary: str
     device_types: tuple[str, ...] | None = None
     must_prove: bool = False
-    by_native: bool = False
 
     @abstractmethod
     def unsupported(self, call: Call) -> str:
         """Why the call cannot run here, or "". Of a call without a placement, why no call of its
         kind can. Scratch is no reason: operators say what they lack."""
-
-    def cannot_run(self, call: Call) -> str:
-        """As ``unsupported``, or that the native module has no products of the weight's law."""
-        return self.unsupported(call) or self.unknown_law(call)
-
-    def unknown_law(self, call: Call) -> str:
-        """Why the native module cannot multiply with the weight of a call, or ""."""
-        if not self.by_native or not call.placement or call.op.startswith("embedding"):
-            return ""
-        p = parse(call.placement)
-        if not isinstance(p.generator, Generator) or native.multiplies(p.law):
-            return ""
-        return f"the native module has no products of law {p.generator.law}"
 
     @abstractmethod
     def preferred(self, call: Call) -> bool:
@@ -139,7 +123,7 @@ class Backend(ABC):
             return call.forced == self.name
         if self.device_types is not None and call.device.type not in self.device_types:
             return False
-        return not self.cannot_run(call) and self.preferred(call)
+        return not self.unsupported(call) and self.preferred(call)
 
 
 @cache

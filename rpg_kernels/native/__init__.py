@@ -29,8 +29,6 @@ ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
 ENVIRONMENT_ISA = "RPG_KERNELS_ISA"
 BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
 
-PRODUCT_LAWS = (LayerLaw, WindowLaw)  # those that its products multiply by; it evaluates all
-
 _MODULE = "rpg_kernels.native._native"
 _REFLECT = {"none": 0, "vector": 1, "element": 2}
 _WORKSPACE_POSITIONS = 1 << 13
@@ -178,11 +176,6 @@ def stream(words: Tensor, *, write: bool, passes: int) -> None:
     """
     threads, count = words.shape
     _load()[0].bandwidth(words.data_ptr(), count, write, passes, threads)
-
-
-def multiplies(law: LayerLaw) -> bool:
-    """Whether the native module has products with weights of this kind of law."""
-    return type(law) in PRODUCT_LAWS
 
 
 @lru_cache(maxsize=4096)

@@ -174,7 +174,7 @@ def _measure(record: Record, group: Group, series: int) -> None:
             if not accuracy.passed:
                 reason = f"output: error {accuracy.error:.3g}, allowed {accuracy.allowed:.3g}"
                 row.update(status=format_.WRONG, reason=reason)
-        if levels and group.layer.op == "linear":
+        if levels and group.layer.op == "linear" and traffic.known(job):
             case = subject.case(job.point.batch)
             threads = record["environment"]["threads"]
             moved = traffic.count(job, case.input_bytes, case.output_bytes, threads, levels)

@@ -18,6 +18,7 @@ from benchmarks.harness.cpu.subject import Job
 from rpg_kernels import settings
 from rpg_kernels.backends.cpu import multiplications, rules
 from rpg_kernels.law.placement import parse
+from rpg_kernels.law.unit import UnitLaw
 from rpg_kernels.law.window import STRIP, WindowLaw
 
 _ENTRY_BYTES = {True: 2, False: 4}  # of a table entry, with windows and on a whole ring
@@ -56,6 +57,13 @@ class Traffic:
     update: dict[str, int]
     operations: int
     dtype: str
+
+
+def known(job: Job) -> bool:
+    """Whether the streams of what runs a job on a linear layer are counted: not those of the
+    compiled kernels of law 3."""
+    units = job.weight is not None and isinstance(job.weight.placement.law, UnitLaw)
+    return not (units and job.backend == "cpu")
 
 
 def count(job: Job, x_bytes: int, y_bytes: int, threads: int, levels: list[Level]) -> Traffic:
