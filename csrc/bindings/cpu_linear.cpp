@@ -220,8 +220,7 @@ WorkspaceBytes unit_linear_grads_workspace(const LayerLaw& law, int64_t batch, i
 
 void unit_linear_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
                        uintptr_t x, int dtype, uintptr_t dx, uintptr_t dw, int64_t batch,
-                       int64_t columns, double scale, int threads, int lanes,
-                       uintptr_t workspace) {
+                       int64_t columns, double scale, int threads, int lanes, uintptr_t workspace) {
   UnitLinearGradsArgs args = unit_grads_args(law, batch, columns, threads, lanes, dx, dw);
   require(!dx || ring, "ring: wanted for dx");
   require(!dw || x, "x: wanted for dw");
@@ -262,13 +261,12 @@ void bind_linear(py::class_<LayerLaw>& law) {
           py::arg("x"), py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"),
           py::arg("columns"), py::arg("scale"), py::arg("threads"), py::arg("lanes"),
           py::arg("workspace"));
-  law.def("unit_linear_grads_workspace", &unit_linear_grads_workspace, Release(),
-          py::arg("batch"), py::arg("columns"), py::arg("threads"), py::arg("lanes"),
-          py::arg("dx"), py::arg("dw"));
+  law.def("unit_linear_grads_workspace", &unit_linear_grads_workspace, Release(), py::arg("batch"),
+          py::arg("columns"), py::arg("threads"), py::arg("lanes"), py::arg("dx"), py::arg("dw"));
   law.def("unit_linear_grads", &unit_linear_grads, Release(), py::arg("ring"),
           py::arg("bank_dtype"), py::arg("dy"), py::arg("x"), py::arg("dtype"), py::arg("dx"),
-          py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
-          py::arg("threads"), py::arg("lanes"), py::arg("workspace"));
+          py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("threads"),
+          py::arg("lanes"), py::arg("workspace"));
   law.def("conv2d_workspace", &conv2d_workspace, Release(), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
   law.def("conv2d", &conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),

@@ -123,7 +123,8 @@ inline void pack_lanes(const Activations& x, int64_t first, int64_t stride, int6
   for (int64_t k = 0; k < columns; k += 8) {
     for (int m = 0; m < lanes; m += 8) {
       Floats<8> square[8];
-      load_square(x, first + m * stride + k, stride, static_cast<int>(std::min<int64_t>(rows - m, 8)),
+      load_square(x, first + m * stride + k, stride,
+                  static_cast<int>(std::min<int64_t>(rows - m, 8)),
                   static_cast<int>(std::min<int64_t>(columns - k, 8)), square);
       transpose8(square);
       for (int i = 0; i < 8; ++i) store<8>(out + (k + i) * lanes + m, square[i]);

@@ -48,8 +48,7 @@ Layout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs
   const int64_t lanes = args.lanes, block = law.granularity;
   const int64_t tiles = (args.batch + lanes - 1) / lanes;
   out.by_tiles = tiles >= args.threads;
-  const int64_t columns =
-      out.by_tiles ? plan.band.columns : plan.band.columns / args.threads + 1;
+  const int64_t columns = out.by_tiles ? plan.band.columns : plan.band.columns / args.threads + 1;
   const int64_t rows = kOctet * (out.by_tiles ? plan.most_octets : int64_t{plan.band.octets});
   out.x = lines(4 * columns * block * lanes);
   out.s = lines(4 * kTogether * plan.most_window * kOctet * lanes);
@@ -204,15 +203,15 @@ class UnitLinear {
         const float* window = window_rows(ring_, planned.window.base, rows, memory.window);
         float* products = memory.s + g * s_size;
         const int valid = static_cast<int>(std::min(args_.columns - column * block, block));
-        const void* next = column + 1 < high ? ring_.slot(plan_.at(group, column + 1).window.base)
-                                             : nullptr;
+        const void* next =
+            column + 1 < high ? ring_.slot(plan_.at(group, column + 1).window.base) : nullptr;
         multiply<false>(rows, static_cast<int>(lanes), {window, block, 1},
                         memory.x + (column - low) * block * lanes, lanes, valid, products, lanes,
                         next);
         entry[g] = to, s[g] = products;
       }
       const int64_t octets = group_size(plan_.band, group);
-      const int32_t(*residues)[8] = residues_of(plan_.band);
+      const int32_t (*residues)[8] = residues_of(plan_.band);
       const bool add = first > low;
       switch (lanes / kVector) {
         case 1: add_lines<1>(entry, s, count, octets, residues, add, y); break;

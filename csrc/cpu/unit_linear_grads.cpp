@@ -20,13 +20,13 @@
 //   products for dw         [8 kChunk, block]    32 KB   where they cannot be added in place
 //   entries, shuffled, uses [R / 8]              1 KB    L1
 //
-// Threads share the ring: each owns the slots of a *zone*, as many uses in each, and adds what reads
-// them, so no two write the same of dw; slots behind the end of a zone that belong to its last octet
-// go to memory of their own, and each thread has its own dx. All is added up in order of threads,
-// so results depend on their number, in rounding, and on nothing else.
+// Threads share the ring: each owns the slots of a *zone*, as many uses in each, and adds what
+// reads them, so no two write the same of dw; slots behind the end of a zone that belong to its
+// last octet go to memory of their own, and each thread has its own dx. All is added up in order of
+// threads, so results depend on their number, in rounding, and on nothing else.
 //
-// A slot that no row reads is not multiplied: it may hold an infinity, and x as well. There are some
-// where the last octet of rows is not whole.
+// A slot that no row reads is not multiplied: it may hold an infinity, and x as well. There are
+// some where the last octet of rows is not whole.
 
 #include <vector>
 
@@ -155,13 +155,15 @@ class UnitLinearGrads {
   void cut_zones() {
     const int64_t slots = law_.slots, laps = law_.laps;
     const int64_t uses = int64_t{plan_.band.octets} * law_.blocks + plan_.band.offset;
-    const int64_t read = (uses + laps - 1) / laps * kOctet, rest = read % slots, passes = read / slots;
+    const int64_t read = (uses + laps - 1) / laps * kOctet, rest = read % slots,
+                  passes = read / slots;
     slots_read_ = std::min(read, slots);
     zone_.push_back(0);
     for (int part = 1; part < args_.threads; ++part) {
       const int64_t wanted = read * part / args_.threads;
-      const int64_t at = wanted < rest * (passes + 1) ? wanted / (passes + 1)
-                                                      : rest + (wanted - rest * (passes + 1)) / passes;
+      const int64_t at = wanted < rest * (passes + 1)
+                             ? wanted / (passes + 1)
+                             : rest + (wanted - rest * (passes + 1)) / passes;
       if (at >= zone_.back() + kOctet && at + kOctet <= slots) zone_.push_back(at);
     }
     zone_.push_back(slots);
@@ -211,8 +213,8 @@ class UnitLinearGrads {
             if (!dealt) deal(planned, memory);
             dealt = true;
             for (int64_t done = 0; done < count; done += kChunk) {
-              add_chunk(planned, column, rows, o + done, std::min(count - done, kChunk), part, lanes,
-                        memory);
+              add_chunk(planned, column, rows, o + done, std::min(count - done, kChunk), part,
+                        lanes, memory);
             }
           }
           o += count;
@@ -238,7 +240,7 @@ class UnitLinearGrads {
     const int64_t end = std::min<int64_t>((o + 1) * laps - before, planned.unit.size);
     const uint16_t* at = memory.octet_at + begin;
     const int count = static_cast<int>(end - begin);
-    const int32_t(*table)[8] = rows_of_slots_;
+    const int32_t (*table)[8] = rows_of_slots_;
     switch (lanes / kVector) {
       case 1: sum_octet<1>(memory.entries, at, count, rows, table, t); break;
       case 2: sum_octet<2>(memory.entries, at, count, rows, table, t); break;
@@ -248,7 +250,8 @@ class UnitLinearGrads {
     }
     if (!last_rows_) return 0xFF;
     // Units have one tap: the last octet of rows is the last of its unit.
-    const bool has_last = planned.unit.q % plan_.band.octets + planned.unit.size == plan_.band.octets;
+    const bool has_last =
+        planned.unit.q % plan_.band.octets + planned.unit.size == plan_.band.octets;
     uint32_t read = 0;
     for (int u = 0; u < count; ++u) {
       if (!has_last || at[u] + 1u < planned.unit.size) return 0xFF;
@@ -289,14 +292,15 @@ class UnitLinearGrads {
     const int valid = valid_of(column);
     // The end of the zone, in slots of the ring.
     const int64_t end = (plan_.band.base + zone_[part + 1] - 1) % slots + 1;
-    const int64_t inside = first < end ? std::min(size, end - first) : std::min(size, slots - first);
+    const int64_t inside =
+        first < end ? std::min(size, end - first) : std::min(size, slots - first);
     if (all && inside == size && valid == block) {
-      multiply<true>(static_cast<int>(size), static_cast<int>(block), {memory.t, lanes, 1}, xb, block,
-                     static_cast<int>(lanes), args_.dw + first * block, block);
+      multiply<true>(static_cast<int>(size), static_cast<int>(block), {memory.t, lanes, 1}, xb,
+                     block, static_cast<int>(lanes), args_.dw + first * block, block);
       return;
     }
-    multiply<false>(static_cast<int>(size), static_cast<int>(block), {memory.t, lanes, 1}, xb, block,
-                    static_cast<int>(lanes), memory.products, block);
+    multiply<false>(static_cast<int>(size), static_cast<int>(block), {memory.t, lanes, 1}, xb,
+                    block, static_cast<int>(lanes), memory.products, block);
     for (int64_t j = 0; j < size; ++j) {
       if (!is_read(j)) continue;
       // Slots counted around the ring from the layer's first, as zones are.

@@ -45,8 +45,8 @@ struct Ring {
   int64_t row_bytes() const { return int64_t{block} * (dtype == Dtype::kFloat32 ? 4 : 2); }
 };
 
-// Rows of `count` slots from `first` on, around the end of the ring: the ring's own where it is fp32
-// and has them in one piece, otherwise converted into `buffer` [count, block].
+// Rows of `count` slots from `first` on, around the end of the ring: the ring's own where it is
+// fp32 and has them in one piece, otherwise converted into `buffer` [count, block].
 inline const float* window_rows(const Ring& ring, int64_t first, int64_t count, float* buffer) {
   const char* at = static_cast<const char*>(ring.at);
   const int64_t bytes = ring.row_bytes();

@@ -38,8 +38,8 @@ struct UnitBand {
   uint32_t groups;      // units of a column
   uint32_t size;        // octets of rows of a group; the first `larger` ones have one more
   uint32_t larger;
-  uint32_t base;        // the first slot of the octet of ring that F uses
-  uint32_t offset;      // F mod laps: uses of that octet before the band
+  uint32_t base;    // the first slot of the octet of ring that F uses
+  uint32_t offset;  // F mod laps: uses of that octet before the band
   uint32_t octet_key[2], turn_key[2], round_key[2 * kShuffleRounds], sign_key[2 * kMaxWords];
   bool permute;
   bool vector;  // one sign for a block
@@ -59,8 +59,8 @@ RPG_HOST UnitBand make_unit_band(const LayerLaw& law, int64_t band) {
   out.size = out.octets / out.groups;
   out.larger = out.octets % out.groups;
   // Addresses of a model end below 2^63.
-  const uint64_t first = law.address + static_cast<uint64_t>(first_row / kOctet) *
-                                           static_cast<uint64_t>(law.blocks);
+  const uint64_t first =
+      law.address + static_cast<uint64_t>(first_row / kOctet) * static_cast<uint64_t>(law.blocks);
   out.base = static_cast<uint32_t>(first / law.laps % law.slots * kOctet % law.slots);
   out.offset = static_cast<uint32_t>(first % law.laps);
   out.permutation = make_permutation(out.columns, minor_factor(out.columns), keys);
