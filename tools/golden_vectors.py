@@ -157,6 +157,7 @@ UNIT_POINTS: dict[str, tuple[Any, ...]] = {
     "convolution 5 x 5": (0, 10, 90, 50, 64, 333, 20, "vector", True, 10, 128, 25, 5),
     "7 laps": (5, 0, 640, 36, 64, 1000, 637, "element", True, 7, 128, 1, 1),
     "64 laps": (5, 1, 2048, 36, 64, 704, 128, "vector", True, 64, 64, 1, 1),
+    "largest unit": (4, 1, 15856, 3, 8, 5000, 6, "vector", True, 2, 4096, 1, 1),
     "smallest window": (5, 2, 1000, 37, 64, 777, 195, "vector", True, 5, 8, 1, 1),
     "units of one octet": (5, 3, 1000, 37, 64, 777, 195, "vector", True, 1, 8, 1, 1),
     "largest units": (5, 4, 131072, 3, 64, 40000, 4096, "vector", True, 4, 4096, 1, 1),
