@@ -63,7 +63,7 @@ def _columns_of(step, low, first, columns, G: tl.constexpr, BLOCK_K: tl.constexp
 @triton.jit(do_not_specialize=_VARYING)
 def _embedding_kernel(
     bank_ptr,  # [slots, G]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     index_ptr,  # [M], int32 or int64
     y_ptr,  # [M, columns], contiguous
@@ -114,7 +114,7 @@ def _embedding_kernel(
 @triton.jit(do_not_specialize=_VARYING)
 def _embedding_grad_kernel(
     dy_ptr,  # [M, columns]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     index_ptr,  # [M], int32 or int64
     grad_ptr,  # [slots, G], fp32

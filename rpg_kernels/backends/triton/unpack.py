@@ -22,7 +22,7 @@ _locate, _flip = weights.locate, entries.flip
 @triton.jit(do_not_specialize=["rows", "low", "row0", "steps"])
 def _unpack_kernel(
     bank_ptr,  # [slots, G]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     out_ptr,  # [rows, columns, taps]
     stride_n,
