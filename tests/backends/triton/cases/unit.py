@@ -159,17 +159,21 @@ def test_far_positions(rows: int, blocks: int, runs: int, slots: int, laps: int)
         check(law, band, torch.tensor(n), torch.tensor(b))
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_uses_of_slots(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "blocks", "runs", "slots", "permute"),
+    [
+        (13, 6, 1, 5, True),  # slots that an octet reads twice
+        (5, 6, 6, 7, True),
+        (70, 20, 1, 130, True),
+        (70, 18, 9, 64, True),
+        (29, 10, 1, 64, False),
+        (1, 9, 9, 1000, True),
+    ],
+)
+def test_uses_of_slots(rows: int, blocks: int, runs: int, slots: int, permute: bool) -> None:
     """The inverse; uses of padding are there too, and name rows beyond the last."""
-    rng = random.Random(seed)
-    law = draw(
-        rng,
-        slots=(5, 64, 130, 1000)[seed % 4],
-        rows=(13, 70, 1)[seed % 3] if seed % 4 else 5,
-        permute=seed != 3,
-        granularity=8,
-    )
+    rng = random.Random(rows)
+    law = draw(rng, rows=rows, blocks=blocks, runs=runs, slots=slots, permute=permute)
     some = torch.tensor(sorted({0, law.slots - 1, *(rng.randrange(law.slots) for _ in range(9))}))
     words, how = unit_law.law_words(law, 0, DEVICE), unit_law.rounds(law)
     out = torch.full((4096, 3, some.numel()), -1, dtype=torch.int64, device=DEVICE)
@@ -184,17 +188,17 @@ def test_uses_of_slots(seed: int) -> None:
 
 def test_entries_in_scratch() -> None:
     """Parts of rows and of runs, with signs folded, in bit 31, and without."""
-    law = draw(random.Random(0), rows=77, blocks=24, runs=3, reflect="vector", permute=True, laps=4)
+    law = draw(random.Random(0), rows=77, blocks=12, runs=3, reflect="vector", permute=True, laps=4)
     words, rounds = unit_law.law_words(law, 0, DEVICE), unit_law.rounds(law)
-    n, b = torch.arange(5, 70)[:, None], torch.tensor([2, 3, 4, 10, 11, 12, 18, 19, 20])
+    n, b = torch.arange(5, 70)[:, None], torch.tensor([1, 2, 5, 6, 9, 10])
     slot, negative = law.slot(n, b), law.negative(n, b)[..., 0]
     for sign, wanted in (
         ("none", slot),
         ("folded", slot + negative * law.slots),
         ("entry", torch.where(negative, slot - 2**31, slot)),
     ):
-        out = torch.full((9, 65), -1, dtype=torch.int32, device=DEVICE)
-        entry_table.write(out, words, 5, 24, 2, sign, rounds, runs=3, run_blocks=8)
+        out = torch.full((6, 65), -1, dtype=torch.int32, device=DEVICE)
+        entry_table.write(out, words, 5, 12, 1, sign, rounds, runs=3, run_blocks=4)
         assert torch.equal(out.t().cpu().long(), wanted)
 
 
@@ -217,8 +221,8 @@ def test_linear(seed: int) -> None:
     """Entries in scratch, in bands of it and in line; parts of the weight; both ways of summing."""
     rng, dtype = random.Random(seed), DTYPES[seed % len(DTYPES)]
     g = (1, 4, 8, 16, 32, 64, 128, 64)[seed % 8]
-    shape = (rng.choice([7, 24]), 17 if g == 1 else rng.choice([40, 71]))
-    one = layers.layer(generator_of(seed, g, (77, 5, 200)[seed % 3]), shape, dtype)
+    shape = (rng.choice([7, 24]), 11 if g == 1 else rng.choice([40, 71]))
+    one = layers.layer(generator_of(seed, g, (60, 5, 200)[seed % 3]), shape, dtype)
     if seed % 2:
         one = one.narrow((2, shape[0] - 3), (5, shape[1] - 11))
     limit = (1 << 20, 4 * 16 * (shape[1] // g + 2), 0)[seed % 3]
@@ -233,7 +237,7 @@ def test_linear(seed: int) -> None:
         ((9, 16, 3, 3), 3, 1, 16, "vector"),
         ((18, 8, 3, 1), 1, 2, 8, "element"),
         ((10, 8, 3, 1), 3, 2, 16, "vector"),
-        ((3, 1, 3, 3), 1, 3, 16, "element"),  # a run of all taps
+        ((6, 1, 2, 2), 1, 3, 4, "element"),  # a run of all taps
         ((8, 16, 3, 3), 9, 1, 16, "element"),
     ],
 )
@@ -244,15 +248,16 @@ def test_conv2d(shape: tuple[int, ...], taps: int, groups: int, g: int, reflect:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(7))
 def test_lookup_unpack_and_pack(seed: int) -> None:
-    g, dtype = (1, 4, 8, 16, 32, 64, 128, 16)[seed], DTYPES[seed % len(DTYPES)]
-    generator = generator_of(seed, g, (77, 200)[seed % 2])
+    """Rings of one or two programs of pack each, since the interpreter takes long for its uses."""
+    g, dtype = (1, 4, 8, 16, 32, 64, 128)[seed], DTYPES[seed % len(DTYPES)]
+    generator = generator_of(seed, g, (60, 60, 60, 60, 30, 15, 7)[seed])
     one = layers.layer(generator, (19, 9 if g == 1 else 42), dtype)
     if seed % 2:
-        one = one.narrow((3, 14), (7, one.p.shape[1] - 11))
+        one = one.narrow((3, 14), (7, 31))
     layers.check_embedding(one)
-    kernel = layers.layer(generator, [(4, 3, 5, 3), (7, 20, 3, 1)][seed // 2 % 2], dtype)
+    kernel = layers.layer(generator, [(4, 3, 5, 3), (7, 20, 3, 1)][seed // 4], dtype)
     layers.check_unpack_and_pack((one, kernel)[seed // 2 % 2])
 
 
@@ -266,15 +271,15 @@ def test_pack_of_a_ring_of_few_slots() -> None:
 def test_bands() -> None:
     """More than 2^31 positions: words of each band, and weights of both sides."""
     generator = Generator(125, 8, "element", laps=4)
-    whole = Placement(generator, 3, 5 * alignment(8, 4), (2**29, 64), 0.5)
+    whole = Placement(generator, 3, 5 * alignment(8, 4), (2**31, 16), 0.5)
     height = whole.law.rows_per_band
-    assert height < 2**29
-    part = whole.narrow(0, height - 5, 9).narrow(1, 3, 58)
-    n, b = torch.arange(height - 5, height + 4)[:, None], torch.arange(8)
+    assert height < 2**31
+    part = whole.narrow(0, height - 5, 9).narrow(1, 3, 11)
+    n, b = torch.arange(height - 5, height + 4)[:, None], torch.arange(2)
     values = torch.randn(125, 8)
     w = values[whole.law.slot(n, b)] * (1 - 2 * whole.law.negative(n, b).float())
-    w = 0.5 * w.reshape(9, 64)[:, 3:61].double()
-    x, dy = torch.randn(9, 58), torch.randn(9, 9)
+    w = 0.5 * w.reshape(9, 16)[:, 3:14].double()
+    x, dy = torch.randn(9, 11), torch.randn(9, 9)
     spec, on = part.to_json(), values.to(DEVICE)
     close(unpack.unpack(on, None, spec), w, torch.float32, "unpack")
     y = linear.linear(x.to(DEVICE), on, None, None, spec, layers.TILES)
