@@ -28,7 +28,7 @@ def test_table(architecture: int) -> None:
     entries = constants["BLOCK"] / (32 * config.warps)
     assert (len(code) - len(loop)) / entries <= TABLE[architecture]
     assert len(loop) / entries <= ROUND[architecture]
-    assert c.spills == 0
+    assert c.spills_in_loop == 0
 
 
 @pytest.mark.parametrize(

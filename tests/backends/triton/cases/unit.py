@@ -216,12 +216,12 @@ def generator_of(seed: int, g: int, slots: int) -> Generator:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(7))
 def test_linear(seed: int) -> None:
     """Entries in scratch, in bands of it and in line; parts of the weight; both ways of summing."""
     rng, dtype = random.Random(seed), DTYPES[seed % len(DTYPES)]
-    g = (1, 4, 8, 16, 32, 64, 128, 64)[seed % 8]
-    shape = (rng.choice([7, 24]), 11 if g == 1 else rng.choice([40, 71]))
+    g = (1, 4, 8, 16, 32, 64, 128)[seed]
+    shape = (rng.choice([7, 24]), 7 if g == 1 else rng.choice([40, 71]))
     one = layers.layer(generator_of(seed, g, (60, 5, 200)[seed % 3]), shape, dtype)
     if seed % 2:
         one = one.narrow((2, shape[0] - 3), (5, shape[1] - 11))
@@ -234,7 +234,7 @@ def test_linear(seed: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "taps", "groups", "g", "reflect"),
     [
-        ((9, 16, 3, 3), 3, 1, 16, "vector"),
+        ((9, 16, 2, 2), 2, 1, 16, "vector"),
         ((18, 8, 3, 1), 1, 2, 8, "element"),
         ((10, 8, 3, 1), 3, 2, 16, "vector"),
         ((6, 1, 2, 2), 1, 3, 4, "element"),  # a run of all taps
