@@ -123,7 +123,8 @@ def draw(rng: random.Random, **fixed: object) -> UnitLaw:
         "runs": runs,
     } | fixed
     laps, runs = fields["laps"], fields["runs"]
-    fields["taps"] = rng.choice([t for t in range(1, min(runs, laps) + 1) if runs % t == 0])
+    divisors = [t for t in range(1, min(runs, laps) + 1) if runs % t == 0]
+    fields.setdefault("taps", rng.choice(divisors))
     far = rng.choice([0, 1, rng.randrange(1000), 2**50])
     return UnitLaw(start=laps * far, **fields)
 
@@ -139,10 +140,10 @@ def test_whole_layers(seed: int) -> None:
     [
         (2**31, 1, 1, 2**31, 1),  # slots of 2^31, the most that a divider takes
         (2**31, 1, 1, 3, 64),
-        (2**20, 5000, 1, 123457, 16),  # bands
+        (2**20, 5000, 1, 123457, 9),  # bands, which begin in the middle of an octet's uses
         (7, 2**28, 1, 2**22, 4),  # 2^28 columns
         (4097, 9 * 58111, 9, 70, 3),  # bands, and columns that swap or not
-        (5 * 4096 + 77, 99991, 1, 31250, 4),
+        (5 * 4096 + 77, 99991, 1, 31250, 3),
     ],
 )
 def test_far_positions(rows: int, blocks: int, runs: int, slots: int, laps: int) -> None:
@@ -159,31 +160,48 @@ def test_far_positions(rows: int, blocks: int, runs: int, slots: int, laps: int)
         check(law, band, torch.tensor(n), torch.tensor(b))
 
 
-@pytest.mark.parametrize(
-    ("rows", "blocks", "runs", "slots", "permute"),
-    [
-        (13, 6, 1, 5, True),  # slots that an octet reads twice
-        (5, 6, 6, 7, True),
-        (70, 20, 1, 130, True),
-        (70, 18, 9, 64, True),
-        (29, 10, 1, 64, False),
-        (1, 9, 9, 1000, True),
-    ],
-)
-def test_uses_of_slots(rows: int, blocks: int, runs: int, slots: int, permute: bool) -> None:
+def check_uses(law: UnitLaw, band: int, slots: list[int]) -> None:
     """The inverse; uses of padding are there too, and name rows beyond the last."""
-    rng = random.Random(rows)
-    law = draw(rng, rows=rows, blocks=blocks, runs=runs, slots=slots, permute=permute)
-    some = torch.tensor(sorted({0, law.slots - 1, *(rng.randrange(law.slots) for _ in range(9))}))
-    words, how = unit_law.law_words(law, 0, DEVICE), unit_law.rounds(law)
+    some, words = torch.tensor(slots), unit_law.law_words(law, band, DEVICE)
     out = torch.full((4096, 3, some.numel()), -1, dtype=torch.int64, device=DEVICE)
     most = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    _uses[(1,)](some.to(DEVICE), words, out, most, some.numel(), *how, 16)
-    found = out[: int(most)].cpu()
-    for i, slot in enumerate(some.tolist()):
+    _uses[(1,)](some.to(DEVICE), words, out, most, len(slots), *unit_law.rounds(law, band), 16)
+    found, first = out[: int(most)].cpu(), band * law.rows_per_band
+    for i, slot in enumerate(slots):
         n, b, live = found[:, :, i].t()
-        inside = (live == 1) & (n < law.rows)
-        assert torch.equal(torch.stack((n, b), -1)[inside], law.positions(slot)), law
+        inside = (live == 1) & (n + first < law.rows)
+        wanted = law.positions(slot)
+        wanted = wanted[wanted[:, 0] // law.rows_per_band == band]
+        assert torch.equal(torch.stack((n + first, b), -1)[inside], wanted), law
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "runs", "slots", "permute", "taps"),
+    [
+        (13, 6, 1, 5, True, 1),  # slots that an octet reads twice
+        (5, 6, 6, 7, True, 1),
+        (70, 20, 1, 130, True, 1),
+        (70, 18, 9, 130, True, 3),  # several groups of several taps
+        (29, 10, 1, 64, False, 1),
+        (1, 9, 9, 1000, True, 9),
+    ],
+)
+def test_uses_of_slots(
+    rows: int, blocks: int, runs: int, slots: int, permute: bool, taps: int
+) -> None:
+    rng = random.Random(rows)
+    how = {"rows": rows, "blocks": blocks, "runs": runs, "slots": slots, "permute": permute}
+    law = draw(rng, taps=taps, laps=max(3, taps), window=8, **how)
+    check_uses(law, 0, sorted({0, slots - 1, *(rng.randrange(slots) for _ in range(9))}))
+
+
+def test_uses_of_slots_in_bands() -> None:
+    """The first use of a band is one of several of its octet, which the band before reads too."""
+    how = {"rows": 2**20, "blocks": 5000, "runs": 1, "slots": 2**31 - 5, "laps": 9}
+    law = draw(random.Random(0), permute=True, **how)
+    assert law.first(1) % law.laps
+    first = law.first(1) // law.laps * 8
+    check_uses(law, 1, [(first + i) % law.slots for i in (0, 7, 8, 12345)])
 
 
 def test_entries_in_scratch() -> None:
