@@ -33,7 +33,7 @@ _walk, _distance, _rows_of = pixels.walk, pixels.distance, pixels.rows_of
 def _forward_kernel(
     x_ptr,  # [B, C, H, W]
     bank_ptr,  # [slots, G] or [2 * slots, G]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     bias_ptr,  # [N] or unused
     y_ptr,  # [B, N, out_h, out_w]

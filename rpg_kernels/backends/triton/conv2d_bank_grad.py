@@ -35,7 +35,7 @@ def _pixel_by_magic(m, height, width, line_magic, line_shift, image_magic, image
 def _bank_grad_kernel(
     dy_ptr,  # [B, N, out_h, out_w]
     x_ptr,  # [B, C, H, W]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     magic_ptr,  # [4]: magic and shift of out_w, and of out_h
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     out_ptr,  # SCATTER: [slots, G]; otherwise [N, taps, C of a group]; fp32

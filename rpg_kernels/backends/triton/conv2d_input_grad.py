@@ -28,7 +28,7 @@ _walk, _distance = pixels.walk, pixels.distance
 @triton.jit
 def _element_tile(
     bank_ptr,  # [slots, G] or [2 * slots, G]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     entry_stride,
     n,
@@ -72,7 +72,7 @@ def _element_tile(
 def _input_grad_kernel(
     dy_ptr,  # [B, N, out_h, out_w]
     bank_ptr,  # [slots, G] or [2 * slots, G]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     dx_ptr,  # [B, C, rows of the class, columns of the class]
     M,

@@ -63,7 +63,7 @@ def _columns_of(step, low, first, columns, G: tl.constexpr, BLOCK_K: tl.constexp
 @triton.jit(do_not_specialize=_VARYING)
 def _embedding_kernel(
     bank_ptr,  # [slots, G]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     index_ptr,  # [M], int32 or int64
     y_ptr,  # [M, columns], contiguous
@@ -90,9 +90,9 @@ def _embedding_kernel(
 
     Tile: BLOCK_M indices x BLOCK_K columns. Grid: one program per tile, columns innermost, so that
     neighbours write one row. Shared memory: none but for changes of layout. Budget: the law once
-    per index and block (60 to 100 lane-instructions per BLOCK_K weights, 130 to
-    220 in the window law), 16 bytes a load from 16
-    elements per block on; the product with scale is rounded once, from fp32.
+    per index and block (60 to 100 lane-instructions per BLOCK_K weights, 130 to 220 in the window
+    law, 600 in the unit law), 16 bytes a load from 16 elements per block on; the product with scale
+    is rounded once, from fp32.
     Whole blocks are read, since a slot has all of its elements; only wanted columns are stored.
     """
     pid = tl.program_id(0)
@@ -114,7 +114,7 @@ def _embedding_kernel(
 @triton.jit(do_not_specialize=_VARYING)
 def _embedding_grad_kernel(
     dy_ptr,  # [M, columns]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     index_ptr,  # [M], int32 or int64
     grad_ptr,  # [slots, G], fp32

@@ -3,7 +3,8 @@
 A position (n, b) is a row of the launch and a block of the row. Its *entry* is the slot that it
 reads, an int32, made in one of three ways (``SOURCE``):
 
-    "law"      computed here, 60 to 110 lane-instructions in every thread that holds part of a row
+    "law"      computed here, 60 to 110 lane-instructions in every thread that holds part of a row,
+               and 600 in the unit law
     "scratch"  read from entry_ptr [blocks of the launch, rows of the launch], which entry_table.py
                writes; entry_stride is the number of rows
     "table"    read from entry_ptr [rows, blocks], an explicit table (bit 31 is the sign)
@@ -15,6 +16,12 @@ and its sign comes in one of four (``SIGN``):
     "entry"    bit 31 of the entry, applied to the tile
     "element"  one bit per element, from the words of the law
 
+Which law it is, and whether it shuffles, is said by SCRAMBLE, beside the rounds of a permutation:
+
+    0        law 1
+    7, 8     the window law, window_law.py; -1, with its laps in order
+    -2       the unit law, unit_law.py; -3, in order
+
 A tile of G >= 8 takes one entry per row and block. Below 8, every element finds its own entry.
 """
 
@@ -24,12 +31,14 @@ import triton
 import triton.language as tl
 
 from rpg_kernels.backends.triton import law as device_law
-from rpg_kernels.backends.triton import window_law
+from rpg_kernels.backends.triton import unit_law, window_law
 
 _SIGN = tl.constexpr(0x80000000)
 _LOW = tl.constexpr(0x7FFFFFFF)
 _slot_of, _slot_in_window = device_law.slot_of, window_law.slot_of
+_slot_of_unit, _order_of_units = unit_law.slot_of, unit_law.order
 _order, _vector_word = window_law.order, window_law.vector_word
+_UNITS = tl.constexpr(unit_law.UNITS)
 _sign_word = device_law.sign_word
 _sign_bit = device_law.sign_bit
 _law_word = device_law.law_word
@@ -40,10 +49,12 @@ _SLOTS = device_law._SLOTS
 def position(n, b, row0, blocks, law_ptr, SCRAMBLE: tl.constexpr):
     """q of row n and block b of the launch, uint32; row0 is the launch's first row in its band.
 
-    In the window law it is p, the place in the order in which units are cut.
+    In the window law and the unit law it is p, the place in the order in which units are cut.
     """
     if SCRAMBLE == 0:
         return ((row0 + n) * blocks + b).to(tl.uint32)
+    elif SCRAMBLE <= _UNITS:
+        return _order_of_units(row0 + n, b, law_ptr)
     else:
         return _order(row0 + n, b, blocks, law_ptr)
 
@@ -60,7 +71,7 @@ def vector_sign(q, law_ptr, SCRAMBLE: tl.constexpr):
 @triton.jit
 def law_entry(
     q,
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
@@ -69,6 +80,8 @@ def law_entry(
     """The entry of band positions q, uint32, from the law."""
     if SCRAMBLE == 0:
         slot = _slot_of(q, law_ptr, ROUNDS, SWAP_ROUNDS)
+    elif SCRAMBLE <= _UNITS:
+        slot = _slot_of_unit(q, law_ptr, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
     else:
         slot = _slot_in_window(q, law_ptr, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
     if SIGN == "folded":
@@ -81,7 +94,7 @@ def law_entry(
 
 @triton.jit
 def entry(
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # [count, entry_stride] in scratch, [rows, blocks] of a table
     entry_stride,
     n,
@@ -108,7 +121,7 @@ def entry(
 
 @triton.jit
 def slot_and_sign(
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entry
     entry_stride,
     n,
@@ -206,7 +219,7 @@ def signs(
     rows,
     columns,
     e,
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     row0,
     blocks,
     G: tl.constexpr,

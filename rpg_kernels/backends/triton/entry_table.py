@@ -13,7 +13,7 @@ _position, _law_entry = entries.position, entries.law_entry
 
 @triton.jit(do_not_specialize=["row0", "blocks", "run_blocks", "low", "count"])
 def _slots_kernel(
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     out_ptr,  # [runs * count, rows], int32
     rows,
     count,
@@ -32,7 +32,7 @@ def _slots_kernel(
     Tile: BLOCK rows of one block column, so that a kernel that walks many rows of it reads them
     coalesced. Grid: one program per tile. Shared memory: none. About 60 to 100 lane-instructions
     per entry (8 per Feistel round, 9 per swap-or-not round, 11 for the sign); in the window law
-    130 to 220.
+    130 to 220, in the unit law 600.
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(rows, BLOCK)
@@ -68,7 +68,7 @@ def write(
         blocks: per row of the layer.
         low: first block of a run.
         sign: "none", "folded", "entry" or "element".
-        rounds: Feistel and swap-or-not rounds of the band, and SCRAMBLE (window_law.py).
+        rounds: Feistel and swap-or-not rounds of the band, and SCRAMBLE (entries.py).
         runs, run_blocks: runs per row, and blocks from one to the next.
     """
     number, rows = out.shape

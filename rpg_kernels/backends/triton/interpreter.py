@@ -9,6 +9,7 @@ broadcast, which 3.9 refuses as a mask.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,14 @@ class _Launch:
         _patched.clear()
 
 
+@functools.cache
+def _languages(fn: Any) -> frozenset[int]:
+    known = (interpreter.tl, interpreter.tl.core)
+    return frozenset(id(v) for v in fn.__globals__.values() if any(v is m for m in known))
+
+
 def _patch_lang_once(fn: Any) -> Any:
-    languages = (interpreter.tl, interpreter.tl.core)
-    seen = frozenset(id(v) for v in fn.__globals__.values() if any(v is m for m in languages))
+    seen = _languages(fn)
     if seen not in _patched:
         _patched[seen] = _patch_lang(fn)
     return _Launch()

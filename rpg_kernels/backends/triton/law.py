@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rpg_kernels.law.ring import LayerLaw, Permutation, keys, most_square_factors
 
-LAW_WORDS = 128
+LAW_WORDS = 192  # law 1 and the window law leave the last 64 unused
 # Where each number stands in the vector.
 _SIZE = tl.constexpr(0)  # Q, positions of the band
 _MAJOR = tl.constexpr(1)
@@ -60,7 +60,7 @@ def divider(divisor: int) -> tuple[int, int]:
 def rounds(law: LayerLaw, band: int = 0) -> tuple[int, int, int]:
     """(Feistel rounds, swap-or-not rounds, 0), the compile-time part of a band's law.
 
-    The last number is what tells the window law from this one, see window_law.py.
+    The last number is what tells the other laws from this one, see entries.py.
     """
     if not law.permute:
         return 0, 0, 0

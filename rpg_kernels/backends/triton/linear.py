@@ -42,7 +42,7 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 def _forward_kernel(
     x_ptr,  # [M, K]
     bank_ptr,  # [slots, G] or [2 * slots, G]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     bias_ptr,  # [N] or unused
     y_ptr,  # [M, N], N contiguous
@@ -130,7 +130,7 @@ def _forward_kernel(
 def _input_grad_kernel(
     dy_ptr,  # [M, N]
     bank_ptr,  # [slots, G] or [2 * slots, G]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     dx_ptr,  # [M, K], K contiguous
     M,

@@ -22,7 +22,7 @@ MOST_ROWS = 256  # of a tile; entries of fewer than that may not fit scratch, an
 def _bank_grad_kernel(
     dy_ptr,  # [M, N]
     x_ptr,  # [M, K]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     out_ptr,  # SCATTER: [slots, G]; otherwise [N, K]; fp32
     M,

@@ -1,7 +1,7 @@
 """What a call prepares on the host: the bank as an operand, rows of a launch, entries in scratch.
 
 What grows with a layer comes from ``scratch`` and stays within the scratch limit. Not counted:
-the law's words, 512 bytes per layer and band, which are kept, and copies of a bank that is not
+the law's words, 768 bytes per layer and band, which are kept, and copies of a bank that is not
 contiguous.
 """
 
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
-from rpg_kernels.backends.triton import entry_table, window_law
+from rpg_kernels.backends.triton import entry_table, unit_law, window_law
 from rpg_kernels.backends.triton import law as law_1
 from rpg_kernels.backends.triton.config import products_read_shared, whole, whole_weight
 from rpg_kernels.backends.triton.rules import interpreted
 from rpg_kernels.law.generator import TableGenerator
 from rpg_kernels.law.placement import Placement
 from rpg_kernels.law.ring import LayerLaw
+from rpg_kernels.law.unit import UnitLaw
 from rpg_kernels.law.window import WindowLaw
 
 if interpreted():
@@ -182,8 +183,8 @@ class LaunchRows:
         row: first row, counted from the selection's.
         rows: how many.
         row0: first row, counted from the band's.
-        words: the law's vector, ``[128]``; of no meaning for a table.
-        rounds: Feistel and swap-or-not rounds of the band, and SCRAMBLE (window_law.py).
+        words: the law's vector, ``[192]``; of no meaning for a table.
+        rounds: Feistel and swap-or-not rounds of the band, and SCRAMBLE (entries.py).
         band: its number.
     """
 
@@ -212,7 +213,9 @@ def launches(p: Placement, device: torch.device, at_most: int = INT32_MAX) -> It
 
 
 def _law(law: LayerLaw, band: int, device: torch.device) -> tuple[Tensor, tuple[int, int, int]]:
-    """(words, rounds) of a band, in either law."""
+    """(words, rounds) of a band, in any law."""
+    if isinstance(law, UnitLaw):
+        return unit_law.law_words(law, band, device), unit_law.rounds(law, band)
     if isinstance(law, WindowLaw):
         return window_law.law_words(law, band, device), window_law.rounds(law, band)
     return law_1.law_words(law, band, device), law_1.rounds(law, band)

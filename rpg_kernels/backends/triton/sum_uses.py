@@ -6,13 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.backends.triton import entries, plan, window_law
+from rpg_kernels.backends.triton import entries, plan, unit_law, window_law
 from rpg_kernels.backends.triton import law as device_law
 from rpg_kernels.law.placement import Placement
 
 _unpermute = device_law.unpermute
 _use, _most_uses = window_law.use, window_law.most_uses
-_row_and_block, _vector_sign = window_law.row_and_block, entries.vector_sign
+_use_of_unit, _most_uses_of_units = unit_law.use, unit_law.most_uses
+_row_and_block, _row_and_block_of_unit = window_law.row_and_block, unit_law.row_and_block
+_vector_sign, _UNITS = entries.vector_sign, entries._UNITS
 _sign_word, _sign_bit = device_law.sign_word, device_law.sign_bit
 _law_word, _sub_mod = device_law.law_word, device_law._sub_mod
 _SIZE, _SLOTS, _BASE = device_law._SIZE, device_law._SLOTS, device_law._BASE
@@ -22,7 +24,7 @@ _flip = entries.flip
 @triton.jit(do_not_specialize=["rows", "row0", "blocks", "run_blocks"])
 def _gather_kernel(
     dense_ptr,  # [rows, columns, taps]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     grad_ptr,  # [slots, G], fp32
     stride_n,
     stride_c,
@@ -50,12 +52,13 @@ def _gather_kernel(
     channels where BY_TAP, otherwise it holds all taps, ``channels`` elements for each. The
     selected columns begin at channel ``column0``.
     The uses of s are P^-1(t) for t = (s - base) mod slots, + slots, + 2 slots ... below the band's
-    positions, in this order; in the window law those of ``window_law.use``. Uses outside the rows
-    and columns of ``dense`` are passed over, but each costs its inverse: a part of a layer takes as
-    long as the whole band.
+    positions, in this order; in other laws those of ``window_law.use`` or ``unit_law.use``. Uses
+    outside the rows and columns of ``dense``, such as the padding of rows to octets, are passed
+    over, but each costs its inverse: a part of a layer takes as long as the whole band.
     Tile: BLOCK_S slots x G elements. Grid: one program per tile. Shared memory: 4 KiB, to exchange
     what rows share. Budget at G = 64: about 55 lane-instructions per weight and lap, a fifth of
-    them the inverse law, which every thread of a slot evaluates; 110 in the window law.
+    them the inverse law, which every thread of a slot evaluates; 110 in the window law,
+    125 in the unit law.
     """
     s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     slots, size = _law_word(law_ptr, _SLOTS), _law_word(law_ptr, _SIZE)
@@ -65,6 +68,8 @@ def _gather_kernel(
     if SCRAMBLE == 0:
         t = _sub_mod(inside, _law_word(law_ptr, _BASE), slots).to(tl.int64)
         uses = tl.cdiv(size.to(tl.int64), slots.to(tl.int64))
+    elif SCRAMBLE <= _UNITS:
+        uses = _most_uses_of_units(law_ptr)
     else:
         uses = _most_uses(law_ptr)
     acc = tl.zeros((BLOCK_S, G), tl.float32)
@@ -75,6 +80,10 @@ def _gather_kernel(
             row = q.to(tl.int32) // blocks  # q < 2^31
             b = q.to(tl.int32) - row * blocks
             t += slots.to(tl.int64)
+        elif SCRAMBLE <= _UNITS:
+            q, live = _use_of_unit(inside, number, law_ptr, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
+            use = mask_s & live
+            row, b = _row_and_block_of_unit(q, law_ptr)
         else:
             q, live = _use(inside, number, law_ptr, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
             use = mask_s & live

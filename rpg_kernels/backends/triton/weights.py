@@ -55,7 +55,7 @@ def places(slot, e, G: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def locate(
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entry
     entry_stride,
     n,
@@ -110,7 +110,7 @@ def masked_load(at, columns, live, EVEN_K: tl.constexpr):
 def _scatter_columns(
     grad_ptr,  # [slots, G], fp32
     value,  # [BLOCK_N, BLOCK_K], fp32
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entry
     entry_stride,
     n,
@@ -146,7 +146,7 @@ def _scatter_columns(
 def scatter(
     grad_ptr,  # [slots, G], fp32
     value,  # [BLOCK_N, BLOCK_K], fp32
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entry
     entry_stride,
     n,
@@ -192,7 +192,7 @@ def scatter(
 @triton.jit
 def weight_tile(
     bank_ptr,  # [slots, G], [2 * slots, G] when signs are folded
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     entry_ptr,  # see entry
     entry_stride,
     n,

@@ -16,10 +16,15 @@ pytestmark = process.needs_triton
 FILES = [
     ("linear.py",),
     ("conv2d.py",),
+    ("unit.py",),
     ("window.py",),
     ("embedding.py", "law.py", "precision.py", "reference.py", "surroundings.py", "unpack.py"),
 ]
-AHEAD = [("aot.py", "aot_embedding.py"), ("aot_conv2d.py", "aot_window.py"), ("aot_every.py",)]
+AHEAD = [
+    ("aot.py", "aot_embedding.py"),
+    ("aot_conv2d.py", "aot_unit.py", "aot_window.py"),
+    ("aot_every.py",),
+]
 
 
 @pytest.mark.parametrize("files", FILES, ids=" ".join)

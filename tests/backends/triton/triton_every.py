@@ -47,7 +47,7 @@ ROWS = ("embedding", "embedding_bank_grad", "unpack", "pack")
 _LAWS: dict[str, tuple[Any, ...]] = {
     "g": (1, 4, 8, 16, 64, 128),
     "reflect": ("vector", "element", "none", "table"),
-    "window": (None, (256, 4)),
+    "law": ((1, None, None), (2, 256, 4), (3, None, 4)),  # with window and laps
     "scratch": (16 << 20, 0),
     "dtype": (torch.float16, torch.bfloat16, torch.float32),
     "bank": ("same", torch.float32),
@@ -114,7 +114,7 @@ def axes(op: str) -> dict[str, tuple[Any, ...]]:
 
 
 def _possible(call: dict[str, Any]) -> bool:
-    law = call["g"] > 1 or call["window"] is not None or call.get("ordered")
+    law = call["g"] > 1 or call["law"][0] > 1 or call.get("ordered")
     if law and call["reflect"] == "table":
         return False
     if call.get("tf32") and call["dtype"] != torch.float32:
@@ -169,9 +169,8 @@ def _placed(
         generator = TableGenerator(slots, count, "0" * 64)
         table = torch.empty(count, dtype=torch.int32, device=META)
     else:
-        window = call["window"]
-        more = {} if window is None else {"window": window[0], "laps": window[1], "law": 2}
-        generator = Generator(slots * g, g, call["reflect"], **more)
+        law, window, laps = call["law"]
+        generator = Generator(slots * g, g, call["reflect"], window=window, laps=laps, law=law)
     p = Placement(generator, 0, 0, shape, 0.5)
     if call["part"] and min(shape[:2]) > 2:
         p = p.narrow(1, 1, shape[1] - 1)

@@ -30,7 +30,7 @@ _slot_of, _sign_word = device_law.slot_of, device_law.sign_word
 @triton.jit
 def _evaluate(
     q_ptr,  # [size]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     out_ptr,  # [7, size], int64
     size,
     ROUNDS: tl.constexpr,

@@ -12,27 +12,25 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import triton_layers as layers
 from torch import Tensor
+from triton_layers import close
 from triton_process import DEVICE, INTERPRETED, poisoned
 
-import rpg_kernels as rpg
 from rpg_kernels.backends.triton import (
-    conv2d,
-    embedding,
     entries,
     entry_table,
     linear,
     unpack,
     window_law,
 )
-from rpg_kernels.backends.triton.config import Config
+from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import Placement
 from rpg_kernels.law.window import WindowLaw, alignment
 
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else brute.ALL[1:]
 REFLECT = ("element", "vector", "none")
 GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "law2.json").read_text())["entries"]
-TILES = Config(16, 16, 16, 4, 2, 2)
 
 _position, _vector_sign = entries.position, entries.vector_sign
 _slot_of, _sign_word = window_law.slot_of, entries._sign_word
@@ -43,7 +41,7 @@ _use, _row_and_block = window_law.use, window_law.row_and_block
 def _evaluate(
     n_ptr,  # [size]
     b_ptr,  # [size]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     out_ptr,  # [7, size], int64
     size,
     blocks,
@@ -72,7 +70,7 @@ def _evaluate(
 @triton.jit
 def _uses(
     slot_ptr,  # [size]
-    law_ptr,  # [128]
+    law_ptr,  # [192]
     out_ptr,  # [uses, 3, size], int64
     most_ptr,  # [1]
     size,
@@ -231,21 +229,11 @@ def poison() -> Iterator[None]:
         yield
 
 
-def bank_of(seed: int, dtype: torch.dtype, g: int) -> rpg.ParameterBank:
-    return brute.window_bank(
-        (64 + 37 * (seed % 2)) * g, granularity=g, reflect=REFLECT[seed % 3],
-        permute=seed % 7 != 6, window=64, laps=1 + seed % 3, seed=seed, init_std=1.0, dtype=dtype,
+def generator_of(seed: int, g: int) -> Generator:
+    return Generator(
+        64 + 37 * (seed % 2), g, REFLECT[seed % 3], permute=seed % 7 != 6, window=64,
+        laps=1 + seed % 3, seed=seed, law=2,
     )  # fmt: skip
-
-
-def close(got: Tensor, exact: Tensor, dtype: torch.dtype, what: object) -> None:
-    assert got.dtype == dtype, what
-    assert got.shape == exact.shape, what
-    size = max(1.0, float(exact.abs().max()))
-    error = float((got.detach().cpu().double() - exact).abs().max()) / size
-    assert error < (1e-5 if dtype == torch.float32 else 4e-3 if dtype == torch.float16 else 3e-2), (
-        what
-    )
 
 
 @pytest.mark.usefixtures("poison")
@@ -254,27 +242,13 @@ def test_linear(seed: int) -> None:
     """Entries in scratch, in bands of it and in line; parts of the weight; both ways of summing."""
     rng, dtype = random.Random(seed), DTYPES[seed % len(DTYPES)]
     g = (1, 4, 8, 16, 32, 64, 128, 64)[seed % 8]
-    bank = bank_of(seed, dtype, g)
-    bank.place((1, rng.randrange(1, 300)))
-    weight = bank.place((rng.choice([7, 24]), 17 if g == 1 else rng.choice([40, 71])), scale=0.7)
+    shape = (rng.choice([7, 24]), 17 if g == 1 else rng.choice([40, 71]))
+    one = layers.layer(generator_of(seed, g), shape, dtype)
     if seed % 2:
-        weight = weight.narrow(0, 2, weight.shape[0] - 3).narrow(1, 5, weight.shape[1] - 11)
-    x, dy = (torch.randn(9, size).to(dtype) for size in reversed(weight.shape))
-    on, spec, a, d = bank.weight.detach().to(DEVICE), weight.spec, x.to(DEVICE), dy.to(DEVICE)
-    w = brute.unpack(weight, brute.ring(bank)).detach()
-    tiles = TILES if g >= 16 else None
-    limit = (1 << 20, 4 * 16 * (w.shape[1] // g + 2), 0)[seed % 3]
-    with rpg.scratch_limit(limit):
-        y = linear.linear(a, on, None, None, spec, tiles)
-        dx = linear.linear_input_grad(d, on, None, spec, tiles)
-        torch.use_deterministic_algorithms(seed in (3, 4))
-        try:
-            dw = linear.linear_bank_grad(d, a, None, spec, dtype, tiles)
-        finally:
-            torch.use_deterministic_algorithms(False)
-    close(y, x.double() @ w.t(), dtype, "y")
-    close(dx, dy.double() @ w, dtype, "dx")
-    close(dw, brute.pack(weight, dy.double().t() @ x.double()), dtype, "dw")
+        one = one.narrow((2, shape[0] - 3), (5, shape[1] - 11))
+    limit = (1 << 20, 4 * 16 * (shape[1] // g + 2), 0)[seed % 3]
+    tiles = layers.TILES if g >= 16 else None
+    layers.check_linear(one, limit, ordered=seed in (3, 6), config=tiles)
 
 
 @pytest.mark.usefixtures("poison")
@@ -284,90 +258,39 @@ def test_linear(seed: int) -> None:
 )
 @pytest.mark.parametrize("reflect", ["vector", "element"])
 def test_conv2d(shape: tuple[int, ...], groups: int, g: int, reflect: str) -> None:
-    bank = brute.window_bank(70 * g, g, reflect, window=64, laps=2, init_std=1.0)
-    bank.place((3, 40))
-    weight = bank.place(shape, scale=0.5)
-    x = torch.randn(2, shape[1] * groups, 6, 5).to(memory_format=torch.channels_last)
-    geometry = ([2, 1], [1, 1], [1, 1], groups)
-    on = bank.weight.detach().to(DEVICE)
-    a = x.double().requires_grad_()
-    w = brute.unpack(weight, brute.ring(bank)).detach().requires_grad_()
-    exact = torch.conv2d(a, w, None, *geometry)
-    dy = torch.randn(exact.shape).to(memory_format=torch.channels_last)
-    dx, dw = torch.autograd.grad(exact, (a, w), dy.double())
-    with rpg.scratch_limit(1 << 20 if groups == 1 or reflect == "vector" else 0):
-        y = conv2d.conv2d(x.to(DEVICE), on, None, None, weight.spec, *geometry)
-        how = (on, None, x.shape, weight.spec, *geometry)
-        ours = conv2d.conv2d_input_grad(dy.to(DEVICE), *how)
-        grad = conv2d.conv2d_bank_grad(
-            dy.to(DEVICE), x.to(DEVICE), None, weight.spec, *geometry, torch.float32
-        )
-    close(y, exact.detach(), torch.float32, "y")
-    close(ours, dx, torch.float32, "dx")
-    close(grad, brute.pack(weight, dw), torch.float32, "dw")
+    one = layers.layer(Generator(70, g, reflect, window=64, laps=2, law=2), shape, torch.float32)
+    layers.check_conv2d(one, groups, 1 << 20 if groups == 1 or reflect == "vector" else 0)
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("seed", range(8))
 def test_lookup_unpack_and_pack(seed: int) -> None:
     g, dtype = (1, 4, 8, 16, 32, 64, 128, 16)[seed], DTYPES[seed % len(DTYPES)]
-    bank = bank_of(seed, dtype, g)
-    bank.place((2, 70))
-    kernel = bank.place([(4, 3, 5, 3), (7, 20, 3, 1)][seed % 2])
-    weight = bank.place((35, 21 if g == 1 else 42), scale=0.6)
+    generator = generator_of(seed, g)
+    one = layers.layer(generator, (35, 21 if g == 1 else 42), dtype)
     if seed % 2:
-        weight = weight.narrow(0, 3, 30).narrow(1, 7, 31)
-    on, exact = bank.weight.detach().to(DEVICE), brute.unpack(weight, brute.ring(bank)).detach()
-    rows, columns = weight.shape
-    index = torch.tensor([3, 0, rows - 1, 3, rows // 2])
-    y = embedding.embedding(on, None, index.to(DEVICE), weight.spec)
-    close(y, exact[index], dtype, "rows")
-    dy = torch.randn(5, columns).to(dtype)
-    dense = torch.zeros(rows, columns, dtype=torch.float64).index_add_(0, index, dy.double())
-    dw = embedding.embedding_bank_grad(dy.to(DEVICE), index.to(DEVICE), None, weight.spec, dtype)
-    close(dw, brute.pack(weight, dense), dtype, "dw")
-    for one in (weight, kernel):
-        wanted = brute.unpack(one, brute.ring(bank)).detach().to(dtype)
-        close(unpack.unpack(on, None, one.spec), wanted.double(), dtype, "unpack")
-        values = torch.randn(one.shape).to(dtype)
-        got = unpack.pack(values.to(DEVICE), None, one.spec, dtype)
-        close(got, brute.pack(one, values.double()), dtype, "pack")
+        one = one.narrow((3, 30), (7, one.p.shape[1] - 11))
+    layers.check_embedding(one)
+    kernel = layers.layer(generator, [(4, 3, 5, 3), (7, 20, 3, 1)][seed % 2], dtype)
+    for any_of_them in (one, kernel):
+        layers.check_unpack_and_pack(any_of_them)
 
 
 def test_bands() -> None:
     """More than 2^31 positions: words of each band, and gradients that add up."""
-    bank = brute.window_bank(1000, 8, "element", window=64, laps=4, init_std=1.0)
-    whole = Placement(bank.generator, 3, 8 * 256 * 5, (2**29, 64), 0.5)
+    generator = Generator(125, 8, "element", window=64, laps=4, law=2)
+    whole = Placement(generator, 3, 8 * 256 * 5, (2**29, 64), 0.5)
     height = whole.law.rows_per_band
     assert height < 2**29
     part = whole.narrow(0, height - 5, 9).narrow(1, 3, 58)
     n, b = torch.arange(height - 5, height + 4)[:, None], torch.arange(8)
-    values = bank.weight.detach()
-    w = values.view(-1, 8)[whole.law.slot(n, b)] * (1 - 2 * whole.law.negative(n, b).float())
+    values = torch.randn(125, 8)
+    w = values[whole.law.slot(n, b)] * (1 - 2 * whole.law.negative(n, b).float())
     w = 0.5 * w.reshape(9, 64)[:, 3:61].double()
     x, dy = torch.randn(9, 58), torch.randn(9, 9)
     spec, on = part.to_json(), values.to(DEVICE)
     close(unpack.unpack(on, None, spec), w, torch.float32, "unpack")
-    y = linear.linear(x.to(DEVICE), on, None, None, spec, TILES)
+    y = linear.linear(x.to(DEVICE), on, None, None, spec, layers.TILES)
     close(y, x.double() @ w.t(), torch.float32, "y")
-    dx = linear.linear_input_grad(dy.to(DEVICE), on, None, spec, TILES)
+    dx = linear.linear_input_grad(dy.to(DEVICE), on, None, spec, layers.TILES)
     close(dx, dy.double() @ w, torch.float32, "dx")
-
-
-def test_through_dispatch_and_autograd() -> None:
-    torch.manual_seed(0)
-    bank = brute.window_bank(64 * 4, 4, window=64, laps=2)
-    model = torch.nn.Sequential(
-        rpg.nn.Embedding(20, 16, bank=bank), rpg.nn.Linear(16, 24, bank=bank), torch.nn.Tanh(),
-        torch.nn.Linear(24, 5),
-    )  # fmt: skip
-    rpg.attach(model, bank).to(DEVICE)
-    tokens = torch.tensor([[1, 5, 5], [19, 0, 2]], device=DEVICE)
-    grads = {}
-    for backend in ("triton", "reference"):
-        with rpg.backend(backend):
-            assert rpg.explain(model[1], torch.randn(3, 16, device=DEVICE)).backend == backend
-            loss = model(tokens).square().sum()
-            grads[backend] = (loss, *torch.autograd.grad(loss, list(model.parameters())))
-    for ours, theirs in zip(grads["triton"], grads["reference"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
