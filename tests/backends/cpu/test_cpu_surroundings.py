@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rpg_kernels import native
 from rpg_kernels.backends.cpu import rules
+from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.placement import parse
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
