@@ -49,6 +49,11 @@ def shared_products() -> dict[Any, Callable[..., int]]:
 
 def _formula(name: str) -> Callable[..., int]:
     def count(*args: Any, out_val: Any = None) -> int:
+        if name == "linear_grads":  # as many as one after the other
+            dy, bank, table, x, placement, dtype, backend = args
+            of_input = _formula("linear_input_grad")(dy, bank, table, placement, backend)
+            of_bank = _formula("linear_bank_grad")(dy, x, table, placement, dtype, backend)
+            return of_input + of_bank
         call = lib.call(name, args[:-1], args[-1])
         made = dispatch.choose(call).multiplications(call)
         if made is not None:

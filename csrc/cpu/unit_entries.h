@@ -139,9 +139,13 @@ inline const int32_t (*rows_of(const UnitBand& law))[8] {
   return law.permute ? kRows.at : octet::kInOrder.at;
 }
 
-// Room that entries of a unit of `size` octets take.
+constexpr int kEntries = 64;  // made together
+
+// Room that entries of a unit of `size` octets take: whole steps, of the shuffle and of entries.
 inline int64_t entries_room(int64_t size) {
-  constexpr int64_t kStep = octet::kVectors * octet::kLanes;
+  constexpr int64_t kShuffled = octet::kVectors * octet::kLanes;
+  constexpr int64_t kStep = kShuffled < kEntries ? kEntries : kShuffled;
+  static_assert(kStep % kShuffled == 0 && kStep % kEntries == 0, "steps of one are not the other's");
   return (size + kStep - 1) / kStep * kStep;
 }
 
@@ -154,7 +158,7 @@ inline void unit_entries(const UnitBand& law, const Unit& unit, const UnitWindow
   const Divider by_laps = law.by_laps;
   const uint32_t k0 = law.octet_key[0], k1 = law.octet_key[1], size = unit.size, q = unit.q;
   const uint32_t s0 = law.sign_key[0], s1 = law.sign_key[1], before = window.before;
-  constexpr uint32_t kStep = 64;
+  constexpr uint32_t kStep = kEntries;
   for (uint32_t i = 0; i < size; i += kStep) {
     uint32_t place[kStep], word[kStep], sign[kStep / 4 + 1] = {};
     for (uint32_t k = 0; k < kStep; ++k) place[k] = divide(shuffled[i + k] + before, by_laps);

@@ -190,19 +190,25 @@ def _backward_input_grad(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
 
 def _setup_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     dy, bank, table, x, ctx.placement, ctx.dtype, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # often only one of the two is differentiated
     ctx.save_for_backward(dy, bank, table, x)
 
 
-def _backward_grads(ctx: Any, ddx: Tensor, dgrad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_grads(
+    ctx: Any, ddx: Tensor | None, dgrad: Tensor | None
+) -> tuple[Tensor | None, ...]:
     dy, bank, table, x = ctx.saved_tensors
     needs_dy, needs_bank, _, needs_x, *_ = ctx.needs_input_grad
     how = (ctx.placement, ctx.backend)
     ddy = dbank = dx = None
-    if needs_dy:
-        ddy = _op.linear(ddx, bank, table, None, *how) + _op.linear(x, dgrad, table, None, *how)
-    if needs_bank:
+    if ddx is not None and needs_dy:
+        ddy = _op.linear(ddx, bank, table, None, *how)
+    if ddx is not None and needs_bank:
         dbank = _op.linear_bank_grad(dy, ddx, table, ctx.placement, ctx.dtype, ctx.backend)
-    if needs_x:
+    if dgrad is not None and needs_dy:
+        of_bank = _op.linear(x, dgrad, table, None, *how)
+        ddy = of_bank if ddy is None else ddy + of_bank
+    if dgrad is not None and needs_x:
         dx = _op.linear_input_grad(dy, dgrad, table, *how)
     return ddy, dbank, None, dx, None, None, None
 

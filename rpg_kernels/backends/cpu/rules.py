@@ -332,8 +332,12 @@ class Cpu(Backend):
         return call.rows * multiplications.of_row(call.op, call.placement, lanes, step.threads)
 
     def both_grads(self, call: Call) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """``unit_linear.linear_grads`` for linear layers of the unit law."""
+        """``unit_linear.linear_grads`` for linear layers of the unit law.
+
+        It takes more scratch than the two one after the other, which may be all that fits."""
         if call.op != "linear_input_grad" or not of_units(call.placement):
+            return None
+        if units.units("linear_grads", call.placement, call.rows) is None:
             return None
         module = importlib.import_module(f"{__package__}.unit_linear")
         return cast(Callable[..., tuple[Tensor, Tensor]], module.linear_grads)

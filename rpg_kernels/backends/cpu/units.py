@@ -76,7 +76,7 @@ def smallest(op: str, placement: str, batch: int) -> int:
 @lru_cache(maxsize=4096)
 def _choices(op: str, placement: str, batch: int, threads: int) -> tuple[Units, ...]:
     """From the most lanes to the least, then with fewer threads."""
-    p = parse(placement)
+    p, batch = parse(placement), max(batch, 1)  # of an empty batch, what one row takes
     law = native.layer_law(p.law)
     out = []
     while True:
