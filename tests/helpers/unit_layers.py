@@ -77,7 +77,9 @@ class Layer:
         weight = (self.bank.to(exact).flatten()[self.index] * self.sign.flatten()).mul(self.p.scale)
         weight = weight.view(self.p.shape).to(dtype)
         x, dy = self.x.to(dtype), self.dy.to(dtype)
-        y = torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(dtype))
+        y = torch.nn.functional.linear(
+            x, weight, None if self.bias is None else self.bias.to(dtype)
+        )
         dense = dy.flatten(0, -2).T @ x.flatten(0, -2)
         dw = torch.zeros(self.bank.numel(), dtype=exact)
         dw.index_add_(0, self.index, (dense.to(exact) * self.sign * self.p.scale).flatten())

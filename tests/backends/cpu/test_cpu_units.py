@@ -54,7 +54,12 @@ def test_rings_smaller_than_a_window(slots: int) -> None:
 def test_zones_that_end_inside_an_octet(threads: int) -> None:
     """What threads own of a ring ends between octets, inside of them, and behind its end."""
     torch.set_num_threads(threads)
-    for slots, laps, start in ((333, 1, 0), (334, 3, 12345678), (336, 3, 7 * 10**6), (339, 1, 10**6)):
+    for slots, laps, start in (
+        (333, 1, 0),
+        (334, 3, 12345678),
+        (336, 3, 7 * 10**6),
+        (339, 1, 10**6),
+    ):
         for batch in (6, 17):
             layer = Layer((150, 70), batch, granularity=32, slots=slots, laps=laps, start=start)
             layer.check()
