@@ -145,7 +145,7 @@ constexpr int kEntries = 64;  // made together
 inline int64_t entries_room(int64_t size) {
   constexpr int64_t kShuffled = octet::kVectors * octet::kLanes;
   constexpr int64_t kStep = kShuffled < kEntries ? kEntries : kShuffled;
-  static_assert(kStep % kShuffled == 0 && kStep % kEntries == 0, "steps of one are not the other's");
+  static_assert(kStep % kShuffled == 0 && kStep % kEntries == 0, "steps that do not fit");
   return (size + kStep - 1) / kStep * kStep;
 }
 

@@ -7,7 +7,7 @@ banks, of which each sample has one) it is called for each sample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +31,7 @@ class _Info(Protocol):
     batch_size: int
 
 
-def _register(name: str) -> None:
+def _rule(name: str) -> Callable[..., tuple[Tensor, int]]:
     operator = getattr(torch.ops.rpg_kernels, name).default
 
     def run(info: _Info, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
@@ -50,7 +50,7 @@ def _register(name: str) -> None:
             folded[_INPUT_SIZE] = [info.batch_size * images, *image]
         return operator(*folded).unflatten(0, leading), 0
 
-    torch.library.register_vmap(f"{lib.NAMESPACE}::{name}", run, lib=lib.LIBRARY)
+    return run
 
 
 def _each(operator: Any, batch: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Tensor:
@@ -65,22 +65,29 @@ def _each(operator: Any, batch: int, in_dims: Sequence[Any], args: Sequence[Any]
     return torch.stack([operator(*sample(number)) for number in range(batch)])
 
 
-def _linear_grads(info: _Info, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-    """Two operators, whose rules are known."""
-    op = torch.ops.rpg_kernels
-
-    def both(
-        dy: Tensor, bank: Tensor, table: Any, x: Tensor, placement: str, dtype: Any, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        dx = op.linear_input_grad(dy, bank, table, placement, backend)
-        return dx, op.linear_bank_grad(dy, x, table, placement, dtype, backend)
-
-    return torch.vmap(both, tuple(in_dims))(*args), (0, 0)
+def _linear_grads(
+    info: _Info, in_dims: Sequence[Any], *args: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Two operators, by their own rules; each where something of its own is batched."""
+    dy, bank, table, x, placement, dtype, backend = range(len(args))
+    results: list[Tensor] = []
+    dims: list[int | None] = []
+    for name, taken in (
+        ("linear_input_grad", (dy, bank, table, placement, backend)),
+        ("linear_bank_grad", (dy, x, table, placement, dtype, backend)),
+    ):
+        of = [args[i] for i in taken]
+        if any(isinstance(in_dims[i], int) for i in taken):
+            result, dim = _rule(name)(info, [in_dims[i] for i in taken], *of)
+        else:
+            result, dim = getattr(torch.ops.rpg_kernels, name).default(*of), None
+        results.append(result)
+        dims.append(dim)
+    return tuple(results), tuple(dims)
 
 
 def register() -> None:
     """Register the rules of all operators, which are defined by now."""
-    for name in OPERATORS:
-        _register(name)
-    name = f"{lib.NAMESPACE}::linear_grads"
-    torch.library.register_vmap(name, _linear_grads, lib=lib.LIBRARY)
+    rules = {name: _rule(name) for name in OPERATORS} | {"linear_grads": _linear_grads}
+    for name, rule in rules.items():
+        torch.library.register_vmap(f"{lib.NAMESPACE}::{name}", rule, lib=lib.LIBRARY)

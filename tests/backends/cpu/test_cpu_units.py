@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import processes
 import pytest
@@ -12,6 +15,7 @@ from torch import Tensor
 from unit_layers import NAMES, Layer
 
 from rpg_kernels import native
+from rpg_kernels.backends.cpu import unit_linear, units
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
 
@@ -206,6 +210,50 @@ def check_all() -> None:
             for rows in (1, 100, 8 * 33, 8 * 97):
                 for batch in (1, 4, 20):
                     Layer((rows, 90), batch, granularity=32).check()
+
+
+def peak(call: Callable[[], object]) -> int:
+    """Bytes that the process grows by in a call."""
+    Path("/proc/self/clear_refs").write_text("5")
+    status = [Path("/proc/self/status").read_text()]
+    call()
+    status.append(Path("/proc/self/status").read_text())
+    sizes = [
+        re.findall(rf"Vm{name}:\s+(\d+) kB", s)[0]
+        for name, s in zip(("RSS", "HWM"), status, strict=True)
+    ]
+    return 1024 * (int(sizes[1]) - int(sizes[0]))
+
+
+def check_memory() -> None:
+    """The program of the process below, whose memory nobody else uses."""
+    torch.set_num_threads(2)
+    layer = Layer((2000, 4096), 256, bias=False)
+    x, dy, bank = layer.x, layer.dy, layer.bank
+    unit_linear.linear_grads(dy[:1], bank, None, x[:1], layer.spec, bank.dtype)
+    for name, call, results in (
+        ("linear", lambda: unit_linear.linear(x, bank, None, layer.spec), dy.nbytes),
+        (
+            "linear_input_grad",
+            lambda: unit_linear.linear_input_grad(dy, bank, layer.spec),
+            x.nbytes,
+        ),
+        (
+            "linear_grads",
+            lambda: unit_linear.linear_grads(dy, bank, None, x, layer.spec, bank.dtype),
+            x.nbytes + bank.nbytes,
+        ),
+    ):
+        step = units.check(name, layer.spec, len(x))
+        grown = peak(call)
+        assert step.workspace > 2 << 20, name
+        assert grown <= step.workspace + results + (1 << 20), (name, grown, step, results)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc to write to")
+def test_memory_is_what_is_counted() -> None:
+    done = processes.python("import test_cpu_units as t; t.check_memory(); print('right')")
+    assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
