@@ -45,7 +45,7 @@ lint: $(VENV)/.dev ## check style, format and types
 bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)
 	$(BIN)/python -m benchmarks.harness --out build/bench.json $(ARGS)
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m benchmarks.harness --suite cpu --out build/bench_cpu.json
+	$(BIN)/python -m benchmarks.harness --suite cpu --case bert-base --batch 1 16 --out build/bench_cpu.json
 endif
 	$(BIN)/python -m pytest -q benchmarks $(MICRO)
 

@@ -17,7 +17,7 @@ __all__ = ["add_arguments", "run"]
 
 QUICK_MEMORY = 8 << 30
 SECONDS = {"quick": 4.0, "full": 8.0, "gpu": 1.0, "gpu-longer": 1.0}
-CPU_SUITES = ("cpu", "cpu-full", "decoder")
+CPU_SUITES = ("cpu", "decoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         choices=("quick", "full", "gpu", "gpu-longer", *CPU_SUITES),
         help="default: quick, unless cases are chosen; gpu, gpu-longer: with windows, the most "
-        "telling first; cpu, cpu-full: banks and batches of CPU "
-        "kernels, continued where OUT holds an interrupted run; decoder: a whole model on a CPU",
+        "telling first; cpu: linear layers beside every dense layer there is, "
+        "continued where OUT holds a part of it; decoder: a whole model on a CPU",
     )
     what.add_argument(
         "--case",
@@ -58,9 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="baselines and back ends, see --list (default: all that run and need no compiler)",
     )
+    what.add_argument(
+        "--longer", action="store_true", help="suite cpu: the largest layers at batch 4096 too"
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    how.add_argument("--threads", type=int, help="default: 1; all of CPU suites")
+    how.add_argument("--threads", type=int, help="default: 1; all of suite decoder")
     how.add_argument("--seconds", type=float, help="for the samples of one case (default: 4 or 8)")
     how.add_argument(
         "--limit", type=float, help="seconds after which no other case is begun (quick, full, gpu)"
@@ -100,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         print(compare.compare(args.compare[0], args.compare[1], _options(args), Path.cwd()))
         return
+    if args.longer and args.suite != "cpu":
+        raise _checks.fail("longer", "an option", "none but with suite cpu")
     if args.suite in CPU_SUITES:
         _cpu(args)
         return
@@ -139,11 +144,12 @@ def _cpu(args: argparse.Namespace) -> None:
     from rpg_kernels import _checks, timing
 
     choice = {
-        "case": args.case, "batch": args.batch, "dof": [timing.count(text) for text in args.dof],
+        "patterns": args.case, "batches": args.batch,
+        "dofs": [timing.count(text) for text in args.dof],
     }  # fmt: skip
     others = ["op", "granularity", "reflect", "impl", "memory", "limit", "eager"]
     if args.suite == "decoder":
-        others += [*choice, "seconds"]
+        others += ["case", "batch", "dof", "seconds", "longer"]
     for name in others:
         if getattr(args, name) not in (None, [], False):
             raise _checks.fail(name, getattr(args, name), f"none with suite {args.suite}")
@@ -156,9 +162,8 @@ def _cpu(args: argparse.Namespace) -> None:
         record = decoder.run(dtypes=args.dtype, **common)
         lines, wrong = report.tokens_of(args.out, record), decoder.wrong(record)
     else:
-        suite = grid.choose(args.suite, args.case, args.batch, choice["dof"], args.dtype)
-        part = any((*choice.values(), args.dtype))
-        record = run.run(args.suite, suite, part=part, seconds=args.seconds, **common)
+        points = grid.choose(**choice, dtypes=args.dtype, longer=args.longer)
+        record = run.run(points, seconds=args.seconds, **common)
         lines, wrong = report.layers_of(args.out, record), run.wrong(record)
     print("\n".join(lines).replace("{up}", ""), f"\n{args.out}", sep="\n")
     _refuse(wrong)

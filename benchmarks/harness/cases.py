@@ -242,6 +242,7 @@ LAYERS = (
                      "bert-base.attention_output"), (768, 768)),
     Layer("linear", ("vit-b.fc1", "bert-base.intermediate"), (3072, 768)),
     Layer("linear", ("vit-b.fc2", "bert-base.output"), (768, 3072)),
+    Layer("linear", ("vit-l.proj", "bert-large.query"), (1024, 1024)),
     Layer("linear", ("llama-3-8b.q_proj", "llama-3-8b.o_proj"), (4096, 4096)),
     Layer("linear", ("llama-3-8b.k_proj", "llama-3-8b.v_proj", "vit-l.fc2"), (1024, 4096)),
     Layer("linear", ("llama-3-8b.gate_proj", "llama-3-8b.up_proj"), (14336, 4096)),

@@ -20,7 +20,10 @@ from rpg_kernels.doctor.machine import commit, cpu_name
 
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEMINFO = Path("/proc/meminfo")
+_CPU_INFO = Path("/proc/cpuinfo")
 _UNKNOWN_CACHE = 32 << 20
+# By the flag that the system shows, instruction sets that dense products are faster with.
+_SETS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX"}
 
 # Above these a run says that the machine did other work.
 BUSY_LOAD = 0.5  # processes that want a core, over the number of cores, before the run
@@ -57,6 +60,16 @@ def environment(device: torch.device, commit_given: str | None = None) -> dict[s
         "native": _native(),
         "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("RPG_KERNELS_")},
     }
+
+
+def lacking() -> list[str]:
+    """Instruction sets that the processor does not have; empty where nothing tells."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        return []
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), None)
+    return [name for flag, name in _SETS.items() if flags is not None and flag not in flags]
 
 
 def cpu_caches() -> dict[int, int]:

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import schema as format_
 from benchmarks.harness import table
-from benchmarks.harness.cpu import decoder, run, schema, traffic
-from benchmarks.harness.cpu.bandwidth import LEVELS
-from benchmarks.harness.cpu.grid import DENSE, DTYPES, OURS, REFERENCE, Bank
+from benchmarks.harness.cpu import decoder, rounds, run, schema
+from benchmarks.harness.cpu.grid import BANKS, DTYPES, WHATS, Bank
 from benchmarks.harness.machine import BUSY_SPREAD
 from benchmarks.harness.table import NOT_MEASURED
 from rpg_kernels import timing
 
-_SPEED_LAYERS = ("llama-3-8b.gate_proj", "llama-3-8b.q_proj")
-_SPEED_BANKS = ((200_000, None), (200_000, 4), (20_000_000, 4))  # (dof, laps)
-_SPEED_BATCHES = (1, 4, 8, 16)
-_ROOF_BANKS = (*_SPEED_BANKS, (20_000_000, 16))
-_ROOF_BATCHES = (1, 16)
+_HEADLINE = BANKS[0]
 Row = Mapping[str, Any]
-Line = tuple[str, Bank | None]  # implementation and bank of a line of a table
 
 
-def _newest(results: Path, load: Callable[[Path], Any]) -> tuple[Path, Any] | None:
-    """The complete file of a format that was begun last."""
-    found = [(path, load(path)) for path in sorted(results.glob("*.json"))]
-    complete = [(path, record) for path, record in found if record and record["complete"]]
-    return max(complete, key=lambda one: one[1]["created"], default=None)
+def _newest(results: Path, load: Callable[[Path], Any]) -> list[tuple[Path, Any]]:
+    """For each number of threads, the complete file of a format that was begun last."""
+    found: dict[int, tuple[Path, Any]] = {}
+    for path in sorted(results.glob("*.json")):
+        record = load(path)
+        if not record or not record["complete"]:
+            continue
+        threads = record["environment"]["threads"]
+        if threads not in found or record["created"] > found[threads][1]["created"]:
+            found[threads] = path, record
+    return [found[threads] for threads in sorted(found)]
 
 
 def _heading(path: Path, record: Any) -> Iterator[str]:
@@ -39,155 +40,159 @@ def _heading(path: Path, record: Any) -> Iterator[str]:
     yield f"{first}; kernels: {isa}; {record['clock']} time; {record['created'][:10]} ({link})."
     for remark in remarks:
         yield f"{remark}."
+
+
+def _measured(record: Any) -> Iterator[str]:
+    """What kind of processor it is, what else it did, and what was not kept."""
+    if record["lacks"]:
+        yield f"A processor without {', '.join(record['lacks'])}."
+    waits = [row["wait"] for row in record["results"] if row["wait"]]
+    if waits and record["clock"] == "process":
+        yield (
+            f"Load average {record['load']['before']:.1f} when it began, wall time "
+            f"{statistics.median(waits):.2f} times process time."
+        )
+    yield (
+        "Ratios are of samples taken in turn; a row is kept where their quartiles lie at most "
+        f"{rounds.QUIET:.0%} of the median apart."
+    )
+    if record["disturbed"]:
+        yield f"Not kept: {len(record['disturbed'])} rows."
     yield ""
 
 
-def _line(row: Row) -> Line:
-    bank = None if row["dof"] is None else Bank(row["dof"], row["laps"], row["window"])
-    return row["impl"], bank
-
-
-def _label(line: Line) -> str:
-    impl, bank = line
-    return f"{'' if impl == OURS else impl}{', ' * (impl == REFERENCE)}{bank or ''}"
-
-
-def _tables(record: Any) -> dict[tuple[str, str], dict[Line, dict[int, Row]]]:
-    """Rows by (layer, dtype), then line, then batch, in the file's order."""
-    tables: dict[tuple[str, str], dict[Line, dict[int, Row]]] = {}
-    for row in record["results"]:
-        lines = tables.setdefault((row["layer"], row["dtype"]), {})
-        lines.setdefault(_line(row), {})[row["batch"]] = row
-    return tables
-
-
-def _cell(row: Row | None, dense: Row | None) -> str:
-    """Time, how many times faster than dense, and the spread of series where that is large."""
-    if row is None:
-        return ""
-    if row["status"] != format_.OK or not row["median_s"]:
-        return str(row["status"]) if row["status"] != format_.OK else NOT_MEASURED
-    apart = run.spread(dict(row))
-    doubt = f" ±{apart / 2:.0%}" if apart > BUSY_SPREAD else ""
-    ratio = ""
-    if dense is not None and dense is not row and dense["median_s"]:
-        times = dense["median_s"] / row["median_s"]
-        ratio = f" ({times:.1f}x)" if times >= 0.95 else f" ({times:.2f}x)"
-    return f"{timing.seconds(row['median_s'])}{doubt}{ratio}"
+def _kept(record: Any) -> list[Row]:
+    """Rows with a figure, or that are wrong."""
+    return [row for row in record["results"] if row["ratio"] or row["status"] != format_.OK]
 
 
 def _shape(row: Row) -> str:
     return "x".join(map(str, row["weight_shape"]))
 
 
+def _times(ratio: float) -> str:
+    """A ratio, with two digits where ours is slower.
+
+    Example:
+        >>> _times(2.34), _times(0.514)
+        ('2.3x', '0.51x')
+    """
+    return f"{ratio:.1f}x" if ratio >= 0.995 else f"{ratio:.2f}x"
+
+
 def speed(results: Path) -> list[str]:
-    """The README's table: two large layers at small batches."""
+    """The README's table: the headline's bank and dtype, a line for each layer and pass."""
     found = _newest(results, run.load)
-    if found is None:
+    if not found:
         return [NOT_MEASURED]
-    path, record = found
-    tables = _tables(record)
-    rows = []
-    for key in ((layer, dtype) for layer in _known(tables, _SPEED_LAYERS) for dtype in DTYPES):
-        for line, held in tables.get(key, {}).items():
-            if line[0] in (DENSE, OURS) and _among(_SPEED_BANKS, line):
-                dense = tables[key].get((DENSE, None), {})
-                shape = _shape(next(iter(held.values())))
-                cells = (_cell(held.get(b), dense.get(b)) or NOT_MEASURED for b in _SPEED_BATCHES)
-                rows.append((f"{shape}, {key[1]}", _label(line), *cells))
-    head = ("linear layer", "weight", *(f"batch {batch}" for batch in _SPEED_BATCHES))
-    return [*_heading(path, record), *table.markdown(head, rows)]
+    path, record = found[0]
+    lines: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in _kept(record):
+        if row["dtype"] == DTYPES[0] and Bank(row["dof"], row["laps"]) == _HEADLINE:
+            lines.setdefault((_shape(row), row["what"]), {})[row["batch"]] = row
+    batches = sorted({batch for held in lines.values() for batch in held})
+    rows = [
+        (f"{shape}, {what}", *(_cell(held.get(batch)) for batch in batches))
+        for (shape, what), held in lines.items()
+    ]
+    head = (f"{DTYPES[0]}, {_HEADLINE}: batch", *map(str, batches))
+    return [*_heading(path, record), *_measured(record), *table.markdown(head, rows)]
 
 
-def _among(banks: tuple[tuple[int, int | None], ...], line: Line) -> bool:
-    """Whether a line's bank is one of those, or there is none as the weight is dense."""
-    _, bank = line
-    return bank is None or (bank.dof, bank.laps) in banks
-
-
-def _known(tables: Mapping[tuple[str, str], object], names: tuple[str, ...]) -> list[str]:
-    """Those of the layers that were measured, in this order."""
-    return [name for name in names if any(layer == name for layer, _ in tables)]
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] != format_.OK:
+        return str(row["status"])
+    return f"{timing.seconds(row['ours_s'])} ({_times(row['ratio']['median'])})"
 
 
 def layers(results: Path) -> list[str]:
-    """Everything that was measured, a table for each layer and dtype."""
-    found = _newest(results, run.load)
-    return [NOT_MEASURED] if found is None else layers_of(*found)
+    """Everything that was measured, for each number of threads."""
+    text: list[str] = []
+    for path, record in _newest(results, run.load):
+        text += [*layers_of(path, record), ""]
+    return text[:-1] or [NOT_MEASURED]
 
 
 def layers_of(path: Path, record: Any) -> list[str]:
-    """The tables of one file."""
-    text = list(_heading(path, record))
-    for (layer, dtype), lines in _tables(record).items():
-        batches = sorted({batch for held in lines.values() for batch in held})
-        dense = lines.get((DENSE, None), {})
-        first = next(iter(next(iter(lines.values())).values()))
-        rows = [
-            (_label(line), *(_cell(held.get(b), dense.get(b)) for b in batches))
-            for line, held in lines.items()
-        ]
-        what = "batch" if first["op"] == "linear" else "images"
-        head = (f"{layer}, {_shape(first)}, {dtype}: {what}", *map(str, batches))
-        text += [*table.markdown(head, rows), ""]
-    return text[:-1]
+    """The tables of one file, one for each layer and dtype: wins and losses alike."""
+    text = [*_heading(path, record), *_measured(record)]
+    kept = _kept(record)
+    order = {what: i for i, what in enumerate(WHATS)}
+    head = ("pass, batch", "bank", "ours", "fastest dense", "takes", "ratio", "quartiles",
+            "ours of roof", "dense of roof")  # fmt: skip
+    for layer, dtype in dict.fromkeys((row["layer"], row["dtype"]) for row in kept):
+        rows = [row for row in kept if (row["layer"], row["dtype"]) == (layer, dtype)]
+        rows.sort(key=lambda row: (order[row["what"]], row["batch"]))
+        text += [f"{layer}, {_shape(rows[0])}, {dtype}:", ""]
+        text += [*table.markdown(head, map(_cells, rows)), ""]
+    missing = {name: why for row in kept for name, why in row["dense_missing"].items()}
+    text += [f"Not among dense layers: {name} ({why})." for name, why in missing.items()]
+    return text if missing else text[:-1]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    named = (f"{row['what']}, {row['batch']}", str(Bank(row["dof"], row["laps"])))
+    if row["status"] != format_.OK:
+        return (*named, str(row["status"]), *[""] * 6)
+    ratio = row["ratio"]
+    return (
+        *named,
+        timing.seconds(row["ours_s"]),
+        row["dense"],
+        timing.seconds(row["dense_s"]),
+        _times(ratio["median"]),
+        f"{ratio['q25']:.2f} to {ratio['q75']:.2f}",
+        f"{max(row['roof'].values()) / row['ours_s']:.0%}",
+        f"{max(row['dense_roof'].values()) / row['dense_s']:.0%}",
+    )
 
 
 def roofline(results: Path) -> list[str]:
-    """Bytes that each path moves, the time that measured rates give for them, and the time."""
-    found = _newest(results, run.load)
-    if found is None or not found[1]["rates"]:
-        return [NOT_MEASURED]
-    path, record = found
-    threads = record["environment"]["threads"]
-    rates = ", ".join(
-        f"{rate['level']} {rate['read_bytes_per_s'] / 1e9:.0f} and "
-        f"{rate['update_bytes_per_s'] / 1e9:.0f}"
-        for rate in record["rates"]
-    )
-    products = ", ".join(f"{name} {r / 1e9:.0f}" for name, r in record["matrix_per_s"].items())
-    text = [
-        *_heading(path, record),
-        f"GB/s of {threads} thread{'s' * (threads > 1)} reading, and reading and writing: {rates}. "
-        f"Large products, 10^9 operations per second: {products}.",
-        "",
-    ]
-    rows = []
-    tables = _tables(record)
-    for key in ((layer, dtype) for layer in _known(tables, _SPEED_LAYERS) for dtype in DTYPES):
-        for line, held in tables.get(key, {}).items():
-            for batch in _ROOF_BATCHES if _among(_ROOF_BANKS, line) else ():
-                row = held.get(batch)
-                if row and row["traffic"] and row["median_s"]:
-                    name = f"{_shape(row)} {key[1]}, {_label(line)}, batch {batch}"
-                    rows.append((name, *_roof(row, record)))
-    head = ("layer", *(f"{level}, MB" for level in LEVELS), "slowest level", "arithmetic",
-            "measured", "least of measured")  # fmt: skip
-    return [*text, *table.markdown(head, rows)]
+    """Measured rates, and the least time that they give the headline's bank and a dense layer."""
+    text: list[str] = []
+    for path, record in _newest(results, run.load):
+        threads = record["environment"]["threads"]
+        rates = ", ".join(
+            f"{rate['level']} {rate['read_bytes_per_s'] / 1e9:.0f} and "
+            f"{rate['update_bytes_per_s'] / 1e9:.0f}"
+            for rate in record["rates"]
+        )
+        products = ", ".join(f"{n} {r / 1e9:.0f}" for n, r in record["matrix_per_s"].items())
+        text += [
+            *_heading(path, record),
+            f"GB/s of {threads} thread{'s' * (threads > 1)} reading, and reading and writing: "
+            f"{rates or NOT_MEASURED}. Products in cache, 10^9 operations per second: {products}.",
+            "",
+            *table.markdown(
+                ("layer", "dense: least", "waits for", "measured", "ours: least", "waits for",
+                 "measured"),
+                [_roof(row) for row in record["results"]
+                 if row["ratio"] and Bank(row["dof"], row["laps"]) == _HEADLINE],
+            ),
+            "",
+        ]  # fmt: skip
+    return text[:-1] or [NOT_MEASURED]
 
 
-def _roof(row: Row, record: Any) -> Iterator[str]:
-    moved = row["traffic"]
-    seconds = traffic.floors(moved, run.levels_of(record), record["matrix_per_s"])
-    for level in LEVELS:
-        bytes_ = moved["read"].get(level, 0) + moved["update"].get(level, 0)
-        yield f"{bytes_ / 1e6:.3g}" if bytes_ else ""
-    bound = max(LEVELS, key=lambda level: seconds.get(level, 0.0))
-    yield f"{timing.seconds(seconds[bound])} ({bound})"
-    yield timing.seconds(seconds["arithmetic"])
-    yield timing.seconds(row["median_s"])
-    yield f"{max(seconds.values()) / row['median_s']:.0%}"
+def _roof(row: Row) -> tuple[str, ...]:
+    cells = [f"{_shape(row)} {row['dtype']}, {row['what']}, batch {row['batch']}"]
+    for roof, measured in (("dense_roof", "dense_s"), ("roof", "ours_s")):
+        bound = max(row[roof], key=row[roof].__getitem__)
+        cells += [timing.seconds(row[roof][bound]), bound, timing.seconds(row[measured])]
+    return tuple(cells)
 
 
 def tokens(results: Path) -> list[str]:
-    """Tokens per second of the decoder."""
-    found = _newest(results, decoder.load)
-    return [NOT_MEASURED] if found is None else tokens_of(*found)
+    """Tokens per second of the decoder, of a run that nothing disturbed."""
+    quiet = [(path, r) for path, r in _newest(results, decoder.load) if not r["load"]["busy"]]
+    return tokens_of(*quiet[0]) if quiet else [NOT_MEASURED]
 
 
 def tokens_of(path: Path, record: Any) -> list[str]:
     """The table of one file."""
-    dense = {r["dtype"]: r for r in record["results"] if r["network"] == DENSE}
+    dense = {r["dtype"]: r for r in record["results"] if r["network"] == decoder.DENSE}
     rows = []
     for row in record["results"]:
         apart = decoder.spread(row)
@@ -199,7 +204,7 @@ def tokens_of(path: Path, record: Any) -> list[str]:
                 f"{dense[row['dtype']]['median_s'] / row['median_s']:.2f}",
                 f"{row['linear_bytes'] / 1e6:.1f} MB",
                 f"{row['weight_bytes'] / 1e6:.1f} MB",
-                f"{row['error']:.1g}" if row["network"] != DENSE else "",
+                f"{row['error']:.1g}" if row["network"] != decoder.DENSE else "",
                 "yes" if row["same_tokens"] else "no",
             )
         )
@@ -213,7 +218,7 @@ def tokens_of(path: Path, record: Any) -> list[str]:
         f"weights on a bank of {m['dof'] / 1e6:.0f}M, {read}; "
         f"batch 1, {o['tokens']} tokens after {o['prompt']}, median of {o['series']} series."
     )
-    return [*_heading(path, record), about, "", *table.markdown(head, rows)]
+    return [*_heading(path, record), "", about, "", *table.markdown(head, rows)]
 
 
 def _format(results: Path) -> list[str]:

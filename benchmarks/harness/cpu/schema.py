@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness.cpu.bandwidth import LEVELS
-from benchmarks.harness.cpu.grid import DTYPES, IMPLS, SUITES
+from benchmarks.harness.cpu.grid import DTYPES, WHATS
 from benchmarks.harness.schema import (
     ENVIRONMENT,
     LOAD,
@@ -15,7 +15,7 @@ from benchmarks.harness.schema import (
     text,
 )
 
-LAYERS, DECODER = "rpg-kernels/cpu-layers", "rpg-kernels/cpu-decoder"
+LAYERS, DECODER = "rpg-kernels/cpu-linear", "rpg-kernels/cpu-decoder"
 VERSION = 1
 
 
@@ -43,39 +43,45 @@ _RATE = {
     "read_bytes_per_s": number("read by all threads"),
     "update_bytes_per_s": number("read and written by all threads, both counted"),
 }
-_TRAFFIC = {
-    "read": Field("map", "bytes, by level", {"*": integer("")}, LEVELS),
-    "update": Field(
-        "map", "bytes read and written, both counted, by level", {"*": integer("")}, LEVELS
-    ),
-    "operations": integer("multiplications and additions"),
-    "dtype": text("of the products"),
+_RATIO = {
+    "q25": number("quartile"),
+    "median": number("above 1 ours is faster"),
+    "q75": number("quartile"),
 }
 ROW = {
     "layer": text("`model.layer`"),
-    "op": text("operator", "linear", "conv2d"),
     "weight_shape": _list("torch's shape of the weight", integer("")),
-    "batch": integer("rows of x, or images"),
     "dtype": text("of x, weight and bank", *DTYPES),
-    "impl": text("implementation", *IMPLS),
-    "dof": integer("degrees of freedom asked for; null of a dense weight", nullable=True),
-    "window": integer(
-        "slots of a window; null where the law chooses them, and for a whole ring", nullable=True
-    ),
+    "batch": integer("rows of x"),
+    "what": text("`training` is the forward and both gradients", *WHATS),
+    "dof": integer("degrees of freedom asked for"),
     "laps": integer("times that a slot is read close together; null for a ring", nullable=True),
-    "backend": text("that ran it: `torch`, `cpu` or `reference`"),
+    "backend": text("that ran it: `cpu`, `reference`, or both, forward first"),
     "status": text("how it went", *STATUSES),
     "reason": text(f"why, unless {OK}", nullable=True),
-    "error": number("largest absolute error against float64", nullable=True),
-    "allowed": number("the most that passes", nullable=True),
+    "error": number("largest absolute error against float64; null: not finite", nullable=True),
+    "allowed": number("the most that passes"),
     "copies": integer("layers that ran in turn"),
-    "series_s": _list("seconds of a call: the median of each series, in order", number("")),
-    "median_s": number("median of the series; null: not measured", nullable=True),
-    "samples": integer("in all series; each is the mean of some calls"),
-    "wait": number("wall time over process time, the median", nullable=True),
-    "traffic": Field(
-        "object", "what a call must do at least; null: not counted", _TRAFFIC, nullable=True
+    "rounds": integer("of samples, everything of a point in turn"),
+    "ours_s": number("seconds of a call, the median; null: not measured", nullable=True),
+    "dense": text("the fastest dense layer", nullable=True),
+    "dense_s": number("seconds of its call, the median", nullable=True),
+    "ratio": Field(
+        "object", "dense over ours, by round: what lies in the middle", _RATIO, nullable=True
     ),
+    "dense_all": Field(
+        "map", "seconds of every dense layer; those far behind were left early", {"*": number("")}
+    ),
+    "dense_missing": Field(
+        "map", "dense layers that did not run or were wrong, and why", {"*": text("")}
+    ),
+    "wait": number("wall time over process time, the median", nullable=True),
+    "roof": Field(
+        "map",
+        "least seconds of a call of ours by what it waits for: arithmetic, a level",
+        {"*": number("")},
+    ),
+    "dense_roof": Field("map", "the same of a dense layer", {"*": number("")}),
 }
 LAYERS_FILE = {
     **_head(LAYERS),
@@ -83,21 +89,22 @@ LAYERS_FILE = {
         "object",
         "of the run",
         {
-            "suite": text("its name", *SUITES),
-            "part": _list("groups, where not all of the suite was asked for", text("")),
-            "series": integer("passes over everything"),
-            "seconds": number("for the samples of a group in a series"),
+            "points": _list("that were asked for", text("")),
+            "seconds": number("for the samples of a point"),
             "seed": integer("of values and of the order of samples"),
         },
     ),
+    "lacks": _list("instruction sets that the processor has not", text("")),
     "rates": _list(
-        "the best of all series; empty without the native module", Field("object", "", _RATE)
+        "the best of all runs; empty without the native module", Field("object", "", _RATE)
     ),
     "matrix_per_s": Field(
-        "map", "operations per second of a large product, by dtype, the best", {"*": number("")}
+        "map", "operations per second of a product in cache, by dtype, the best", {"*": number("")}
     ),
-    "done": _list("groups and series that are finished: `NAME DTYPE SERIES`", text("")),
-    "results": _list("one for each implementation, bank and batch", Field("object", "", ROW)),
+    "disturbed": Field(
+        "map", "rows that kept no figure, and the spread of their ratio", {"*": number("")}
+    ),
+    "results": _list("one for each point and bank", Field("object", "", ROW)),
 }  # fmt: skip
 DECODER_FILE = {
     **_head(DECODER),

@@ -1,187 +1,188 @@
-"""The tensors of one group: dense weights, banks, virtual weights, and what is exact."""
+"""The tensors of one point: banks, virtual weights, dense weights, and what is exact."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.cases import DTYPES, Case
-from benchmarks.harness.cpu.grid import GRANULARITY, REFERENCE, Bank, Group, Point
+from benchmarks.harness.cases import DTYPES
+from benchmarks.harness.cpu import opponents
+from benchmarks.harness.cpu.grid import FORWARD, GRANULARITY, TRAINING, Bank, Point
+from benchmarks.harness.cpu.opponents import Dense, Job
 from benchmarks.harness.gate import Accuracy, Quantity, quantity
-from benchmarks.harness.problem import MAX_COPIES, images_last
+from benchmarks.harness.problem import MAX_COPIES
 from rpg_kernels import functional
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
-_CHUNK = 1 << 22  # weights that are written out at a time in float64
+_CHECKED_WEIGHTS, _CHECKED_ROWS = 1 << 22, 16  # of the weight and of the batch, in float64
+_LOOSE, _TIGHT = 3e-2, 1e-4  # of the largest value: what a dense layer may err, in bf16 and fp32
+_OPERATORS = {
+    FORWARD: ("linear",),
+    TRAINING: ("linear", "linear_input_grad", "linear_bank_grad"),
+}
 
 
 @dataclass(frozen=True)
-class Job:
-    """Something to time.
+class Ours:
+    """A bank's layers to time.
 
     Args:
-        point: what it is.
-        call: runs layer i of ``copies``; gives y.
-        copies: layers to run in turn.
-        backend: that runs it: ``"torch"``, ``"cpu"``, ``"reference"``.
-        weight: the first of its virtual weights; None of a dense layer.
-        weights: elements of the weight.
-        weight_bytes: of the weight, as if it were stored.
-        dtype: of x, as torch names it.
+        bank: that they read.
+        job: what to run.
+        backends: that run the forward, and the gradients where there are any, each named once.
+        operations: multiplications, counted twice as torch counts.
+        weight: the first of them.
     """
 
-    point: Point
-    call: Callable[[int], Tensor]
-    copies: int
-    backend: str
-    weight: VirtualWeight | None
-    weights: int
-    weight_bytes: int
-    dtype: str
+    bank: Bank
+    job: Job
+    backends: tuple[str, ...]
+    operations: int
+    weight: VirtualWeight
 
 
 class Subject:
-    """A group on the CPU; random, the same for the same seed.
+    """A point on the CPU; random, the same for the same seed.
 
     Dense weights are so many that twice the last-level cache is read between two uses of one. A
     bank's layers are so many that together they read as much, or the whole bank where that is
     smaller: what a network would find in the cache is found there, nothing else.
 
     Args:
-        group: what to measure.
+        point: what to measure.
         cache_bytes: of the last-level cache.
         seed: of all values.
     """
 
-    def __init__(self, group: Group, cache_bytes: int, seed: int) -> None:
-        self.group = group
-        self.cache_bytes = cache_bytes
-        self.dtype = DTYPES[group.dtype][0]
+    def __init__(self, point: Point, cache_bytes: int, seed: int) -> None:
+        self.point = point
+        self._cache_bytes = cache_bytes
+        self._shape = point.layer.weight
+        self._dtype = DTYPES[point.dtype][0]
+        rows, columns = self._shape
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            most = self.case(max((*group.batches, *group.referred_batches)))
-            self._x = images_last(torch.randn(most.input_shape).to(self.dtype))
-            banks = (*group.banks, *group.referred)
-            self._banks = {bank: self._bank(bank, self.dtype) for bank in banks}
-
-    def case(self, batch: int) -> Case:
-        """Shapes of the layer at a batch."""
-        return Case(self.group.layer, batch, dtype=self.group.dtype)
-
-    def x(self, batch: int) -> Tensor:
-        """The first rows or images of the input."""
-        return images_last(self._x[:batch])
+            self._x = torch.randn(point.batch, columns).to(self._dtype)
+            self._dy = torch.randn(point.batch, rows).to(self._dtype)
+            self.ours = [self._ours(bank) for bank in point.banks]
+            height = min(rows, max(1, _CHECKED_WEIGHTS // columns))
+            self._first = int(torch.randint(rows - height + 1, (1,)))
+        self._height = height
+        self._checked = torch.linspace(0, point.batch - 1, _CHECKED_ROWS).long().unique()
 
     def _bank(self, bank: Bank, dtype: torch.dtype) -> ParameterBank:
-        return ParameterBank(bank.dof, GRANULARITY, laps=bank.laps, window=bank.window, dtype=dtype)
+        return ParameterBank(bank.dof, GRANULARITY, laps=bank.laps, dtype=dtype)
 
-    def _weights(self, bank: Bank) -> list[VirtualWeight]:
-        parameters, shape = self._banks[bank], self.group.layer.weight
-        scale = 1 / (parameters.init_std * math.sqrt(math.prod(shape[1:])))
+    def _ours(self, bank: Bank) -> Ours:
+        parameters, shape = self._bank(bank, self._dtype), self._shape
+        scale = 1 / (parameters.init_std * math.sqrt(shape[1]))
         size = parameters.weight.nbytes
-        read = min(size, math.prod(shape) * self.dtype.itemsize // (bank.laps or 1))
-        copies = min(MAX_COPIES, 1 + -(-min(2 * self.cache_bytes, size) // read))
-        return [parameters.place(shape, scale=scale) for _ in range(copies)]
+        read = min(size, math.prod(shape) * self._dtype.itemsize // (bank.laps or 1))
+        copies = min(MAX_COPIES, 1 + -(-min(2 * self._cache_bytes, size) // read))
+        weights = [parameters.place(shape, scale=scale) for _ in range(copies)]
+        x = self._x if self.point.what == FORWARD else self._x.detach().requires_grad_()
 
-    def jobs(self) -> list[Job]:
-        """Everything to time."""
-        group, weights = self.group, {b: self._weights(b) for b in self._banks}
-        layer = weights[group.banks[0]][0].unpack().detach()
-        copies = min(MAX_COPIES, 1 + -(-2 * self.cache_bytes // layer.nbytes))
-        dense = [images_last(layer), *(images_last(layer).clone() for _ in range(copies - 1))]
-        return [
-            self._dense_job(point, dense)
-            if point.bank is None
-            else self._job(point, weights[point.bank])
-            for point in group.points()
-        ]
+        def call(i: int) -> tuple[Tensor, ...]:
+            if self.point.what == FORWARD:
+                with torch.no_grad():
+                    return (functional.linear(x, weights[i]),)
+            y = functional.linear(x, weights[i])
+            return (y.detach(), *torch.autograd.grad(y, (x, parameters.weight), self._dy))
 
-    def _dense_job(self, point: Point, dense: list[Tensor]) -> Job:
-        x = self.x(point.batch)
+        backends, operations = [], 0
+        for op in _OPERATORS[self.point.what]:
+            how = Call(
+                op, self._x, weights[0].spec, parameters.weight, self.point.layer.geometry, ""
+            )
+            chosen = dispatch.choose(how)
+            backends.append(chosen.name)
+            made = chosen.multiplications(how)
+            operations += 2 * (math.prod(shape) * len(x) if made is None else made)
+        used = tuple(dict.fromkeys(backends))
+        return Ours(bank, Job(str(bank), call, copies), used, operations, weights[0])
 
-        def call(i: int) -> Tensor:
-            return self.apply(x, dense[i])
-
-        return Job(point, call, len(dense), "torch", None, *self._sizes)
-
-    def _job(self, point: Point, weights: list[VirtualWeight]) -> Job:
-        x, layer = self.x(point.batch), self.group.layer
-        forced = "reference" if point.impl == REFERENCE else None
-
-        def ours(i: int) -> Tensor:
-            if layer.op == "linear":
-                return functional.linear(x, weights[i])
-            return functional.conv2d(x, weights[i], None, layer.stride, layer.padding)
-
-        def call(i: int) -> Tensor:
-            if forced is None:
-                return ours(i)
-            with dispatch.backend(forced):
-                return ours(i)
-
-        bank = weights[0].bank.weight
-        how = Call(layer.op, x, weights[0].spec, bank, layer.geometry, forced or "")
-        chosen = dispatch.choose(how).name
-        return Job(point, call, len(weights), chosen, weights[0], *self._sizes)
+    def dense(self) -> tuple[list[Job], dict[str, str]]:
+        """Opponents with the weights of the first bank's layer, see ``opponents.jobs``."""
+        with torch.no_grad():
+            layer = self.ours[0].weight.unpack()
+        copies = min(MAX_COPIES, 1 + -(-2 * self._cache_bytes // layer.nbytes))
+        weights = [layer, *(layer.clone() for _ in range(copies - 1))]
+        return opponents.jobs(Dense(weights, self._x, self._dy), self.point.what)
 
     @property
-    def _sizes(self) -> tuple[int, int, str]:
-        case = self.case(1)
-        name = str(self.dtype).removeprefix("torch.")
-        return case.layer.virtual_weights, case.weight_bytes, name
+    def dense_bytes(self) -> tuple[int, int]:
+        """Of a dense weight, and of x and y."""
+        item = self._dtype.itemsize
+        return math.prod(self._shape) * item, item * self.point.batch * sum(self._shape)
 
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """torch's product of x with a weight in torch's layout."""
-        layer = self.group.layer
-        if layer.op == "linear":
-            return torch.nn.functional.linear(x, weight)
-        return torch.nn.functional.conv2d(x, weight, None, layer.stride, layer.padding)
+    def judge(self, ours: Ours) -> Accuracy:
+        """Of what a call gives, that which errs most of what is allowed.
 
-    def wanted(self, bank: Bank, weight: VirtualWeight) -> dict[int, Quantity]:
-        """By batch, what a bank's first layer should give in float64, and the error allowed: twice
-        what torch makes of the same weight rounded to the dtype (see ``gate``), at that batch,
-        since torch has other routines for one row than for many."""
-        exact_bank = self._bank(bank, torch.float64)
+        In float64 some rows of the batch, from first to last, meet a range of the weight's rows.
+        dy is zero outside of both while a call is judged, so that gradients are exact with them
+        too. Allowed is twice what torch makes of the same weight rounded to the dtype (``gate``).
+        """
+        exact_bank = self._bank(ours.bank, torch.float64)
         with torch.no_grad():
-            exact_bank.weight.copy_(weight.bank.weight)
-        whole = VirtualWeight(exact_bank, weight.placement)
-        shape = self.group.layer.weight
-        step = max(1, _CHUNK // math.prod(shape[1:]))
-        x = self._x.double()
-        batches = dict.fromkeys((*self.group.batches, *self.group.referred_batches))
-        exact: list[Tensor] = []
-        same: dict[int, list[Tensor]] = {batch: [] for batch in batches}
-        for first in range(0, shape[0], step):
-            with torch.no_grad(), dispatch.backend("reference"):
-                part = whole.narrow(0, first, min(step, shape[0] - first)).unpack()
-            exact.append(self.apply(x, part))
-            rounded = images_last(part.to(self.dtype))
-            for batch in batches:
-                same[batch].append(self.apply(self.x(batch), rounded))
-        y = torch.cat(exact, 1)
-        return {batch: quantity(y[:batch], torch.cat(same[batch], 1)) for batch in batches}
+            exact_bank.weight.copy_(ours.weight.bank.weight)
+        whole = VirtualWeight(exact_bank, ours.weight.placement)
+        with torch.no_grad(), dispatch.backend("reference"):
+            part = whole.narrow(0, self._first, self._height)
+            exact = self._products(part.unpack())
+            torchs = self._products(part.unpack().to(self._dtype))
+            wanted = [quantity(e, t) for e, t in zip(exact[:2], torchs[:2], strict=True)]
+            if self.point.what == TRAINING:
+                packed = [part.pack(dw.double()).to(d) for dw, d in
+                          ((exact[2], torch.float64), (torchs[2], self._dtype))]  # fmt: skip
+                wanted.append(quantity(*packed))
+        return self._worst(self._called(ours.job), wanted)
 
-    def judge(self, jobs: list[Job]) -> list[Accuracy | None]:
-        """For each job its error and what is allowed; None of a dense one, which nothing beside it
-        defines."""
-        wanted: dict[Bank, dict[int, Quantity]] = {}
-        results: list[Accuracy | None] = []
-        for job in jobs:
-            point = job.point
-            if point.bank is None or job.weight is None:
-                results.append(None)
-                continue
-            if point.bank not in wanted:
-                wanted[point.bank] = self.wanted(point.bank, job.weight)
-            with torch.no_grad():
-                torch.full(self.case(point.batch).output_shape, float("nan"), dtype=self.dtype)
-                y = job.call(0)
-            results.append(wanted[point.bank][point.batch].judge(y))
-        return results
+    def judge_dense(self, job: Job) -> Accuracy:
+        """As ``judge``; allowed is a share of the largest value."""
+        with torch.no_grad():
+            layer = self.ours[0].weight.unpack()[self._range].double()
+        allowed = _TIGHT if job.exact else _LOOSE
+        wanted = [Quantity(e, allowed * float(e.abs().max())) for e in self._products(layer)]
+        got = self._called(job)
+        if len(got) > 2:
+            got = (*got[:2], got[2][self._range])
+        return self._worst(got, wanted)
+
+    @property
+    def _range(self) -> slice:
+        return slice(self._first, self._first + self._height)
+
+    def _products(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """y, dx and the weight's gradient of the rows that are checked, in the weight's dtype."""
+        x = self._x.detach()[self._checked].to(weight.dtype)
+        dy = self._dy[self._checked][:, self._range].to(weight.dtype)
+        return x @ weight.t(), dy @ weight, dy.t() @ x
+
+    def _called(self, job: Job) -> tuple[Tensor, ...]:
+        """A call on memory that held NaN, with dy zero where nothing is checked."""
+        kept = self._dy.clone()
+        self._dy.zero_()
+        rows = self._checked[:, None], torch.arange(self._height) + self._first
+        self._dy[rows] = kept[rows]
+        torch.full_like(kept, float("nan"))
+        try:
+            with opponents.running(job):
+                return tuple(t.clone() for t in job.call(0))
+        finally:
+            self._dy.copy_(kept)
+
+    def _worst(self, got: tuple[Tensor, ...], wanted: list[Quantity]) -> Accuracy:
+        whole = [(bool(t.isfinite().all())) for t in got]
+        y, *gradients = got
+        parts = [y[self._checked][:, self._range]]
+        if gradients:
+            parts += [gradients[0][self._checked], gradients[1]]
+        judged = [q.judge(t) if fine else Accuracy(float("inf"), q.allowed)
+                  for q, t, fine in zip(wanted, parts, whole, strict=False)]  # fmt: skip
+        return max(judged, key=lambda a: a.error / max(a.allowed, 1e-300))
