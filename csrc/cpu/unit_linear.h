@@ -25,7 +25,8 @@ struct UnitLinearArgs {
 };
 
 // dx [batch, K] = scale · dy [batch, N] · (G ring), and
-// dw [slots, block] += scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]); all contiguous.
+// dw [slots, block] = scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]), which is zero before; all
+// contiguous.
 struct UnitLinearGradsArgs {
   Dtype bank_dtype;
   const void* ring;  // [slots, block]; for dx

@@ -1,5 +1,5 @@
 // unit_linear_grads: dx [batch, K] = scale · dy [batch, N] · (G ring) and
-// dw [slots, block] += scale · Gᵀ · (dyᵀ x), for the unit law; either or both.
+// dw [slots, block] = scale · Gᵀ · (dyᵀ x), for the unit law; either or both. dw is zero before.
 //
 // The mirror of unit_linear.cpp. A unit, R rows of a column of blocks, reads W slots of a window.
 // So for L rows of the batch ("lanes"), with x_b and dx_b [L, block]:
