@@ -168,13 +168,13 @@ void check_units(const LayerLaw& law, int64_t batch, int64_t columns, int thread
   require(lanes >= 1 && lanes <= 64 && !(lanes & (lanes - 1)), "lanes: wanted a power of two");
 }
 
-constexpr int kFew = 4;      // lanes up to which the bank is read as it is stored
-constexpr int kVector = 16;  // lanes that every instruction set's vectors divide
+constexpr int kFewLanes = 4;  // lanes up to which the bank is read as it is stored
+constexpr int kVector = 16;   // lanes that every instruction set's vectors divide
 
 UnitLinearArgs unit_args(const LayerLaw& law, int64_t batch, int64_t columns, int threads,
                          int lanes) {
   check_units(law, batch, columns, threads, lanes);
-  require(lanes > kFew ? lanes >= kVector : batch <= lanes && law.granularity % 32 == 0,
+  require(lanes > kFewLanes ? lanes >= kVector : batch <= lanes && law.granularity % 32 == 0,
           "lanes: wanted 16 to 64, or up to 4 for no larger a batch and blocks of 32 or more");
   UnitLinearArgs args{};
   args.batch = batch, args.columns = columns, args.threads = threads, args.lanes = lanes;
@@ -184,8 +184,8 @@ UnitLinearArgs unit_args(const LayerLaw& law, int64_t batch, int64_t columns, in
 WorkspaceBytes unit_linear_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
                                      int threads, int lanes) {
   const UnitLinearArgs args = unit_args(law, batch, columns, threads, lanes);
-  const Workspace size = lanes > kFew ? kernels().unit_linear_workspace(law, args)
-                                      : kernels().unit_linear_few_workspace(law, args);
+  const Workspace size = lanes > kFewLanes ? kernels().unit_linear_workspace(law, args)
+                                           : kernels().unit_linear_few_workspace(law, args);
   return {size.bytes, size.activations};
 }
 
@@ -197,7 +197,7 @@ void unit_linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t 
   args.x_dtype = checked_dtype(x_dtype), args.x = address<const void>(x);
   args.bias = address<const float>(bias), args.y = address<void>(y);
   args.scale = scale, args.workspace = address<void>(workspace);
-  (lanes > kFew ? kernels().unit_linear : kernels().unit_linear_few)(law, args);
+  (lanes > kFewLanes ? kernels().unit_linear : kernels().unit_linear_few)(law, args);
 }
 
 UnitLinearGradsArgs unit_grads_args(const LayerLaw& law, int64_t batch, int64_t columns,

@@ -15,61 +15,62 @@ namespace {  // compiled once per instruction set, see law/ring.h
 // Elements of activations at an address; sizes and strides are in elements.
 struct Activations {
   Dtype dtype;
-  const void* at;
+  const void* data;
   const void* element(int64_t i) const {
-    return static_cast<const char*>(at) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
+    return static_cast<const char*>(data) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
   }
 };
 
 template <class T, int COUNT>
-inline void convert_from(const void* from, float* to) {
-  const typename T::Bits* bits = static_cast<const typename T::Bits*>(from);
+inline void convert_from(const void* source, float* target) {
+  const typename T::Bits* bits = static_cast<const typename T::Bits*>(source);
 #pragma omp simd
-  for (int i = 0; i < COUNT; ++i) to[i] = T::load(bits[i]);
+  for (int i = 0; i < COUNT; ++i) target[i] = T::load(bits[i]);
 }
 
 template <class T, int COUNT>
-inline void convert_to(const float* from, void* to) {
-  typename T::Bits* bits = static_cast<typename T::Bits*>(to);
+inline void convert_to(const float* source, void* target) {
+  typename T::Bits* bits = static_cast<typename T::Bits*>(target);
 #pragma omp simd
-  for (int i = 0; i < COUNT; ++i) bits[i] = T::store(from[i]);
+  for (int i = 0; i < COUNT; ++i) bits[i] = T::store(source[i]);
 }
 
 // COUNT elements as fp32.
 template <int COUNT>
-inline void read_floats(Dtype dtype, const void* from, float* to) {
+inline void read_floats(Dtype dtype, const void* source, float* target) {
   switch (dtype) {
-    case Dtype::kBfloat16: return convert_from<Bfloat16, COUNT>(from, to);
-    case Dtype::kFloat16: return convert_from<Float16, COUNT>(from, to);
-    default: std::memcpy(to, from, 4 * COUNT);
+    case Dtype::kBfloat16: return convert_from<Bfloat16, COUNT>(source, target);
+    case Dtype::kFloat16: return convert_from<Float16, COUNT>(source, target);
+    default: std::memcpy(target, source, 4 * COUNT);
   }
 }
 
 template <int COUNT>
-inline void write_floats(Dtype dtype, const float* from, void* to) {
+inline void write_floats(Dtype dtype, const float* source, void* target) {
   switch (dtype) {
-    case Dtype::kBfloat16: return convert_to<Bfloat16, COUNT>(from, to);
-    case Dtype::kFloat16: return convert_to<Float16, COUNT>(from, to);
-    default: std::memcpy(to, from, 4 * COUNT);
+    case Dtype::kBfloat16: return convert_to<Bfloat16, COUNT>(source, target);
+    case Dtype::kFloat16: return convert_to<Float16, COUNT>(source, target);
+    default: std::memcpy(target, source, 4 * COUNT);
   }
 }
 
-inline void read_some(Dtype dtype, const void* from, int count, float* to) {
+inline void read_some(Dtype dtype, const void* source, int count, float* target) {
   const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
   int i = 0;
   for (; i + 8 <= count; i += 8) {
-    read_floats<8>(dtype, static_cast<const char*>(from) + i * size, to + i);
+    read_floats<8>(dtype, static_cast<const char*>(source) + i * size, target + i);
   }
-  for (; i < count; ++i) read_floats<1>(dtype, static_cast<const char*>(from) + i * size, to + i);
+  for (; i < count; ++i)
+    read_floats<1>(dtype, static_cast<const char*>(source) + i * size, target + i);
 }
 
-inline void write_some(Dtype dtype, const float* from, int count, void* to) {
+inline void write_some(Dtype dtype, const float* source, int count, void* target) {
   const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
   int i = 0;
   for (; i + 8 <= count; i += 8) {
-    write_floats<8>(dtype, from + i, static_cast<char*>(to) + i * size);
+    write_floats<8>(dtype, source + i, static_cast<char*>(target) + i * size);
   }
-  for (; i < count; ++i) write_floats<1>(dtype, from + i, static_cast<char*>(to) + i * size);
+  for (; i < count; ++i) write_floats<1>(dtype, source + i, static_cast<char*>(target) + i * size);
 }
 
 #if defined(__clang__)
@@ -138,8 +139,8 @@ inline void pack_rows(const Activations& x, int64_t first, int64_t stride, int64
   const int valid = static_cast<int>(std::min<int64_t>(columns, block));
   for (int m = 0; m < lanes; ++m, out += block) {
     if (m < rows) read_some(x.dtype, x.element(first + m * stride), valid, out);
-    const int from = m < rows ? valid : 0;
-    std::memset(out + from, 0, sizeof(float) * (block - from));
+    const int written = m < rows ? valid : 0;
+    std::memset(out + written, 0, sizeof(float) * (block - written));
   }
 }
 

@@ -22,14 +22,14 @@ constexpr int kVector = 4, kProductVectors = 2;
 constexpr int kPanel = kVector * kProductVectors;  // columns of C that are multiplied at once
 
 // Where operands of a product lie: element (r, k) of A at a + r a_row + k a_step, and so on.
-struct Operand {
-  const float* at;
+struct Factor {
+  const float* data;
   int64_t row;
   int64_t step;
 };
 
 template <int MR, int NV, bool ADD>
-inline void multiply_rows(const Operand& a, const float* b, int64_t b_step, int steps, float* c,
+inline void multiply_rows(const Factor& a, const float* b, int64_t b_step, int steps, float* c,
                           int64_t c_row) {
   typedef Floats<kVector> Vector;
   Vector sum[MR][NV];
@@ -38,7 +38,7 @@ inline void multiply_rows(const Operand& a, const float* b, int64_t b_step, int 
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) sum[r][v] = Vector{};
   }
-  const float* ak = a.at;
+  const float* ak = a.data;
   for (int k = 0; k < steps; ++k, ak += a.step, b += b_step) {
     Vector bk[NV];
 #pragma GCC unroll 4
@@ -54,8 +54,8 @@ inline void multiply_rows(const Operand& a, const float* b, int64_t b_step, int 
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      float* to = c + r * c_row + v * kVector;
-      store<kVector>(to, ADD ? load<kVector>(to) + sum[r][v] : sum[r][v]);
+      float* target = c + r * c_row + v * kVector;
+      store<kVector>(target, ADD ? load<kVector>(target) + sum[r][v] : sum[r][v]);
     }
   }
 }
@@ -63,10 +63,10 @@ inline void multiply_rows(const Operand& a, const float* b, int64_t b_step, int 
 // The same of any number of rows. `soon` is memory that is read after this product: a line of it is
 // asked for with each row.
 template <int NV, bool ADD>
-inline void multiply_panel(int rows, Operand a, const float* b, int64_t b_step, int steps, float* c,
+inline void multiply_panel(int rows, Factor a, const float* b, int64_t b_step, int steps, float* c,
                            int64_t c_row, const char*& soon) {
   constexpr int kRows = NV == 1 ? 8 : 6;
-  for (; rows >= kRows; rows -= kRows, a.at += kRows * a.row, c += kRows * c_row) {
+  for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, c += kRows * c_row) {
     if (soon) {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) __builtin_prefetch(soon + 64 * i, 0, 2);
@@ -76,11 +76,11 @@ inline void multiply_panel(int rows, Operand a, const float* b, int64_t b_step, 
   }
   if (rows >= 4) {
     multiply_rows<4, NV, ADD>(a, b, b_step, steps, c, c_row);
-    rows -= 4, a.at += 4 * a.row, c += 4 * c_row;
+    rows -= 4, a.data += 4 * a.row, c += 4 * c_row;
   }
   if (rows >= 2) {
     multiply_rows<2, NV, ADD>(a, b, b_step, steps, c, c_row);
-    rows -= 2, a.at += 2 * a.row, c += 2 * c_row;
+    rows -= 2, a.data += 2 * a.row, c += 2 * c_row;
   }
   if (rows) multiply_rows<1, NV, ADD>(a, b, b_step, steps, c, c_row);
 }
@@ -88,7 +88,7 @@ inline void multiply_panel(int rows, Operand a, const float* b, int64_t b_step, 
 // C [rows, columns] (+)= A [rows, steps] · B [steps, columns]; columns a multiple of V. Panels of B
 // one after the other, each with all rows.
 template <bool ADD>
-inline void multiply(int rows, int columns, const Operand& a, const float* b, int64_t b_step,
+inline void multiply(int rows, int columns, const Factor& a, const float* b, int64_t b_step,
                      int steps, float* c, int64_t c_row, const void* next = nullptr) {
   const char* soon = static_cast<const char*>(next);
   int j = 0;

@@ -25,17 +25,17 @@ struct OctetEntry {
 };
 
 // The window of a unit: `octets` octets from slot `base` on, around the end of the ring. Its first
-// octet has been used `before` times by other units.
+// octet has been used `used` times by other units.
 struct UnitWindow {
   uint32_t base;
   uint32_t octets;
-  uint32_t before;
+  uint32_t used;
 };
 
 inline UnitWindow window_of(const UnitBand& law, const Unit& unit) {
   const uint32_t first = divide(unit.use, law.by_laps), laps = law.by_laps.divisor;
-  const uint32_t before = unit.use - first * laps;
-  return {slot_of_use(law, unit.use, 0), (before + unit.size + laps - 1) / laps, before};
+  const uint32_t used = unit.use - first * laps;
+  return {slot_of_use(law, unit.use, 0), (used + unit.size + laps - 1) / laps, used};
 }
 
 namespace octet {
@@ -50,7 +50,7 @@ constexpr uint32_t word_of(uint32_t pattern) {
 
 // [pattern, row] -> residue, and [pattern, residue] -> row; as 32-bit lanes of a vector.
 struct Patterns {
-  alignas(64) int32_t at[256][8];
+  alignas(64) int32_t order_of[256][8];
 };
 
 constexpr Patterns make_residues() {
@@ -58,7 +58,7 @@ constexpr Patterns make_residues() {
   for (uint32_t i = 0; i < 256; ++i) {
     for (uint32_t r = 0; r < 8; ++r) {
       const uint32_t word = word_of(i);
-      out.at[i][r] = static_cast<int32_t>(((r ^ (word >> 29)) - word) * (word >> 3 | 1) & 7);
+      out.order_of[i][r] = static_cast<int32_t>(((r ^ (word >> 29)) - word) * (word >> 3 | 1) & 7);
     }
   }
   return out;
@@ -69,7 +69,7 @@ constexpr Patterns make_rows() {
   for (uint32_t i = 0; i < 256; ++i) {
     for (uint32_t c = 0; c < 8; ++c) {
       const uint32_t word = word_of(i);
-      out.at[i][c] = static_cast<int32_t>(((c * (word >> 3 | 1) + word) & 7) ^ (word >> 29));
+      out.order_of[i][c] = static_cast<int32_t>(((c * (word >> 3 | 1) + word) & 7) ^ (word >> 29));
     }
   }
   return out;
@@ -78,7 +78,7 @@ constexpr Patterns make_rows() {
 constexpr Patterns kInOrder = [] {
   Patterns out{};
   for (int i = 0; i < 256; ++i) {
-    for (int r = 0; r < 8; ++r) out.at[i][r] = r;
+    for (int r = 0; r < 8; ++r) out.order_of[i][r] = r;
   }
   return out;
 }();
@@ -115,12 +115,12 @@ inline void shuffle(const UnitBand& law, const Unit& unit, uint16_t* x) {
     for (int j = 0; law.permute && j < kShuffleRounds; ++j) {
       for (int v = 0; v < kVectors; ++v) {
         const Lanes partner = offset[j] - lanes[v], wrapped = partner + size;
-        const Lanes other = partner < wrapped ? partner : wrapped;
-        const Lanes larger = lanes[v] < other ? other : lanes[v];
+        const Lanes mate = partner < wrapped ? partner : wrapped;
+        const Lanes larger = lanes[v] < mate ? mate : lanes[v];
         const Lanes hashed = larger * factor[j] + summand[j];
         SignedLanes swap;
         std::memcpy(&swap, &hashed, sizeof swap);
-        lanes[v] = swap < 0 ? other : lanes[v];
+        lanes[v] = swap < 0 ? mate : lanes[v];
       }
     }
     std::memcpy(x + i, lanes, sizeof lanes);
@@ -133,10 +133,10 @@ constexpr octet::Patterns kResidues = octet::make_residues(), kRows = octet::mak
 
 // Which table `pattern` is a row of, where rows look for slots and slots for rows.
 inline const int32_t (*residues_of(const UnitBand& law))[8] {
-  return law.permute ? kResidues.at : octet::kInOrder.at;
+  return law.permute ? kResidues.order_of : octet::kInOrder.order_of;
 }
 inline const int32_t (*rows_of(const UnitBand& law))[8] {
-  return law.permute ? kRows.at : octet::kInOrder.at;
+  return law.permute ? kRows.order_of : octet::kInOrder.order_of;
 }
 
 constexpr int kEntries = 64;  // made together
@@ -151,17 +151,17 @@ inline int64_t entries_room(int64_t size) {
 
 // The entries of a unit; `entry` and `shuffled` [entries_room(unit.size)]. Octet i of the unit is
 // number shuffled[i] of those that read the window, in order of its octets, from its first octet's
-// use `before` on.
+// use `used` on.
 inline void unit_entries(const UnitBand& law, const Unit& unit, const UnitWindow& window,
                          OctetEntry* entry, uint16_t* shuffled) {
   octet::shuffle(law, unit, shuffled);
   const Divider by_laps = law.by_laps;
   const uint32_t k0 = law.octet_key[0], k1 = law.octet_key[1], size = unit.size, q = unit.q;
-  const uint32_t s0 = law.sign_key[0], s1 = law.sign_key[1], before = window.before;
+  const uint32_t s0 = law.sign_key[0], s1 = law.sign_key[1], used = window.used;
   constexpr uint32_t kStep = kEntries;
   for (uint32_t i = 0; i < size; i += kStep) {
     uint32_t place[kStep], word[kStep], sign[kStep / 4 + 1] = {};
-    for (uint32_t k = 0; k < kStep; ++k) place[k] = divide(shuffled[i + k] + before, by_laps);
+    for (uint32_t k = 0; k < kStep; ++k) place[k] = divide(shuffled[i + k] + used, by_laps);
     for (uint32_t k = 0; k < kStep; ++k) word[k] = hash_word(q + i + k, k0, k1);
     if (law.vector) {
       for (uint32_t k = 0; k <= kStep / 4; ++k) sign[k] = hash_word((q + i) / 4 + k, s0, s1);

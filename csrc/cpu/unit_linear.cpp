@@ -37,14 +37,14 @@ constexpr int kTogether = 4;
 constexpr int64_t kSquare = 8;  // activations are transposed so many at a time
 
 // How the workspace is divided; bytes of one thread.
-struct Layout {
+struct UnitLinearLayout {
   bool by_tiles;
   int64_t x, s, y, window, entries, shuffled;
   int64_t bytes() const { return x + s + y + window + entries + shuffled; }
 };
 
-Layout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs& args) {
-  Layout out{};
+UnitLinearLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs& args) {
+  UnitLinearLayout out{};
   const int64_t lanes = args.lanes, block = law.granularity;
   const int64_t tiles = (args.batch + lanes - 1) / lanes;
   out.by_tiles = tiles >= args.threads;
@@ -111,18 +111,18 @@ class UnitLinear {
   }
 
  private:
-  struct Memory {
+  struct UnitLinearMemory {
     float *x, *s, *y, *window;
     OctetEntry* entries;
     uint16_t* shuffled;
   };
 
-  Memory memory_of(int part) const {
-    char* at = static_cast<char*>(args_.workspace) + part * layout_.bytes();
-    Memory out{};
-    const auto take = [&at](auto*& pointer, int64_t bytes) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-      at += bytes;
+  UnitLinearMemory memory_of(int part) const {
+    char* next = static_cast<char*>(args_.workspace) + part * layout_.bytes();
+    UnitLinearMemory out{};
+    const auto take = [&next](auto*& pointer, int64_t bytes) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
+      next += bytes;
     };
     take(out.x, layout_.x), take(out.s, layout_.s), take(out.y, layout_.y);
     take(out.window, layout_.window), take(out.entries, layout_.entries);
@@ -137,7 +137,7 @@ class UnitLinear {
   int lanes_of(int64_t tile) const { return lanes_for(rows_of(tile), args_.lanes); }
 
   // x of columns `low` to `high` - 1 of blocks, in lanes.
-  void pack(const Memory& memory, int64_t tile, int64_t low, int64_t high) const {
+  void pack(const UnitLinearMemory& memory, int64_t tile, int64_t low, int64_t high) const {
     const int64_t first = low * law_.granularity;
     const int64_t columns = std::min(args_.columns, high * law_.granularity) - first;
     pack_lanes({args_.x_dtype, args_.x}, tile * args_.lanes * args_.columns + first, args_.columns,
@@ -145,7 +145,7 @@ class UnitLinear {
   }
 
   void whole_tile(int part, int64_t tile) const {
-    const Memory memory = memory_of(part);
+    const UnitLinearMemory memory = memory_of(part);
     pack(memory, tile, 0, plan_.band.columns);
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
       add_group(memory, group, 0, plan_.band.columns, lanes_of(tile), memory.y);
@@ -157,7 +157,7 @@ class UnitLinear {
   }
 
   void columns_of_tile(int part, int64_t tile) const {
-    const Memory memory = memory_of(part);
+    const UnitLinearMemory memory = memory_of(part);
     const int64_t columns = plan_.band.columns;
     const int64_t low = columns * part / args_.threads;
     const int64_t high = columns * (part + 1) / args_.threads;
@@ -185,8 +185,8 @@ class UnitLinear {
   }
 
   // y [rows of the group, L] = the sum over columns `low` to `high` - 1, whose x is packed.
-  void add_group(const Memory& memory, uint32_t group, int64_t low, int64_t high, int64_t lanes,
-                 float* y) const {
+  void add_group(const UnitLinearMemory& memory, uint32_t group, int64_t low, int64_t high,
+                 int64_t lanes, float* y) const {
     const int64_t block = law_.granularity;
     const int64_t room = entries_room(plan_.most_octets);
     const int64_t s_size = plan_.most_window * kOctet * lanes;
@@ -196,19 +196,19 @@ class UnitLinear {
       const float* s[kTogether];
       for (int g = 0; g < count; ++g) {
         const int64_t column = first + g;
-        const PlannedUnit& planned = plan_.at(group, static_cast<uint32_t>(column));
-        OctetEntry* to = memory.entries + g * room;
-        unit_entries(plan_.band, planned.unit, planned.window, to, memory.shuffled);
+        const PlannedUnit& planned = plan_.unit_of(group, static_cast<uint32_t>(column));
+        OctetEntry* entries = memory.entries + g * room;
+        unit_entries(plan_.band, planned.unit, planned.window, entries, memory.shuffled);
         const int rows = static_cast<int>(planned.window.octets * kOctet);
         const float* window = window_rows(ring_, planned.window.base, rows, memory.window);
         float* products = memory.s + g * s_size;
         const int valid = static_cast<int>(std::min(args_.columns - column * block, block));
         const void* next =
-            column + 1 < high ? ring_.slot(plan_.at(group, column + 1).window.base) : nullptr;
+            column + 1 < high ? ring_.slot(plan_.unit_of(group, column + 1).window.base) : nullptr;
         multiply<false>(rows, static_cast<int>(lanes), {window, block, 1},
                         memory.x + (column - low) * block * lanes, lanes, valid, products, lanes,
                         next);
-        entry[g] = to, s[g] = products;
+        entry[g] = entries, s[g] = products;
       }
       const int64_t octets = group_size(plan_.band, group);
       const int32_t (*residues)[8] = residues_of(plan_.band);
@@ -236,20 +236,20 @@ class UnitLinear {
       for (int64_t m = 0; m < batch; m += kSquare) {
         Floats<8> square[8];
         for (int i = 0; i < 8; ++i) {
-          const int64_t at = (offset + n + i) * lanes + m;
-          square[i] = load<8>(sums[0] + at);
-          for (int k = 1; k < count; ++k) square[i] += load<8>(sums[k] + at);
+          const int64_t place = (offset + n + i) * lanes + m;
+          square[i] = load<8>(sums[0] + place);
+          for (int k = 1; k < count; ++k) square[i] += load<8>(sums[k] + place);
         }
         transpose8(square);
         for (int i = 0; i < 8 && m + i < batch; ++i) {
           alignas(32) float out[8];
           store<8>(out, square[i] * scale + load<8>(bias));
-          void* to = static_cast<char*>(args_.y) +
-                     ((tile * args_.lanes + m + i) * law_.rows + row + n) * size;
+          void* target = static_cast<char*>(args_.y) +
+                         ((tile * args_.lanes + m + i) * law_.rows + row + n) * size;
           if (valid == 8) {
-            write_floats<8>(args_.x_dtype, out, to);
+            write_floats<8>(args_.x_dtype, out, target);
           } else {
-            write_some(args_.x_dtype, out, valid, to);
+            write_some(args_.x_dtype, out, valid, target);
           }
         }
       }
@@ -259,14 +259,14 @@ class UnitLinear {
   const LayerLaw& law_;
   const UnitLinearArgs& args_;
   UnitPlan plan_;
-  Layout layout_;
+  UnitLinearLayout layout_;
   Ring ring_;
 };
 
 }  // namespace
 
 Workspace unit_linear_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
-  const Layout layout = layout_of(law, UnitPlan(law), args);
+  const UnitLinearLayout layout = layout_of(law, UnitPlan(law), args);
   return {args.threads * layout.bytes(), args.threads * layout.x};
 }
 

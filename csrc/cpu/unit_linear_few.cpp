@@ -34,13 +34,13 @@ typedef Floats<kDotVector> DotVector;
 typedef FloatsOf<kDotVector>::integers DotIntegers;
 
 // How the workspace is divided; bytes of one thread.
-struct Layout {
+struct FewLayout {
   int64_t x, s, y, rows, entries, shuffled;
   int64_t bytes() const { return x + s + y + rows + entries + shuffled; }
 };
 
-Layout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs& args) {
-  Layout out{};
+FewLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs& args) {
+  FewLayout out{};
   const int64_t room = entries_room(plan.most_octets);
   out.x = lines(4 * args.lanes * law.granularity);
   out.s = lines(4 * plan.most_window * kOctet * args.lanes);
@@ -52,9 +52,9 @@ Layout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs
 }
 
 // The even and the odd elements of kDotVector words of two bfloat16.
-inline void load_pairs(const char* from, DotVector& even, DotVector& odd) {
+inline void load_pairs(const char* source, DotVector& even, DotVector& odd) {
   DotIntegers words, upper, lower;
-  std::memcpy(&words, from, sizeof words);
+  std::memcpy(&words, source, sizeof words);
   lower = words << 16;
   upper = words & static_cast<int32_t>(0xFFFF0000);
   std::memcpy(&even, &lower, sizeof even);
@@ -102,10 +102,10 @@ inline void dot_octet(const char* slots, int64_t stride, const float* x, int blo
     for (int e = 0; e < block; e += kStep) {
 #pragma GCC unroll 8
       for (int i = 0; i < kSlots; ++i) {
-        const char* from = slots + (first + i) * stride + e * (PAIRS ? 2 : 4);
+        const char* source = slots + (first + i) * stride + e * (PAIRS ? 2 : 4);
         if constexpr (PAIRS) {
           DotVector even, odd;
-          load_pairs(from, even, odd);
+          load_pairs(source, even, odd);
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
             const float* xm = x + m * block + e;
@@ -113,7 +113,7 @@ inline void dot_octet(const char* slots, int64_t stride, const float* x, int blo
             sum[m * kSlots + i] += odd * load<kDotVector>(xm + kDotVector);
           }
         } else {
-          const DotVector w = load<kDotVector>(reinterpret_cast<const float*>(from));
+          const DotVector w = load<kDotVector>(reinterpret_cast<const float*>(source));
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
             sum[m * kSlots + i] += w * load<kDotVector>(x + m * block + e);
@@ -184,18 +184,18 @@ class UnitLinearFew {
   }
 
  private:
-  struct Memory {
+  struct FewMemory {
     float *x, *s, *y, *rows;
     OctetEntry* entries;
     uint16_t* shuffled;
   };
 
-  Memory memory_of(int part) const {
-    char* at = static_cast<char*>(args_.workspace) + part * layout_.bytes();
-    Memory out{};
-    const auto take = [&at](auto*& pointer, int64_t bytes) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-      at += bytes;
+  FewMemory memory_of(int part) const {
+    char* next = static_cast<char*>(args_.workspace) + part * layout_.bytes();
+    FewMemory out{};
+    const auto take = [&next](auto*& pointer, int64_t bytes) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
+      next += bytes;
     };
     take(out.x, layout_.x), take(out.s, layout_.s), take(out.y, layout_.y);
     take(out.rows, layout_.rows), take(out.entries, layout_.entries);
@@ -204,28 +204,28 @@ class UnitLinearFew {
   }
 
   // x_b [M, block], zeros where it ends before.
-  void load_x(const Memory& memory, int64_t column, int valid, bool pairs) const {
+  void load_x(const FewMemory& memory, int64_t column, int valid, bool pairs) const {
     const int block = law_.granularity;
     const Activations x{args_.x_dtype, args_.x};
     for (int m = 0; m < args_.lanes; ++m) {
-      float* to = memory.x + m * block;
-      std::memset(to, 0, sizeof(float) * block);
+      float* target = memory.x + m * block;
+      std::memset(target, 0, sizeof(float) * block);
       if (m >= args_.batch) continue;
-      read_some(x.dtype, x.element(m * args_.columns + column * block), valid, to);
+      read_some(x.dtype, x.element(m * args_.columns + column * block), valid, target);
       if (!pairs) continue;
       for (int e = 0; e < block; e += 2 * kDotVector) {
         float split[2 * kDotVector];
         for (int i = 0; i < 2 * kDotVector; ++i) {
-          split[i % 2 * kDotVector + i / 2] = to[e + i];
+          split[i % 2 * kDotVector + i / 2] = target[e + i];
         }
-        std::memcpy(to + e, split, sizeof split);
+        std::memcpy(target + e, split, sizeof split);
       }
     }
   }
 
   template <int M>
   void add_columns(int part) const {
-    const Memory memory = memory_of(part);
+    const FewMemory memory = memory_of(part);
     const int64_t columns = plan_.band.columns, block = law_.granularity;
     const int64_t low = columns * part / args_.threads, high = columns * (part + 1) / args_.threads;
     if (low == high) return;
@@ -235,7 +235,7 @@ class UnitLinearFew {
       const bool pairs = ring_.dtype == Dtype::kBfloat16 && valid == block;
       load_x(memory, column, valid, pairs);
       for (uint32_t group = 0; group < plan_.band.groups; ++group) {
-        const PlannedUnit& planned = plan_.at(group, static_cast<uint32_t>(column));
+        const PlannedUnit& planned = plan_.unit_of(group, static_cast<uint32_t>(column));
         dot_window<M>(planned.window, valid, pairs, memory);
         unit_entries(plan_.band, planned.unit, planned.window, memory.entries, memory.shuffled);
         add_octets<M>(memory.entries, group_size(plan_.band, group), memory.s,
@@ -246,14 +246,14 @@ class UnitLinearFew {
   }
 
   template <int M>
-  void dot_window(const UnitWindow& window, int valid, bool pairs, const Memory& memory) const {
+  void dot_window(const UnitWindow& window, int valid, bool pairs, const FewMemory& memory) const {
     const int block = law_.granularity;
     const int64_t stride = ring_.row_bytes();
     const bool stored = pairs || (ring_.dtype == Dtype::kFloat32 && valid == block);
     int64_t first = window.base;
     for (uint32_t o = 0; o < window.octets; ++o) {
       float* s = memory.s + int64_t{o} * M * 8;
-      const char* slots = static_cast<const char*>(ring_.at) + first * stride;
+      const char* slots = static_cast<const char*>(ring_.data) + first * stride;
       if (!stored || first + kOctet > ring_.slots) {
         // Around the end of the ring, of a dtype that is converted, or with a part of no weights,
         // which may hold infinities.
@@ -268,19 +268,20 @@ class UnitLinearFew {
     }
   }
 
-  const char* copy_octet(int64_t first, int valid, bool pairs, const Memory& memory) const {
-    char* to = reinterpret_cast<char*>(memory.rows);
+  const char* copy_octet(int64_t first, int valid, bool pairs, const FewMemory& memory) const {
+    char* target = reinterpret_cast<char*>(memory.rows);
     const int64_t stride = ring_.row_bytes(), block = law_.granularity;
     for (int64_t i = 0; i < kOctet; ++i) {
-      const char* from = static_cast<const char*>(ring_.at) + (first + i) % ring_.slots * stride;
+      const char* source =
+          static_cast<const char*>(ring_.data) + (first + i) % ring_.slots * stride;
       if (pairs) {
-        std::memcpy(to + i * stride, from, stride);
+        std::memcpy(target + i * stride, source, stride);
       } else {
-        read_some(ring_.dtype, from, valid, memory.rows + i * block);
+        read_some(ring_.dtype, source, valid, memory.rows + i * block);
         std::memset(memory.rows + i * block + valid, 0, sizeof(float) * (block - valid));
       }
     }
-    return to;
+    return target;
   }
 
   // This part's share of the rows, of which every part has summed some columns.
@@ -312,14 +313,14 @@ class UnitLinearFew {
   const LayerLaw& law_;
   const UnitLinearArgs& args_;
   UnitPlan plan_;
-  Layout layout_;
+  FewLayout layout_;
   Ring ring_;
 };
 
 }  // namespace
 
 Workspace unit_linear_few_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
-  const Layout layout = layout_of(law, UnitPlan(law), args);
+  const FewLayout layout = layout_of(law, UnitPlan(law), args);
   return {args.threads * layout.bytes(), args.threads * layout.x};
 }
 

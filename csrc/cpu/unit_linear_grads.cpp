@@ -9,7 +9,7 @@
 //   dw [W, block]     += T · x_b
 //
 // in chunks of kChunk octets of slots, whose T stays in L1. Shuffled octets are dealt to slots in
-// order of uses, so nothing is sorted: uses of octet o of the window are laps o - before ... of the
+// order of uses, so nothing is sorted: uses of octet o of the window are laps o - used ... of the
 // unit. Memory, for units of 1024 rows on 256 slots of 64, 64 lanes, 4096 rows and columns:
 //
 //   dy in lanes             [N, L]               1 MB    L3, a group of it in L2; for all threads
@@ -42,7 +42,7 @@ constexpr int64_t kChunk = 16;
 constexpr int64_t kChunkSlots = kChunk * kOctet;
 
 // How the workspace is divided, in bytes: what all threads share, and what each has.
-struct Layout {
+struct GradsLayout {
   int64_t dy, x;
   int64_t dx, t, window, products, spill, entries, shuffled, octet_at;
   int64_t shared() const { return dy + x; }
@@ -51,8 +51,8 @@ struct Layout {
   }
 };
 
-Layout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearGradsArgs& args) {
-  Layout out{};
+GradsLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearGradsArgs& args) {
+  GradsLayout out{};
   const int64_t lanes = args.lanes, block = law.granularity, room = entries_room(plan.most_octets);
   out.dy = lines(4 * int64_t{plan.band.octets} * kOctet * lanes);
   out.x = args.dw ? lines(4 * law.blocks * lanes * block) : 0;
@@ -70,16 +70,16 @@ Layout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearGrad
 // T [slots of an octet, L]: what the octets of rows number at[0 ... count - 1] add to its 8 slots,
 // where L is NV vectors.
 template <int NV>
-void sum_octet(const OctetEntry* entry, const uint16_t* at, int count, const float* dy,
+void sum_octet(const OctetEntry* entry, const uint16_t* octets, int count, const float* dy,
                const int32_t (*rows)[8], float* t) {
   typedef Floats<kVector> Vector;
   constexpr int64_t kLanes = NV * kVector;
   for (int c = 0; c < 8; ++c, t += kLanes) {
     Vector sum[NV] = {};
     for (int u = 0; u < count; ++u) {
-      const OctetEntry e = entry[at[u]];
+      const OctetEntry e = entry[octets[u]];
       const int row = rows[e.pattern][c];
-      const float* line = dy + (kOctet * int64_t{at[u]} + row) * kLanes;
+      const float* line = dy + (kOctet * int64_t{octets[u]} + row) * kLanes;
       const Vector sign = splat<kVector>(kSigns[e.signs >> row & 1]);
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) sum[v] += sign * load<kVector>(line + v * kVector);
@@ -127,7 +127,7 @@ class UnitLinearGrads {
   }
 
  private:
-  struct Memory {
+  struct GradsMemory {
     float *dx, *t, *window, *products, *spill;
     OctetEntry* entries;
     uint16_t *shuffled, *octet_at;
@@ -136,12 +136,13 @@ class UnitLinearGrads {
   float* dy() const { return static_cast<float*>(args_.workspace); }
   float* x() const { return dy() + layout_.dy / 4; }
 
-  Memory memory_of(int part) const {
-    char* at = static_cast<char*>(args_.workspace) + layout_.shared() + part * layout_.of_thread();
-    Memory out{};
-    const auto take = [&at](auto*& pointer, int64_t bytes) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(at);
-      at += bytes;
+  GradsMemory memory_of(int part) const {
+    char* next =
+        static_cast<char*>(args_.workspace) + layout_.shared() + part * layout_.of_thread();
+    GradsMemory out{};
+    const auto take = [&next](auto*& pointer, int64_t bytes) {
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
+      next += bytes;
     };
     take(out.dx, layout_.dx), take(out.t, layout_.t), take(out.window, layout_.window);
     take(out.products, layout_.products), take(out.spill, layout_.spill);
@@ -161,10 +162,10 @@ class UnitLinearGrads {
     zone_.push_back(0);
     for (int part = 1; part < args_.threads; ++part) {
       const int64_t wanted = read * part / args_.threads;
-      const int64_t at = wanted < rest * (passes + 1)
-                             ? wanted / (passes + 1)
-                             : rest + (wanted - rest * (passes + 1)) / passes;
-      if (at >= zone_.back() + kOctet && at + kOctet <= slots) zone_.push_back(at);
+      const int64_t place = wanted < rest * (passes + 1)
+                                ? wanted / (passes + 1)
+                                : rest + (wanted - rest * (passes + 1)) / passes;
+      if (place >= zone_.back() + kOctet && place + kOctet <= slots) zone_.push_back(place);
     }
     zone_.push_back(slots);
   }
@@ -195,20 +196,20 @@ class UnitLinearGrads {
 
   // What the slots of a zone add for a tile.
   void add_zone(int part, int64_t lanes) const {
-    const Memory memory = memory_of(part);
+    const GradsMemory memory = memory_of(part);
     const int64_t slots = law_.slots, low = zone_[part], high = zone_[part + 1];
     if (args_.dx) std::memset(memory.dx, 0, layout_.dx);
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
       const float* rows = dy() + int64_t{first_octet(plan_.band, group)} * kOctet * lanes;
       for (uint32_t column = 0; column < plan_.band.columns; ++column) {
-        const PlannedUnit& planned = plan_.at(group, column);
+        const PlannedUnit& planned = plan_.unit_of(group, column);
         bool dealt = false;
         // Octets of the window that begin in the zone: some in a row, again after each turn.
         int64_t first = (int64_t{planned.window.base} - plan_.band.base + slots) % slots;
         for (int64_t o = 0; o < planned.window.octets;) {
-          const int64_t until = first < low ? low : first < high ? high : slots;
+          const int64_t limit = first < low ? low : first < high ? high : slots;
           const int64_t count =
-              std::min<int64_t>((until - first + kOctet - 1) / kOctet, planned.window.octets - o);
+              std::min<int64_t>((limit - first + kOctet - 1) / kOctet, planned.window.octets - o);
           if (first >= low && first < high) {
             if (!dealt) deal(planned, memory);
             dealt = true;
@@ -225,7 +226,7 @@ class UnitLinearGrads {
   }
 
   // octet_at[u]: which octet of rows is number u of those that read the window.
-  void deal(const PlannedUnit& planned, const Memory& memory) const {
+  void deal(const PlannedUnit& planned, const GradsMemory& memory) const {
     unit_entries(plan_.band, planned.unit, planned.window, memory.entries, memory.shuffled);
     for (uint32_t i = 0; i < planned.unit.size; ++i) {
       memory.octet_at[memory.shuffled[i]] = static_cast<uint16_t>(i);
@@ -234,19 +235,19 @@ class UnitLinearGrads {
 
   // T of octet o of a window; returns the slots of it that are read, as bits.
   uint32_t sum(const PlannedUnit& planned, const float* rows, int64_t o, int64_t lanes,
-               const Memory& memory, float* t) const {
-    const int64_t laps = law_.laps, before = planned.window.before;
-    const int64_t begin = std::max<int64_t>(o * laps - before, 0);
-    const int64_t end = std::min<int64_t>((o + 1) * laps - before, planned.unit.size);
-    const uint16_t* at = memory.octet_at + begin;
+               const GradsMemory& memory, float* t) const {
+    const int64_t laps = law_.laps, used = planned.window.used;
+    const int64_t begin = std::max<int64_t>(o * laps - used, 0);
+    const int64_t end = std::min<int64_t>((o + 1) * laps - used, planned.unit.size);
+    const uint16_t* octets = memory.octet_at + begin;
     const int count = static_cast<int>(end - begin);
     const int32_t (*table)[8] = rows_of_slots_;
     switch (lanes / kVector) {
-      case 1: sum_octet<1>(memory.entries, at, count, rows, table, t); break;
-      case 2: sum_octet<2>(memory.entries, at, count, rows, table, t); break;
-      case 4: sum_octet<4>(memory.entries, at, count, rows, table, t); break;
-      case 8: sum_octet<8>(memory.entries, at, count, rows, table, t); break;
-      default: sum_octet<16>(memory.entries, at, count, rows, table, t); break;
+      case 1: sum_octet<1>(memory.entries, octets, count, rows, table, t); break;
+      case 2: sum_octet<2>(memory.entries, octets, count, rows, table, t); break;
+      case 4: sum_octet<4>(memory.entries, octets, count, rows, table, t); break;
+      case 8: sum_octet<8>(memory.entries, octets, count, rows, table, t); break;
+      default: sum_octet<16>(memory.entries, octets, count, rows, table, t); break;
     }
     if (!last_rows_) return 0xFF;
     // Units have one tap: the last octet of rows is the last of its unit.
@@ -254,9 +255,9 @@ class UnitLinearGrads {
         planned.unit.q % plan_.band.octets + planned.unit.size == plan_.band.octets;
     uint32_t read = 0;
     for (int u = 0; u < count; ++u) {
-      if (!has_last || at[u] + 1u < planned.unit.size) return 0xFF;
+      if (!has_last || octets[u] + 1u < planned.unit.size) return 0xFF;
       for (int r = 0; r < last_rows_; ++r) {
-        read |= 1u << residues_[memory.entries[at[u]].pattern][r];
+        read |= 1u << residues_[memory.entries[octets[u]].pattern][r];
       }
     }
     return read;
@@ -264,20 +265,20 @@ class UnitLinearGrads {
 
   // Octets o ... o + count - 1 of a window: T, then what it adds to dx and to dw.
   void add_chunk(const PlannedUnit& planned, uint32_t column, const float* rows, int64_t o,
-                 int64_t count, int part, int64_t lanes, const Memory& memory) const {
+                 int64_t count, int part, int64_t lanes, const GradsMemory& memory) const {
     const int64_t block = law_.granularity, slots = law_.slots;
     uint8_t read[kChunk];
-    bool all = true;
+    bool whole = true;
     for (int64_t k = 0; k < count; ++k) {
       read[k] = static_cast<uint8_t>(
           sum(planned, rows, o + k, lanes, memory, memory.t + k * kOctet * lanes));
-      all &= read[k] == 0xFF;
+      whole &= read[k] == 0xFF;
     }
     const auto is_read = [&read](int64_t j) { return read[j / kOctet] >> j % kOctet & 1; };
     const int64_t first = (planned.window.base + o * kOctet) % slots, size = count * kOctet;
     if (args_.dx) {
       const float* window = window_rows(ring_, first, size, memory.window);
-      if (!all) {
+      if (!whole) {
         if (window != memory.window) std::memcpy(memory.window, window, 4 * size * block);
         window = memory.window;
         for (int64_t j = 0; j < size; ++j) {
@@ -294,7 +295,7 @@ class UnitLinearGrads {
     const int64_t end = (plan_.band.base + zone_[part + 1] - 1) % slots + 1;
     const int64_t inside =
         first < end ? std::min(size, end - first) : std::min(size, slots - first);
-    if (all && inside == size && valid == block) {
+    if (whole && inside == size && valid == block) {
       multiply<true>(static_cast<int>(size), static_cast<int>(block), {memory.t, lanes, 1}, xb,
                      block, static_cast<int>(lanes), args_.dw + first * block, block);
       return;
@@ -304,11 +305,12 @@ class UnitLinearGrads {
     for (int64_t j = 0; j < size; ++j) {
       if (!is_read(j)) continue;
       // Slots counted around the ring from the layer's first, as zones are.
-      const int64_t at = (first + j - plan_.band.base + 2 * slots) % slots;
-      const bool spilt = at < zone_[part] || at >= zone_[part + 1];
-      const int64_t behind = (at - zone_[part + 1] + slots) % slots;
-      float* to = spilt ? memory.spill + behind * block : args_.dw + (first + j) % slots * block;
-      for (int e = 0; e < valid; ++e) to[e] += memory.products[j * block + e];
+      const int64_t place = (first + j - plan_.band.base + 2 * slots) % slots;
+      const bool spilt = place < zone_[part] || place >= zone_[part + 1];
+      const int64_t number = (place - zone_[part + 1] + slots) % slots;
+      float* target =
+          spilt ? memory.spill + number * block : args_.dw + (first + j) % slots * block;
+      for (int e = 0; e < valid; ++e) target[e] += memory.products[j * block + e];
     }
   }
 
@@ -326,9 +328,9 @@ class UnitLinearGrads {
         for (int e = 0; e < valid; ++e) out[e] += dx[e];
       }
       for (int e = 0; e < valid; ++e) out[e] *= scale;
-      void* to = static_cast<char*>(args_.dx) +
-                 ((tile * args_.lanes + m) * args_.columns + column * block) * size;
-      write_some(args_.dtype, out, valid, to);
+      void* target = static_cast<char*>(args_.dx) +
+                     ((tile * args_.lanes + m) * args_.columns + column * block) * size;
+      write_some(args_.dtype, out, valid, target);
     }
   }
 
@@ -336,8 +338,8 @@ class UnitLinearGrads {
     if (!args_.dw) return;
     const int64_t block = law_.granularity, slots = law_.slots;
     const float scale = static_cast<float>(args_.scale);
-    for (int64_t at = zone_[part]; at < std::min(zone_[part + 1], slots_read_); ++at) {
-      float* dw = args_.dw + (plan_.band.base + at) % slots * block;
+    for (int64_t place = zone_[part]; place < std::min(zone_[part + 1], slots_read_); ++place) {
+      float* dw = args_.dw + (plan_.band.base + place) % slots * block;
       for (int64_t e = 0; e < block; ++e) dw[e] *= scale;
     }
   }
@@ -357,7 +359,7 @@ class UnitLinearGrads {
   const LayerLaw& law_;
   const UnitLinearGradsArgs& args_;
   UnitPlan plan_;
-  Layout layout_;
+  GradsLayout layout_;
   Ring ring_;
   int last_rows_;              // of the last octet, where it is not whole; 0: it is
   std::vector<int64_t> zone_;  // where zones begin
@@ -369,7 +371,7 @@ class UnitLinearGrads {
 }  // namespace
 
 Workspace unit_linear_grads_workspace(const LayerLaw& law, const UnitLinearGradsArgs& args) {
-  const Layout layout = layout_of(law, UnitPlan(law), args);
+  const GradsLayout layout = layout_of(law, UnitPlan(law), args);
   return {layout.shared() + args.threads * layout.of_thread(),
           layout.shared() + args.threads * layout.dx};
 }

@@ -20,11 +20,11 @@ inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 alignas(8) constexpr float kSigns[2] = {1.f, -1.f};
 
-// Lanes of a tile with so many rows: a power of two from 8, or from a vector, to `most`.
-inline int lanes_for(int64_t rows, int most) {
+// Lanes of a tile with so many rows: a power of two from 8, or from a vector, to `limit`.
+inline int lanes_for(int64_t rows, int limit) {
   int lanes = kVector < 8 ? 8 : kVector;
-  while (lanes < rows && lanes < most) lanes *= 2;
-  return lanes < most ? lanes : most;
+  while (lanes < rows && lanes < limit) lanes *= 2;
+  return lanes < limit ? lanes : limit;
 }
 
 inline int thread_number() {
@@ -38,24 +38,24 @@ inline int thread_number() {
 // The bank: `slots` rows of `block` elements.
 struct Ring {
   Dtype dtype;
-  const void* at;
+  const void* data;
   int64_t slots;
   int block;
-  const char* slot(int64_t i) const { return static_cast<const char*>(at) + i * row_bytes(); }
+  const char* slot(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
   int64_t row_bytes() const { return int64_t{block} * (dtype == Dtype::kFloat32 ? 4 : 2); }
 };
 
 // Rows of `count` slots from `first` on, around the end of the ring: the ring's own where it is
 // fp32 and has them in one piece, otherwise converted into `buffer` [count, block].
 inline const float* window_rows(const Ring& ring, int64_t first, int64_t count, float* buffer) {
-  const char* at = static_cast<const char*>(ring.at);
+  const char* data = static_cast<const char*>(ring.data);
   const int64_t bytes = ring.row_bytes();
   if (ring.dtype == Dtype::kFloat32 && first + count <= ring.slots) {
-    return reinterpret_cast<const float*>(at + first * bytes);
+    return reinterpret_cast<const float*>(data + first * bytes);
   }
   for (int64_t done = 0; done < count;) {
     const int64_t size = std::min(count - done, ring.slots - first);
-    read_some(ring.dtype, at + first * bytes, static_cast<int>(size * ring.block),
+    read_some(ring.dtype, data + first * bytes, static_cast<int>(size * ring.block),
               buffer + done * ring.block);
     done += size;
     first = 0;
@@ -87,7 +87,7 @@ struct UnitPlan {
       }
     }
   }
-  const PlannedUnit& at(uint32_t group, uint32_t column) const {
+  const PlannedUnit& unit_of(uint32_t group, uint32_t column) const {
     return units[int64_t{group} * band.columns + column];
   }
 };

@@ -77,7 +77,7 @@ def test_what_it_says_of_this_installation(capsys: pytest.CaptureFixture[str]) -
     _, record = run_json(capsys)
     assert record["versions"]["torch"] == torch.__version__
     assert record["versions"]["rpg_kernels"] == rpg.__version__
-    assert (record["versions"]["law"], record["versions"]["laws"]) == (1, [1, 2])
+    assert (record["versions"]["law"], record["versions"]["laws"]) == (1, [1, 2, 3])
     assert record["versions"]["packages"]["numpy"] == pytest.importorskip("numpy").__version__
     assert record["machine"]["threads"] == torch.get_num_threads()
     assert len(record["devices"]["cuda"]) == torch.cuda.device_count()
@@ -124,7 +124,7 @@ def test_text_has_every_part_and_every_operator(capsys: pytest.CaptureFixture[st
         assert f"\n  {op} " in out
     assert "FAIL" not in out
     assert "None" not in out
-    assert out.count("\n  packing laws         1, 2\n") == 1 + ("law" in native.build_info())
+    assert out.count("\n  packing laws         1, 2, 3\n") == 1 + ("law" in native.build_info())
     tests = len(selftest.self_tests())
     assert out.endswith(f"ok: {tests} of {tests} self-tests pass\n")
 

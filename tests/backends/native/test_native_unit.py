@@ -28,7 +28,7 @@ def generator_of(rng: random.Random, slots: int, granularity: int, **given: Any)
     drawn = {
         "reflect": rng.choice(REFLECT),
         "permute": rng.random() < 0.8,
-        "window": rng.choice([None, None, 8, 24, 64, 256]),
+        "window": rng.choice([None, None, 8, 24, 64, 128]),
         "laps": rng.choice([1, 2, 3, 4, 9, 16, 64]),
         "seed": rng.randrange(2**63),
     }
