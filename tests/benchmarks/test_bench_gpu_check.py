@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,16 @@ def test_each_part_survives_the_failure_of_the_others(
     assert re.fullmatch(r"after +passed +\d+\.\d s  still here", lines[-1])
 
 
+@pytest.fixture(params=["heeded", "ignored"])
+def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As in a terminal, and as behind ``nohup ... &``."""
+    handler = signal.default_int_handler if request.param == "heeded" else signal.SIG_IGN
+    kept = signal.signal(signal.SIGINT, handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_time_is_over_but_what_was_found_out_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,9 @@ def run_parts(
         deadline: on ``time.monotonic``; nothing runs any more when it is reached.
         stopping: when it is set, the part that runs is interrupted, and no other begins.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As behind `nohup ... &`: parts would inherit it, and be killed where they can be interrupted.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     out.mkdir(parents=True, exist_ok=True)
     for left in (name for part in parts for name in part.writes):
         (out / left).unlink(missing_ok=True)
