@@ -68,7 +68,7 @@ def run_parts(
         stopping: when it is set, the part that runs is interrupted, and no other begins.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # As behind `nohup ... &`: parts would inherit it, and be killed where they can be interrupted.
+        # As behind `nohup ... &`: parts would inherit it, and could not be interrupted.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     out.mkdir(parents=True, exist_ok=True)
     for left in (name for part in parts for name in part.writes):
