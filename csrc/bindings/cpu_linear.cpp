@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <string>
 
 #include "bindings/module.h"
 #include "cpu/kernels.h"
@@ -41,13 +42,12 @@ void check(const LayerLaw& law, int64_t batch, int64_t columns, int threads, int
 // (bytes in all, of them copies of activations).
 using WorkspaceBytes = std::pair<int64_t, int64_t>;
 
-template <class Args, Workspace (*Kernels::*WORKSPACE_SIZE)(const LayerLaw&, const Args&)>
-WorkspaceBytes workspace(const LayerLaw& law, int64_t columns, int threads, int batch_tile,
-                         int tiles) {
+WorkspaceBytes linear_workspace(const LayerLaw& law, int64_t columns, int threads, int batch_tile,
+                                int tiles) {
   check(law, 1, columns, threads, batch_tile, tiles);
-  Args args{};
+  LinearArgs args{};
   args.threads = threads, args.batch_tile = batch_tile, args.tiles = tiles;
-  const Workspace size = (kernels().*WORKSPACE_SIZE)(law, args);
+  const Workspace size = kernels().linear_workspace(law, args);
   return {size.bytes, size.activations};
 }
 
@@ -59,25 +59,6 @@ void linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
       law, {checked_dtype(bank_dtype), address<const void>(ring), checked_dtype(x_dtype),
             address<const void>(x), address<const float>(bias), address<void>(y), batch, columns,
             scale, threads, batch_tile, tiles, address<void>(workspace), nullptr});
-}
-
-void linear_input_grad(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
-                       int dy_dtype, uintptr_t dx, int64_t batch, int64_t columns, double scale,
-                       int threads, int batch_tile, int tiles, uintptr_t workspace) {
-  check(law, batch, columns, threads, batch_tile, tiles);
-  kernels().linear_input_grad(
-      law, {checked_dtype(bank_dtype), address<const void>(ring), checked_dtype(dy_dtype),
-            address<const void>(dy), address<void>(dx), batch, columns, scale, threads, batch_tile,
-            tiles, address<void>(workspace)});
-}
-
-void linear_bank_grad(const LayerLaw& law, uintptr_t dy, uintptr_t x, int dtype, uintptr_t dw,
-                      int64_t batch, int64_t columns, double scale, int threads, int batch_tile,
-                      int tiles, uintptr_t workspace) {
-  check(law, batch, columns, threads, batch_tile, tiles);
-  kernels().linear_bank_grad(law, {checked_dtype(dtype), address<const void>(dy),
-                                   address<const void>(x), address<float>(dw), batch, columns,
-                                   scale, threads, batch_tile, tiles, address<void>(workspace)});
 }
 
 using Int64Pair = std::array<int64_t, 2>;
@@ -156,117 +137,166 @@ void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
   kernels().conv2d(law, args);
 }
 
-// Of the unit law: one tap, one band, blocks that vectors divide.
-void check_units(const LayerLaw& law, int64_t batch, int64_t columns, int threads, int lanes) {
+// Of kernels that take the batch in lanes.
+void check_lanes(const LayerLaw& law, int64_t batch, int64_t columns, int threads) {
   const int block = law.granularity;
-  require(law.taps == 1 && bands_of(law) == 1, "law: wanted units of one tap, in one band");
-  require(block >= 16 && block <= 128, "granularity: wanted blocks of 16 to 128 elements");
   require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
   require(batch >= 1 && batch <= INT64_MAX / 8 / law.rows / block, "batch: out of range");
   require(columns >= 1 && (columns - 1) / block + 1 == law.blocks, "columns: another K");
   require(threads >= 1, "threads: wanted at least 1");
-  require(lanes >= 1 && lanes <= 64 && !(lanes & (lanes - 1)), "lanes: wanted a power of two");
 }
 
 constexpr int kFewLanes = 4;  // lanes up to which the bank is read as it is stored
 constexpr int kVector = 16;   // lanes that every instruction set's vectors divide
+constexpr int kMostUnitLanes = 64, kMostTileLanes = 512;
 
-UnitLinearArgs unit_args(const LayerLaw& law, int64_t batch, int64_t columns, int threads,
-                         int lanes) {
-  check_units(law, batch, columns, threads, lanes);
-  require(lanes > kFewLanes ? lanes >= kVector : batch <= lanes && law.granularity % 32 == 0,
-          "lanes: wanted 16 to 64, or up to 4 for no larger a batch and blocks of 32 or more");
-  UnitLinearArgs args{};
+void check_units(const LayerLaw& law, int lanes) {
+  const int block = law.granularity;
+  require(law.taps == 1 && bands_of(law) == 1, "law: wanted units of one tap, in one band");
+  require(block >= 16 && block <= 128, "granularity: wanted blocks of 16 to 128 elements");
+  require(lanes >= 1 && lanes <= kMostUnitLanes && !(lanes & (lanes - 1)),
+          "lanes: wanted a power of two up to 64");
+}
+
+void check_tiles(const LayerLaw& law, int lanes) {
+  require(law.granularity >= 8 && law.granularity <= 128,
+          "granularity: wanted blocks of 8 to 128 elements");
+  require(lanes >= kVector && lanes <= kMostTileLanes && lanes % kVector == 0,
+          "lanes: wanted a multiple of 16 up to 512");
+}
+
+using RunLinear = void (*)(const LayerLaw&, const LanesLinearArgs&);
+using RunLinearGrads = void (*)(const LayerLaw&, const LanesLinearGradsArgs&);
+using SizeLinear = Workspace (*)(const LayerLaw&, const LanesLinearArgs&);
+using SizeLinearGrads = Workspace (*)(const LayerLaw&, const LanesLinearGradsArgs&);
+
+// The kernels of a family, whose calls look alike.
+struct UnitFamily {
+  static RunLinear run(int lanes) {
+    return lanes > kFewLanes ? kernels().unit_linear : kernels().unit_linear_few;
+  }
+  static SizeLinear size(int lanes) {
+    return lanes > kFewLanes ? kernels().unit_linear_workspace
+                             : kernels().unit_linear_few_workspace;
+  }
+  static RunLinearGrads run_grads() { return kernels().unit_linear_grads; }
+  static SizeLinearGrads size_grads() { return kernels().unit_linear_grads_workspace; }
+  static void check(const LayerLaw& law, int64_t batch, int lanes) {
+    check_units(law, lanes);
+    require(lanes > kFewLanes ? lanes >= kVector : batch <= lanes && law.granularity % 32 == 0,
+            "lanes: wanted 16 to 64, or up to 4 for no larger a batch and blocks of 32 or more");
+  }
+  static void check_grads(const LayerLaw& law, int lanes) {
+    check_units(law, lanes);
+    require(lanes >= kVector, "lanes: wanted 16 to 64");
+  }
+};
+
+struct TileFamily {
+  static RunLinear run(int) { return kernels().tile_linear; }
+  static SizeLinear size(int) { return kernels().tile_linear_workspace; }
+  static RunLinearGrads run_grads() { return kernels().tile_linear_grads; }
+  static SizeLinearGrads size_grads() { return kernels().tile_linear_grads_workspace; }
+  static void check(const LayerLaw& law, int64_t, int lanes) { check_tiles(law, lanes); }
+  static void check_grads(const LayerLaw& law, int lanes) { check_tiles(law, lanes); }
+};
+
+template <class Family>
+LanesLinearArgs lanes_args(const LayerLaw& law, int64_t batch, int64_t columns, int threads,
+                           int lanes) {
+  check_lanes(law, batch, columns, threads);
+  Family::check(law, batch, lanes);
+  LanesLinearArgs args{};
   args.batch = batch, args.columns = columns, args.threads = threads, args.lanes = lanes;
   return args;
 }
 
-WorkspaceBytes unit_linear_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
-                                     int threads, int lanes) {
-  const UnitLinearArgs args = unit_args(law, batch, columns, threads, lanes);
-  const Workspace size = lanes > kFewLanes ? kernels().unit_linear_workspace(law, args)
-                                           : kernels().unit_linear_few_workspace(law, args);
+template <class Family>
+WorkspaceBytes lanes_linear_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
+                                      int threads, int lanes) {
+  const Workspace size =
+      Family::size(lanes)(law, lanes_args<Family>(law, batch, columns, threads, lanes));
   return {size.bytes, size.activations};
 }
 
-void unit_linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
-                 uintptr_t bias, uintptr_t y, int64_t batch, int64_t columns, double scale,
-                 int threads, int lanes, uintptr_t workspace) {
-  UnitLinearArgs args = unit_args(law, batch, columns, threads, lanes);
+template <class Family>
+void lanes_linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
+                  uintptr_t bias, uintptr_t y, int64_t batch, int64_t columns, double scale,
+                  int threads, int lanes, uintptr_t workspace) {
+  LanesLinearArgs args = lanes_args<Family>(law, batch, columns, threads, lanes);
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
   args.x_dtype = checked_dtype(x_dtype), args.x = address<const void>(x);
   args.bias = address<const float>(bias), args.y = address<void>(y);
   args.scale = scale, args.workspace = address<void>(workspace);
-  (lanes > kFewLanes ? kernels().unit_linear : kernels().unit_linear_few)(law, args);
+  Family::run(lanes)(law, args);
 }
 
-UnitLinearGradsArgs unit_grads_args(const LayerLaw& law, int64_t batch, int64_t columns,
-                                    int threads, int lanes, bool dx, bool dw) {
-  check_units(law, batch, columns, threads, lanes);
-  require(lanes >= kVector, "lanes: wanted 16 to 64");
-  UnitLinearGradsArgs args{};
+template <class Family>
+LanesLinearGradsArgs lanes_grads_args(const LayerLaw& law, int64_t batch, int64_t columns,
+                                      int threads, int lanes, bool dx, bool dw) {
+  check_lanes(law, batch, columns, threads);
+  Family::check_grads(law, lanes);
+  LanesLinearGradsArgs args{};
   args.batch = batch, args.columns = columns, args.threads = threads, args.lanes = lanes;
   // Only whether they are there counts for the size of the workspace.
   args.dx = dx ? &args : nullptr, args.dw = dw ? reinterpret_cast<float*>(&args) : nullptr;
   return args;
 }
 
-WorkspaceBytes unit_linear_grads_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
-                                           int threads, int lanes, bool dx, bool dw) {
-  const UnitLinearGradsArgs args = unit_grads_args(law, batch, columns, threads, lanes, dx, dw);
-  const Workspace size = kernels().unit_linear_grads_workspace(law, args);
+template <class Family>
+WorkspaceBytes lanes_linear_grads_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
+                                            int threads, int lanes, bool dx, bool dw) {
+  const Workspace size = Family::size_grads()(
+      law, lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw));
   return {size.bytes, size.activations};
 }
 
-void unit_linear_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
-                       uintptr_t x, int dtype, uintptr_t dx, uintptr_t dw, int64_t batch,
-                       int64_t columns, double scale, int threads, int lanes, uintptr_t workspace) {
-  UnitLinearGradsArgs args = unit_grads_args(law, batch, columns, threads, lanes, dx, dw);
+template <class Family>
+void lanes_linear_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
+                        uintptr_t x, int dtype, uintptr_t dx, uintptr_t dw, int64_t batch,
+                        int64_t columns, double scale, int threads, int lanes,
+                        uintptr_t workspace) {
+  LanesLinearGradsArgs args = lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw);
   require(!dx || ring, "ring: wanted for dx");
   require(!dw || x, "x: wanted for dw");
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
   args.dtype = checked_dtype(dtype), args.dy = address<const void>(dy);
   args.x = address<const void>(x), args.dx = address<void>(dx), args.dw = address<float>(dw);
   args.scale = scale, args.workspace = address<void>(workspace);
-  kernels().unit_linear_grads(law, args);
+  Family::run_grads()(law, args);
+}
+
+template <class Family>
+void bind_family(py::class_<LayerLaw>& law, const std::string& name) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  const auto define = [&](const char* rest, auto function, auto... arguments) {
+    law.def((name + rest).c_str(), function, Release(), arguments...);
+  };
+  define("_workspace", &lanes_linear_workspace<Family>, py::arg("batch"), py::arg("columns"),
+         py::arg("threads"), py::arg("lanes"));
+  define("", &lanes_linear<Family>, py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
+         py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"),
+         py::arg("scale"), py::arg("threads"), py::arg("lanes"), py::arg("workspace"));
+  define("_grads_workspace", &lanes_linear_grads_workspace<Family>, py::arg("batch"),
+         py::arg("columns"), py::arg("threads"), py::arg("lanes"), py::arg("dx"), py::arg("dw"));
+  define("_grads", &lanes_linear_grads<Family>, py::arg("ring"), py::arg("bank_dtype"),
+         py::arg("dy"), py::arg("x"), py::arg("dtype"), py::arg("dx"), py::arg("dw"),
+         py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("threads"),
+         py::arg("lanes"), py::arg("workspace"));
 }
 
 }  // namespace
 
 void bind_linear(py::class_<LayerLaw>& law) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  const auto sizes = [&](const char* name, auto function) {
-    law.def(name, function, Release(), py::arg("columns"), py::arg("threads"),
-            py::arg("batch_tile"), py::arg("tiles"));
-  };
-  sizes("linear_workspace", &workspace<LinearArgs, &Kernels::linear_workspace>);
-  sizes("linear_input_grad_workspace",
-        &workspace<LinearInputGradArgs, &Kernels::linear_input_grad_workspace>);
-  sizes("linear_bank_grad_workspace",
-        &workspace<LinearBankGradArgs, &Kernels::linear_bank_grad_workspace>);
+  law.def("linear_workspace", &linear_workspace, Release(), py::arg("columns"), py::arg("threads"),
+          py::arg("batch_tile"), py::arg("tiles"));
   law.def("linear", &linear, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
           py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"),
           py::arg("scale"), py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"),
           py::arg("workspace"));
-  law.def("linear_input_grad", &linear_input_grad, Release(), py::arg("ring"),
-          py::arg("bank_dtype"), py::arg("dy"), py::arg("dy_dtype"), py::arg("dx"),
-          py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("threads"),
-          py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));
-  law.def("linear_bank_grad", &linear_bank_grad, Release(), py::arg("dy"), py::arg("x"),
-          py::arg("dtype"), py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
-          py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));
-  law.def("unit_linear_workspace", &unit_linear_workspace, Release(), py::arg("batch"),
-          py::arg("columns"), py::arg("threads"), py::arg("lanes"));
-  law.def("unit_linear", &unit_linear, Release(), py::arg("ring"), py::arg("bank_dtype"),
-          py::arg("x"), py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"),
-          py::arg("columns"), py::arg("scale"), py::arg("threads"), py::arg("lanes"),
-          py::arg("workspace"));
-  law.def("unit_linear_grads_workspace", &unit_linear_grads_workspace, Release(), py::arg("batch"),
-          py::arg("columns"), py::arg("threads"), py::arg("lanes"), py::arg("dx"), py::arg("dw"));
-  law.def("unit_linear_grads", &unit_linear_grads, Release(), py::arg("ring"),
-          py::arg("bank_dtype"), py::arg("dy"), py::arg("x"), py::arg("dtype"), py::arg("dx"),
-          py::arg("dw"), py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("threads"),
-          py::arg("lanes"), py::arg("workspace"));
+  bind_family<UnitFamily>(law, "unit_linear");
+  bind_family<TileFamily>(law, "tile_linear");
   law.def("conv2d_workspace", &conv2d_workspace, Release(), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
   law.def("conv2d", &conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),

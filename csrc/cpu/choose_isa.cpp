@@ -26,19 +26,19 @@ struct Choice {
    ISA::pack,                        \
    ISA::bandwidth,                   \
    ISA::linear,                      \
-   ISA::linear_input_grad,           \
-   ISA::linear_bank_grad,            \
    ISA::linear_workspace,            \
-   ISA::linear_input_grad_workspace, \
-   ISA::linear_bank_grad_workspace,  \
    ISA::conv2d,                      \
    ISA::conv2d_workspace,            \
    ISA::unit_linear,                 \
    ISA::unit_linear_few,             \
    ISA::unit_linear_grads,           \
+   ISA::tile_linear,                 \
+   ISA::tile_linear_grads,           \
    ISA::unit_linear_workspace,       \
    ISA::unit_linear_few_workspace,   \
-   ISA::unit_linear_grads_workspace}
+   ISA::unit_linear_grads_workspace, \
+   ISA::tile_linear_workspace,       \
+   ISA::tile_linear_grads_workspace}
 
 const Choice kChoices[] = {
 #if defined(RPG_HAVE_AVX512)

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "cpu/conv2d.h"
+#include "cpu/lanes_linear.h"
 #include "cpu/linear.h"
-#include "cpu/unit_linear.h"
 #include "cpu/unpack.h"
 #include "law/ring.h"
 
@@ -25,19 +25,19 @@ struct Kernels {
   void (*pack)(const LayerLaw&, const PackArgs&);
   uint64_t (*bandwidth)(uint64_t* words, int64_t count, bool write, int64_t passes, int threads);
   void (*linear)(const LayerLaw&, const LinearArgs&);
-  void (*linear_input_grad)(const LayerLaw&, const LinearInputGradArgs&);
-  void (*linear_bank_grad)(const LayerLaw&, const LinearBankGradArgs&);
   Workspace (*linear_workspace)(const LayerLaw&, const LinearArgs&);
-  Workspace (*linear_input_grad_workspace)(const LayerLaw&, const LinearInputGradArgs&);
-  Workspace (*linear_bank_grad_workspace)(const LayerLaw&, const LinearBankGradArgs&);
   void (*conv2d)(const LayerLaw&, const Conv2dArgs&);
   Workspace (*conv2d_workspace)(const LayerLaw&, const Conv2dArgs&);  // of one part
-  void (*unit_linear)(const LayerLaw&, const UnitLinearArgs&);
-  void (*unit_linear_few)(const LayerLaw&, const UnitLinearArgs&);
-  void (*unit_linear_grads)(const LayerLaw&, const UnitLinearGradsArgs&);
-  Workspace (*unit_linear_workspace)(const LayerLaw&, const UnitLinearArgs&);
-  Workspace (*unit_linear_few_workspace)(const LayerLaw&, const UnitLinearArgs&);
-  Workspace (*unit_linear_grads_workspace)(const LayerLaw&, const UnitLinearGradsArgs&);
+  void (*unit_linear)(const LayerLaw&, const LanesLinearArgs&);
+  void (*unit_linear_few)(const LayerLaw&, const LanesLinearArgs&);
+  void (*unit_linear_grads)(const LayerLaw&, const LanesLinearGradsArgs&);
+  void (*tile_linear)(const LayerLaw&, const LanesLinearArgs&);
+  void (*tile_linear_grads)(const LayerLaw&, const LanesLinearGradsArgs&);
+  Workspace (*unit_linear_workspace)(const LayerLaw&, const LanesLinearArgs&);
+  Workspace (*unit_linear_few_workspace)(const LayerLaw&, const LanesLinearArgs&);
+  Workspace (*unit_linear_grads_workspace)(const LayerLaw&, const LanesLinearGradsArgs&);
+  Workspace (*tile_linear_workspace)(const LayerLaw&, const LanesLinearArgs&);
+  Workspace (*tile_linear_grads_workspace)(const LayerLaw&, const LanesLinearGradsArgs&);
 };
 
 #define RPG_DECLARE_KERNELS(ISA)                                                            \
@@ -49,19 +49,19 @@ struct Kernels {
   void pack(const LayerLaw&, const PackArgs&);                                              \
   uint64_t bandwidth(uint64_t*, int64_t, bool, int64_t, int);                               \
   void linear(const LayerLaw&, const LinearArgs&);                                          \
-  void linear_input_grad(const LayerLaw&, const LinearInputGradArgs&);                      \
-  void linear_bank_grad(const LayerLaw&, const LinearBankGradArgs&);                        \
   Workspace linear_workspace(const LayerLaw&, const LinearArgs&);                           \
-  Workspace linear_input_grad_workspace(const LayerLaw&, const LinearInputGradArgs&);       \
-  Workspace linear_bank_grad_workspace(const LayerLaw&, const LinearBankGradArgs&);         \
   void conv2d(const LayerLaw&, const Conv2dArgs&);                                          \
   Workspace conv2d_workspace(const LayerLaw&, const Conv2dArgs&);                           \
-  void unit_linear(const LayerLaw&, const UnitLinearArgs&);                                 \
-  void unit_linear_few(const LayerLaw&, const UnitLinearArgs&);                             \
-  void unit_linear_grads(const LayerLaw&, const UnitLinearGradsArgs&);                      \
-  Workspace unit_linear_workspace(const LayerLaw&, const UnitLinearArgs&);                  \
-  Workspace unit_linear_few_workspace(const LayerLaw&, const UnitLinearArgs&);              \
-  Workspace unit_linear_grads_workspace(const LayerLaw&, const UnitLinearGradsArgs&);       \
+  void unit_linear(const LayerLaw&, const LanesLinearArgs&);                                \
+  void unit_linear_few(const LayerLaw&, const LanesLinearArgs&);                            \
+  void unit_linear_grads(const LayerLaw&, const LanesLinearGradsArgs&);                     \
+  void tile_linear(const LayerLaw&, const LanesLinearArgs&);                                \
+  void tile_linear_grads(const LayerLaw&, const LanesLinearGradsArgs&);                     \
+  Workspace unit_linear_workspace(const LayerLaw&, const LanesLinearArgs&);                 \
+  Workspace unit_linear_few_workspace(const LayerLaw&, const LanesLinearArgs&);             \
+  Workspace unit_linear_grads_workspace(const LayerLaw&, const LanesLinearGradsArgs&);      \
+  Workspace tile_linear_workspace(const LayerLaw&, const LanesLinearArgs&);                 \
+  Workspace tile_linear_grads_workspace(const LayerLaw&, const LanesLinearGradsArgs&);      \
   }
 
 RPG_DECLARE_KERNELS(baseline)

@@ -54,6 +54,24 @@ inline void write_floats(Dtype dtype, const float* source, void* target) {
   }
 }
 
+// 8 elements as fp32. A copy in memory would be read before it is written: GCC makes two stores of
+// it, which a load of 32 bytes must wait for.
+inline Floats<8> load_eight(Dtype dtype, const void* source) {
+  if (dtype == Dtype::kFloat32) return load<8>(static_cast<const float*>(source));
+  if (dtype == Dtype::kBfloat16) {
+    typedef uint16_t Halves __attribute__((vector_size(16)));
+    Halves halves;
+    std::memcpy(&halves, source, sizeof halves);
+    const auto bits = __builtin_convertvector(halves, FloatsOf<8>::integers) << 16;
+    Floats<8> out;
+    std::memcpy(&out, &bits, sizeof out);
+    return out;
+  }
+  alignas(32) float out[8];
+  convert_from<Float16, 8>(source, out);
+  return load<8>(out);
+}
+
 inline void read_some(Dtype dtype, const void* source, int count, float* target) {
   const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
   int i = 0;
@@ -108,12 +126,12 @@ inline void transpose8(Floats<8> (&x)[8]) {
 inline void load_square(const Activations& x, int64_t first, int64_t stride, int rows, int columns,
                         Floats<8> (&out)[8]) {
   for (int i = 0; i < 8; ++i) {
-    alignas(32) float row[8] = {};
     if (i < rows && columns >= 8) {
-      read_floats<8>(x.dtype, x.element(first + i * stride), row);
-    } else if (i < rows) {
-      read_some(x.dtype, x.element(first + i * stride), columns, row);
+      out[i] = load_eight(x.dtype, x.element(first + i * stride));
+      continue;
     }
+    alignas(32) float row[8] = {};
+    if (i < rows) read_some(x.dtype, x.element(first + i * stride), columns, row);
     out[i] = load<8>(row);
   }
 }
@@ -133,14 +151,55 @@ inline void pack_lanes(const Activations& x, int64_t first, int64_t stride, int6
   }
 }
 
-// out [L, block]: one block of columns of `rows` rows of x.
+// out [L, block], of which a row takes `pitch`: one block of columns of `rows` rows of x.
 inline void pack_rows(const Activations& x, int64_t first, int64_t stride, int64_t rows,
-                      int64_t columns, int lanes, int block, float* out) {
+                      int64_t columns, int lanes, int block, int pitch, float* out) {
   const int valid = static_cast<int>(std::min<int64_t>(columns, block));
-  for (int m = 0; m < lanes; ++m, out += block) {
+  for (int m = 0; m < lanes; ++m, out += pitch) {
     if (m < rows) read_some(x.dtype, x.element(first + m * stride), valid, out);
     const int written = m < rows ? valid : 0;
     std::memset(out + written, 0, sizeof(float) * (block - written));
+  }
+}
+
+// Where rows of y go: y [batch, N] = scale · sums + bias.
+struct Stored {
+  Dtype dtype;
+  void* y;
+  int64_t columns;  // N
+  float scale;
+  const float* bias;  // [N] or null
+};
+
+// Writes rows `row` ... of Ŵ, `rows` of them, for `batch` rows of x from `m0` on. `sums` are
+// `count` of [rows, lanes], all of which are added; there are lines for a multiple of 8 rows.
+inline void store_lanes(const Stored& out, const float* const* sums, int count, int lanes,
+                        int64_t row, int64_t rows, int64_t m0, int64_t batch) {
+  const Floats<8> scale = splat<8>(out.scale);
+  const int64_t size = out.dtype == Dtype::kFloat32 ? 4 : 2;
+  for (int64_t n = 0; n < rows; n += 8) {
+    const int valid = static_cast<int>(std::min<int64_t>(rows - n, 8));
+    alignas(32) float bias[8] = {};
+    if (out.bias) std::memcpy(bias, out.bias + row + n, sizeof(float) * valid);
+    for (int64_t m = 0; m < batch; m += 8) {
+      Floats<8> square[8];
+      for (int i = 0; i < 8; ++i) {
+        const int64_t place = (n + i) * lanes + m;
+        square[i] = load<8>(sums[0] + place);
+        for (int k = 1; k < count; ++k) square[i] += load<8>(sums[k] + place);
+      }
+      transpose8(square);
+      for (int i = 0; i < 8 && m + i < batch; ++i) {
+        alignas(32) float values[8];
+        store<8>(values, square[i] * scale + load<8>(bias));
+        void* target = static_cast<char*>(out.y) + ((m0 + m + i) * out.columns + row + n) * size;
+        if (valid == 8) {
+          write_floats<8>(out.dtype, values, target);
+        } else {
+          write_some(out.dtype, values, valid, target);
+        }
+      }
+    }
   }
 }
 

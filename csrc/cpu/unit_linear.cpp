@@ -22,10 +22,9 @@
 // depend on the number of threads. Otherwise threads share the columns of each tile, and add up
 // what they have in order.
 
-#include "cpu/unit_linear.h"
-
 #include <vector>
 
+#include "cpu/lanes_linear.h"
 #include "cpu/product.h"
 #include "cpu/unit_window.h"
 
@@ -34,7 +33,6 @@ namespace rpg::RPG_ISA {
 namespace {
 
 constexpr int kTogether = 4;
-constexpr int64_t kSquare = 8;  // activations are transposed so many at a time
 
 // How the workspace is divided; bytes of one thread.
 struct UnitLinearLayout {
@@ -43,7 +41,7 @@ struct UnitLinearLayout {
   int64_t bytes() const { return x + s + y + window + entries + shuffled; }
 };
 
-UnitLinearLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs& args) {
+UnitLinearLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const LanesLinearArgs& args) {
   UnitLinearLayout out{};
   const int64_t lanes = args.lanes, block = law.granularity;
   const int64_t tiles = (args.batch + lanes - 1) / lanes;
@@ -85,7 +83,7 @@ void add_lines(const OctetEntry* const* entry, const float* const* s, int count,
 
 class UnitLinear {
  public:
-  UnitLinear(const LayerLaw& law, const UnitLinearArgs& args)
+  UnitLinear(const LayerLaw& law, const LanesLinearArgs& args)
       : law_(law),
         args_(args),
         plan_(law),
@@ -118,15 +116,11 @@ class UnitLinear {
   };
 
   UnitLinearMemory memory_of(int part) const {
-    char* next = static_cast<char*>(args_.workspace) + part * layout_.bytes();
+    Carver carver(args_.workspace, part * layout_.bytes());
     UnitLinearMemory out{};
-    const auto take = [&next](auto*& pointer, int64_t bytes) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
-      next += bytes;
-    };
-    take(out.x, layout_.x), take(out.s, layout_.s), take(out.y, layout_.y);
-    take(out.window, layout_.window), take(out.entries, layout_.entries);
-    take(out.shuffled, layout_.shuffled);
+    carver.take(out.x, layout_.x), carver.take(out.s, layout_.s), carver.take(out.y, layout_.y);
+    carver.take(out.window, layout_.window), carver.take(out.entries, layout_.entries);
+    carver.take(out.shuffled, layout_.shuffled);
     return out;
   }
 
@@ -152,7 +146,7 @@ class UnitLinear {
       const int64_t row = int64_t{first_octet(plan_.band, group)} * kOctet;
       const int64_t rows = int64_t{group_size(plan_.band, group)} * kOctet;
       const float* sums[1] = {memory.y};
-      write(sums, 1, row, rows, tile, 0);
+      write(sums, 1, row, rows, tile);
     }
   }
 
@@ -173,15 +167,14 @@ class UnitLinear {
   void join(int part, int64_t tile) const {
     std::vector<const float*> sums;
     const int64_t columns = plan_.band.columns, threads = args_.threads;
-    for (int64_t peer = 0; peer < threads; ++peer) {
-      if (columns * peer / threads < columns * (peer + 1) / threads) {
-        sums.push_back(memory_of(static_cast<int>(peer)).y);
-      }
-    }
     const int64_t octets = plan_.band.octets;
     const int64_t first = octets * part / threads, end = octets * (part + 1) / threads;
-    write(sums.data(), static_cast<int>(sums.size()), first * kOctet, (end - first) * kOctet, tile,
-          first * kOctet);
+    for (int64_t peer = 0; peer < threads; ++peer) {
+      if (columns * peer / threads < columns * (peer + 1) / threads) {
+        sums.push_back(memory_of(static_cast<int>(peer)).y + first * kOctet * lanes_of(tile));
+      }
+    }
+    write(sums.data(), static_cast<int>(sums.size()), first * kOctet, (end - first) * kOctet, tile);
   }
 
   // y [rows of the group, L] = the sum over columns `low` to `high` - 1, whose x is packed.
@@ -223,41 +216,16 @@ class UnitLinear {
     }
   }
 
-  // Rows of y from sums [row - row of the first sum, L], all of which are added.
-  void write(const float* const* sums, int count, int64_t row, int64_t rows, int64_t tile,
-             int64_t offset) const {
-    const int64_t lanes = lanes_of(tile), batch = rows_of(tile);
-    const Floats<8> scale = splat<8>(static_cast<float>(args_.scale));
-    const int64_t size = args_.x_dtype == Dtype::kFloat32 ? 4 : 2;
-    for (int64_t n = 0; n < rows; n += kSquare) {
-      const int valid = static_cast<int>(std::min(law_.rows - row - n, kSquare));
-      float bias[8] = {};
-      if (args_.bias) std::memcpy(bias, args_.bias + row + n, sizeof(float) * valid);
-      for (int64_t m = 0; m < batch; m += kSquare) {
-        Floats<8> square[8];
-        for (int i = 0; i < 8; ++i) {
-          const int64_t place = (offset + n + i) * lanes + m;
-          square[i] = load<8>(sums[0] + place);
-          for (int k = 1; k < count; ++k) square[i] += load<8>(sums[k] + place);
-        }
-        transpose8(square);
-        for (int i = 0; i < 8 && m + i < batch; ++i) {
-          alignas(32) float out[8];
-          store<8>(out, square[i] * scale + load<8>(bias));
-          void* target = static_cast<char*>(args_.y) +
-                         ((tile * args_.lanes + m + i) * law_.rows + row + n) * size;
-          if (valid == 8) {
-            write_floats<8>(args_.x_dtype, out, target);
-          } else {
-            write_some(args_.x_dtype, out, valid, target);
-          }
-        }
-      }
-    }
+  // Rows of y, the first of them the first of `sums`.
+  void write(const float* const* sums, int count, int64_t row, int64_t rows, int64_t tile) const {
+    const Stored out{args_.x_dtype, args_.y, law_.rows, static_cast<float>(args_.scale),
+                     args_.bias};
+    store_lanes(out, sums, count, lanes_of(tile), row, std::min(law_.rows - row, rows),
+                tile * args_.lanes, rows_of(tile));
   }
 
   const LayerLaw& law_;
-  const UnitLinearArgs& args_;
+  const LanesLinearArgs& args_;
   UnitPlan plan_;
   UnitLinearLayout layout_;
   Ring ring_;
@@ -265,11 +233,11 @@ class UnitLinear {
 
 }  // namespace
 
-Workspace unit_linear_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
+Workspace unit_linear_workspace(const LayerLaw& law, const LanesLinearArgs& args) {
   const UnitLinearLayout layout = layout_of(law, UnitPlan(law), args);
   return {args.threads * layout.bytes(), args.threads * layout.x};
 }
 
-void unit_linear(const LayerLaw& law, const UnitLinearArgs& args) { UnitLinear(law, args).run(); }
+void unit_linear(const LayerLaw& law, const LanesLinearArgs& args) { UnitLinear(law, args).run(); }
 
 }  // namespace rpg::RPG_ISA

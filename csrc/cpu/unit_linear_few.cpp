@@ -16,7 +16,7 @@
 
 #include <vector>
 
-#include "cpu/unit_linear.h"
+#include "cpu/lanes_linear.h"
 #include "cpu/unit_window.h"
 
 namespace rpg::RPG_ISA {
@@ -39,7 +39,7 @@ struct FewLayout {
   int64_t bytes() const { return x + s + y + rows + entries + shuffled; }
 };
 
-FewLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearArgs& args) {
+FewLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const LanesLinearArgs& args) {
   FewLayout out{};
   const int64_t room = entries_room(plan.most_octets);
   out.x = lines(4 * args.lanes * law.granularity);
@@ -160,7 +160,7 @@ inline void add_octets(const OctetEntry* entry, int64_t octets, const float* s,
 
 class UnitLinearFew {
  public:
-  UnitLinearFew(const LayerLaw& law, const UnitLinearArgs& args)
+  UnitLinearFew(const LayerLaw& law, const LanesLinearArgs& args)
       : law_(law),
         args_(args),
         plan_(law),
@@ -191,15 +191,11 @@ class UnitLinearFew {
   };
 
   FewMemory memory_of(int part) const {
-    char* next = static_cast<char*>(args_.workspace) + part * layout_.bytes();
+    Carver carver(args_.workspace, part * layout_.bytes());
     FewMemory out{};
-    const auto take = [&next](auto*& pointer, int64_t bytes) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
-      next += bytes;
-    };
-    take(out.x, layout_.x), take(out.s, layout_.s), take(out.y, layout_.y);
-    take(out.rows, layout_.rows), take(out.entries, layout_.entries);
-    take(out.shuffled, layout_.shuffled);
+    carver.take(out.x, layout_.x), carver.take(out.s, layout_.s), carver.take(out.y, layout_.y);
+    carver.take(out.rows, layout_.rows), carver.take(out.entries, layout_.entries);
+    carver.take(out.shuffled, layout_.shuffled);
     return out;
   }
 
@@ -311,7 +307,7 @@ class UnitLinearFew {
   }
 
   const LayerLaw& law_;
-  const UnitLinearArgs& args_;
+  const LanesLinearArgs& args_;
   UnitPlan plan_;
   FewLayout layout_;
   Ring ring_;
@@ -319,12 +315,12 @@ class UnitLinearFew {
 
 }  // namespace
 
-Workspace unit_linear_few_workspace(const LayerLaw& law, const UnitLinearArgs& args) {
+Workspace unit_linear_few_workspace(const LayerLaw& law, const LanesLinearArgs& args) {
   const FewLayout layout = layout_of(law, UnitPlan(law), args);
   return {args.threads * layout.bytes(), args.threads * layout.x};
 }
 
-void unit_linear_few(const LayerLaw& law, const UnitLinearArgs& args) {
+void unit_linear_few(const LayerLaw& law, const LanesLinearArgs& args) {
   UnitLinearFew(law, args).run();
 }
 

@@ -30,8 +30,8 @@
 
 #include <vector>
 
+#include "cpu/lanes_linear.h"
 #include "cpu/product.h"
-#include "cpu/unit_linear.h"
 #include "cpu/unit_window.h"
 
 namespace rpg::RPG_ISA {
@@ -51,7 +51,7 @@ struct GradsLayout {
   }
 };
 
-GradsLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitLinearGradsArgs& args) {
+GradsLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const LanesLinearGradsArgs& args) {
   GradsLayout out{};
   const int64_t lanes = args.lanes, block = law.granularity, room = entries_room(plan.most_octets);
   out.dy = lines(4 * int64_t{plan.band.octets} * kOctet * lanes);
@@ -91,7 +91,7 @@ void sum_octet(const OctetEntry* entry, const uint16_t* octets, int count, const
 
 class UnitLinearGrads {
  public:
-  UnitLinearGrads(const LayerLaw& law, const UnitLinearGradsArgs& args)
+  UnitLinearGrads(const LayerLaw& law, const LanesLinearGradsArgs& args)
       : law_(law),
         args_(args),
         plan_(law),
@@ -137,17 +137,13 @@ class UnitLinearGrads {
   float* x() const { return dy() + layout_.dy / 4; }
 
   GradsMemory memory_of(int part) const {
-    char* next =
-        static_cast<char*>(args_.workspace) + layout_.shared() + part * layout_.of_thread();
+    Carver carver(args_.workspace, layout_.shared() + part * layout_.of_thread());
     GradsMemory out{};
-    const auto take = [&next](auto*& pointer, int64_t bytes) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(next);
-      next += bytes;
-    };
-    take(out.dx, layout_.dx), take(out.t, layout_.t), take(out.window, layout_.window);
-    take(out.products, layout_.products), take(out.spill, layout_.spill);
-    take(out.entries, layout_.entries), take(out.shuffled, layout_.shuffled);
-    take(out.octet_at, layout_.octet_at);
+    carver.take(out.dx, layout_.dx), carver.take(out.t, layout_.t),
+        carver.take(out.window, layout_.window);
+    carver.take(out.products, layout_.products), carver.take(out.spill, layout_.spill);
+    carver.take(out.entries, layout_.entries), carver.take(out.shuffled, layout_.shuffled);
+    carver.take(out.octet_at, layout_.octet_at);
     return out;
   }
 
@@ -191,7 +187,7 @@ class UnitLinearGrads {
     const int64_t block = law_.granularity;
     pack_rows({args_.dtype, args_.x}, tile * args_.lanes * args_.columns + column * block,
               args_.columns, rows_of(tile), args_.columns - column * block, lanes_of(tile),
-              law_.granularity, x() + column * lanes_of(tile) * block);
+              law_.granularity, law_.granularity, x() + column * lanes_of(tile) * block);
   }
 
   // What the slots of a zone add for a tile.
@@ -357,7 +353,7 @@ class UnitLinearGrads {
   }
 
   const LayerLaw& law_;
-  const UnitLinearGradsArgs& args_;
+  const LanesLinearGradsArgs& args_;
   UnitPlan plan_;
   GradsLayout layout_;
   Ring ring_;
@@ -370,13 +366,13 @@ class UnitLinearGrads {
 
 }  // namespace
 
-Workspace unit_linear_grads_workspace(const LayerLaw& law, const UnitLinearGradsArgs& args) {
+Workspace unit_linear_grads_workspace(const LayerLaw& law, const LanesLinearGradsArgs& args) {
   const GradsLayout layout = layout_of(law, UnitPlan(law), args);
   return {layout.shared() + args.threads * layout.of_thread(),
           layout.shared() + args.threads * layout.dx};
 }
 
-void unit_linear_grads(const LayerLaw& law, const UnitLinearGradsArgs& args) {
+void unit_linear_grads(const LayerLaw& law, const LanesLinearGradsArgs& args) {
   UnitLinearGrads(law, args).run();
 }
 

@@ -1,4 +1,4 @@
-// The window of a unit as products want it: contiguous rows of fp32.
+// The units of a layer with their windows, and what else the kernels of the unit law share.
 
 #pragma once
 
@@ -9,14 +9,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/lanes.h"
+#include "cpu/bank.h"
 #include "cpu/product.h"
 #include "cpu/unit_entries.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
-
-inline int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 alignas(8) constexpr float kSigns[2] = {1.f, -1.f};
 
@@ -33,34 +31,6 @@ inline int thread_number() {
 #else
   return 0;
 #endif
-}
-
-// The bank: `slots` rows of `block` elements.
-struct Ring {
-  Dtype dtype;
-  const void* data;
-  int64_t slots;
-  int block;
-  const char* slot(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
-  int64_t row_bytes() const { return int64_t{block} * (dtype == Dtype::kFloat32 ? 4 : 2); }
-};
-
-// Rows of `count` slots from `first` on, around the end of the ring: the ring's own where it is
-// fp32 and has them in one piece, otherwise converted into `buffer` [count, block].
-inline const float* window_rows(const Ring& ring, int64_t first, int64_t count, float* buffer) {
-  const char* data = static_cast<const char*>(ring.data);
-  const int64_t bytes = ring.row_bytes();
-  if (ring.dtype == Dtype::kFloat32 && first + count <= ring.slots) {
-    return reinterpret_cast<const float*>(data + first * bytes);
-  }
-  for (int64_t done = 0; done < count;) {
-    const int64_t size = std::min(count - done, ring.slots - first);
-    read_some(ring.dtype, data + first * bytes, static_cast<int>(size * ring.block),
-              buffer + done * ring.block);
-    done += size;
-    first = 0;
-  }
-  return buffer;
 }
 
 // A unit of one tap, with its window.

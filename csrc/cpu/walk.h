@@ -33,7 +33,6 @@ struct Piece {
   const Entry* entry;
   uint32_t base;
   int slots;
-  bool whole;  // every one of the slots is read
 };
 
 namespace {  // compiled once per instruction set, see law/ring.h
@@ -55,7 +54,7 @@ class WindowWalk {
   // Calls visit(piece) for the columns of blocks from `low` to `high` of a strip.
   template <class Visit>
   void walk(const Strip& strip, int64_t low, int64_t high, Entry* entry, const Visit& visit) {
-    enter(strip.band);
+    if (strip.band != number_) band_ = make_window_band(law_, number_ = strip.band);
     // Positions of the band.
     const int64_t first = (strip.row - strip.band * law_.rows_per_band) * law_.blocks;
     const int64_t end = first + high * strip.height;
@@ -82,40 +81,10 @@ class WindowWalk {
     for (uint32_t done = 0; done < count;) {
       const int64_t row = rest % strip.height;
       const int64_t size = std::min<int64_t>(strip.height - row, count - done);
-      const uint32_t in_lap = (z + band_.offset + done) & (window - 1);
-      const int64_t lead = in_lap ? window - in_lap : 0;  // rows before the first whole lap
       visit(Piece<Entry>{&strip, rest / strip.height, row, static_cast<int>(size), entry + done,
-                         base, static_cast<int>(window), size - lead >= window});
+                         base, static_cast<int>(window)});
       done += static_cast<uint32_t>(size);
       rest += size;
-    }
-  }
-
-  void enter(int64_t band) {
-    if (band != number_) band_ = make_window_band(law_, number_ = band);
-  }
-
-  int64_t cells() const { return cells_of(band_); }
-
-  // Calls visit(piece) for the positions that read a cell; `first` is the number of the band's
-  // first strip.
-  template <class Visit>
-  void walk_cell(const std::vector<Strip>& strips, size_t first, int64_t cell, Entry* entry,
-                 const Visit& visit) const {
-    const int64_t begin = std::max<int64_t>(0, cell * band_.cell - band_.offset);
-    const int64_t end = std::min<int64_t>(band_.positions, (cell + 1) * band_.cell - band_.offset);
-    uint32_t position[1] = {static_cast<uint32_t>(begin)};
-    from_address(band_, position);
-    const int64_t shift = strips[first].first;
-    size_t strip = first;
-    for (int64_t done = 0; done < end - begin;) {
-      const int64_t p = position[0] + done;
-      while (p + shift >= strips[strip].first + strips[strip].height * law_.blocks) ++strip;
-      const int64_t left = strips[strip].first + strips[strip].height * law_.blocks - shift - p;
-      const int64_t count = std::min({left, end - begin - done, kEntries});
-      walk(strips[strip], static_cast<uint32_t>(p), static_cast<uint32_t>(begin + done),
-           static_cast<uint32_t>(count), entry, visit);
-      done += count;
     }
   }
 
@@ -151,8 +120,7 @@ class RingWalk {
       for (int64_t row = 0; row < strip.height; row += kEntries) {
         const int count = static_cast<int>(std::min(strip.height - row, kEntries));
         tabulate(first + row, block, count, entry);
-        visit(
-            Piece<Entry>{&strip, block, row, count, entry, 0, static_cast<int>(law_.slots), false});
+        visit(Piece<Entry>{&strip, block, row, count, entry, 0, static_cast<int>(law_.slots)});
       }
     }
   }

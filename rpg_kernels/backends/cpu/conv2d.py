@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg_kernels import native
 from rpg_kernels._tensors import empty_image
-from rpg_kernels.backends.cpu import rules
+from rpg_kernels.backends.cpu import factored, rules
 from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.geometry import conv_output
 from rpg_kernels.law.placement import parse
@@ -38,7 +38,8 @@ def conv2d(
     kernel = p.shape[2:]
     size = conv_output(x.shape[2:], kernel, stride, padding, dilation)
     y = empty_image(x, (x.shape[0], p.shape[0], *size))
-    step = rules.check("conv2d", placement, y.numel() // p.shape[0], groups)
+    rules.check_weight("conv2d", placement, groups)
+    step = factored.check("conv2d", placement, y.numel() // p.shape[0])
     if not y.numel():
         return y
     bank = bank.contiguous()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import native
-from rpg_kernels.backends.cpu import rules, unit_linear
+from rpg_kernels.backends.cpu import factored, lanes_linear, rules
+from rpg_kernels.backends.cpu.lanes import Family
 from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.placement import Placement, parse
 
@@ -24,12 +25,13 @@ def linear(
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
-    if rules.of_units(placement):
-        return unit_linear.linear(x, bank, bias, placement)
     p = parse(placement)
+    batch = x.numel() // p.shape[1]
+    taken = _family("linear", x.dtype, batch, placement)
+    if taken:
+        return lanes_linear.linear(taken, x, bank, bias, placement)
     y = x.new_empty((*x.shape[:-1], p.shape[0]))
-    batch = y.numel() // p.shape[0]
-    step = rules.check("linear", placement, batch)
+    step = factored.check("linear", placement, batch)
     if not batch:
         return y
     x, bank = x.contiguous(), bank.contiguous()
@@ -45,12 +47,13 @@ def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement:
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
-    if rules.of_units(placement):
-        return unit_linear.linear_input_grad(dy, bank, placement)
     p = parse(placement)
+    batch = dy.numel() // p.shape[0]
+    taken = _family("linear_input_grad", dy.dtype, batch, placement)
+    if taken:
+        return lanes_linear.linear_input_grad(taken, dy, bank, placement)
     dx = dy.new_empty((*dy.shape[:-1], p.shape[1]))
-    batch = dx.numel() // p.shape[1]
-    step = rules.check("linear_input_grad", placement, batch)
+    step = factored.check("linear_input_grad", placement, batch)
     if not batch:
         return dx
     dy, bank = dy.contiguous(), bank.contiguous()
@@ -66,11 +69,12 @@ def linear_bank_grad(
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
-    if rules.of_units(placement):
-        return unit_linear.linear_bank_grad(dy, x, placement, dtype)
     p = parse(placement)
     batch = dy.numel() // p.shape[0]
-    step = rules.check("linear_bank_grad", placement, batch)
+    taken = _family("linear_bank_grad", dy.dtype, batch, placement)
+    if taken:
+        return lanes_linear.linear_bank_grad(taken, dy, x, placement, dtype)
+    step = factored.check("linear_bank_grad", placement, batch)
     dw = dy.new_zeros((p.generator.slots, p.generator.granularity), dtype=torch.float32)
     if not batch:
         return dw.to(dtype)
@@ -79,12 +83,31 @@ def linear_bank_grad(
     return dw.to(dtype)
 
 
+def linear_grads(
+    dy: Tensor, bank: Tensor, table: Tensor | None, x: Tensor, placement: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, (dx, dw), where the same kernels make them.
+
+    Raises:
+        RuntimeError: a weight that these kernels do not read, or too little scratch.
+    """
+    batch = dy.numel() // parse(placement).shape[0]
+    taken = _family("linear_input_grad", dy.dtype, batch, placement)
+    assert isinstance(taken, Family)  # ``Cpu.both_grads`` has asked
+    return lanes_linear.linear_grads(taken, dy, bank, x, placement, dtype)
+
+
+def _family(op: str, dtype: torch.dtype, batch: int, placement: str) -> Family | None:
+    rules.check_weight(op, placement)
+    return rules.family(op, dtype, batch, placement)
+
+
 def _typed(tensor: Tensor) -> tuple[int, int]:
     """Address and dtype of a contiguous tensor, which the caller keeps."""
     return tensor.data_ptr(), native.dtype_code(tensor.dtype)
 
 
-def _call(op: str, p: Placement, step: rules.Steps, batch: int, *tensors: int) -> None:
+def _call(op: str, p: Placement, step: factored.Steps, batch: int, *tensors: int) -> None:
     """Run a kernel; what all of them take comes after the tensors."""
     memory = workspace(step.workspace)
     getattr(native.layer_law(p.law), op)(

@@ -1,10 +1,9 @@
-"""How often the compiled CPU kernels multiply a weight with an activation.
+"""How often the factored CPU kernels multiply a weight with an activation.
 
-The kernels take a column of blocks in pieces, rows that read one window or the whole ring. A piece
-of more rows than slots is multiplied slot by slot: forward all slots of the window, backward those
-that are read. Any other piece is multiplied row by row. Where pieces end, ``csrc/cpu/walk.h`` says,
-and the buffers of its callers. Multiplications with the padding of blocks and of vectors of the
-batch are not counted.
+They take a column of blocks in pieces, rows that read one window or the whole ring. A piece of more
+rows than slots is multiplied slot by slot, any other row by row. Where pieces end,
+``csrc/cpu/walk.h`` says, and the buffers of its callers. Multiplications with the padding of blocks
+and of vectors of the batch are not counted.
 """
 
 from __future__ import annotations
@@ -13,15 +12,12 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.law.ring import LayerLaw
 from rpg_kernels.law.window import STRIP, WindowLaw
 
 RING_ROWS = 1 << 14  # rows of a column of a whole ring that are tabulated together
-RING_SUMS = 1 << 16  # floats of the forward's sums, of all rows of x that are multiplied at once
-FORWARD = ("linear", "conv2d")
+RING_SUMS = 1 << 16  # floats of sums, of all rows of x that are multiplied at once
 
 
 class _Strip(NamedTuple):
@@ -35,15 +31,13 @@ class _Piece(NamedTuple):
     block: int
     row: int  # of the layer
     rows: int
-    whole: bool  # surely reads every slot
 
 
 @lru_cache(maxsize=4096)
-def of_row(op: str, placement: str, lanes: int, threads: int) -> int:
+def of_row(placement: str, lanes: int, threads: int) -> int:
     """Multiplications for one row of the batch, or one pixel.
 
     Args:
-        op: a product that the CPU kernels have.
         placement: of a weight that they read.
         lanes: rows of x that are multiplied at once.
         threads: parts that columns are dealt to.
@@ -51,7 +45,7 @@ def of_row(op: str, placement: str, lanes: int, threads: int) -> int:
     Example:
         >>> from rpg_kernels.law.generator import Generator
         >>> windows = Generator(1024, 64, "vector", window=256, laps=4)
-        >>> of_row("linear", Placement(windows, 0, 0, (4096, 64), 1.0).to_json(), 16, 1)
+        >>> of_row(Placement(windows, 0, 0, (4096, 64), 1.0).to_json(), 16, 1)
         65536
         >>> 4096 * 64 // 65536
         4
@@ -59,12 +53,8 @@ def of_row(op: str, placement: str, lanes: int, threads: int) -> int:
     p = parse(placement)
     law, total = p.law, 0
     slots = law.window if isinstance(law, WindowLaw) else law.slots
-    for piece in _pieces(op, p, lanes, threads):
-        terms = piece.rows
-        if terms > slots:
-            # A slot that nobody reads may hold an infinity: gradients leave it out.
-            terms = slots if op in FORWARD or piece.whole else _slots_read(law, piece)
-        total += terms * _elements(p, piece.block)
+    for piece in _pieces(p, lanes, threads):
+        total += min(piece.rows, slots) * _elements(p, piece.block)
     return total
 
 
@@ -74,20 +64,11 @@ def _elements(p: Placement, block: int) -> int:
     return min(m.block, m.run - block % m.run_blocks * m.block)
 
 
-def _slots_read(law: LayerLaw, piece: _Piece) -> int:
-    rows = torch.arange(piece.row, piece.row + piece.rows)
-    slots: torch.Tensor = law.slot(rows, torch.tensor(piece.block))
-    return len(slots.unique())
-
-
-def _pieces(op: str, p: Placement, lanes: int, threads: int) -> Iterator[_Piece]:
+def _pieces(p: Placement, lanes: int, threads: int) -> Iterator[_Piece]:
     law = p.law
-    if not isinstance(law, WindowLaw):
-        most = RING_SUMS // lanes if op in FORWARD else law.rows
-        return _ring_pieces(law, most)
-    if op == "linear_bank_grad":
-        return _pieces_by_cell(law)
-    return _pieces_by_column(law, op, threads)
+    if isinstance(law, WindowLaw):
+        return _pieces_by_column(law, threads)
+    return _ring_pieces(law, RING_SUMS // lanes)
 
 
 def _ring_pieces(law: LayerLaw, most: int) -> Iterator[_Piece]:
@@ -97,7 +78,7 @@ def _ring_pieces(law: LayerLaw, most: int) -> Iterator[_Piece]:
             after = min(strip + most, end)
             for row in range(strip, after, RING_ROWS):
                 for block in range(law.blocks):
-                    yield _Piece(block, row, min(RING_ROWS, after - row), whole=False)
+                    yield _Piece(block, row, min(RING_ROWS, after - row))
 
 
 def _strips(law: WindowLaw) -> list[_Strip]:
@@ -112,36 +93,17 @@ def _strips(law: WindowLaw) -> list[_Strip]:
     return out
 
 
-def _pieces_by_column(law: WindowLaw, op: str, threads: int) -> Iterator[_Piece]:
+def _pieces_by_column(law: WindowLaw, threads: int) -> Iterator[_Piece]:
     """Of each thread's columns: units, at most a buffer at a time."""
     strips = _strips(law)
     for part in range(threads):
         begin, end = (_split(law, strips, which, threads) for which in (part, part + 1))
         for strip in strips:
-            if op in FORWARD:
-                low, high = max(begin, strip.first), min(end, strip.first + _positions(law, strip))
-            else:
-                low, high = (
-                    strip.first + law.blocks * which // threads * strip.height
-                    for which in (part, part + 1)
-                )
+            low, high = max(begin, strip.first), min(end, strip.first + _positions(law, strip))
             p, last = low - strip.first, high - strip.first
             in_band = strip.first - law.blocks * strip.band * law.rows_per_band
             while p < last:
                 count = min(_unit_end(law, strip.band, in_band + p) - in_band, last, p + STRIP) - p
-                yield from _cut(law, strip, p, count)
-                p += count
-
-
-def _pieces_by_cell(law: WindowLaw) -> Iterator[_Piece]:
-    """Of each unit: strips, at most a buffer at a time."""
-    for strip in _strips(law):
-        in_band = strip.first - law.blocks * strip.band * law.rows_per_band
-        p = 0
-        while p < _positions(law, strip):
-            end = min(_unit_end(law, strip.band, in_band + p) - in_band, _positions(law, strip))
-            while p < end:
-                count = min(end - p, STRIP)
                 yield from _cut(law, strip, p, count)
                 p += count
 
@@ -151,7 +113,7 @@ def _positions(law: WindowLaw, strip: _Strip) -> int:
 
 
 def _split(law: WindowLaw, strips: list[_Strip], part: int, threads: int) -> int:
-    """The position, at the beginning of a column, at which the forward's part begins."""
+    """The position, at the beginning of a column, at which a part begins."""
     total = law.rows * law.blocks
     wanted = total * part // threads
     for strip in strips:
@@ -173,6 +135,5 @@ def _cut(law: WindowLaw, strip: _Strip, p: int, count: int) -> Iterator[_Piece]:
     while p < end:
         block, row = divmod(p, strip.height)
         size = min(strip.height - row, end - p)
-        lead = -(law.start + strip.first + p) % law.window  # rows before the first whole lap
-        yield _Piece(block, strip.row + row, size, size - lead >= law.window)
+        yield _Piece(block, strip.row + row, size)
         p += size

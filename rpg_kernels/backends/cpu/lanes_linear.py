@@ -1,8 +1,9 @@
-"""y = x·Ŵᵀ + bias, dx = dy·Ŵ and dw = scale·Gᵀ·(dyᵀ·x) for weights of the unit law.
+"""y = x·Ŵᵀ + bias, dx = dy·Ŵ and dw = scale·Gᵀ·(dyᵀ·x) by kernels that take the batch in lanes.
 
-Rows that read one slot share its product with x, forward and backward: a layer needs 1/laps of the
-dense multiplications. Sums are fp32, results rounded once. Results depend on the number of threads
-in rounding, and on nothing else.
+Those of ``units`` share the product of a slot with x between the rows that read it, forward and
+backward: a layer needs 1/laps of the dense multiplications. Those of ``tiles`` share nothing and
+gather the weight. Sums are fp32, results rounded once. Results depend on the number of threads in
+rounding, and on nothing else.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import native
-from rpg_kernels.backends.cpu import units
+from rpg_kernels.backends.cpu.lanes import Family
 from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.placement import Placement, parse
 
 
-def linear(x: Tensor, bank: Tensor, bias: Tensor | None, placement: str) -> Tensor:
+def linear(family: Family, x: Tensor, bank: Tensor, bias: Tensor | None, placement: str) -> Tensor:
     """x ``[..., K]`` -> ``[..., N]`` in x's dtype.
 
     Raises:
@@ -25,13 +26,13 @@ def linear(x: Tensor, bank: Tensor, bias: Tensor | None, placement: str) -> Tens
     p = parse(placement)
     y = x.new_empty((*x.shape[:-1], p.shape[0]))
     batch = y.numel() // p.shape[0]
-    step = units.check("linear", placement, batch)
+    step = family.check("linear", placement, batch)
     if not batch:
         return y
     x, bank = x.contiguous(), bank.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     memory = workspace(step.workspace)
-    native.layer_law(p.law).unit_linear(
+    getattr(native.layer_law(p.law), family.name)(
         *_typed(bank),
         *_typed(x),
         0 if bias is None else bias.data_ptr(),
@@ -46,7 +47,7 @@ def linear(x: Tensor, bank: Tensor, bias: Tensor | None, placement: str) -> Tens
     return y
 
 
-def linear_input_grad(dy: Tensor, bank: Tensor, placement: str) -> Tensor:
+def linear_input_grad(family: Family, dy: Tensor, bank: Tensor, placement: str) -> Tensor:
     """dy ``[..., N]`` -> dx ``[..., K]`` in dy's dtype.
 
     Raises:
@@ -54,32 +55,34 @@ def linear_input_grad(dy: Tensor, bank: Tensor, placement: str) -> Tensor:
     """
     p = parse(placement)
     dx = dy.new_empty((*dy.shape[:-1], p.shape[1]))
-    _run("linear_input_grad", placement, dy, None, bank, dx, None)
+    _run(family, "linear_input_grad", placement, dy, None, bank, dx, None)
     return dx
 
 
-def linear_bank_grad(dy: Tensor, x: Tensor, placement: str, dtype: torch.dtype) -> Tensor:
+def linear_bank_grad(
+    family: Family, dy: Tensor, x: Tensor, placement: str, dtype: torch.dtype
+) -> Tensor:
     """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]`` of ``dtype``, summed in fp32.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     dw = _zeros(dy, parse(placement))
-    _run("linear_bank_grad", placement, dy, x, None, None, dw)
+    _run(family, "linear_bank_grad", placement, dy, x, None, None, dw)
     return dw.to(dtype)
 
 
 def linear_grads(
-    dy: Tensor, bank: Tensor, table: Tensor | None, x: Tensor, placement: str, dtype: torch.dtype
+    family: Family, dy: Tensor, bank: Tensor, x: Tensor, placement: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients, (dx, dw): what rows that read one slot add to it is summed once.
+    """Both gradients, (dx, dw), with what they have in common made once.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     p = parse(placement)
     dx, dw = dy.new_empty((*dy.shape[:-1], p.shape[1])), _zeros(dy, p)
-    _run("linear_grads", placement, dy, x, bank, dx, dw)
+    _run(family, "linear_grads", placement, dy, x, bank, dx, dw)
     return dx, dw.to(dtype)
 
 
@@ -88,6 +91,7 @@ def _zeros(dy: Tensor, p: Placement) -> Tensor:
 
 
 def _run(
+    family: Family,
     op: str,
     placement: str,
     dy: Tensor,
@@ -99,14 +103,14 @@ def _run(
     """Fill dx, which takes a bank, and add to dw, which takes x."""
     p = parse(placement)
     batch = dy.numel() // p.shape[0]
-    step = units.check(op, placement, batch)
+    step = family.check(op, placement, batch)
     if not batch:
         return
     dy = dy.contiguous()
     bank = dy if bank is None else bank.contiguous()  # which is not read without dx
     x = None if x is None else x.contiguous()
     memory = workspace(step.workspace)
-    native.layer_law(p.law).unit_linear_grads(
+    getattr(native.layer_law(p.law), f"{family.name}_grads")(
         *_typed(bank),
         dy.data_ptr(),
         0 if x is None else x.data_ptr(),

@@ -1,4 +1,5 @@
-// What the kernels of linear layers of the unit law are given.
+// What the kernels of linear layers that take rows of the batch as lanes of vectors are given:
+// those of the unit law, and those that gather tiles of Ŵ (tile_linear.cpp).
 
 #pragma once
 
@@ -9,7 +10,7 @@
 namespace rpg {
 
 // y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; all contiguous.
-struct UnitLinearArgs {
+struct LanesLinearArgs {
   Dtype bank_dtype;
   const void* ring;   // [slots, block]
   Dtype x_dtype;      // of x and y; sums are fp32
@@ -21,13 +22,13 @@ struct UnitLinearArgs {
   double scale;
   int threads;
   int lanes;        // rows of x at a time
-  void* workspace;  // [unit_linear_workspace] bytes, aligned to 64
+  void* workspace;  // as many bytes as the kernel says, aligned to 64
 };
 
 // dx [batch, K] = scale · dy [batch, N] · (G ring), and
 // dw [slots, block] = scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]), which is zero before; all
 // contiguous.
-struct UnitLinearGradsArgs {
+struct LanesLinearGradsArgs {
   Dtype bank_dtype;
   const void* ring;  // [slots, block]; for dx
   Dtype dtype;       // of dy, x and dx
@@ -40,7 +41,7 @@ struct UnitLinearGradsArgs {
   double scale;
   int threads;
   int lanes;
-  void* workspace;  // [unit_linear_grads_workspace] bytes, aligned to 64
+  void* workspace;  // as many bytes as the kernel says, aligned to 64
 };
 
 }  // namespace rpg

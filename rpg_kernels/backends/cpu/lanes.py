@@ -1,0 +1,115 @@
+"""Families of compiled kernels that take rows of the batch as lanes of vectors, and their steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from rpg_kernels import native, settings
+from rpg_kernels.law.placement import Placement, parse
+
+PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad", "linear_grads")
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How a call goes through its batch, and the memory that it takes.
+
+    Args:
+        lanes: rows of the batch at a time.
+        threads: that share it.
+        workspace: bytes in all.
+        scratch: of them, what the scratch limit counts: all but copies of activations.
+    """
+
+    lanes: int
+    threads: int
+    workspace: int
+    scratch: int
+
+
+class Family(ABC):
+    """Kernels for a forward and for gradients that are called alike.
+
+    Attributes:
+        name: of the forward in the native module; gradients are ``<name>_grads``.
+    """
+
+    name = ""
+
+    @abstractmethod
+    def unsupported(self, op: str, placement: str) -> str:
+        """Why a product with a weight cannot run here, or ""."""
+
+    @abstractmethod
+    def lanes(self, op: str, p: Placement, batch: int) -> list[int]:
+        """From the most to the least rows of the batch at a time."""
+
+    @abstractmethod
+    def suits(self, op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
+        """Whether a call is faster here than with other compiled kernels."""
+
+    @abstractmethod
+    def faster(self, op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
+        """Whether a call is faster here than in the reference."""
+
+    @abstractmethod
+    def multiplications(self, op: str, placement: str) -> int:
+        """For one row of the batch, without the padding of blocks and of vectors."""
+
+    @abstractmethod
+    def what(self, placement: str) -> str:
+        """What these kernels do with a weight."""
+
+    def steps(self, op: str, placement: str, batch: int) -> Lanes | None:
+        """The most lanes that the scratch limit allows; None where none do."""
+        limit = settings.scratch_bytes("cpu")
+        choices = _choices(self, op, placement, batch, native.threads())
+        return next((step for step in choices if step.scratch <= limit), None)
+
+    def smallest(self, op: str, placement: str, batch: int) -> int:
+        """Scratch in bytes of the smallest steps."""
+        return min(s.scratch for s in _choices(self, op, placement, batch, native.threads()))
+
+    def check(self, op: str, placement: str, batch: int) -> Lanes:
+        """The steps of a call.
+
+        Raises:
+            RuntimeError: the weight cannot be read here, or the scratch limit is too small.
+        """
+        reason = self.unsupported(op, placement)
+        if reason:
+            raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
+        step = self.steps(op, placement, batch)
+        if step is None:
+            raise RuntimeError(
+                f"scratch_limit: got {settings.scratch_bytes('cpu')} bytes, wanted at least "
+                f"{self.smallest(op, placement, batch)} for the cpu back end of a virtual weight "
+                f"{list(parse(placement).shape)}"
+            )
+        return step
+
+
+@lru_cache(maxsize=4096)
+def _choices(
+    family: Family, op: str, placement: str, batch: int, threads: int
+) -> tuple[Lanes, ...]:
+    """From the most lanes to the least, then with fewer threads."""
+    p, batch = parse(placement), max(batch, 1)  # of an empty batch, what one row takes
+    law = native.layer_law(p.law)
+    out = []
+    while True:
+        for lanes in family.lanes(op, p, batch):
+            size = (batch, p.shape[1], threads, lanes)
+            if op == "linear":
+                total, activations = getattr(law, f"{family.name}_workspace")(*size)
+            else:
+                wanted = (op != "linear_bank_grad", op != "linear_input_grad")
+                total, activations = getattr(law, f"{family.name}_grads_workspace")(*size, *wanted)
+            out.append(Lanes(lanes, threads, total, total - activations))
+        if threads == 1:
+            return tuple(out)
+        threads = -(-threads // 2)
