@@ -21,41 +21,39 @@ struct Activations {
   }
 };
 
-template <class T, int COUNT>
-inline void convert_from(const void* source, float* target) {
+template <class T>
+inline void convert_from(const void* source, int count, float* target) {
   const typename T::Bits* bits = static_cast<const typename T::Bits*>(source);
 #pragma omp simd
-  for (int i = 0; i < COUNT; ++i) target[i] = T::load(bits[i]);
+  for (int i = 0; i < count; ++i) target[i] = T::load(bits[i]);
 }
 
-template <class T, int COUNT>
-inline void convert_to(const float* source, void* target) {
+template <class T>
+inline void convert_to(const float* source, int count, void* target) {
   typename T::Bits* bits = static_cast<typename T::Bits*>(target);
 #pragma omp simd
-  for (int i = 0; i < COUNT; ++i) bits[i] = T::store(source[i]);
+  for (int i = 0; i < count; ++i) bits[i] = T::store(source[i]);
 }
 
-// COUNT elements as fp32.
-template <int COUNT>
-inline void read_floats(Dtype dtype, const void* source, float* target) {
+// `count` elements as fp32.
+inline void read_some(Dtype dtype, const void* source, int count, float* target) {
   switch (dtype) {
-    case Dtype::kBfloat16: return convert_from<Bfloat16, COUNT>(source, target);
-    case Dtype::kFloat16: return convert_from<Float16, COUNT>(source, target);
-    default: std::memcpy(target, source, 4 * COUNT);
+    case Dtype::kBfloat16: return convert_from<Bfloat16>(source, count, target);
+    case Dtype::kFloat16: return convert_from<Float16>(source, count, target);
+    default: std::memcpy(target, source, sizeof(float) * count);
   }
 }
 
-template <int COUNT>
-inline void write_floats(Dtype dtype, const float* source, void* target) {
+inline void write_some(Dtype dtype, const float* source, int count, void* target) {
   switch (dtype) {
-    case Dtype::kBfloat16: return convert_to<Bfloat16, COUNT>(source, target);
-    case Dtype::kFloat16: return convert_to<Float16, COUNT>(source, target);
-    default: std::memcpy(target, source, 4 * COUNT);
+    case Dtype::kBfloat16: return convert_to<Bfloat16>(source, count, target);
+    case Dtype::kFloat16: return convert_to<Float16>(source, count, target);
+    default: std::memcpy(target, source, sizeof(float) * count);
   }
 }
 
-// 8 elements as fp32. A copy in memory would be read before it is written: GCC makes two stores of
-// it, which a load of 32 bytes must wait for.
+// 8 elements as fp32, in a register: GCC makes two stores of a copy of 32 bytes in memory, and a
+// load of all of them must wait until both are written.
 inline Floats<8> load_eight(Dtype dtype, const void* source) {
   if (dtype == Dtype::kFloat32) return load<8>(static_cast<const float*>(source));
   if (dtype == Dtype::kBfloat16) {
@@ -68,27 +66,15 @@ inline Floats<8> load_eight(Dtype dtype, const void* source) {
     return out;
   }
   alignas(32) float out[8];
-  convert_from<Float16, 8>(source, out);
+  convert_from<Float16>(source, 8, out);
   return load<8>(out);
 }
 
-inline void read_some(Dtype dtype, const void* source, int count, float* target) {
-  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
-  int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    read_floats<8>(dtype, static_cast<const char*>(source) + i * size, target + i);
-  }
-  for (; i < count; ++i)
-    read_floats<1>(dtype, static_cast<const char*>(source) + i * size, target + i);
-}
-
-inline void write_some(Dtype dtype, const float* source, int count, void* target) {
-  const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
-  int i = 0;
-  for (; i + 8 <= count; i += 8) {
-    write_floats<8>(dtype, source + i, static_cast<char*>(target) + i * size);
-  }
-  for (; i < count; ++i) write_floats<1>(dtype, source + i, static_cast<char*>(target) + i * size);
+inline void store_eight(Dtype dtype, const Floats<8>& values, void* target) {
+  if (dtype == Dtype::kFloat32) return store<8>(static_cast<float*>(target), values);
+  alignas(32) float out[8];
+  store<8>(out, values);
+  write_some(dtype, out, 8, target);
 }
 
 #if defined(__clang__)
@@ -190,14 +176,15 @@ inline void store_lanes(const Stored& out, const float* const* sums, int count, 
       }
       transpose8(square);
       for (int i = 0; i < 8 && m + i < batch; ++i) {
-        alignas(32) float values[8];
-        store<8>(values, square[i] * scale + load<8>(bias));
+        const Floats<8> y = square[i] * scale + load<8>(bias);
         void* target = static_cast<char*>(out.y) + ((m0 + m + i) * out.columns + row + n) * size;
         if (valid == 8) {
-          write_floats<8>(out.dtype, values, target);
-        } else {
-          write_some(out.dtype, values, valid, target);
+          store_eight(out.dtype, y, target);
+          continue;
         }
+        alignas(32) float values[8];
+        store<8>(values, y);
+        write_some(out.dtype, values, valid, target);
       }
     }
   }

@@ -162,11 +162,8 @@ class OctetRow {
       const uint32_t part = divide(tap_of_layer, law.by_taps);
       column[l] = part * law.run_blocks + b - tap_of_layer * law.run_blocks;
       tap[l] = tap_of_layer - part * law.taps;
-      const uint32_t word = hash_word(column[l], law.turn_key[0], law.turn_key[1]);
-      turn[l] = law.permute ? first_octet(law, umulhi(word, law.groups)) : 0;
-      place[l] = column[l];
     }
-    if (law.permute) permute(law.permutation, place);
+    places_of(law, column, place, turn);
     std::memcpy(table(kColumn, begin), column, sizeof column);
     std::memcpy(table(kTap, begin), tap, sizeof tap);
     std::memcpy(table(kPlace, begin), place, sizeof place);

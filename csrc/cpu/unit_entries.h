@@ -97,10 +97,13 @@ constexpr int kVectors = 4;  // shuffled together
 // x [size], x[i] = shuffle(i); room for a multiple of kVectors vectors.
 inline void shuffle(const UnitBand& law, const Unit& unit, uint16_t* x) {
   uint16_t offset[kShuffleRounds], factor[kShuffleRounds], summand[kShuffleRounds];
+  uint32_t word[kShuffleRounds];
   for (int j = 0; j < kShuffleRounds; ++j) {
-    const uint32_t word = hash_word(unit.number, law.round_key[2 * j], law.round_key[2 * j + 1]);
-    const uint32_t low = word & 0xFFFF;
-    offset[j] = static_cast<uint16_t>((word >> 16) * unit.size >> 16);
+    word[j] = hash_word(unit.number, law.round_key[2 * j], law.round_key[2 * j + 1]);
+  }
+  for (int j = 0; j < kShuffleRounds; ++j) {
+    const uint32_t low = word[j] & 0xFFFF;
+    offset[j] = static_cast<uint16_t>((word[j] >> 16) * unit.size >> 16);
     factor[j] = static_cast<uint16_t>(low | 1);
     summand[j] = static_cast<uint16_t>(low << 8 | low >> 8);
   }
@@ -155,13 +158,22 @@ inline int64_t entries_room(int64_t size) {
 inline void unit_entries(const UnitBand& law, const Unit& unit, const UnitWindow& window,
                          OctetEntry* entry, uint16_t* shuffled) {
   octet::shuffle(law, unit, shuffled);
-  const Divider by_laps = law.by_laps;
+  // (n + 1/2) / laps is at least 1 / 128 from the next integer, and n / laps * 2^-23 is less than
+  // that: the float is rounded down to the quotient.
+  static_assert(kMaxUnit <= 1 << 15 && kMaxUnitLaps <= 64, "quotients that floats do not hold");
+  const float by_laps = 1.f / static_cast<float>(law.by_laps.divisor);
   const uint32_t k0 = law.octet_key[0], k1 = law.octet_key[1], size = unit.size, q = unit.q;
   const uint32_t s0 = law.sign_key[0], s1 = law.sign_key[1], used = window.used;
   constexpr uint32_t kStep = kEntries;
   for (uint32_t i = 0; i < size; i += kStep) {
-    uint32_t place[kStep], word[kStep], sign[kStep / 4 + 1] = {};
-    for (uint32_t k = 0; k < kStep; ++k) place[k] = divide(shuffled[i + k] + used, by_laps);
+    uint32_t word[kStep], sign[kStep / 4 + 1] = {};
+    int32_t place[kStep];
+    uint16_t number[kStep];  // a copy, which nothing else may change
+    std::memcpy(number, shuffled + i, sizeof number);
+    for (uint32_t k = 0; k < kStep; ++k) place[k] = number[k] + static_cast<int32_t>(used);
+    for (uint32_t k = 0; k < kStep; ++k) {
+      place[k] = static_cast<int32_t>((static_cast<float>(place[k]) + 0.5f) * by_laps);
+    }
     for (uint32_t k = 0; k < kStep; ++k) word[k] = hash_word(q + i + k, k0, k1);
     if (law.vector) {
       for (uint32_t k = 0; k <= kStep / 4; ++k) sign[k] = hash_word((q + i) / 4 + k, s0, s1);
@@ -170,8 +182,12 @@ inline void unit_entries(const UnitBand& law, const Unit& unit, const UnitWindow
     std::memcpy(signs, sign, sizeof sign);  // octet q has byte q mod 4 of word q / 4
     const uint8_t* first = signs + (q + i) % 4;
     for (uint32_t k = 0; k < kStep; ++k) {
-      entry[i + k] = {static_cast<uint16_t>(place[k]), octet::pattern_of(word[k]), first[k]};
+      word[k] = static_cast<uint32_t>(place[k]) | uint32_t{octet::pattern_of(word[k])} << 16 |
+                uint32_t{first[k]} << 24;
     }
+    static_assert(sizeof(OctetEntry) == sizeof word[0] && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
+                  "entries are written as words");
+    std::memcpy(entry + i, word, sizeof word);
   }
 }
 

@@ -64,13 +64,14 @@ inline void load_pairs(const char* source, DotVector& even, DotVector& odd) {
 // Lane j of the result is the sum of all lanes of x[j].
 inline Floats<8> sum_eight(DotVector (&x)[8]) {
   Floats<8> y[8];
+#pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) {
     if constexpr (kDotVector == 16) {
       alignas(64) float lanes[16];
       store<kDotVector>(lanes, x[j]);
       y[j] = load<8>(lanes) + load<8>(lanes + 8);
     } else if constexpr (kDotVector == 8) {
-      std::memcpy(&y[j], &x[j], sizeof y[j]);
+      y[j] = x[j];
     } else {
       alignas(32) float lanes[8] = {};
       store<kDotVector>(lanes, x[j]);
@@ -97,7 +98,9 @@ inline void dot_octet(const char* slots, int64_t stride, const float* x, int blo
   constexpr int kSlots = 8 / M;  // whose sums stay in registers
 #pragma GCC unroll 4
   for (int first = 0; first < 8; first += kSlots) {
-    DotVector sum[8] = {};  // [M, kSlots]
+    DotVector sum[8];  // [M, kSlots]
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) sum[j] = DotVector{};
     constexpr int kStep = PAIRS ? 2 * kDotVector : kDotVector;
     for (int e = 0; e < block; e += kStep) {
 #pragma GCC unroll 8
@@ -120,6 +123,10 @@ inline void dot_octet(const char* slots, int64_t stride, const float* x, int blo
           }
         }
       }
+    }
+    if constexpr (M == 1) {
+      store<8>(s, sum_eight(sum));
+      continue;
     }
     alignas(32) float sums[8];
     store<8>(sums, sum_eight(sum));

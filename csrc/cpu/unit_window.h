@@ -49,11 +49,18 @@ struct UnitPlan {
   explicit UnitPlan(const LayerLaw& law) : band(make_unit_band(law, 0)) {
     most_octets = group_size(band, 0) * int64_t{band.taps};
     most_window = (most_octets + 2 * int64_t{law.laps} - 2) / law.laps;
-    units.reserve(int64_t{band.groups} * band.columns);
-    for (uint32_t group = 0; group < band.groups; ++group) {
-      for (uint32_t column = 0; column < band.columns; ++column) {
-        const Unit unit = unit_at(band, column, group);
-        units.push_back({unit, rpg::window_of(band, unit)});
+    units.resize(int64_t{band.groups} * band.columns);
+    constexpr uint32_t kLanes = 16;
+    for (uint32_t begin = 0; begin < band.columns; begin += kLanes) {
+      uint32_t column[kLanes], place[kLanes], turn[kLanes];
+      for (uint32_t l = 0; l < kLanes; ++l) column[l] = min_u32(begin + l, band.columns - 1);
+      places_of(band, column, place, turn);
+      const uint32_t count = min_u32(band.columns - begin, kLanes);
+      for (uint32_t group = 0; group < band.groups; ++group) {
+        for (uint32_t l = 0; l < count; ++l) {
+          const Unit unit = unit_in_place(band, column[l], group, place[l], turn[l]);
+          units[int64_t{group} * band.columns + column[l]] = {unit, rpg::window_of(band, unit)};
+        }
       }
     }
   }

@@ -118,17 +118,30 @@ struct Unit {
   uint32_t size;
 };
 
-RPG_LAW Unit unit_at(const UnitBand& law, uint32_t column, uint32_t group) {
-  const uint32_t first = first_octet(law, group);
-  uint32_t turned = first, place[1] = {column};
-  if (law.permute) {
-    const uint32_t word = hash_word(column, law.turn_key[0], law.turn_key[1]);
-    turned = sub_mod(first, first_octet(law, umulhi(word, law.groups)), law.octets);
-    permute(law.permutation, place);
+// Of columns: whose place each has, and the octet of rows that comes first in it.
+template <int LANES>
+RPG_LAW void places_of(const UnitBand& law, const uint32_t (&column)[LANES],
+                       uint32_t (&place)[LANES], uint32_t (&turn)[LANES]) {
+  for (int l = 0; l < LANES; ++l) {
+    const uint32_t word = hash_word(column[l], law.turn_key[0], law.turn_key[1]);
+    turn[l] = law.permute ? first_octet(law, umulhi(word, law.groups)) : 0;
+    place[l] = column[l];
   }
+  if (law.permute) permute(law.permutation, place);
+}
+
+// The unit of a column with its place and turn.
+RPG_LAW Unit unit_in_place(const UnitBand& law, uint32_t column, uint32_t group, uint32_t place,
+                           uint32_t turn) {
+  const uint32_t first = first_octet(law, group), turned = sub_mod(first, turn, law.octets);
   return {column * law.groups + group, (column * law.octets + first) * law.taps,
-          (place[0] * law.octets + turned) * law.taps + law.offset,
-          group_size(law, group) * law.taps};
+          (place * law.octets + turned) * law.taps + law.offset, group_size(law, group) * law.taps};
+}
+
+RPG_LAW Unit unit_at(const UnitBand& law, uint32_t column, uint32_t group) {
+  uint32_t place[1], turn[1];
+  places_of(law, {column}, place, turn);
+  return unit_in_place(law, column, group, place[0], turn[0]);
 }
 
 // One round of the shuffle: x and its partner change places, or not. x < size <= 2^15.
