@@ -68,7 +68,6 @@ _LAYERS = (
     "bert-base.output",
     "vit-l.proj",
 )
-_RING_BATCH = 256  # beyond it a whole ring is unpacked, which takes minutes and loses
 _LARGEST = 2**22  # weights of a layer that the largest batch is not too long for
 
 
@@ -76,17 +75,16 @@ def points(longer: bool = False) -> Iterator[Point]:
     """The whole suite, the headline's dtype first.
 
     Args:
-        longer: with the largest layers at the largest batch, and whole rings at every batch.
+        longer: with the largest layers at the largest batch.
     """
     for dtype in DTYPES:
         for name in _LAYERS:
             (layer,) = (layer for layer in cases.LAYERS if name in layer.names)
             for batch in BATCHES:
-                few = [bank for bank in BANKS if bank.laps or longer or batch <= _RING_BATCH]
                 if longer or batch < BATCHES[-1] or layer.virtual_weights <= _LARGEST:
                     for what in WHATS:
-                        banks = (*few, _LARGE) if batch == 1 else few
-                        yield Point(layer, dtype, batch, what, tuple(banks))
+                        banks = (*BANKS, _LARGE) if batch == 1 else BANKS
+                        yield Point(layer, dtype, batch, what, banks)
 
 
 def choose(

@@ -53,8 +53,8 @@ def _measured(record: Any) -> Iterator[str]:
             f"{statistics.median(waits):.2f} times process time."
         )
     yield (
-        "Ratios are of samples taken in turn; a row is kept where their quartiles lie at most "
-        f"{rounds.QUIET:.0%} of the median apart."
+        "Ratios are of samples taken in turn; a row is kept where the standard error of the median "
+        f"is at most {rounds.QUIET:.0%} of it."
     )
     if record["disturbed"]:
         yield f"Not kept: {len(record['disturbed'])} rows."

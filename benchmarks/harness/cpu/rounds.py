@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from benchmarks.harness.cpu.opponents import Job, running
 
@@ -14,8 +16,8 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 40
 FEW_ROUNDS, LONG = 3, 10.0  # so few where they took so many seconds
 ENDLESS = 5.0  # seconds of a call of ours that is timed once
 PATIENCE = 3  # times the budget, where ratios have not settled by then
-QUIET = 0.08  # quartiles of a ratio that lie no further apart, relative to its median, are quiet
-_EARLY, _LATER = 1.5, 1.1  # times the fastest: slower dense layers are left after round 1, round 2
+QUIET = 0.04  # of its median, the most that a ratio may err to be kept
+_LEFT = 1.5, 1.1  # times the fastest: slower dense layers are left after round 1, round 2
 _SETTLE = 2e-3  # seconds that a job runs before it counts: other threads stop spinning meanwhile
 _SAMPLE = 1e-2  # seconds that a sample lasts at least, if it is no single call
 Sample = Mapping[str, float]  # clock -> seconds of a call
@@ -29,15 +31,29 @@ class Ratio:
     q25: float
     median: float
     q75: float
+    rounds: int
 
     @property
-    def spread(self) -> float:
-        """What the quartiles lie apart, relative to the median."""
-        return (self.q75 - self.q25) / self.median
+    def error(self) -> float:
+        """The standard error of the median, relative to it.
+
+        Of a normal distribution it is 1.253 deviations over the square root of the rounds, and the
+        quartiles lie 1.349 deviations apart.
+
+        Example:
+            >>> round(Ratio(1.9, 2.0, 2.1, 25).error, 4)
+            0.0186
+        """
+        return 1.253 / 1.349 * (self.q75 - self.q25) / (self.median * math.sqrt(self.rounds))
 
 
 def measure(
-    ours: Sequence[Job], dense: Sequence[Job], clock: str, seconds: float, order: random.Random
+    ours: Sequence[Job],
+    dense: Sequence[Job],
+    clock: str,
+    seconds: float,
+    order: random.Random,
+    reference: Mapping[str, Job] = MappingProxyType({}),
 ) -> Samples:
     """Samples of every job in a new order every round.
 
@@ -50,25 +66,31 @@ def measure(
         clock: that is read: ``"process"`` or ``"wall"``.
         seconds: budget.
         order: of jobs within a round.
+        reference: by the name of one of ours, what it runs on where dispatch leaves it; left as
+            dense layers are.
     """
-    samples: Samples = {job.name: [] for job in (*ours, *dense)}
-    lasting, rivals = list(ours), list(dense)
+    samples: Samples = {job.name: [] for job in (*ours, *dense, *reference.values())}
+    lasting, rivals, others = list(ours), list(dense), dict(reference)
     begin = time.perf_counter()
     for round_ in range(MAX_ROUNDS):
-        jobs = [*lasting, *rivals]
+        jobs = [*lasting, *rivals, *others.values()]
         order.shuffle(jobs)
         for job in jobs:
             samples[job.name].append(_sample(job, samples[job.name]))
+        for job in ours if round_ < 2 else ():
+            other = others.get(job.name)
+            if other and other not in _near([job, other], samples, clock, _LEFT[round_]):
+                del others[job.name]
         lasting = [job for job in lasting if samples[job.name][0]["wall"] <= ENDLESS]
         if round_ < 2:
-            rivals = _near(rivals, samples, clock, (_EARLY, _LATER)[round_])
+            rivals = _near(rivals, samples, clock, _LEFT[round_])
         spent = time.perf_counter() - begin
         if round_ + 1 >= FEW_ROUNDS and spent > LONG:
             break
         if round_ + 1 < MIN_ROUNDS or spent < seconds:
             continue
         best = fastest(samples, [job.name for job in rivals], clock)
-        settled = all(ratio(samples, best, job.name, clock).spread <= QUIET for job in lasting)
+        settled = all(ratio(samples, best, job.name, clock).error <= QUIET for job in lasting)
         if settled or spent > PATIENCE * seconds:
             break
     return samples
@@ -96,8 +118,9 @@ def ratio(samples: Samples, dense: str, ours: str, clock: str) -> Ratio:
     pairs = zip(samples[dense], samples[ours], strict=False)
     ratios = [of_dense[clock] / of_ours[clock] for of_dense, of_ours in pairs]
     if len(ratios) == 1:
-        return Ratio(*ratios * 3)
-    return Ratio(*statistics.quantiles(ratios, n=4, method="inclusive"))
+        return Ratio(ratios[0], ratios[0], ratios[0], rounds=1)
+    q25, median_, q75 = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(q25, median_, q75, len(ratios))
 
 
 def _sample(job: Job, earlier: Sequence[Sample]) -> Sample:

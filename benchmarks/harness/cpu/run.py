@@ -174,6 +174,7 @@ def _measure(record: Record, point: Point) -> None:
         clock,
         record["options"]["seconds"],
         random.Random(seed),
+        {ours.job.name: ours.reference for ours, _ in right},
     )
     levels, rates = levels_of(record), record["matrix_per_s"]
     roof = traffic.floors(traffic.dense(subject, cache), levels, rates)
@@ -188,19 +189,20 @@ def _measure(record: Record, point: Point) -> None:
             row.update(
                 rounds=len(read),
                 ours_s=rounds.median(samples, ours.job.name, clock),
+                reference_s=rounds.median(samples, ours.reference.name, clock),
                 dense=best,
                 dense_s=rounds.median(samples, best, clock),
                 ratio=asdict(ratio),
                 dense_all={job.name: rounds.median(samples, job.name, clock) for job in dense},
                 wait=statistics.median(sample["wall"] / sample["process"] for sample in read),
             )
-            quiet = ratio.spread <= rounds.QUIET
+            quiet = ratio.error <= rounds.QUIET
         name = name_of(row)
         record["disturbed"].pop(name, None)
         if quiet:
             record["results"].append(row)
         else:
-            record["disturbed"][name] = ratio.spread
+            record["disturbed"][name] = ratio.error
 
 
 def _dense(subject: Subject) -> tuple[list[Job], dict[str, str]]:
@@ -239,7 +241,7 @@ def _row(point: Point, ours: Ours, subject: Subject) -> Row:
         "allowed": accuracy.allowed,
         "copies": ours.job.copies,
         "rounds": 0,
-        **dict.fromkeys(("ours_s", "dense", "dense_s", "ratio", "wait")),
+        **dict.fromkeys(("ours_s", "reference_s", "dense", "dense_s", "ratio", "wait")),
         "dense_all": {},
     }
 

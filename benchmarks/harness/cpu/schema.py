@@ -47,6 +47,7 @@ _RATIO = {
     "q25": number("quartile"),
     "median": number("above 1 ours is faster"),
     "q75": number("quartile"),
+    "rounds": integer("that both ran in"),
 }
 ROW = {
     "layer": text("`model.layer`"),
@@ -64,6 +65,10 @@ ROW = {
     "copies": integer("layers that ran in turn"),
     "rounds": integer("of samples, everything of a point in turn"),
     "ours_s": number("seconds of a call, the median; null: not measured", nullable=True),
+    "reference_s": number(
+        "the same on the reference, which may have been left early; null: not measured",
+        nullable=True,
+    ),
     "dense": text("the fastest dense layer", nullable=True),
     "dense_s": number("seconds of its call, the median", nullable=True),
     "ratio": Field(

@@ -35,6 +35,7 @@ class Ours:
     Args:
         bank: that they read.
         job: what to run.
+        reference: the same on the reference, which a call runs on that dispatch leaves.
         backends: that run the forward, and the gradients where there are any, each named once.
         operations: multiplications, counted twice as torch counts.
         weight: the first of them.
@@ -42,6 +43,7 @@ class Ours:
 
     bank: Bank
     job: Job
+    reference: Job
     backends: tuple[str, ...]
     operations: int
     weight: VirtualWeight
@@ -95,6 +97,10 @@ class Subject:
             y = functional.linear(x, weights[i])
             return (y.detach(), *torch.autograd.grad(y, (x, parameters.weight), self._dy))
 
+        def by_reference(i: int) -> tuple[Tensor, ...]:
+            with dispatch.backend("reference"):
+                return call(i)
+
         backends, operations = [], 0
         for op in _OPERATORS[self.point.what]:
             how = Call(
@@ -105,7 +111,9 @@ class Subject:
             made = chosen.multiplications(how)
             operations += 2 * (math.prod(shape) * len(x) if made is None else made)
         used = tuple(dict.fromkeys(backends))
-        return Ours(bank, Job(str(bank), call, copies), used, operations, weights[0])
+        reference = Job(f"{bank}, reference", by_reference, copies)
+        job = Job(str(bank), call, copies)
+        return Ours(bank, job, reference, used, operations, weights[0])
 
     def dense(self) -> tuple[list[Job], dict[str, str]]:
         """Opponents with the weights of the first bank's layer, see ``opponents.jobs``."""
