@@ -64,6 +64,7 @@ void linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
 using Int64Pair = std::array<int64_t, 2>;
 using Int64Four = std::array<int64_t, 4>;
 
+constexpr int64_t kMostPixels = 1 << 24;           // of a tile, times lanes
 constexpr int64_t kMaxPadding = int64_t{1} << 60;  // so that sums with it fit int64
 
 // Sizes are those of tensors, which exist, so that their products fit int64.
@@ -135,6 +136,120 @@ void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
   linear.batch_tile = batch_tile, linear.tiles = tiles;
   linear.workspace = address<void>(workspace_address);
   kernels().conv2d(law, args);
+}
+
+Image unit_image(const LayerLaw& law, const Int64Four& size, const Int64Four& stride,
+                 bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
+                 const Int64Pair& padding, const Int64Pair& dilation, int threads, int lanes) {
+  require(law.taps >= 1 && bands_of(law) == 1, "law: wanted the unit law, in one band");
+  require(law.granularity >= 8 && law.granularity <= 128,
+          "granularity: wanted blocks of 8 to 128 elements");
+  require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
+  require(law.taps == 1 || (by_tap && step[0] == 1 && step[1] == 1),
+          "law: strides want units of one tap");
+  require(threads >= 1, "threads: wanted at least 1");
+  require(lanes == 1 || (lanes >= 8 && lanes <= 64 && lanes % 8 == 0),
+          "lanes: wanted 1, or a multiple of 8 up to 64");
+  return checked_image(law, size, stride, kernel, by_tap, step, padding, dilation, channels_last);
+}
+
+// Pixels of a tile, times lanes.
+void check_pixels(int64_t rows, int64_t columns, int lanes) {
+  require(rows <= kMostPixels / lanes / columns, "rows: wanted tiles of at most 2^24 pixels");
+}
+
+UnitConv2dArgs unit_conv2d_args(const LayerLaw& law, const Int64Four& size, const Int64Four& stride,
+                                bool channels_last, const Int64Pair& kernel, bool by_tap,
+                                const Int64Pair& step, const Int64Pair& padding,
+                                const Int64Pair& dilation, int threads, int lanes, int64_t rows) {
+  UnitConv2dArgs args{};
+  args.image = unit_image(law, size, stride, channels_last, kernel, by_tap, step, padding, dilation,
+                          threads, lanes);
+  const Image& g = args.image;
+  require(rows >= 1 && rows <= g.out_height, "rows: wanted 1 to the height of the output");
+  check_pixels((rows - 1) * g.step[0] + g.dilation[0] * (kernel[0] - 1) + 1,
+               (g.out_width - 1) * g.step[1] + g.dilation[1] * (kernel[1] - 1) + 1, lanes);
+  args.images = size[0], args.kernel[0] = kernel[0], args.kernel[1] = kernel[1];
+  args.threads = threads, args.lanes = lanes, args.rows = rows;
+  return args;
+}
+
+UnitConv2dGradsArgs unit_conv2d_grads_args(const LayerLaw& law, const Int64Four& size,
+                                           const Int64Four& stride, bool channels_last,
+                                           const Int64Pair& kernel, bool by_tap,
+                                           const Int64Pair& step, const Int64Pair& padding,
+                                           const Int64Pair& dilation, int threads, int lanes,
+                                           int64_t rows, bool dx, bool dw) {
+  require(by_tap, "by_tap: wanted a kernel whose taps have blocks of their own");
+  UnitConv2dGradsArgs args{};
+  args.image = unit_image(law, size, stride, channels_last, kernel, by_tap, step, padding, dilation,
+                          threads, lanes);
+  const Image& g = args.image;
+  require(rows >= 1 && rows <= g.height, "rows: wanted 1 to the height of x");
+  check_pixels(rows + g.dilation[0] * (kernel[0] - 1), g.width + g.dilation[1] * (kernel[1] - 1),
+               lanes);
+  check_pixels(g.step[0] > 1 || g.step[1] > 1 ? g.out_height : 1, g.out_width, lanes);
+  args.images = size[0], args.kernel[0] = kernel[0], args.kernel[1] = kernel[1];
+  args.threads = threads, args.lanes = lanes, args.rows = rows;
+  // Only whether they are there counts for the size of the workspace.
+  args.dx = dx ? &args : nullptr, args.dw = dw ? reinterpret_cast<float*>(&args) : nullptr;
+  return args;
+}
+
+WorkspaceBytes unit_conv2d_grads_workspace(const LayerLaw& law, const Int64Four& size,
+                                           const Int64Pair& kernel, bool by_tap,
+                                           const Int64Pair& step, const Int64Pair& padding,
+                                           const Int64Pair& dilation, int threads, int lanes,
+                                           int64_t rows, bool dx, bool dw) {
+  const UnitConv2dGradsArgs args =
+      unit_conv2d_grads_args(law, size, {1, 1, 1, 1}, false, kernel, by_tap, step, padding,
+                             dilation, threads, lanes, rows, dx, dw);
+  const Workspace bytes = kernels().unit_conv2d_grads_workspace(law, args);
+  return {bytes.bytes, bytes.activations};
+}
+
+void unit_conv2d_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
+                       const Int64Four& dy_stride, uintptr_t x, int dtype, const Int64Four& size,
+                       const Int64Four& stride, uintptr_t dx, bool channels_last, uintptr_t dw,
+                       const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
+                       const Int64Pair& padding, const Int64Pair& dilation, double scale,
+                       int threads, int lanes, int64_t rows, uintptr_t workspace_address) {
+  UnitConv2dGradsArgs args =
+      unit_conv2d_grads_args(law, size, stride, channels_last, kernel, by_tap, step, padding,
+                             dilation, threads, lanes, rows, dx, dw);
+  require(!dx || ring, "ring: wanted for dx");
+  require(!dw || x, "x: wanted for dw");
+  args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
+  args.dtype = checked_dtype(dtype), args.dy = address<const void>(dy);
+  for (int d = 0; d < 4; ++d) args.dy_stride[d] = dy_stride[d];
+  args.x = address<const void>(x);
+  args.dx = address<void>(dx), args.dw = address<float>(dw);
+  args.scale = scale, args.workspace = address<void>(workspace_address);
+  kernels().unit_conv2d_grads(law, args);
+}
+
+WorkspaceBytes unit_conv2d_workspace(const LayerLaw& law, const Int64Four& size,
+                                     const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
+                                     const Int64Pair& padding, const Int64Pair& dilation,
+                                     int threads, int lanes, int64_t rows) {
+  const UnitConv2dArgs args = unit_conv2d_args(law, size, {1, 1, 1, 1}, false, kernel, by_tap, step,
+                                               padding, dilation, threads, lanes, rows);
+  const Workspace bytes = kernels().unit_conv2d_workspace(law, args);
+  return {bytes.bytes, bytes.activations};
+}
+
+void unit_conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int dtype,
+                 const Int64Four& size, const Int64Four& stride, uintptr_t bias, uintptr_t y,
+                 bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
+                 const Int64Pair& padding, const Int64Pair& dilation, double scale, int threads,
+                 int lanes, int64_t rows, uintptr_t workspace_address) {
+  UnitConv2dArgs args = unit_conv2d_args(law, size, stride, channels_last, kernel, by_tap, step,
+                                         padding, dilation, threads, lanes, rows);
+  args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
+  args.dtype = checked_dtype(dtype), args.x = address<const void>(x);
+  args.bias = address<const float>(bias), args.y = address<void>(y);
+  args.scale = scale, args.workspace = address<void>(workspace_address);
+  kernels().unit_conv2d(law, args);
 }
 
 // Of kernels that take the batch in lanes.
@@ -297,6 +412,24 @@ void bind_linear(py::class_<LayerLaw>& law) {
           py::arg("workspace"));
   bind_family<UnitFamily>(law, "unit_linear");
   bind_family<TileFamily>(law, "tile_linear");
+  law.def("unit_conv2d_workspace", &unit_conv2d_workspace, Release(), py::arg("size"),
+          py::arg("kernel"), py::arg("by_tap"), py::arg("step"), py::arg("padding"),
+          py::arg("dilation"), py::arg("threads"), py::arg("lanes"), py::arg("rows"));
+  law.def("unit_conv2d", &unit_conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"),
+          py::arg("x"), py::arg("dtype"), py::arg("size"), py::arg("stride"), py::arg("bias"),
+          py::arg("y"), py::arg("channels_last"), py::arg("kernel"), py::arg("by_tap"),
+          py::arg("step"), py::arg("padding"), py::arg("dilation"), py::arg("scale"),
+          py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"));
+  law.def("unit_conv2d_grads_workspace", &unit_conv2d_grads_workspace, Release(), py::arg("size"),
+          py::arg("kernel"), py::arg("by_tap"), py::arg("step"), py::arg("padding"),
+          py::arg("dilation"), py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("dx"),
+          py::arg("dw"));
+  law.def("unit_conv2d_grads", &unit_conv2d_grads, Release(), py::arg("ring"),
+          py::arg("bank_dtype"), py::arg("dy"), py::arg("dy_stride"), py::arg("x"),
+          py::arg("dtype"), py::arg("size"), py::arg("stride"), py::arg("dx"),
+          py::arg("channels_last"), py::arg("dw"), py::arg("kernel"), py::arg("by_tap"),
+          py::arg("step"), py::arg("padding"), py::arg("dilation"), py::arg("scale"),
+          py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"));
   law.def("conv2d_workspace", &conv2d_workspace, Release(), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
   law.def("conv2d", &conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),

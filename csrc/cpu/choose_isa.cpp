@@ -34,6 +34,10 @@ struct Choice {
    ISA::unit_linear_grads,           \
    ISA::tile_linear,                 \
    ISA::tile_linear_grads,           \
+   ISA::unit_conv2d,                 \
+   ISA::unit_conv2d_workspace,       \
+   ISA::unit_conv2d_grads,           \
+   ISA::unit_conv2d_grads_workspace, \
    ISA::unit_linear_workspace,       \
    ISA::unit_linear_few_workspace,   \
    ISA::unit_linear_grads_workspace, \

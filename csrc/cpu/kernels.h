@@ -8,6 +8,7 @@
 #include "cpu/conv2d.h"
 #include "cpu/lanes_linear.h"
 #include "cpu/linear.h"
+#include "cpu/unit_conv2d.h"
 #include "cpu/unpack.h"
 #include "law/ring.h"
 
@@ -33,6 +34,10 @@ struct Kernels {
   void (*unit_linear_grads)(const LayerLaw&, const LanesLinearGradsArgs&);
   void (*tile_linear)(const LayerLaw&, const LanesLinearArgs&);
   void (*tile_linear_grads)(const LayerLaw&, const LanesLinearGradsArgs&);
+  void (*unit_conv2d)(const LayerLaw&, const UnitConv2dArgs&);
+  Workspace (*unit_conv2d_workspace)(const LayerLaw&, const UnitConv2dArgs&);
+  void (*unit_conv2d_grads)(const LayerLaw&, const UnitConv2dGradsArgs&);
+  Workspace (*unit_conv2d_grads_workspace)(const LayerLaw&, const UnitConv2dGradsArgs&);
   Workspace (*unit_linear_workspace)(const LayerLaw&, const LanesLinearArgs&);
   Workspace (*unit_linear_few_workspace)(const LayerLaw&, const LanesLinearArgs&);
   Workspace (*unit_linear_grads_workspace)(const LayerLaw&, const LanesLinearGradsArgs&);
@@ -57,6 +62,10 @@ struct Kernels {
   void unit_linear_grads(const LayerLaw&, const LanesLinearGradsArgs&);                     \
   void tile_linear(const LayerLaw&, const LanesLinearArgs&);                                \
   void tile_linear_grads(const LayerLaw&, const LanesLinearGradsArgs&);                     \
+  void unit_conv2d(const LayerLaw&, const UnitConv2dArgs&);                                 \
+  Workspace unit_conv2d_workspace(const LayerLaw&, const UnitConv2dArgs&);                  \
+  void unit_conv2d_grads(const LayerLaw&, const UnitConv2dGradsArgs&);                      \
+  Workspace unit_conv2d_grads_workspace(const LayerLaw&, const UnitConv2dGradsArgs&);       \
   Workspace unit_linear_workspace(const LayerLaw&, const LanesLinearArgs&);                 \
   Workspace unit_linear_few_workspace(const LayerLaw&, const LanesLinearArgs&);             \
   Workspace unit_linear_grads_workspace(const LayerLaw&, const LanesLinearGradsArgs&);      \

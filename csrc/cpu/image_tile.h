@@ -1,0 +1,168 @@
+// Tiles of images in the layout that products want: fp32, [channel, row, column, lane], where lanes
+// are images, or the columns themselves where there is one lane.
+
+#pragma once
+
+#include "cpu/conv2d.h"
+#include "cpu/lanes.h"
+
+namespace rpg {
+namespace {  // compiled once per instruction set, see law/ring.h
+
+// A tensor [images, channels, height, width] in any strides, which are in elements.
+struct ImageView {
+  Dtype dtype;
+  void* data;
+  int64_t stride[4];
+  const void* element(int64_t i) const {
+    return static_cast<const char*>(data) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
+  }
+  void* element(int64_t i) {
+    return static_cast<char*>(data) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
+  }
+  int64_t at(int64_t image, int64_t channel, int64_t row, int64_t column) const {
+    return image * stride[0] + channel * stride[1] + row * stride[2] + column * stride[3];
+  }
+};
+
+// Which part of a view is meant: `lanes` of `images` images from `image` on (1: a single image).
+struct TilePart {
+  int64_t image, images;
+  int lanes;
+  int64_t channel, channels;
+  int64_t row, rows;
+  int64_t column, columns;
+};
+
+// How a tile lies in memory, in floats.
+struct TileLayoutOf {
+  int64_t channel, row, column;
+};
+
+// Squares of 8 x 8 are transposed between u, the dimension that is contiguous in the view, and v,
+// the one that is contiguous in the tile: images, or columns where there is one lane.
+struct Squares {
+  bool u_is_channel;
+  int64_t u_count, v_count;
+  int64_t u_tile, u_view, v_view;  // strides
+};
+
+inline Squares squares_of(const ImageView& view, const TilePart& part, const TileLayoutOf& tile) {
+  Squares out{};
+  out.u_is_channel = view.stride[3] != 1 || part.columns == 1;
+  out.u_count = out.u_is_channel ? part.channels : part.columns;
+  out.u_tile = out.u_is_channel ? tile.channel : tile.column;
+  out.u_view = out.u_is_channel ? view.stride[1] : view.stride[3];
+  out.v_count = part.lanes == 1 ? part.columns : part.images;
+  out.v_view = part.lanes == 1 ? view.stride[3] : view.stride[0];
+  return out;
+}
+
+// Calls visit(u, v, view element, tile offset) for the corners of all squares.
+template <class Visit>
+inline void for_squares(const ImageView& view, const TilePart& part, const TileLayoutOf& tile,
+                        const Squares& squares, const Visit& visit) {
+  const int64_t others = part.lanes == 1 ? 1 : squares.u_is_channel ? part.columns : part.channels;
+  for (int64_t row = 0; row < part.rows; ++row) {
+    for (int64_t other = 0; other < others; ++other) {
+      const int64_t channel = squares.u_is_channel ? 0 : other;
+      const int64_t column = squares.u_is_channel ? other : 0;
+      const int64_t from =
+          view.at(part.image, part.channel + channel, part.row + row, part.column + column);
+      const int64_t to = channel * tile.channel + row * tile.row + column * tile.column;
+      for (int64_t u = 0; u < squares.u_count; u += 8) {
+        for (int64_t v = 0; v < squares.v_count; v += 8) {
+          visit(u, v, from + u * squares.u_view + v * squares.v_view, to + u * squares.u_tile + v);
+        }
+      }
+    }
+  }
+}
+
+inline int up_to_eight(int64_t count) { return static_cast<int>(std::min<int64_t>(count, 8)); }
+
+// tile = a part of a view. Where lanes or columns end within 8, zeros are written behind them, of a
+// single lane before the next row is.
+inline void load_tile(const ImageView& view, const TilePart& part, const TileLayoutOf& layout,
+                      float* tile) {
+  if (part.lanes == 1 && view.stride[3] == 1) {
+    for (int64_t channel = 0; channel < part.channels; ++channel) {
+      for (int64_t row = 0; row < part.rows; ++row) {
+        const int64_t from =
+            view.at(part.image, part.channel + channel, part.row + row, part.column);
+        read_some(view.dtype, view.element(from), static_cast<int>(part.columns),
+                  tile + channel * layout.channel + row * layout.row);
+      }
+    }
+    return;
+  }
+  const Squares squares = squares_of(view, part, layout);
+  for_squares(view, part, layout, squares, [&](int64_t u, int64_t v, int64_t from, int64_t to) {
+    const int rows = up_to_eight(squares.v_count - v), columns = up_to_eight(squares.u_count - u);
+    Floats<8> square[8];
+    if (squares.u_view == 1) {
+      load_square({view.dtype, view.data}, from, squares.v_view, rows, columns, square);
+    } else {
+      alignas(32) float values[8][8] = {};
+      for (int i = 0; i < rows; ++i) {
+        for (int j = 0; j < columns; ++j) {
+          read_some(view.dtype, view.element(from + i * squares.v_view + j * squares.u_view), 1,
+                    &values[i][j]);
+        }
+      }
+      for (int i = 0; i < 8; ++i) square[i] = load<8>(values[i]);
+    }
+    transpose8(square);
+    for (int j = 0; j < columns; ++j) store<8>(tile + to + j * squares.u_tile, square[j]);
+  });
+}
+
+// A part of a view = scale · tile + bias [channels] or null.
+inline void store_tile(const float* tile, const TileLayoutOf& layout, const TilePart& part,
+                       ImageView& view, float scale, const float* bias) {
+  if (part.lanes == 1 && view.stride[3] == 1) {
+    for (int64_t channel = 0; channel < part.channels; ++channel) {
+      const float added = bias ? bias[channel] : 0.f;
+      for (int64_t row = 0; row < part.rows; ++row) {
+        const float* from = tile + channel * layout.channel + row * layout.row;
+        for (int64_t column = 0; column < part.columns; column += 64) {
+          float out[64];
+          const int count = static_cast<int>(std::min<int64_t>(part.columns - column, 64));
+          for (int i = 0; i < count; ++i) out[i] = from[column + i] * scale + added;
+          write_some(view.dtype, out, count,
+                     view.element(view.at(part.image, part.channel + channel, part.row + row,
+                                          part.column + column)));
+        }
+      }
+    }
+    return;
+  }
+  const Squares squares = squares_of(view, part, layout);
+  const Floats<8> scales = splat<8>(scale);
+  for_squares(view, part, layout, squares, [&](int64_t u, int64_t v, int64_t to, int64_t from) {
+    const int rows = up_to_eight(squares.v_count - v), columns = up_to_eight(squares.u_count - u);
+    Floats<8> square[8];
+    for (int j = 0; j < 8; ++j) {
+      square[j] = load<8>(tile + from + (j < columns ? j : 0) * squares.u_tile) * scales;
+      if (!bias) continue;
+      const int64_t channel = squares.u_is_channel ? u + j : from / layout.channel;
+      if (j < columns) square[j] += splat<8>(bias[channel]);
+    }
+    transpose8(square);
+    for (int i = 0; i < rows; ++i) {
+      if (squares.u_view == 1 && columns == 8) {
+        store_eight(view.dtype, square[i], view.element(to + i * squares.v_view));
+        continue;
+      }
+      alignas(32) float values[8];
+      store<8>(values, square[i]);
+      for (int j = 0; j < columns; ++j) {
+        write_some(view.dtype, values + j, 1,
+                   view.element(to + i * squares.v_view + j * squares.u_view));
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace rpg

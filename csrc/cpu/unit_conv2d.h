@@ -1,0 +1,49 @@
+// What the kernels of convolutions of the unit law are given.
+
+#pragma once
+
+#include "cpu/conv2d.h"
+
+namespace rpg {
+
+// y [images, N, out_height, out_width] = scale · conv2d(x [images, C, height, width], G ring) +
+// bias.
+struct UnitConv2dArgs {
+  Dtype bank_dtype;
+  const void* ring;  // [slots, block]
+  Dtype dtype;       // of x and y; sums are fp32
+  const void* x;     // strides: image.stride
+  Image image;
+  int64_t images;
+  const float* bias;  // [N] or null
+  void* y;            // channels-last or contiguous: image.channels_last
+  int64_t kernel[2];
+  double scale;
+  int threads;
+  int lanes;        // images at a time: 1, or a multiple of 16
+  int64_t rows;     // of the output at a time
+  void* workspace;  // as many bytes as the kernel says, aligned to 64
+};
+
+// dx [images, C, height, width] and dw [slots, block] of dy [images, N, out_height, out_width]; dw
+// is zero before.
+struct UnitConv2dGradsArgs {
+  Dtype bank_dtype;
+  const void* ring;  // [slots, block]; for dx
+  Dtype dtype;       // of dy, x and dx
+  const void* dy;
+  int64_t dy_stride[4];
+  const void* x;  // for dw; strides: image.stride
+  Image image;
+  int64_t images;
+  void* dx;   // channels-last or contiguous: image.channels_last; or null
+  float* dw;  // [slots, block] or null
+  int64_t kernel[2];
+  double scale;
+  int threads;
+  int lanes;        // images at a time: 1, or a multiple of 8
+  int64_t rows;     // of x at a time; all of them where the convolution has a stride
+  void* workspace;  // as many bytes as the kernel says, aligned to 64
+};
+
+}  // namespace rpg

@@ -1,0 +1,320 @@
+// unit_conv2d_grads: dx = scale · (input gradient of dy) and dw [slots, block] = scale · Gᵀ ·
+// (weight gradient of dy and x), for convolutions of the unit law; either or both. dw is zero
+// before.
+//
+// The mirror of unit_conv2d.cpp; what it does is in unit_grads.h, and lanes are pixels: of x where
+// the stride is 1, so that a tap is a shift of dy and rows and taps that read a slot share its
+// product; otherwise those of y, for one tap at a time, whose rows of x are gathered and whose rows
+// of dx are added to. Memory, for 64 channels, units of 64 rows x 3 taps on 48 slots, images of 32
+// x 32, one lane, tiles of 32 rows:
+//
+//   dy        [N, rows, columns]          295 KB  L2; padded by the kernel's reach; for all threads
+//   x in rows [C / block, pixels, block]  262 KB  L2; for all threads
+//   dx        the same                    262 KB  for each thread, as what follows
+//   T         [48, pixels]                209 KB  L2
+//   own       [2, pixels of y, block]     of strided convolutions
+//
+// Multiplications: W block pixels for each unit and gradient, 1 / laps of the dense ones.
+// Additions: R T pixels, each with a load of dy; a line of T is written once.
+
+#include "cpu/image_tile.h"
+#include "cpu/kernels.h"
+#include "cpu/unit_conv2d.h"
+#include "cpu/unit_grads.h"
+#include "cpu/unit_lines.h"
+
+namespace rpg::RPG_ISA {
+
+namespace {
+
+constexpr int64_t kLinesBytes = 256 << 10;  // of T
+
+class ConvSource {
+ public:
+  ConvSource(const LayerLaw& law, const UnitPlan& plan, const UnitConv2dGradsArgs& args)
+      : law_(law), plan_(plan), args_(args), g_(args.image) {
+    const int64_t lanes = args.lanes;
+    shifts_ = g_.step[0] == 1 && g_.step[1] == 1;
+    if (shifts_) {
+      dy_rows_ = args.rows + g_.dilation[0] * (args.kernel[0] - 1);
+      dy_columns_ = g_.width + g_.dilation[1] * (args.kernel[1] - 1);
+      compact_ = g_.width * lanes % kVector == 0;
+      columns_ = compact_ ? g_.width : dy_columns_;
+    } else {
+      dy_rows_ = g_.out_height, dy_columns_ = columns_ = g_.out_width;
+      compact_ = true;
+    }
+    dy_plane_ = plane_of(dy_rows_ * dy_columns_ * lanes);
+    t_plane_ = plane_of((shifts_ ? args.rows : dy_rows_) * columns_ * lanes);
+    // Pixels of x and dx that a tile has in memory.
+    pixels_ = (shifts_ ? args.rows * columns_ : g_.height * g_.width) * lanes;
+  }
+
+  SourceLayout layout() const {
+    const int64_t in_rows = 4 * pixels_ * law_.granularity * law_.run_blocks;
+    const int64_t own = shifts_ ? 0 : 8 * dy_rows_ * dy_columns_ * args_.lanes * law_.granularity;
+    const int64_t octet = 4 * kOctet * t_plane_;
+    const int64_t chunk = std::min(std::max<int64_t>(kLinesBytes / octet, 1), kMostChunk);
+    return {4 * plan_.band.octets * kOctet * dy_plane_, in_rows, in_rows, own, t_plane_, chunk};
+  }
+
+  int64_t tiles() const {
+    return images_in(g_.height) * ((args_.images + args_.lanes - 1) / args_.lanes);
+  }
+  // Floats of a line of T.
+  int64_t lanes(int64_t tile) const {
+    if (!shifts_) return dy_rows_ * dy_columns_ * args_.lanes;
+    return ((rows_of(tile) - 1) * columns_ + g_.width) * args_.lanes;
+  }
+  int valid_of(int64_t column) const {
+    const int64_t channel = column % law_.run_blocks * law_.granularity;
+    return static_cast<int>(std::min<int64_t>(g_.channels - channel, law_.granularity));
+  }
+
+  void pack_dy(int64_t tile, int64_t octet, float* dy) const {
+    float* out = dy + octet * kOctet * dy_plane_;
+    std::memset(out, 0, sizeof(float) * kOctet * dy_plane_);
+    // The row and column of y of the tile's first.
+    int64_t top = 0, left = 0;
+    if (shifts_) {
+      top = row_of(tile) + g_.padding[0] - g_.dilation[0] * (args_.kernel[0] - 1);
+      left = g_.padding[1] - g_.dilation[1] * (args_.kernel[1] - 1);
+    }
+    const int64_t row = std::max<int64_t>(top, 0), end = std::min(top + dy_rows_, g_.out_height);
+    const int64_t column = std::max<int64_t>(left, 0);
+    const int64_t last = std::min(left + dy_columns_, g_.out_width);
+    if (row >= end || column >= last) return;
+    ImageView view{args_.dtype, const_cast<void*>(args_.dy), {}};
+    for (int i = 0; i < 4; ++i) view.stride[i] = args_.dy_stride[i];
+    const int64_t channel = octet * kOctet, lanes = args_.lanes;
+    const TilePart part{image_of(tile),
+                        images_of(tile),
+                        args_.lanes,
+                        channel,
+                        std::min<int64_t>(law_.rows - channel, kOctet),
+                        row,
+                        end - row,
+                        column,
+                        last - column};
+    load_tile(view, part, {dy_plane_, dy_columns_ * lanes, lanes},
+              out + ((row - top) * dy_columns_ + column - left) * lanes);
+  }
+
+  // x [pixels, block] of a block of channels.
+  void pack_x(int64_t tile, int64_t block, float* x) const {
+    float* out = x + block * pixels_ * law_.granularity;
+    std::memset(out, 0, sizeof(float) * pixels_ * law_.granularity);
+    const Activations from{args_.dtype, args_.x};
+    const int64_t size = law_.granularity, step = args_.lanes * size;
+    const int valid = valid_of(block);
+    for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
+      const int64_t first =
+          image * g_.stride[0] + block * size * g_.stride[1] + (row_of(tile) + row) * g_.stride[2];
+      float* target = out + place * step + lane * size;
+      if (g_.stride[1] == 1 || g_.stride[3] != 1) {
+        for (int64_t j = 0; j < g_.width; ++j, target += step) {
+          const int64_t pixel = first + j * g_.stride[3];
+          if (g_.stride[1] == 1) {
+            read_some(from.dtype, from.element(pixel), valid, target);
+            continue;
+          }
+          for (int e = 0; e < valid; ++e) {
+            read_some(from.dtype, from.element(pixel + e * g_.stride[1]), 1, target + e);
+          }
+        }
+        return;
+      }
+      for (int64_t j = 0; j < g_.width; j += 8) {
+        const int count = up_to_eight(g_.width - j);
+        for (int e = 0; e < valid; e += 8) {
+          Floats<8> square[8];
+          load_square(from, first + e * g_.stride[1] + j, g_.stride[1], up_to_eight(valid - e),
+                      count, square);
+          transpose8(square);
+          for (int i = 0; i < count; ++i) store<8>(target + (j + i) * step + e, square[i]);
+        }
+      }
+    });
+  }
+
+  const float* x_of(int64_t tile, int64_t column, const float* x, float* own) const {
+    const int64_t block = law_.granularity;
+    const float* rows = x + column % law_.run_blocks * pixels_ * block;
+    if (shifts_) return rows;
+    std::memset(own, 0, sizeof(float) * lanes(tile) * block);
+    for_pixels(column, [&](int64_t out, int64_t in) {
+      std::memcpy(own + out * args_.lanes * block, rows + in * args_.lanes * block,
+                  sizeof(float) * args_.lanes * block);
+    });
+    return own;
+  }
+
+  void sum_octet(int64_t tile, int64_t column, uint32_t first, uint32_t octets_of_group,
+                 const OctetEntry* entry, const uint16_t* octets, int count,
+                 const int32_t (*rows)[8], const float* dy, float* t) const {
+    const int64_t row_floats = dy_columns_ * args_.lanes;
+    int64_t shift[kMostUses];
+    for (int u = 0; u < count; ++u) {
+      const int64_t tap = column / law_.run_blocks * law_.taps + octets[u] / octets_of_group;
+      const int64_t down = args_.kernel[0] - 1 - tap / g_.kernel_width;
+      const int64_t right = args_.kernel[1] - 1 - tap % g_.kernel_width;
+      shift[u] =
+          shifts_ ? down * g_.dilation[0] * row_floats + right * g_.dilation[1] * args_.lanes : 0;
+      shift[u] += (first + octets[u] % octets_of_group) * int64_t{kOctet} * dy_plane_;
+    }
+    const int64_t height = compact_ && shifts_ ? rows_of(tile) : 1;
+    const int64_t line = lanes(tile) / height;
+    for (int c = 0; c < 8; ++c) {
+      const float* from[kMostUses];
+      float sign[kMostUses];
+      for (int u = 0; u < count; ++u) {
+        const OctetEntry e = entry[octets[u]];
+        const int32_t row = rows[e.pattern][c];
+        from[u] = dy + shift[u] + row * dy_plane_;
+        sign[u] = kSigns[e.signs >> row & 1];
+      }
+      float* out = t + c * t_plane_;
+      for (int64_t i = 0; i < height; ++i) {
+        add_to_line(from, sign, count, line, false, out + i * line);
+        for (int u = 0; u < count; ++u) from[u] += row_floats;
+      }
+      // Between rows that are not compact lies what no pixel is.
+      const int64_t gap = (columns_ - g_.width) * args_.lanes;
+      for (int64_t i = 1; shifts_ && gap && i < rows_of(tile); ++i) {
+        std::memset(out + i * columns_ * args_.lanes - gap, 0, sizeof(float) * gap);
+      }
+    }
+  }
+
+  void add_dx(int64_t tile, int64_t column, const Factor& t, const float* window, int slots,
+              float* dx, float* own) const {
+    const int block = law_.granularity, rows = static_cast<int>(lanes(tile));
+    float* out = dx + column % law_.run_blocks * pixels_ * block;
+    if (shifts_) return multiply<true>(rows, block, t, window, block, slots, out, block);
+    float* products = own + lanes(tile) * block;
+    multiply<false>(rows, block, t, window, block, slots, products, block);
+    for_pixels(column, [&](int64_t from, int64_t in) {
+      const int64_t size = args_.lanes * block;
+      for (int64_t i = 0; i < size; i += 8) {
+        float* target = out + in * size + i;
+        store<8>(target, load<8>(target) + load<8>(products + from * size + i));
+      }
+    });
+  }
+
+  void write_dx(int64_t tile, int64_t block, const std::vector<float*>& parts) const {
+    const int64_t size = law_.granularity, step = args_.lanes * size, area = g_.height * g_.width;
+    const int valid = valid_of(block);
+    const bool last = g_.channels_last;
+    ImageView view{args_.dtype, args_.dx, {g_.channels * area, area, g_.width, 1}};
+    if (last)
+      view = {args_.dtype, args_.dx, {g_.channels * area, 1, g_.width * g_.channels, g_.channels}};
+    const Floats<8> scale = splat<8>(static_cast<float>(args_.scale));
+    for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
+      const int64_t offset = block * pixels_ * size + place * step + lane * size;
+      for (int64_t j = 0; j < g_.width; j += 8) {
+        const int count = up_to_eight(g_.width - j);
+        for (int e = 0; e < valid; e += 8) {
+          const int channels = up_to_eight(valid - e);
+          Floats<8> square[8] = {};
+          for (int i = 0; i < count; ++i) {
+            for (const float* part : parts) {
+              square[i] += load<8>(part + offset + (j + i) * step + e);
+            }
+            square[i] *= scale;
+          }
+          if (!last) transpose8(square);
+          const int outer = last ? count : channels, inner = last ? channels : count;
+          for (int i = 0; i < outer; ++i) {
+            const int64_t channel = block * size + e + (last ? 0 : i);
+            void* target =
+                view.element(view.at(image, channel, row_of(tile) + row, j + (last ? i : 0)));
+            if (inner == 8) {
+              store_eight(view.dtype, square[i], target);
+              continue;
+            }
+            alignas(32) float values[8];
+            store<8>(values, square[i]);
+            write_some(view.dtype, values, inner, target);
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  int64_t images_in(int64_t height) const {  // tiles of an image
+    return shifts_ ? (height + args_.rows - 1) / args_.rows : 1;
+  }
+  int64_t image_of(int64_t tile) const { return tile / images_in(g_.height) * args_.lanes; }
+  int64_t images_of(int64_t tile) const {
+    return std::min<int64_t>(args_.images - image_of(tile), args_.lanes);
+  }
+  // The first row of x of a tile, and how many it has.
+  int64_t row_of(int64_t tile) const {
+    return shifts_ ? tile % images_in(g_.height) * args_.rows : 0;
+  }
+  int64_t rows_of(int64_t tile) const {
+    return shifts_ ? std::min(g_.height - row_of(tile), args_.rows) : g_.height;
+  }
+
+  // Calls visit(image, lane, row of the tile, number of the row's first pixel) for rows of x.
+  template <class Visit>
+  void for_rows(int64_t tile, const Visit& visit) const {
+    const int64_t columns = shifts_ ? columns_ : g_.width;
+    for (int64_t lane = 0; lane < images_of(tile); ++lane) {
+      for (int64_t row = 0; row < rows_of(tile); ++row) {
+        visit(image_of(tile) + lane, lane, row, row * columns);
+      }
+    }
+  }
+
+  // Calls visit(pixel of y, pixel of x) for those that a tap connects.
+  template <class Visit>
+  void for_pixels(int64_t column, const Visit& visit) const {
+    const int64_t tap = column / law_.run_blocks;
+    const int64_t down = tap / g_.kernel_width * g_.dilation[0] - g_.padding[0];
+    const int64_t right = tap % g_.kernel_width * g_.dilation[1] - g_.padding[1];
+    for (int64_t i = 0; i < g_.out_height; ++i) {
+      const int64_t row = i * g_.step[0] + down;
+      if (row < 0 || row >= g_.height) continue;
+      for (int64_t j = 0; j < g_.out_width; ++j) {
+        const int64_t at = j * g_.step[1] + right;
+        if (at >= 0 && at < g_.width) visit(i * g_.out_width + j, row * g_.width + at);
+      }
+    }
+  }
+
+  const LayerLaw& law_;
+  const UnitPlan& plan_;
+  const UnitConv2dGradsArgs& args_;
+  const Image& g_;
+  bool shifts_;      // taps are shifts of dy
+  bool compact_;     // rows of T follow each other without a gap
+  int64_t columns_;  // of T, with what lies between rows
+  int64_t dy_rows_, dy_columns_, dy_plane_, t_plane_, pixels_;
+};
+
+UnitGradsArgs grads_args(const UnitConv2dGradsArgs& args) {
+  return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
+          args.scale,      args.threads, args.workspace};
+}
+
+}  // namespace
+
+Workspace unit_conv2d_grads_workspace(const LayerLaw& law, const UnitConv2dGradsArgs& args) {
+  const UnitPlan plan(law);
+  const SourceLayout source = ConvSource(law, plan, args).layout();
+  const UnitGradsLayout layout = unit_grads_layout(law, plan, grads_args(args), source);
+  return {layout.shared() + args.threads * layout.of_thread(),
+          layout.shared() + args.threads * layout.dx};
+}
+
+void unit_conv2d_grads(const LayerLaw& law, const UnitConv2dGradsArgs& args) {
+  const UnitPlan plan(law);
+  const ConvSource source(law, plan, args);
+  const UnitGradsArgs of_layer = grads_args(args);
+  UnitGrads<ConvSource>(law, plan, of_layer, source).run();
+}
+
+}  // namespace rpg::RPG_ISA

@@ -1,0 +1,273 @@
+// Both gradients of a layer of the unit law, whatever it is applied to: what linear layers and
+// convolutions have in common.
+//
+// A unit, R rows at T taps of a block of channels, reads W slots of a window. For P lanes (rows of
+// the batch, or pixels), with x_c and dx_c [P, block]:
+//
+//   T [W, P]           = Σ ± dy [row, lanes shifted by the tap] of what reads the slot  `laps` of
+//   them dx_c [P, block]   += Tᵀ · window [W, block] product.h dw [W, block]     += T · x_c
+//
+// in chunks of octets of slots, whose T stays in a near cache. Shuffled octets are dealt to slots
+// in order of uses, so nothing is sorted: uses of octet o of the window are laps o - used ... of
+// the unit. Threads own zones of the ring (unit_zones.h), and each has its own dx. All is added up
+// in order of threads, so results depend on their number, in rounding, and on nothing else.
+//
+// A slot that no row reads is not multiplied: it may hold an infinity, and x as well. There are
+// some where the last octet of rows is not whole.
+//
+// A Source says what lanes are: where dy, x and dx of a tile lie, and how lines of dy are added.
+
+#pragma once
+
+#include <vector>
+
+#include "cpu/product.h"
+#include "cpu/unit_zones.h"
+#include "cpu/workspace.h"
+
+namespace rpg {
+namespace {  // compiled once per instruction set, see law/ring.h
+
+constexpr int64_t kMostChunk = 16;  // octets of slots
+
+// What every layer is given, and what its tiles take; bytes for all threads and for each.
+struct UnitGradsArgs {
+  Dtype bank_dtype;
+  const void* ring;  // [slots, block]; for dx
+  bool dx;
+  float* dw;  // [slots, block] or null
+  double scale;
+  int threads;
+  void* workspace;
+};
+
+// What a Source asks for.
+struct SourceLayout {
+  int64_t dy, x;    // bytes, for all threads
+  int64_t dx, own;  // bytes, for each thread: its dx, and what else it needs
+  int64_t t_plane;  // floats from a line of T to the next
+  int64_t chunk;    // octets of slots at a time, at most kMostChunk
+};
+
+struct UnitGradsLayout {
+  int64_t dy, x;
+  int64_t dx, own, t, window, products, spill, entries, shuffled, octet_at;
+  int64_t shared() const { return dy + x; }
+  int64_t of_thread() const {
+    return dx + own + t + window + products + spill + entries + shuffled + octet_at;
+  }
+};
+
+struct UnitGradsMemory {
+  float *dx, *own, *t, *window, *products, *spill;
+  OctetEntry* entries;
+  uint16_t *shuffled, *octet_at;
+};
+
+inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& plan,
+                                         const UnitGradsArgs& args, const SourceLayout& source) {
+  UnitGradsLayout out{};
+  const int64_t block = law.granularity, room = entries_room(plan.most_octets);
+  const int64_t slots = source.chunk * kOctet;
+  out.dy = lines(source.dy);
+  out.x = args.dw ? lines(source.x) : 0;
+  out.dx = args.dx ? lines(source.dx) : 0;
+  out.own = lines(source.own);
+  out.t = lines(4 * slots * source.t_plane);
+  out.window = args.dx ? lines(4 * slots * block) : 0;
+  out.products = args.dw ? lines(4 * slots * block) : 0;
+  out.spill = args.dw ? lines(4 * kOctet * block) : 0;
+  out.entries = lines(room * sizeof(OctetEntry));
+  out.shuffled = lines(room * sizeof(uint16_t));
+  out.octet_at = lines(room * sizeof(uint16_t));
+  return out;
+}
+
+template <class Source>
+class UnitGrads {
+ public:
+  UnitGrads(const LayerLaw& law, const UnitPlan& plan, const UnitGradsArgs& args,
+            const Source& source)
+      : law_(law),
+        args_(args),
+        plan_(plan),
+        source_(source),
+        size_(source.layout()),
+        layout_(unit_grads_layout(law, plan, args, size_)),
+        zones_(law, plan, args.threads),
+        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity},
+        last_rows_(static_cast<int>(law.rows % kOctet)) {}
+
+  void run() {
+    const int zones = zones_.count();
+    const float scale = static_cast<float>(args_.scale);
+#pragma omp parallel num_threads(zones)
+    {
+#pragma omp for schedule(static)
+      for (int part = 0; part < zones; ++part) {
+        if (args_.dw) std::memset(memory_of(part).spill, 0, layout_.spill);
+      }
+      for (int64_t tile = 0; tile < source_.tiles(); ++tile) {
+#pragma omp for schedule(static)
+        for (int64_t octet = 0; octet < int64_t{plan_.band.octets}; ++octet) {
+          source_.pack_dy(tile, octet, dy());
+        }
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) {
+          if (args_.dw) source_.pack_x(tile, block, x());
+        }
+#pragma omp for schedule(static)
+        for (int part = 0; part < zones; ++part) add_zone(part, tile);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) write_dx(tile, block);
+      }
+#pragma omp for schedule(static)
+      for (int part = 0; part < zones; ++part) {
+        if (args_.dw) zones_.scale(part, scale, args_.dw, law_.granularity);
+      }
+    }
+    for (int part = 0; args_.dw && part < zones; ++part) {
+      zones_.add_spill(part, memory_of(part).spill, scale, args_.dw, law_.granularity);
+    }
+  }
+
+ private:
+  float* dy() const { return static_cast<float*>(args_.workspace); }
+  float* x() const { return dy() + layout_.dy / 4; }
+
+  UnitGradsMemory memory_of(int part) const {
+    Carver carver(args_.workspace, layout_.shared() + part * layout_.of_thread());
+    UnitGradsMemory out{};
+    carver.take(out.dx, layout_.dx);
+    carver.take(out.own, layout_.own);
+    carver.take(out.t, layout_.t);
+    carver.take(out.window, layout_.window);
+    carver.take(out.products, layout_.products);
+    carver.take(out.spill, layout_.spill);
+    carver.take(out.entries, layout_.entries);
+    carver.take(out.shuffled, layout_.shuffled);
+    carver.take(out.octet_at, layout_.octet_at);
+    return out;
+  }
+
+  // What the slots of a zone add for a tile.
+  void add_zone(int part, int64_t tile) const {
+    const UnitGradsMemory memory = memory_of(part);
+    if (args_.dx) std::memset(memory.dx, 0, layout_.dx);
+    for (uint32_t group = 0; group < plan_.band.groups; ++group) {
+      for (uint32_t column = 0; column < plan_.band.columns; ++column) {
+        const PlannedUnit& planned = plan_.unit_of(group, column);
+        const float* xc = nullptr;
+        bool dealt = false;
+        zones_.for_octets(part, planned.window, [&](int64_t o, int64_t count) {
+          if (!dealt) deal_octets(planned, memory);
+          if (!dealt && args_.dw) xc = source_.x_of(tile, column, x(), memory.own);
+          dealt = true;
+          for (int64_t done = 0; done < count; done += size_.chunk) {
+            add_chunk(planned, group, column, o + done, std::min(count - done, size_.chunk), part,
+                      tile, xc, memory);
+          }
+        });
+      }
+    }
+  }
+
+  // octet_at[u]: which octet of rows is number u of those that read the window.
+  void deal_octets(const PlannedUnit& planned, const UnitGradsMemory& memory) const {
+    unit_entries(plan_.band, planned.unit, planned.window, memory.entries, memory.shuffled);
+    for (uint32_t i = 0; i < planned.unit.size; ++i) {
+      memory.octet_at[memory.shuffled[i]] = static_cast<uint16_t>(i);
+    }
+  }
+
+  // T of octet o of a window; returns the slots of it that are read, as bits.
+  uint32_t sum(const PlannedUnit& planned, uint32_t group, uint32_t column, int64_t o, int64_t tile,
+               const UnitGradsMemory& memory, float* t) const {
+    const int64_t laps = law_.laps, used = planned.window.used;
+    const int64_t begin = std::max<int64_t>(o * laps - used, 0);
+    const int64_t end = std::min<int64_t>((o + 1) * laps - used, planned.unit.size);
+    const uint16_t* octets = memory.octet_at + begin;
+    const int count = static_cast<int>(end - begin);
+    source_.sum_octet(tile, column, first_octet(plan_.band, group), group_size(plan_.band, group),
+                      memory.entries, octets, count, rows_of_slots_, dy(), t);
+    if (!last_rows_ || group + 1 < plan_.band.groups) return 0xFF;
+    const uint32_t rows = group_size(plan_.band, group);
+    uint32_t read = 0;
+    for (int u = 0; u < count; ++u) {
+      if (octets[u] % rows + 1u < rows) return 0xFF;
+      for (int r = 0; r < last_rows_; ++r) {
+        read |= 1u << residues_[memory.entries[octets[u]].pattern][r];
+      }
+    }
+    return read;
+  }
+
+  // Octets o ... o + count - 1 of a window: T, then what it adds to dx and to dw.
+  void add_chunk(const PlannedUnit& planned, uint32_t group, uint32_t column, int64_t o,
+                 int64_t count, int part, int64_t tile, const float* xc,
+                 const UnitGradsMemory& memory) const {
+    const int64_t block = law_.granularity, slots = law_.slots, plane = size_.t_plane;
+    uint8_t read[kMostChunk];
+    bool whole = true;
+    for (int64_t k = 0; k < count; ++k) {
+      read[k] = static_cast<uint8_t>(
+          sum(planned, group, column, o + k, tile, memory, memory.t + k * kOctet * plane));
+      whole &= read[k] == 0xFF;
+    }
+    const auto is_read = [&read](int64_t j) { return read[j / kOctet] >> j % kOctet & 1; };
+    const int64_t first = (planned.window.base + o * kOctet) % slots, size = count * kOctet;
+    if (args_.dx) {
+      const float* window = window_rows(ring_, first, size, memory.window);
+      if (!whole) {
+        if (window != memory.window) {
+          for (int64_t j = 0; j < size; ++j) {
+            std::memcpy(memory.window + j * block, window + j * block, sizeof(float) * block);
+          }
+        }
+        window = memory.window;
+        for (int64_t j = 0; j < size; ++j) {
+          if (!is_read(j)) std::memset(memory.window + j * block, 0, sizeof(float) * block);
+        }
+      }
+      source_.add_dx(tile, column, {memory.t, 1, plane}, window, static_cast<int>(size), memory.dx,
+                     memory.own);
+    }
+    if (!args_.dw) return;
+    const int lanes = static_cast<int>(source_.lanes(tile)), valid = source_.valid_of(column);
+    const Factor t{memory.t, plane, 1};
+    if (whole && zones_.inside(part, first, size) == size && valid == block) {
+      multiply<true>(static_cast<int>(size), static_cast<int>(block), t, xc, block, lanes,
+                     args_.dw + first * block, block);
+      return;
+    }
+    multiply<false>(static_cast<int>(size), static_cast<int>(block), t, xc, block, lanes,
+                    memory.products, block);
+    for (int64_t j = 0; j < size; ++j) {
+      if (!is_read(j)) continue;
+      float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
+      for (int e = 0; e < valid; ++e) target[e] += memory.products[j * block + e];
+    }
+  }
+
+  void write_dx(int64_t tile, int64_t block) const {
+    if (!args_.dx) return;
+    std::vector<float*> parts;
+    for (int part = 0; part < zones_.count(); ++part) parts.push_back(memory_of(part).dx);
+    source_.write_dx(tile, block, parts);
+  }
+
+  const LayerLaw& law_;
+  const UnitGradsArgs& args_;
+  const UnitPlan& plan_;
+  const Source& source_;
+  SourceLayout size_;
+  UnitGradsLayout layout_;
+  UnitZones zones_;
+  Ring ring_;
+  int last_rows_;  // of the last octet, where it is not whole; 0: it is
+  const int32_t (*residues_)[8] = residues_of(plan_.band);
+  const int32_t (*rows_of_slots_)[8] = rpg::rows_of(plan_.band);
+};
+
+}  // namespace
+}  // namespace rpg
