@@ -113,7 +113,7 @@ class Layer:
             assert got.dtype == wanted, what
             assert got.isfinite().all(), what
             if got.numel():
-                brute.assert_accurate(got, exact, torchs, what)
+                brute.assert_accurate(got, exact, torchs.to(wanted), what)
         return results
 
 
