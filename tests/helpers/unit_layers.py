@@ -1,4 +1,4 @@
-"""Linear layers of the unit law, what the CPU back end makes of them, and what they define."""
+"""Linear layers, what kernels that take the batch in lanes make of them, and what they define."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rpg_kernels.backends.cpu import unit_linear
+from rpg_kernels.backends.cpu import lanes_linear
+from rpg_kernels.backends.cpu.lanes import Family
+from rpg_kernels.backends.cpu.units import UNITS
 from rpg_kernels.law.explicit import explicit_map
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import Placement
@@ -32,7 +34,8 @@ class Layer:
         *,
         slots: int = 700,
         granularity: int = 64,
-        laps: int = 4,
+        law: int = 3,
+        laps: int | None = 4,
         window: int | None = None,
         reflect: str = "vector",
         permute: bool = True,
@@ -45,9 +48,14 @@ class Layer:
     ) -> None:
         made = torch.Generator().manual_seed(seed)
         leading = (batch,) if isinstance(batch, int) else batch
-        g = Generator(slots, granularity, reflect, permute, window, laps, seed, 3)
+        g = Generator(slots, granularity, reflect, permute, window, laps, seed, law)
         layer = seed % 50
-        step = alignment(Placement(g, layer, 0, shape, scale).matrix.block, laps)
+        step = block = Placement(g, layer, 0, shape, scale).matrix.block
+        if law == 3:
+            assert laps is not None
+            step = alignment(block, laps)
+        elif law == 1:
+            start %= g.dof
         self.p = Placement(g, layer, start // step * step, shape, scale)
         self.spec, self.dtype, bank_dtype = self.p.to_json(), dtype, bank_dtype or dtype
         self.bank = torch.randn(slots, granularity, generator=made).to(bank_dtype)
@@ -61,14 +69,21 @@ class Layer:
         g, sizes = self.p.generator, (list(self.x.shape), list(self.p.shape))
         return f"{sizes} {self.dtype} {self.bank.dtype} {torch.get_num_threads()} {g} {self.p}"
 
-    def results(self, backend: str = "cpu") -> list[Tensor]:
-        """In the order of NAMES."""
+    def results(self, on: Family | str = UNITS) -> list[Tensor]:
+        """In the order of NAMES, by a family of kernels, or by the operators on a back end."""
         x, dy, bank, spec, dtype = self.x, self.dy, self.bank, self.spec, self.bank.dtype
+        if isinstance(on, Family):
+            return [
+                lanes_linear.linear(on, x, bank, self.bias, spec),
+                lanes_linear.linear_input_grad(on, dy, bank, spec),
+                lanes_linear.linear_bank_grad(on, dy, x, spec, dtype),
+                *lanes_linear.linear_grads(on, dy, bank, x, spec, dtype),
+            ]
         return [
-            op.linear(x, bank, None, self.bias, spec, backend),
-            op.linear_input_grad(dy, bank, None, spec, backend),
-            op.linear_bank_grad(dy, x, None, spec, dtype, backend),
-            *op.linear_grads(dy, bank, None, x, spec, dtype, backend),
+            op.linear(x, bank, None, self.bias, spec, on),
+            op.linear_input_grad(dy, bank, None, spec, on),
+            op.linear_bank_grad(dy, x, None, spec, dtype, on),
+            *op.linear_grads(dy, bank, None, x, spec, dtype, on),
         ]
 
     def defined(self, dtype: torch.dtype) -> list[Tensor]:
@@ -86,9 +101,9 @@ class Layer:
         dw = dw.view_as(self.bank).to(torch.promote_types(dtype, self.bank.dtype))
         return [y, dy @ weight, dw, dy @ weight, dw]
 
-    def check(self) -> list[Tensor]:
+    def check(self, on: Family | str = UNITS) -> list[Tensor]:
         """The results, which are as exact as torch's of a written-out weight."""
-        results = self.results()
+        results = self.results(on)
         found = zip(
             NAMES, results, self.defined(torch.float64), self.defined(self.dtype), strict=True
         )
@@ -98,7 +113,7 @@ class Layer:
             assert got.dtype == wanted, what
             assert got.isfinite().all(), what
             if got.numel():
-                brute.assert_accurate(got, exact, torchs, what)
+                brute.assert_accurate(got, exact, torchs.to(wanted), what)
         return results
 
 
@@ -109,7 +124,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """
     given: list[int] = []
     memories: list[tuple[Tensor, int]] = []
-    workspace = unit_linear.workspace
+    workspace = lanes_linear.workspace
 
     def guarded(size: int) -> Tensor:
         memory = workspace(size + 2 * GUARD).fill_(CANARY)
@@ -118,7 +133,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         memories[:] = [*memories[-4:], (memory, size)]
         return memory[GUARD:]
 
-    monkeypatch.setattr(unit_linear, "workspace", guarded)
+    monkeypatch.setattr(lanes_linear, "workspace", guarded)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     threads = torch.get_num_threads()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import rpg_kernels as rpg
+from rpg_kernels.backends.cpu import rules
 from rpg_kernels.backends.reference import tiles
 
 op = torch.ops.rpg_kernels
@@ -35,6 +36,7 @@ BOOKKEEPING = 2048  # bytes of block numbers and the like
 # What oneDNN allocates for a product on CPU, whatever the size of the weight: it packs operands in
 # bfloat16, and pads the channels of a convolution to its own blocks.
 ONEDNN = {torch.bfloat16: 192 << 10, torch.float16: 32 << 10, torch.float32: 32 << 10}
+LANES, LINE = 16, 16  # rows that the compiled CPU kernels make of one; floats of a cache line
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,29 @@ def operators(
                 dy, x, table, *how, bank_dtype, backend
             ),
         }
-    copies = 2 * max(4, dtype.itemsize) * (x.numel() + dy.numel())
+    copies = max(
+        2 * max(4, dtype.itemsize) * (x.numel() + dy.numel()), copied_in_lanes(weight, dtype)
+    )
     summed = 4 * values.numel() if bank_dtype in brute.LOW else 0
     for name, run in runs.items():
         extra = summed if name.endswith("bank_grad") else 0
         calls.append(Call(name, run, copies + extra, dtype))
     return calls
+
+
+def copied_in_lanes(weight: rpg.VirtualWeight, dtype: torch.dtype) -> int:
+    """Bytes that compiled CPU kernels copy of activations of one row, which are not scratch.
+
+    They take a vector of rows in fp32, x and dx in whole blocks and dy in both orders, with a
+    cache line behind each block and row.
+    """
+    if rules.unsupported_kind("linear", torch.device("cpu"), dtype):
+        return 0
+    if len(weight.shape) != 2 or rules.unsupported_weight("linear", weight.spec):
+        return 0
+    matrix = weight.placement.matrix
+    of_x = LANES * matrix.blocks * (matrix.block + LINE)
+    return 4 * (of_x + (LANES + LINE) * (matrix.rows + LINE))
 
 
 @pytest.mark.parametrize("mode", ["", " windows", " laps"])

@@ -14,7 +14,7 @@ from rpg_kernels import native
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cpu import conv2d as compiled
-from rpg_kernels.backends.cpu import rules
+from rpg_kernels.backends.cpu import factored, rules
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
@@ -153,8 +153,8 @@ def test_every_tile(tile: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> N
         for dtype in (torch.float32, torch.bfloat16):
             of_part, _ = native.layer_law(weight.placement.law).conv2d_workspace(threads, tile, 3)
             of_part = -(-of_part // 64) * 64
-            step = rules.Steps(tile, 3, threads, parts * of_part, 0, parts)
-            monkeypatch.setattr(rules, "steps", lambda *_, step=step: step)
+            step = factored.Steps(tile, 3, threads, parts * of_part, 0, parts)
+            monkeypatch.setattr(factored, "steps", lambda *_, step=step: step)
             x = torch.randn(3, 60, 5, 5).to(dtype)
             x = x.contiguous(memory_format=torch.channels_last) if last else x
             check(x, weight, torch.randn(200), ((1, 1), (1, 1), (1, 1)))
@@ -312,7 +312,7 @@ def test_refusals() -> None:
             rpg.functional.conv2d(x, element)
         with rpg.scratch_limit(1000), pytest.raises(RuntimeError, match="wanted at least"):
             rpg.functional.conv2d(x, good)
-        least = rules.smallest("conv2d", good.spec)
+        least = factored.smallest("conv2d", good.spec)
         with rpg.scratch_limit(least):
             assert rpg.functional.conv2d(x, good).isfinite().all()
         with rpg.scratch_limit(least - 1), pytest.raises(RuntimeError, match=str(least)):

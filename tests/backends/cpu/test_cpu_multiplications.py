@@ -1,4 +1,4 @@
-"""What the CPU kernels are said to multiply, against a count position by position."""
+"""What the factored CPU kernels are said to multiply, against a count position by position."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from functools import lru_cache
 
 import brute_force as brute
 import pytest
-import ring_brute
 import torch
 import window_brute
 from torch.utils.flop_counter import FlopCounterMode
 
 import rpg_kernels as rpg
 from rpg_kernels import native
-from rpg_kernels.backends.cpu import multiplications, rules
+from rpg_kernels.backends.cpu import factored, multiplications
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import Placement
 from rpg_kernels.law.window import WindowLaw
 
-FORWARD = ("linear", "conv2d")
 BUFFER = 4096  # positions of a window that are tabulated at once
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
 
@@ -64,12 +62,9 @@ def elements_of_blocks(p: Placement) -> list[int]:
     return elements
 
 
-def first_columns(law: WindowLaw, op: str, threads: int) -> set[tuple[int, int]]:
+def first_columns(law: WindowLaw, threads: int) -> set[tuple[int, int]]:
     """(first row of a strip, block) where a thread begins."""
     strips = [(rows.start, len(rows)) for rows in window_brute.strips(law.rows)]
-    if op == "linear_input_grad":
-        parts = [law.blocks * part // threads for part in range(threads)]
-        return {(row, block) for row, _ in strips for block in parts}
     begins = set()
     for part in range(threads):
         wanted = law.rows * law.blocks * part // threads
@@ -82,90 +77,65 @@ def first_columns(law: WindowLaw, op: str, threads: int) -> set[tuple[int, int]]
 
 
 @lru_cache(maxsize=2)
-def walked(p: Placement) -> dict[tuple[int, int], tuple[int, int]]:
-    """(row, block) -> the cell and the slot that it reads."""
+def cells(p: Placement) -> dict[tuple[int, int], int]:
+    """(row, block) -> the cell that it reads."""
     law, _ = brute.layer_law(p)
-    out = {}
-    for row in range(law.rows):
-        for block in range(law.blocks):
-            z = window_brute.address(law, row, block)
-            out[row, block] = z // (law.window * law.laps), window_brute.ring_slot(law, z)
-    return out
+    return {
+        (row, block): window_brute.address(law, row, block) // (law.window * law.laps)
+        for row in range(law.rows)
+        for block in range(law.blocks)
+    }
 
 
-@lru_cache(maxsize=2)
-def ring_slots(p: Placement) -> list[list[int]]:
-    """The slots of each block column."""
-    law, _ = brute.layer_law(p)
-    return [[ring_brute.slot(law, n, b) for n in range(law.rows)] for b in range(law.blocks)]
-
-
-def by_windows(p: Placement, op: str, threads: int) -> int:
+def by_windows(p: Placement, threads: int) -> int:
     """Positions one after the other; where a piece of a column ends, its products are counted."""
     law, _ = brute.layer_law(p)
     elements, total = elements_of_blocks(p), 0
-    begins = first_columns(law, op, threads) if op != "linear_bank_grad" else set()
-
-    def products(piece: list[int], block: int) -> int:
-        needed = min(len(piece), law.window)
-        if op not in FORWARD and len(piece) > law.window:
-            needed = len(set(piece))
-        return needed * elements[block]
+    begins = first_columns(law, threads)
 
     for rows in window_brute.strips(law.rows):
         unit, buffered = None, 0
         for block in range(law.blocks):
-            piece: list[int] = []
+            piece = 0
             if (rows.start, block) in begins:
                 buffered = 0
             for row in rows:
-                cell, slot = walked(p)[row, block]
+                cell = cells(p)[row, block]
                 if cell != unit or buffered == BUFFER:
-                    total += products(piece, block)
-                    unit, buffered, piece = cell, 0, []
-                piece.append(slot)
+                    total += min(piece, law.window) * elements[block]
+                    unit, buffered, piece = cell, 0, 0
+                piece += 1
                 buffered += 1
-            total += products(piece, block)
+            total += min(piece, law.window) * elements[block]
     return total
 
 
-def by_ring(p: Placement, op: str, lanes: int) -> int:
+def by_ring(p: Placement, lanes: int) -> int:
     law, _ = brute.layer_law(p)
     elements, total = elements_of_blocks(p), 0
-    height = 65536 // lanes if op in FORWARD else law.rows
+    height = 65536 // lanes
     for first in range(0, law.rows, height):
         strip = range(first, min(first + height, law.rows))
         for rows in (strip[i : i + 16384] for i in range(0, len(strip), 16384)):
-            for block in range(law.blocks):
-                needed = min(len(rows), law.slots)
-                if op not in FORWARD and len(rows) > law.slots:
-                    needed = len({ring_slots(p)[block][row] for row in rows})
-                total += needed * elements[block]
+            total += min(len(rows), law.slots) * sum(elements)
     return total
-
-
-def operators_of(shape: tuple[int, ...]) -> tuple[str, ...]:
-    return ("conv2d",) if len(shape) == 4 else rules.PRODUCTS[:3]
 
 
 @pytest.mark.parametrize(("windows", "shape"), WEIGHTS, ids=str)
 def test_windows(windows: tuple[int, int, int], shape: tuple[int, ...]) -> None:
     slots, window, laps = windows
     p = placement(slots, shape, window=window, laps=laps)
-    for op in operators_of(shape):
-        for threads in (1, 3):
-            got = multiplications.of_row(op, p.to_json(), 16, threads)
-            assert got == by_windows(p, op, threads), (op, threads)
-            assert got <= math.prod(shape)
+    for threads in (1, 3):
+        got = multiplications.of_row(p.to_json(), 16, threads)
+        assert got == by_windows(p, threads), threads
+        assert got <= math.prod(shape)
 
 
 @pytest.mark.parametrize(("slots", "shape"), RINGS, ids=str)
 def test_rings(slots: int, shape: tuple[int, ...]) -> None:
     p = placement(slots, shape)
-    for op in operators_of(shape):
-        for lanes in (1, 64):
-            got = multiplications.of_row(op, p.to_json(), lanes, 2)
-            assert got == by_ring(p, op, lanes), (op, lanes)
+    for lanes in (1, 64):
+        assert multiplications.of_row(p.to_json(), lanes, 2) == by_ring(p, lanes), lanes
 
 
 def test_pairs_of_slot_and_column_of_whole_units() -> None:
@@ -175,14 +145,14 @@ def test_pairs_of_slot_and_column_of_whole_units() -> None:
     law, _ = brute.layer_law(p)
     slots = law.slot(torch.arange(law.rows)[:, None], torch.arange(law.blocks))
     pairs = sum(len(slots[:, block].unique()) for block in range(law.blocks))
-    for op in rules.PRODUCTS[:3]:
-        assert multiplications.of_row(op, p.to_json(), 16, 1) == 64 * pairs == 64 * 256 * 3
+    assert multiplications.of_row(p.to_json(), 16, 1) == 64 * pairs == 64 * 256 * 3
 
 
 @needs_native
 @pytest.mark.parametrize("batch", [1, 5, 40])
 @pytest.mark.parametrize("window", [None, (256, 4)])
 def test_the_counter_says_so(window: tuple[int, int] | None, batch: int) -> None:
+    """Few rows of x share products forward; all else are dense products of a gathered weight."""
     window_and_laps = {"window": window[0], "laps": window[1]} if window else {}
     bank = brute.window_bank(704 * 64, 64, "vector", **window_and_laps)
     layer = rpg.nn.Linear(120, 900, bank=bank)
@@ -190,15 +160,14 @@ def test_the_counter_says_so(window: tuple[int, int] | None, batch: int) -> None
     with FlopCounterMode(display=False, custom_mapping=rpg.flops.shared_products()) as counter:
         layer(x).sum().backward()
     got = {str(op).rpartition(".")[2]: n for op, n in counter.get_flop_counts()["Global"].items()}
-    p, wanted = layer.virtual_weight.placement, {}
-    for op in rules.PRODUCTS[:3]:
-        step = rules.steps(op, batch, p.to_json())
+    p, of_row, dense = layer.virtual_weight.placement, 120 * 900, 120 * 900
+    if batch <= factored.FEW:
+        step = factored.steps("linear", batch, p.to_json())
+        assert step is not None
         lanes = step.batch_tile * step.tiles
-        of_row = by_windows(p, op, step.threads) if window else by_ring(p, op, lanes)
-        assert of_row < 120 * 900
-        wanted[op] = 2 * batch * of_row
-    of_grads = wanted.pop("linear_input_grad") + wanted.pop("linear_bank_grad")
-    assert got == {**wanted, "linear_grads": of_grads}
+        of_row = by_windows(p, step.threads) if window else by_ring(p, lanes)
+        assert of_row < dense
+    assert got == {"linear": 2 * batch * of_row, "linear_grads": 4 * batch * dense}
 
 
 @needs_native
@@ -210,7 +179,7 @@ def test_convolutions_count_pixels() -> None:
     p = layer.virtual_weight.placement
     with torch.no_grad():
         for mapping, of_pixel in (
-            (rpg.flops.shared_products(), by_windows(p, "conv2d", 1)),
+            (rpg.flops.shared_products(), by_windows(p, 1)),
             (None, 512 * 64 * 9),
         ):
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import native
-from rpg_kernels.backends.cpu import rules
+from rpg_kernels.backends.cpu import factored
 from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.placement import parse
 
@@ -205,7 +205,7 @@ def test_other_threads_run_meanwhile(set_threads: Callable[[int], None]) -> None
     problem = Problem()
     problem.x = problem.x.repeat(500, 1)
     law = native.layer_law(parse(problem.spec).law)
-    step = rules.check("linear", problem.spec, len(problem.x))
+    step = factored.check("linear", problem.spec, len(problem.x))
     y, memory = problem.x.new_empty(len(problem.x), 1000), workspace(step.workspace)
     arguments = (problem.bank.data_ptr(), 1, problem.x.data_ptr(), 1, 0, y.data_ptr())
     arguments += (len(problem.x), 110, 1.0, 1, step.batch_tile, step.tiles, memory.data_ptr())

@@ -15,7 +15,8 @@ from torch import Tensor
 from unit_layers import NAMES, Layer
 
 from rpg_kernels import native
-from rpg_kernels.backends.cpu import unit_linear, units
+from rpg_kernels.backends.cpu import lanes_linear
+from rpg_kernels.backends.cpu.units import UNITS
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
 
@@ -230,21 +231,21 @@ def check_memory() -> None:
     torch.set_num_threads(2)
     layer = Layer((2000, 4096), 256, bias=False)
     x, dy, bank = layer.x, layer.dy, layer.bank
-    unit_linear.linear_grads(dy[:1], bank, None, x[:1], layer.spec, bank.dtype)
+    lanes_linear.linear_grads(UNITS, dy[:1], bank, x[:1], layer.spec, bank.dtype)
     for name, call, results in (
-        ("linear", lambda: unit_linear.linear(x, bank, None, layer.spec), dy.nbytes),
+        ("linear", lambda: lanes_linear.linear(UNITS, x, bank, None, layer.spec), dy.nbytes),
         (
             "linear_input_grad",
-            lambda: unit_linear.linear_input_grad(dy, bank, layer.spec),
+            lambda: lanes_linear.linear_input_grad(UNITS, dy, bank, layer.spec),
             x.nbytes,
         ),
         (
             "linear_grads",
-            lambda: unit_linear.linear_grads(dy, bank, None, x, layer.spec, bank.dtype),
+            lambda: lanes_linear.linear_grads(UNITS, dy, bank, x, layer.spec, bank.dtype),
             x.nbytes + bank.nbytes,
         ),
     ):
-        step = units.check(name, layer.spec, len(x))
+        step = UNITS.check(name, layer.spec, len(x))
         grown = peak(call)
         assert step.workspace > 2 << 20, name
         assert grown <= step.workspace + results + (1 << 20), (name, grown, step, results)

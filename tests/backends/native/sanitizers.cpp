@@ -143,8 +143,24 @@ struct Results {
 
 constexpr double kScale = 0.5;
 
-// Forward, input gradient and bank gradient of a layer with K = 100.
-Results linear_layer(const LayerLaw& law, int threads, int64_t batch, int batch_tile, int tiles) {
+// The forward of a layer whose last block has four columns, by the kernel of factors.
+FloatVector linear_layer(const LayerLaw& law, int threads, int64_t batch, int batch_tile,
+                         int tiles) {
+  const int64_t columns = (law.blocks - 1) * law.granularity + 4;
+  const FloatVector ring = numbers(int64_t{law.slots} * law.granularity, 1);
+  const FloatVector x = numbers(batch * columns, 2), bias = numbers(law.rows, 4);
+  FloatVector y(static_cast<size_t>(batch * law.rows));
+  Workspaces workspaces;
+  const Dtype fp32 = Dtype::kFloat32;
+  LinearArgs forward{fp32,    ring.data(), fp32,    x.data(),   bias.data(), y.data(), batch,
+                     columns, kScale,      threads, batch_tile, tiles,       nullptr,  nullptr};
+  forward.workspace = workspaces.get(baseline::linear_workspace(law, forward));
+  baseline::linear(law, forward);
+  return y;
+}
+
+// Forward and gradients by the kernels that gather tiles; the gradients together, or dx before dw.
+Results tiled_layer(const LayerLaw& law, int threads, int64_t batch, int lanes, bool together) {
   const int64_t columns = (law.blocks - 1) * law.granularity + 4;
   const FloatVector ring = numbers(int64_t{law.slots} * law.granularity, 1);
   const FloatVector x = numbers(batch * columns, 2), dy = numbers(batch * law.rows, 3);
@@ -152,19 +168,42 @@ Results linear_layer(const LayerLaw& law, int threads, int64_t batch, int batch_
   Results out{FloatVector(dy.size()), FloatVector(x.size()), FloatVector(ring.size())};
   Workspaces workspaces;
   const Dtype fp32 = Dtype::kFloat32;
-  LinearArgs forward{fp32,    ring.data(), fp32,    x.data(),   bias.data(), out.y.data(), batch,
-                     columns, kScale,      threads, batch_tile, tiles,       nullptr};
-  forward.workspace = workspaces.get(baseline::linear_workspace(law, forward));
-  baseline::linear(law, forward);
-  LinearInputGradArgs input{fp32,    ring.data(), fp32,    dy.data(),  out.dx.data(), batch,
-                            columns, kScale,      threads, batch_tile, tiles,         nullptr};
-  input.workspace = workspaces.get(baseline::linear_input_grad_workspace(law, input));
-  baseline::linear_input_grad(law, input);
-  LinearBankGradArgs bank{fp32,   dy.data(), x.data(),   out.dw.data(), batch,  columns,
-                          kScale, threads,   batch_tile, tiles,         nullptr};
-  bank.workspace = workspaces.get(baseline::linear_bank_grad_workspace(law, bank));
-  baseline::linear_bank_grad(law, bank);
+  LanesLinearArgs forward{fp32,  ring.data(), fp32,   x.data(), bias.data(), out.y.data(),
+                          batch, columns,     kScale, threads,  lanes,       nullptr};
+  forward.workspace = workspaces.get(baseline::tile_linear_workspace(law, forward));
+  baseline::tile_linear(law, forward);
+  LanesLinearGradsArgs both{};
+  both.bank_dtype = both.dtype = fp32, both.ring = ring.data();
+  both.dy = dy.data(), both.x = x.data();
+  both.batch = batch, both.columns = columns, both.scale = kScale;
+  both.threads = threads, both.lanes = lanes;
+  for (int pass = together ? 2 : 0; pass < (together ? 3 : 2); ++pass) {
+    LanesLinearGradsArgs grads = both;
+    grads.dx = pass == 1 ? nullptr : out.dx.data();
+    grads.dw = pass == 0 ? nullptr : out.dw.data();
+    grads.workspace = workspaces.get(baseline::tile_linear_grads_workspace(law, grads));
+    baseline::tile_linear_grads(law, grads);
+  }
   return out;
+}
+
+int compare_tiled(const LayerLaw& law) {
+  int calls = 0;
+  for (int64_t batch : {3, 33}) {  // with 16 lanes once, and three times
+    const Results one = tiled_layer(law, 1, batch, 16, true);
+    for (int threads : {2, 3, 4}) {
+      for (bool together : {true, false}) {
+        const Results many = tiled_layer(law, threads, batch, 16, together);
+        if (barriers) {
+          compare(many.y, one.y, true, "tile_linear");
+          compare(many.dx, one.dx, true, "tile_linear_grads, dx");
+          compare(many.dw, one.dw, false, "tile_linear_grads, dw");
+        }
+        calls += together ? 2 : 3;
+      }
+    }
+  }
+  return calls;
 }
 
 // A kernel of two taps over three images, of whose channels the last block has four.
@@ -253,17 +292,17 @@ int main(int argc, char**) {
           calls += 2;
         }
         if (reflect == Reflect::kElement) continue;
+        calls += compare_tiled(law);
+        // Several tiles side by side, of which threads take turns, and the last is narrow.
+        if (!windows)
+          calls += compare_tiled(make_layer_law(5, 1, rows, 19, block, slots, 17, reflect, true));
         for (int batch_tile : {1, 4, 16}) {
           const int64_t batch = batch_tile + 2;
-          const Results one = linear_layer(law, 1, batch, batch_tile, 1);
+          const FloatVector one = linear_layer(law, 1, batch, batch_tile, 1);
           for (int threads : {2, 3, 4}) {
-            const Results many = linear_layer(law, threads, batch, batch_tile, 1);
-            if (barriers) {
-              compare(many.y, one.y, false, "linear");
-              compare(many.dx, one.dx, true, "linear_input_grad");
-              compare(many.dw, one.dw, windows > 0, "linear_bank_grad");
-            }
-            calls += 3;
+            const FloatVector many = linear_layer(law, threads, batch, batch_tile, 1);
+            if (barriers) compare(many, one, false, "linear");
+            ++calls;
             const FloatVector pixels = convolution(law, 1, 1, batch_tile);
             const FloatVector dealt = convolution(law, threads, 1, batch_tile);
             const FloatVector shared = convolution(law, 2, threads, batch_tile);

@@ -1,0 +1,121 @@
+"""What torch's dense products are taken to have of a processor, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from rpg_kernels import native
+from rpg_kernels.backends.cpu import processor, rules
+from rpg_kernels.backends.cpu.tiles import TILES
+from rpg_kernels.backends.cpu.units import UNITS, reads
+from rpg_kernels.law.generator import Generator
+from rpg_kernels.law.placement import Placement
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+PROBES = ("_is_amx_tile_supported", "_is_amx_fp16_supported", "_is_avx512_bf16_supported")
+ONEDNN = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
+BF16_EMULATED = {"_is_mkldnn_bf16_supported"}
+AVX512_BF16 = {*BF16_EMULATED, "_is_avx512_bf16_supported"}
+AVX512_FP16 = {*AVX512_BF16, "_is_mkldnn_fp16_supported"}
+AMX = {*AVX512_FP16, "_is_amx_tile_supported"}
+AMX_FP16 = {*AMX, "_is_amx_fp16_supported"}
+# What a processor has, its kind, and the gains of bfloat16 and of float16.
+PROCESSORS = {
+    "nothing": (set(), "x86_64", 1, 1),
+    "AVX-512 that emulates bfloat16": (BF16_EMULATED, "x86_64", 1, 1),
+    "AVX512-BF16": (AVX512_BF16, "x86_64", 2, 1),
+    "AVX512-FP16": (AVX512_FP16, "x86_64", 2, 2),
+    "AVX512-FP16 on Windows": (AVX512_FP16, "AMD64", 2, 2),
+    "AMX": (AMX, "x86_64", 16, 2),
+    "AMX-FP16": (AMX_FP16, "x86_64", 16, 16),
+    "Arm": (set(), "aarch64", 1, 1),
+    "Arm with bfloat16": (BF16_EMULATED, "aarch64", 4, 1),
+    "Arm with both": (set(ONEDNN), "arm64", 4, 4),
+}
+
+
+class Machine:
+    """Sets what a processor has, for as long as a test lasts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.patch = monkeypatch
+        self.patch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+    def be(self, has: set[str], kind: str = "x86_64") -> None:
+        processor.dense_gain.cache_clear()
+        self.patch.setattr(processor.platform, "machine", lambda: kind)
+        for module, probes in ((torch.cpu, PROBES), (torch.ops.mkldnn, ONEDNN)):
+            for probe in probes:
+                found = probe in has
+                self.patch.setattr(module, probe, lambda found=found: found, raising=False)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    yield Machine(monkeypatch)
+    processor.dense_gain.cache_clear()
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_gains(name: str, machine: Machine) -> None:
+    has, kind, bfloat16, float16 = PROCESSORS[name]
+    machine.be(has, kind)
+    assert [processor.dense_gain(dtype) for dtype in (F32, BF16, F16)] == [1, bfloat16, float16]
+    machine.be(AMX_FP16)
+    processor.dense_gain(BF16)  # which asks once
+    machine.patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert processor.dense_gain(BF16) == 16
+
+
+def test_torch_without_probes_or_without_onednn(machine: Machine) -> None:
+    machine.be(AVX512_FP16)
+    machine.patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert processor.dense_gain(BF16) == processor.dense_gain(F16) == 1
+    machine.be(BF16_EMULATED)
+    machine.patch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for probe in PROBES:
+        machine.patch.delattr(torch.cpu, probe)
+    assert processor.dense_gain(BF16) == 1
+
+
+def test_what_this_processor_has() -> None:
+    processor.dense_gain.cache_clear()
+    assert processor.dense_gain(F32) == 1
+    for dtype in (BF16, F16):
+        assert processor.dense_gain(dtype) in (1, 2, 4, 16)
+
+
+def weight(laps: int | None) -> str:
+    """Of 4096 rows, of which as many share a product as there are laps."""
+    return Placement(Generator(1024, 64, "vector", laps=laps), 0, 0, (4096, 64), 1.0).to_json()
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_kernels_are_taken_where_dense_products_are_slower(name: str, machine: Machine) -> None:
+    has, kind, *gains = PROCESSORS[name]
+    machine.be(has, kind)
+    for dtype, gain in ((F32, 1), *zip((BF16, F16), gains, strict=True)):
+        for op in ("linear", "linear_input_grad", "linear_bank_grad"):
+            for batch in (1, 32, 33, 5000):
+                few = batch <= 32
+                assert TILES.faster(op, dtype, batch, weight(None)) == (few or gain == 1)
+                for laps in (1, 2, 4, 16, 64):
+                    shared = reads(weight(laps))
+                    assert shared == laps
+                    wanted = few or laps >= 1.5 * gain
+                    assert UNITS.faster(op, dtype, batch, weight(laps)) == wanted
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
+def test_dispatch_follows(machine: Machine) -> None:
+    for has, gain in ((set(), 1), (AVX512_BF16, 2), (AMX, 16), (set(), 1)):
+        machine.be(has)
+        for op in ("linear_input_grad", "linear_bank_grad"):
+            assert rules.faster(op, BF16, 100, weight(None)) == (gain == 1)
+            assert rules.faster(op, BF16, 100, weight(1)) == (gain == 1)
+            assert rules.faster(op, BF16, 100, weight(4)) == (gain <= 2)
+            assert rules.faster(op, F32, 100, weight(None))
+            assert rules.faster(op, F32, 100, weight(4))
