@@ -61,6 +61,8 @@ void linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
             scale, threads, batch_tile, tiles, address<void>(workspace), nullptr});
 }
 
+constexpr int kVector = 16;  // elements that the vectors of every instruction set divide
+
 using Int64Pair = std::array<int64_t, 2>;
 using Int64Four = std::array<int64_t, 4>;
 
@@ -142,8 +144,8 @@ Image unit_image(const LayerLaw& law, const Int64Four& size, const Int64Four& st
                  bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                  const Int64Pair& padding, const Int64Pair& dilation, int threads, int lanes) {
   require(law.taps >= 1 && bands_of(law) == 1, "law: wanted the unit law, in one band");
-  require(law.granularity >= 8 && law.granularity <= 128,
-          "granularity: wanted blocks of 8 to 128 elements");
+  require(law.granularity >= kVector && law.granularity <= 128,
+          "granularity: wanted blocks of 16 to 128 elements");
   require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
   require(law.taps == 1 || (by_tap && step[0] == 1 && step[1] == 1),
           "law: strides want units of one tap");
@@ -262,7 +264,6 @@ void check_lanes(const LayerLaw& law, int64_t batch, int64_t columns, int thread
 }
 
 constexpr int kFewLanes = 4;  // lanes up to which the bank is read as it is stored
-constexpr int kVector = 16;   // lanes that every instruction set's vectors divide
 constexpr int kMostUnitLanes = 64, kMostTileLanes = 512;
 
 void check_units(const LayerLaw& law, int lanes) {
@@ -274,8 +275,8 @@ void check_units(const LayerLaw& law, int lanes) {
 }
 
 void check_tiles(const LayerLaw& law, int lanes) {
-  require(law.granularity >= 8 && law.granularity <= 128,
-          "granularity: wanted blocks of 8 to 128 elements");
+  require(law.granularity >= kVector && law.granularity <= 128,
+          "granularity: wanted blocks of 16 to 128 elements");
   require(lanes >= kVector && lanes <= kMostTileLanes && lanes % kVector == 0,
           "lanes: wanted a multiple of 16 up to 512");
 }

@@ -21,7 +21,7 @@ constexpr int64_t kTileColumns = 256;
 // Behind each row of a tile, so that its rows are in different sets of the first cache.
 constexpr int64_t kPitch = 16;
 
-struct Tile {
+struct WeightTile {
   int64_t row, rows;
   int64_t block, blocks;
   int64_t pitch(int granularity) const { return blocks * granularity + kPitch; }
@@ -32,10 +32,10 @@ inline int64_t deal(int64_t count, int64_t parts, int64_t part) {
   return count / parts * part + std::min(count % parts, part);
 }
 
-// How many parts of at most `most` things `count` are cut into: a multiple of `threads` parts
+// How many parts of at most `largest` things `count` are cut into: a multiple of `threads` parts
 // where there are as many things.
-inline int64_t parts_of(int64_t count, int64_t most, int64_t threads) {
-  const int64_t parts = (count + most - 1) / most;
+inline int64_t parts_of(int64_t count, int64_t largest, int64_t threads) {
+  const int64_t parts = (count + largest - 1) / largest;
   return std::min(count, (parts + threads - 1) / threads * threads);
 }
 
@@ -45,7 +45,7 @@ inline int64_t most_blocks(const LayerLaw& law) {
 }
 
 // entry [rows, blocks] = slot | sign << 31 of the positions of a tile.
-inline void read_entries(const LayerLaw& law, const Tile& tile, uint32_t* entry) {
+inline void read_entries(const LayerLaw& law, const WeightTile& tile, uint32_t* entry) {
   constexpr int kLanes = 64;
   const Region region{tile.row, tile.rows, nullptr, 1, law.blocks, tile.block, tile.blocks};
   Cursor cursor(law, region, 0);
@@ -63,7 +63,7 @@ inline uint32_t slot_of(uint32_t entry) { return entry & 0x7FFFFFFFu; }
 inline uint32_t sign_of(uint32_t entry) { return entry & 0x80000000u; }
 
 // out [rows, pitch]: the blocks of a tile, from its entries.
-inline void gather(const Ring& ring, const Tile& tile, const uint32_t* entry, float* out) {
+inline void gather(const Ring& ring, const WeightTile& tile, const uint32_t* entry, float* out) {
   constexpr int64_t kAhead = 8;  // blocks that are asked for before they are read
   const int64_t positions = tile.rows * tile.blocks, row_bytes = ring.row_bytes();
   const int64_t gap = tile.pitch(ring.block) - tile.blocks * ring.block;

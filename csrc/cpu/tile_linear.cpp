@@ -38,7 +38,7 @@ TileLayout layout_of(const LayerLaw& law, const LanesLinearArgs& args) {
   TileLayout out{};
   out.row_parts = parts_of(law.rows, kTileRows, args.threads);
   const int64_t rows = (deal(law.rows, out.row_parts, 1) + 7) / 8 * 8;
-  const Tile largest{0, rows, 0, most_blocks(law)};
+  const WeightTile largest{0, rows, 0, most_blocks(law)};
   out.x = lines(4 * law.blocks * law.granularity * args.lanes);
   out.tile = lines(4 * rows * largest.pitch(law.granularity));
   out.y = lines(4 * rows * args.lanes);
@@ -116,7 +116,7 @@ class TileLinear {
     const TileMemory memory = memory_of(part);
     const int64_t chunk = most_blocks(law_);
     for (int64_t block = 0; block < law_.blocks; block += chunk) {
-      const Tile tile{row, rows, block, std::min(law_.blocks - block, chunk)};
+      const WeightTile tile{row, rows, block, std::min(law_.blocks - block, chunk)};
       read_entries(law_, tile, memory.entries);
       gather(ring_, tile, memory.entries, memory.tile);
       const int64_t column = block * law_.granularity;

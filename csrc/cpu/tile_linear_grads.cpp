@@ -48,7 +48,7 @@ TileGradsLayout layout_of(const LayerLaw& law, const LanesLinearGradsArgs& args)
   out.block_parts = parts_of(law.blocks, most_blocks(law), args.threads);
   out.rows = deal(law.rows, out.row_parts, 1);
   out.blocks = deal(law.blocks, out.block_parts, 1);
-  const Tile largest{0, out.rows, 0, out.blocks};
+  const WeightTile largest{0, out.rows, 0, out.blocks};
   if (args.dw) {
     out.x = lines(4 * law.blocks * lanes * (block + kPitch));
     out.dy_lanes = lines(4 * ((out.rows + 7) / 8 * 8) * (lanes + kPitch));
@@ -126,7 +126,7 @@ class TileLinearGrads {
   }
 
   // A thread's tile of a round; without blocks where there are no more.
-  Tile tile_of(int64_t round, int thread, int64_t row, int64_t rows) const {
+  WeightTile tile_of(int64_t round, int thread, int64_t row, int64_t rows) const {
     const int64_t part = std::min(round * args_.threads + thread, layout_.block_parts);
     const int64_t block = deal(law_.blocks, layout_.block_parts, part);
     if (part == layout_.block_parts) return {row, rows, block, 0};
@@ -170,7 +170,7 @@ class TileLinearGrads {
     }
   }
 
-  void multiply_tile(int thread, const Tile& tile, int64_t batch) const {
+  void multiply_tile(int thread, const WeightTile& tile, int64_t batch) const {
     if (!tile.blocks) return;
     const TileGradsMemory memory = memory_of(thread);
     const int block = law_.granularity, rows = static_cast<int>(tile.rows);
@@ -191,7 +191,7 @@ class TileLinearGrads {
   }
 
   // Adds the products of a thread to slots of a zone.
-  void add_products(int zone, int thread, const Tile& tile) const {
+  void add_products(int zone, int thread, const WeightTile& tile) const {
     const TileGradsMemory memory = memory_of(thread);
     const int64_t block = law_.granularity, slots = law_.slots;
     const int64_t low = deal(slots, args_.threads, zone);

@@ -81,5 +81,10 @@ class Call(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Groups of a convolution's forward; 1 of anything else."""
-        return self.geometry[3] if self.op == "conv2d" else 1
+        """Groups of a convolution; 1 of anything else."""
+        return self.geometry[3] if self.op.startswith("conv2d") else 1
+
+    @property
+    def stride(self) -> Sequence[int]:
+        """Of a convolution; 1 of anything else."""
+        return self.geometry[0] if self.op.startswith("conv2d") else (1, 1)

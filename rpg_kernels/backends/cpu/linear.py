@@ -1,8 +1,7 @@
 """y = x·Ŵᵀ + bias, dx = dy·Ŵ and dw = scale·Gᵀ·(dyᵀ·x) by the compiled CPU kernels.
 
-Signatures are those of the reference. Sums are fp32, results rounded once. The forward and the
-bank gradient depend on the number of threads in rounding, the others not at all; for a given
-number all are the same bits every time.
+Signatures are those of the reference. Sums are fp32, results rounded once. Results depend on the
+number of threads in rounding at most; for a given number all are the same bits every time.
 """
 
 from __future__ import annotations
@@ -47,18 +46,8 @@ def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement:
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
-    p = parse(placement)
-    batch = dy.numel() // p.shape[0]
-    taken = _family("linear_input_grad", dy.dtype, batch, placement)
-    if taken:
-        return lanes_linear.linear_input_grad(taken, dy, bank, placement)
-    dx = dy.new_empty((*dy.shape[:-1], p.shape[1]))
-    step = factored.check("linear_input_grad", placement, batch)
-    if not batch:
-        return dx
-    dy, bank = dy.contiguous(), bank.contiguous()
-    _call("linear_input_grad", p, step, batch, *_typed(bank), *_typed(dy), dx.data_ptr())
-    return dx
+    taken = _of_gradient("linear_input_grad", dy, placement)
+    return lanes_linear.linear_input_grad(taken, dy, bank, placement)
 
 
 def linear_bank_grad(
@@ -69,18 +58,8 @@ def linear_bank_grad(
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
-    p = parse(placement)
-    batch = dy.numel() // p.shape[0]
-    taken = _family("linear_bank_grad", dy.dtype, batch, placement)
-    if taken:
-        return lanes_linear.linear_bank_grad(taken, dy, x, placement, dtype)
-    step = factored.check("linear_bank_grad", placement, batch)
-    dw = dy.new_zeros((p.generator.slots, p.generator.granularity), dtype=torch.float32)
-    if not batch:
-        return dw.to(dtype)
-    dy, x = dy.contiguous(), x.contiguous()
-    _call("linear_bank_grad", p, step, batch, dy.data_ptr(), *_typed(x), dw.data_ptr())
-    return dw.to(dtype)
+    taken = _of_gradient("linear_bank_grad", dy, placement)
+    return lanes_linear.linear_bank_grad(taken, dy, x, placement, dtype)
 
 
 def linear_grads(
@@ -91,10 +70,14 @@ def linear_grads(
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
-    batch = dy.numel() // parse(placement).shape[0]
-    taken = _family("linear_input_grad", dy.dtype, batch, placement)
-    assert isinstance(taken, Family)  # ``Cpu.both_grads`` has asked
+    taken = _of_gradient("linear_input_grad", dy, placement)
     return lanes_linear.linear_grads(taken, dy, bank, x, placement, dtype)
+
+
+def _of_gradient(op: str, dy: Tensor, placement: str) -> Family:
+    taken = _family(op, dy.dtype, dy.numel() // parse(placement).shape[0], placement)
+    assert taken is not None  # the factored kernels have no gradients
+    return taken
 
 
 def _family(op: str, dtype: torch.dtype, batch: int, placement: str) -> Family | None:

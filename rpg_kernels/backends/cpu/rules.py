@@ -13,15 +13,16 @@ from torch import Tensor
 from rpg_kernels import native, settings
 from rpg_kernels._tensors import LOW_PRECISION
 from rpg_kernels.backends.call import Call
-from rpg_kernels.backends.cpu import factored
+from rpg_kernels.backends.cpu import factored, unit_conv2d
 from rpg_kernels.backends.cpu.lanes import Family
 from rpg_kernels.backends.cpu.tiles import TILES
 from rpg_kernels.backends.cpu.units import UNITS
 from rpg_kernels.backends.registry import Backend
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import parse
+from rpg_kernels.law.unit import UnitLaw
 
-PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad", "conv2d")
+PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad", *unit_conv2d.OPERATORS)
 LOOKUPS = ("embedding", "embedding_bank_grad")  # read rows of any weight of a law, block by block
 
 
@@ -40,8 +41,6 @@ def unsupported_kind(op: str, device: torch.device, dtype: torch.dtype) -> str:
         return f"the CPU kernels work on CPU tensors, not on {device}"
     if op in LOOKUPS:
         return "" if native.available() else native.why_not()
-    if op.startswith("conv2d_"):
-        return "the CPU kernels leave the gradients of a convolution to the reference"
     if op not in PRODUCTS:
         return f"the CPU kernels have no {op}"
     if dtype != torch.float32 and dtype not in LOW_PRECISION:
@@ -64,7 +63,7 @@ def unsupported_weight(op: str, placement: str) -> str:
         >>> from rpg_kernels.law.placement import Placement
         >>> p = Placement(Generator(100, 4, "vector"), 0, 0, (6, 16), 1.0)
         >>> unsupported_weight("linear", p.to_json())
-        'the CPU kernels gather blocks of 8 to 128 elements, not of 4'
+        'the CPU kernels gather blocks of 16 to 128 elements, not of 4'
     """
     p = parse(placement)
     if not isinstance(p.generator, Generator):
@@ -73,7 +72,9 @@ def unsupported_weight(op: str, placement: str) -> str:
         return "the CPU kernels have one sign for a slot use, not one for each element"
     if p.selected_shape != p.shape:
         return "the CPU kernels read whole weights, not a part"
-    if op == "conv2d":
+    if op.startswith("conv2d"):
+        if isinstance(p.law, UnitLaw) or op != "conv2d":
+            return unit_conv2d.unsupported(op, placement)
         return factored.unsupported(op, placement)
     return UNITS.unsupported(op, placement) and TILES.unsupported(op, placement)
 
@@ -119,7 +120,7 @@ def _family(
     op: str, dtype: torch.dtype, batch: int, placement: str, limit: int, threads: int
 ) -> Family | None:
     """``limit`` and ``threads`` are what ``Family.steps`` looks up."""
-    if op == "conv2d":
+    if op.startswith("conv2d"):
         return None
     able = [f for f in (UNITS, TILES) if not f.unsupported(op, placement)]
     fitting = [f for f in able if f.steps(op, placement, batch)]
@@ -150,6 +151,11 @@ def faster(op: str, dtype: torch.dtype, batch: int, placement: str, groups: int 
     return fits and taken.faster(op, dtype, batch, placement)
 
 
+def convolves_units(op: str, placement: str) -> bool:
+    """Whether a call is a convolution of law 3."""
+    return op.startswith("conv2d") and isinstance(parse(placement).law, UnitLaw)
+
+
 def what(op: str, dtype: torch.dtype, batch: int, placement: str) -> str:
     """What these kernels do in a call that they can run.
 
@@ -158,6 +164,8 @@ def what(op: str, dtype: torch.dtype, batch: int, placement: str) -> str:
     """
     if op in LOOKUPS:
         return "rows written where they are wanted, without scratch"
+    if convolves_units(op, placement):
+        return UNITS.what(placement)
     taken = family(op, dtype, batch, placement)
     if taken is None:
         return factored.what(op, batch, placement)
@@ -179,12 +187,17 @@ class Cpu(Backend):
             return reason
         if call.op in LOOKUPS:
             return unsupported_lookup(call.placement)
-        return unsupported_weight(call.op, call.placement) or unsupported_groups(call.groups)
+        reason = unsupported_weight(call.op, call.placement) or unsupported_groups(call.groups)
+        if reason or not convolves_units(call.op, call.placement):
+            return reason
+        return unit_conv2d.unsupported_stride(call.placement, call.stride)
 
     def preferred(self, call: Call) -> bool:
         """See ``faster``; not of any weight."""
         if not call.placement:
             return False
+        if convolves_units(call.op, call.placement):
+            return unit_conv2d.faster(call)
         return faster(call.op, call.dtype, call.rows, call.placement, call.groups)
 
     def multiplications(self, call: Call) -> int | None:
@@ -193,6 +206,8 @@ class Cpu(Backend):
             return None
         if not call.rows:
             return None
+        if convolves_units(call.op, call.placement):
+            return call.rows * unit_conv2d.multiplications(call.placement)
         taken = family(call.op, call.dtype, call.rows, call.placement)
         if taken is None:
             of_row = factored.multiplications_of_row(call.op, call.placement, call.rows)

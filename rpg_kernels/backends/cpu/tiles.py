@@ -9,7 +9,7 @@ from rpg_kernels.backends.cpu.processor import dense_gain
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import Placement, parse
 
-BLOCKS = (8, 16, 32, 64, 128)
+BLOCKS = (16, 32, 64, 128)
 # A tile is gathered once for so many rows of x.
 _MOST_LANES, _LEAST_LANES = 256, 16
 # Dense products in 16 bits are faster than these in fp32 where the processor has instructions for
@@ -28,7 +28,7 @@ class Tiles(Family):
         Example:
             >>> p = Placement(Generator(100, 4, "vector"), 0, 0, (6, 16), 1.0)
             >>> TILES.unsupported("linear", p.to_json())
-            'the CPU kernels gather blocks of 8 to 128 elements, not of 4'
+            'the CPU kernels gather blocks of 16 to 128 elements, not of 4'
         """
         p = parse(placement)
         if op not in PRODUCTS:
@@ -36,7 +36,7 @@ class Tiles(Family):
         if not isinstance(p.generator, Generator):
             return "the CPU kernels read weights of a packing law, not of a table"
         if p.matrix.block not in BLOCKS:
-            return f"the CPU kernels gather blocks of 8 to 128 elements, not of {p.matrix.block}"
+            return f"the CPU kernels gather blocks of 16 to 128 elements, not of {p.matrix.block}"
         return ""
 
     def lanes(self, op: str, p: Placement, batch: int) -> list[int]:

@@ -1,0 +1,318 @@
+"""Convolutions of the unit law: what the compiled CPU kernels run, in which tiles, and the calls.
+
+A tap is a shift of lines of pixels; rows and taps that read a slot share its product with x. Lanes
+are images, or with one lane the columns of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import native, settings
+from rpg_kernels._tensors import empty_image
+from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.cpu import units
+from rpg_kernels.backends.cpu.memory import workspace
+from rpg_kernels.backends.cpu.processor import dense_gain
+from rpg_kernels.law.geometry import conv_output
+from rpg_kernels.law.placement import parse
+from rpg_kernels.law.unit import OCTET, UnitLaw
+
+OPERATORS = ("conv2d", "conv2d_input_grad", "conv2d_bank_grad")
+FEW_PIXELS = 64  # up to which the reference's unpacked weight costs more than products
+# Narrower images are taken some at a time, so that their lines fill vectors.
+WIDE, LANES = 16, 8
+# Pixels of a tile times lanes: lines of S or T stay in the second cache.
+_PIXELS = {"conv2d": 4096, "conv2d_input_grad": 1024, "conv2d_bank_grad": 1024}
+_MOST_PIXELS = 2**24  # times lanes: of a tile, which has a row at least
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@lru_cache(maxsize=4096)
+def unsupported(op: str, placement: str) -> str:
+    """Why a convolution with a weight cannot run here, or "".
+
+    Example:
+        >>> from rpg_kernels.law.generator import Generator
+        >>> g = Generator(4096, 64, "vector", laps=4)
+        >>> unsupported("conv2d", Placement(g, 0, 0, (64, 64, 3, 3), 1.0).to_json())
+        ''
+        >>> unsupported("conv2d_bank_grad", Placement(g, 0, 0, (64, 3, 7, 7), 1.0).to_json())
+        'the CPU kernels leave gradients of kernels whose taps share a block to the reference'
+    """
+    p = parse(placement)
+    if not isinstance(p.law, UnitLaw):
+        return "the CPU kernels leave the gradients of a convolution to the reference"
+    if op not in OPERATORS:
+        return f"the CPU kernels have no {op} of law 3"
+    if p.matrix.block not in units.BLOCKS:
+        return f"the CPU kernels convolve blocks of 16 to 128 elements, not of {p.matrix.block}"
+    if p.law.rows_per_band < p.law.rows:
+        return "products of law 3 are shared in weights of at most 2^31 blocks"
+    if op != "conv2d" and not p.matrix.by_tap:
+        return (
+            "the CPU kernels leave gradients of kernels whose taps share a block to the reference"
+        )
+    return ""
+
+
+def unsupported_stride(placement: str, stride: Sequence[int]) -> str:
+    """Why a stride does not go with a weight here, or ""."""
+    law = parse(placement).law
+    assert isinstance(law, UnitLaw)
+    if law.taps == 1 or max(stride) == 1:
+        return ""
+    return f"the CPU kernels want units of one tap where the stride is {list(stride)}"
+
+
+def faster(call: Call) -> bool:
+    """Whether a call is faster here than in the reference, which unpacks the weight."""
+    shares = units.reads(call.placement) >= units.GAIN * dense_gain(call.dtype)
+    if not call.rows or not (shares or call.rows <= FEW_PIXELS):
+        return False
+    geometry = tuples(*call.geometry[:3])
+    return tile(call.op, call.placement, _size_of_x(call, geometry), geometry) is not None
+
+
+def _size_of_x(call: Call, geometry: Geometry) -> list[int]:
+    """Of a gradient the largest x that has such a dy, which is all that a call says."""
+    if call.op == "conv2d":
+        return list(call.x.shape)
+    p = parse(call.placement)
+    height, width = (
+        s * t - 2 * q + d * (k - 1)
+        for s, k, t, q, d in zip(call.x.shape[2:], p.shape[2:], *geometry, strict=True)
+    )
+    return [len(call.x), p.shape[1], max(height, 1), max(width, 1)]
+
+
+def tuples(*pairs: Sequence[int]) -> Geometry:
+    """Stride, padding and dilation as what can be looked up."""
+    stride, padding, dilation = (tuple(pair) for pair in pairs)
+    return stride, padding, dilation
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a call goes through its images, and the memory that it takes.
+
+    Args:
+        lanes: images at a time.
+        rows: of y at a time; of gradients rows of x.
+        threads: that share the tiles.
+        workspace: bytes in all.
+        scratch: of them, what the scratch limit counts: all but copies of activations.
+    """
+
+    lanes: int
+    rows: int
+    threads: int
+    workspace: int
+    scratch: int
+
+
+def tile(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> Tile | None:
+    """The largest tile that the scratch limit allows; None where none is allowed.
+
+    Args:
+        op: operator name.
+        placement: of the weight.
+        size: of x, ``[B, C, H, W]``.
+        geometry: stride, padding and dilation.
+    """
+    limit = settings.scratch_bytes("cpu")
+    choices = _choices(op, placement, tuple(size), geometry, native.threads())
+    return next((choice for choice in choices if choice.scratch <= limit), None)
+
+
+@lru_cache(maxsize=1024)
+def _choices(
+    op: str, placement: str, size: tuple[int, ...], geometry: Geometry, threads: int
+) -> tuple[Tile, ...]:
+    p = parse(placement)
+    law: Any = native.layer_law(p.law)
+    kernel, (stride, _padding, dilation) = p.shape[2:], geometry
+    images, _, height, width = size
+    out_height, out_width = conv_output(size[2:], kernel, *geometry)
+    forward = op == "conv2d"
+    lanes = 1 if width >= WIDE or images <= LANES // 2 else LANES
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    wide = (out_width - 1) * stride[1] + reach[1] + 1 if forward else width + reach[1]
+    down = stride[0] if forward else 1
+    whole = out_height if forward else height
+    strided = not forward and max(stride) > 1
+    most = whole if strided else max(1, min(whole, _PIXELS[op] // (wide * lanes) // down))
+    pixels = (most * down + reach[0]) * wide
+    if max(pixels, height * width if strided else 0) * lanes > _MOST_PIXELS:
+        return ()
+    out = []
+    while True:
+        rows = most
+        while True:
+            how = (size, kernel, p.matrix.by_tap, *geometry, threads, lanes, rows)
+            if forward:
+                total, activations = law.unit_conv2d_workspace(*how)
+            else:
+                wanted = (op == "conv2d_input_grad", op == "conv2d_bank_grad")
+                total, activations = law.unit_conv2d_grads_workspace(*how, *wanted)
+            out.append(Tile(lanes, rows, threads, total, total - activations))
+            if rows == 1 or strided:
+                break
+            rows = -(-rows // 2)
+        if threads == 1:
+            return tuple(out)
+        threads = -(-threads // 2)
+
+
+def check(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> Tile:
+    """The tile of a call.
+
+    Raises:
+        RuntimeError: the weight cannot be read here, or the scratch limit is too small.
+    """
+    reason = unsupported(op, placement) or unsupported_stride(placement, geometry[0])
+    if reason:
+        raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
+    chosen = tile(op, placement, size, geometry)
+    if chosen is None:
+        raise RuntimeError(
+            f"scratch_limit: got {settings.scratch_bytes('cpu')} bytes, wanted more for the cpu "
+            f"back end of a virtual weight {list(parse(placement).shape)} and images of "
+            f"{list(size[2:])}"
+        )
+    return chosen
+
+
+def conv2d(
+    x: Tensor, bank: Tensor, bias: Tensor | None, placement: str, geometry: Geometry
+) -> Tensor:
+    """x ``[B, C, H, W]`` -> ``[B, out, H', W']`` in x's memory format.
+
+    Raises:
+        RuntimeError: a weight that these kernels do not read, or too little scratch.
+    """
+    p = parse(placement)
+    kernel = p.shape[2:]
+    y = empty_image(x, (x.shape[0], p.shape[0], *conv_output(x.shape[2:], kernel, *geometry)))
+    how = check("conv2d", placement, _positive(x.shape), geometry)
+    if not y.numel() or not x.numel():
+        y.zero_()
+        return y if bias is None else y.add_(bias.view(-1, 1, 1))
+    bank = bank.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    memory = workspace(how.workspace)
+    native.layer_law(p.law).unit_conv2d(
+        *_typed(bank),
+        *_typed(x),
+        x.shape,
+        x.stride(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        not y.is_contiguous(),
+        kernel,
+        p.matrix.by_tap,
+        *geometry,
+        p.scale,
+        how.threads,
+        how.lanes,
+        how.rows,
+        memory.data_ptr(),
+    )
+    return y
+
+
+def conv2d_input_grad(
+    dy: Tensor, bank: Tensor, input_size: Sequence[int], placement: str, geometry: Geometry
+) -> Tensor:
+    """dy ``[B, out, H', W']`` -> dx of ``input_size`` in dy's memory format.
+
+    Raises:
+        RuntimeError: a weight that these kernels do not read, or too little scratch.
+    """
+    dx = empty_image(dy, input_size)
+    _run("conv2d_input_grad", placement, geometry, dy, dx, bank.contiguous(), dx, None)
+    return dx
+
+
+def conv2d_bank_grad(
+    dy: Tensor, x: Tensor, placement: str, geometry: Geometry, dtype: torch.dtype
+) -> Tensor:
+    """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]`` of ``dtype``.
+
+    Raises:
+        RuntimeError: a weight that these kernels do not read, or too little scratch.
+    """
+    g = parse(placement).generator
+    dw = dy.new_zeros((g.slots, g.granularity), dtype=torch.float32)
+    _run("conv2d_bank_grad", placement, geometry, dy, x, None, None, dw)
+    return dw.to(dtype)
+
+
+def _run(
+    op: str,
+    placement: str,
+    geometry: Geometry,
+    dy: Tensor,
+    x: Tensor,
+    bank: Tensor | None,
+    dx: Tensor | None,
+    dw: Tensor | None,
+) -> None:
+    """Fill dx, which takes a bank, and add to dw; x has the shape of the input."""
+    p = parse(placement)
+    how = check(op, placement, _positive(x.shape), geometry)
+    if not dy.numel() or not x.numel():
+        if dx is not None:
+            dx.zero_()
+        return
+    memory = workspace(how.workspace)
+    native.layer_law(p.law).unit_conv2d_grads(
+        *_typed(dy if bank is None else bank),
+        dy.data_ptr(),
+        dy.stride(),
+        x.data_ptr(),
+        native.dtype_code(dy.dtype),
+        x.shape,
+        x.stride(),
+        0 if dx is None else dx.data_ptr(),
+        dx is not None and not dx.is_contiguous(),
+        0 if dw is None else dw.data_ptr(),
+        p.shape[2:],
+        p.matrix.by_tap,
+        *geometry,
+        p.scale,
+        how.threads,
+        how.lanes,
+        how.rows,
+        memory.data_ptr(),
+    )
+
+
+def _positive(size: Sequence[int]) -> list[int]:
+    """A size without zeros: of an empty batch or image, what one of them takes."""
+    return [max(s, 1) for s in size]
+
+
+def _typed(tensor: Tensor) -> tuple[int, int]:
+    """Address and dtype of a tensor, which the caller keeps."""
+    return tensor.data_ptr(), native.dtype_code(tensor.dtype)
+
+
+@lru_cache(maxsize=4096)
+def multiplications(placement: str) -> int:
+    """For one output pixel, without the padding of blocks and of images."""
+    p = parse(placement)
+    law, m = p.law, p.matrix
+    assert isinstance(law, UnitLaw)
+    columns = torch.arange(law.columns)
+    last = columns % m.run_blocks == m.run_blocks - 1
+    whole = units.octets_read(law, columns[~last]) if not last.all() else 0
+    of_last = m.run - (m.run_blocks - 1) * m.block
+    return OCTET * (whole * m.block + units.octets_read(law, columns[last]) * of_last)
