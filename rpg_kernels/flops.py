@@ -54,6 +54,11 @@ def _formula(name: str) -> Callable[..., int]:
             of_input = _formula("linear_input_grad")(dy, bank, table, placement, backend)
             of_bank = _formula("linear_bank_grad")(dy, x, table, placement, dtype, backend)
             return of_input + of_bank
+        if name == "conv2d_grads":
+            dy, bank, table, x, placement, *geometry, dtype, backend = args
+            how = (placement, *geometry)
+            of_input = _formula("conv2d_input_grad")(dy, bank, table, x.shape, *how, backend)
+            return of_input + _formula("conv2d_bank_grad")(dy, x, table, *how, dtype, backend)
         call = lib.call(name, args[:-1], args[-1])
         made = dispatch.choose(call).multiplications(call)
         if made is not None:

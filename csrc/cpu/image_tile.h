@@ -120,25 +120,26 @@ inline void load_tile(const ImageView& view, const TilePart& part, const TileLay
 // A part of a view = scale · tile + bias [channels] or null.
 inline void store_tile(const float* tile, const TileLayoutOf& layout, const TilePart& part,
                        ImageView& view, float scale, const float* bias) {
+  const Floats<8> scales = splat<8>(scale);
   if (part.lanes == 1 && view.stride[3] == 1) {
     for (int64_t channel = 0; channel < part.channels; ++channel) {
-      const float added = bias ? bias[channel] : 0.f;
+      const Floats<8> added = splat<8>(bias ? bias[channel] : 0.f);
       for (int64_t row = 0; row < part.rows; ++row) {
         const float* from = tile + channel * layout.channel + row * layout.row;
-        for (int64_t column = 0; column < part.columns; column += 64) {
-          float out[64];
-          const int count = static_cast<int>(std::min<int64_t>(part.columns - column, 64));
-          for (int i = 0; i < count; ++i) out[i] = from[column + i] * scale + added;
-          write_some(view.dtype, out, count,
-                     view.element(view.at(part.image, part.channel + channel, part.row + row,
-                                          part.column + column)));
+        const int64_t to = view.at(part.image, part.channel + channel, part.row + row, part.column);
+        int64_t i = 0;
+        for (; i + 8 <= part.columns; i += 8) {
+          store_eight(view.dtype, load<8>(from + i) * scales + added, view.element(to + i));
         }
+        if (i == part.columns) continue;
+        alignas(32) float values[8];
+        store<8>(values, load<8>(from + i) * scales + added);
+        write_some(view.dtype, values, static_cast<int>(part.columns - i), view.element(to + i));
       }
     }
     return;
   }
   const Squares squares = squares_of(view, part, layout);
-  const Floats<8> scales = splat<8>(scale);
   for_squares(view, part, layout, squares, [&](int64_t u, int64_t v, int64_t to, int64_t from) {
     const int rows = up_to_eight(squares.v_count - v), columns = up_to_eight(squares.u_count - u);
     Floats<8> square[8];

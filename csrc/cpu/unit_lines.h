@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/product.h"
 
 namespace rpg {
@@ -11,10 +13,10 @@ constexpr int kMostUses = 64;  // lines that are added together
 
 inline int64_t vectors(int64_t floats) { return (floats + kVector - 1) / kVector * kVector; }
 
-// Floats between planes of so many pixels: room for a vector behind them, and planes that begin in
-// different sets of a cache.
+// Floats between planes of so many pixels: room for a vector, or for 8 floats, behind them, and
+// planes that begin in different sets of a cache.
 inline int64_t plane_of(int64_t pixels) {
-  const int64_t plane = (pixels + kVector + 15) / 16 * 16;
+  const int64_t plane = (pixels + std::max(kVector, 8) + 15) / 16 * 16;
   return plane / 16 % 2 ? plane : plane + 16;
 }
 

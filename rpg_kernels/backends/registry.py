@@ -85,7 +85,8 @@ class Backend(ABC):
 
     def both_grads(self, call: Call) -> Callable[..., tuple[Tensor, Tensor]] | None:
         """What makes dx and dw of a layer at once, for less than two operators: a function of (dy,
-        bank, table, x, placement, dtype). ``call`` is the input gradient's. None: there is none."""
+        bank, table, x, placement, dtype), before whose last argument a convolution has stride,
+        padding, dilation and groups. ``call`` is the input gradient's. None: there is none."""
         return None
 
     def multiplications(self, call: Call) -> int | None:

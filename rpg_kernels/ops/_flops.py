@@ -131,6 +131,24 @@ def conv2d_bank_grad(
     return _convolution_backward(dy, x, placement, geometry, (False, True, False))
 
 
+def conv2d_grads(
+    dy: Shape,
+    bank: Shape,
+    table: Any,
+    x: Shape,
+    placement: str,
+    stride: Shape,
+    padding: Shape,
+    dilation: Shape,
+    groups: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """As ``aten.convolution_backward`` for both."""
+    geometry = (stride, padding, dilation, groups)
+    return _convolution_backward(dy, x, placement, geometry, (True, True, False))
+
+
 def nothing(*_: Any, **__: Any) -> int:
     """What only reads and adds."""
     return 0
@@ -144,6 +162,7 @@ PRODUCTS: dict[str, Callable[..., int]] = {
     "conv2d": conv2d,
     "conv2d_input_grad": conv2d_input_grad,
     "conv2d_bank_grad": conv2d_bank_grad,
+    "conv2d_grads": conv2d_grads,
 }
 
 

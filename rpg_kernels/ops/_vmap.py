@@ -65,29 +65,48 @@ def _each(operator: Any, batch: int, in_dims: Sequence[Any], args: Sequence[Any]
     return torch.stack([operator(*sample(number)) for number in range(batch)])
 
 
-def _linear_grads(
-    info: _Info, in_dims: Sequence[Any], *args: Any
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """Two operators, by their own rules; each where something of its own is batched."""
-    dy, bank, table, x, placement, dtype, backend = range(len(args))
-    results: list[Tensor] = []
-    dims: list[int | None] = []
-    for name, taken in (
-        ("linear_input_grad", (dy, bank, table, placement, backend)),
-        ("linear_bank_grad", (dy, x, table, placement, dtype, backend)),
-    ):
-        of = [args[i] for i in taken]
-        if any(isinstance(in_dims[i], int) for i in taken):
-            result, dim = _rule(name)(info, [in_dims[i] for i in taken], *of)
-        else:
-            result, dim = getattr(torch.ops.rpg_kernels, name).default(*of), None
-        results.append(result)
-        dims.append(dim)
-    return tuple(results), tuple(dims)
+def _both(
+    input_grad: Sequence[int], bank_grad: Sequence[int], name: str
+) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int | None, ...]]]:
+    """Two operators, by their own rules; each where something of its own is batched.
+
+    Args:
+        input_grad, bank_grad: which arguments of both gradients' operator each takes.
+        name: of the layer's operator.
+    """
+
+    def run(
+        info: _Info, in_dims: Sequence[Any], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        results: list[Tensor] = []
+        dims: list[int | None] = []
+        for kind, taken in (("input_grad", input_grad), ("bank_grad", bank_grad)):
+            of, of_dims = [args[i] for i in taken], [in_dims[i] for i in taken]
+            if kind == "input_grad" and name == "conv2d":  # which takes the size of x
+                x, dim = of[_INPUT_SIZE], of_dims[_INPUT_SIZE]
+                of_dims[_INPUT_SIZE] = None
+                of[_INPUT_SIZE] = list((x.select(dim, 0) if isinstance(dim, int) else x).shape)
+            if any(isinstance(dim, int) for dim in of_dims):
+                result, dim = _rule(f"{name}_{kind}")(info, of_dims, *of)
+            else:
+                operator = getattr(torch.ops.rpg_kernels, f"{name}_{kind}").default
+                result, dim = operator(*of), None
+            results.append(result)
+            dims.append(dim)
+        return tuple(results), tuple(dims)
+
+    return run
+
+
+# (dy, bank, table, x, placement, [stride, padding, dilation, groups,] dtype, back end)
+_BOTH = {
+    "linear_grads": _both((0, 1, 2, 4, 6), (0, 3, 2, 4, 5, 6), "linear"),
+    "conv2d_grads": _both((0, 1, 2, 3, *range(4, 9), 10), (0, 3, 2, *range(4, 11)), "conv2d"),
+}
 
 
 def register() -> None:
     """Register the rules of all operators, which are defined by now."""
-    rules = {name: _rule(name) for name in OPERATORS} | {"linear_grads": _linear_grads}
+    rules = {name: _rule(name) for name in OPERATORS} | _BOTH
     for name, rule in rules.items():
         torch.library.register_vmap(f"{lib.NAMESPACE}::{name}", rule, lib=lib.LIBRARY)

@@ -1,4 +1,5 @@
-"""Operators y = conv2d(x, Ŵ) + bias, its input gradient and its bank gradient.
+"""Operators y = conv2d(x, Ŵ) + bias, its input gradient and its bank gradient; ``conv2d_grads``
+is both gradients together, which some back ends make for less.
 
 Closed under derivatives. Shapes: x ``[B, C, H, W]``, y and dy ``[B, out, H', W']``,
 Ŵ ``[out, C/groups, kh, kw]``, bank and dw ``[slots, granularity]``, table int32 ``[entries]`` or
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rpg_kernels import _checks
 from rpg_kernels._tensors import empty_image
+from rpg_kernels.backends import dispatch
 from rpg_kernels.law.geometry import conv_output
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.ops import _library as lib
@@ -199,6 +201,51 @@ lib.define(
 _op = torch.ops.rpg_kernels
 
 
+def _check_grads(
+    dy: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    x: Tensor,
+    placement: str,
+    *how: Any,
+) -> None:
+    _check_input_grad(dy, bank, table, x.shape, placement, *how[:-1])
+    _check_bank_grad(dy, x, table, placement, *how)
+
+
+def _fake_grads(
+    dy: Tensor, bank: Tensor, table: Tensor | None, x: Tensor, placement: str, *how: Any
+) -> tuple[Tensor, Tensor]:
+    dx = _fake_input_grad(dy, bank, table, x.shape, placement)
+    return dx, _fake_bank_grad(dy, x, table, placement, *how)
+
+
+def _grads(
+    dy: Tensor, bank: Tensor, table: Tensor | None, x: Tensor, placement: str, *how: Any
+) -> tuple[Tensor, Tensor]:
+    """At once where the back end can, otherwise one after the other."""
+    *geometry, dtype, backend = how
+    input_grad = (dy, bank, table, x.shape, placement, *geometry)
+    bank_grad = (dy, x, table, placement, *geometry, dtype)
+    both = dispatch.both_grads(
+        lib.call("conv2d_input_grad", input_grad, backend),
+        lib.call("conv2d_bank_grad", bank_grad, backend),
+    )
+    if both is not None:
+        return both(dy, bank, table, x, placement, *geometry, dtype)
+    dx = _op.conv2d_input_grad(*input_grad, backend)
+    return dx, _op.conv2d_bank_grad(*bank_grad, backend)
+
+
+lib.define(
+    "conv2d_grads(Tensor dy, Tensor bank, Tensor? table, Tensor x, str placement,"
+    f" {_GEOMETRY}, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _check_grads,
+    _fake_grads,
+    run=_grads,
+)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bank, table, bias, ctx.placement, *ctx.geometry, ctx.backend = inputs
     needs_x, needs_bank, _, needs_bias, *_ = ctx.needs_input_grad
@@ -211,9 +258,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, bank, table = ctx.saved_tensors
     how = (ctx.placement, *ctx.geometry)
     dx = dbank = dbias = None
-    if bank is not None:
+    if bank is not None and x is not None:
+        dx, dbank = _op.conv2d_grads(dy, bank, table, x, *how, ctx.bank_dtype, ctx.backend)
+    elif bank is not None:
         dx = _op.conv2d_input_grad(dy, bank, table, ctx.input_size, *how, ctx.backend)
-    if x is not None:
+    elif x is not None:
         dbank = _op.conv2d_bank_grad(dy, x, table, *how, ctx.bank_dtype, ctx.backend)
     if ctx.bias_dtype is not None:
         dbias = dy.sum((0, 2, 3)).to(ctx.bias_dtype)
@@ -238,6 +287,31 @@ def _backward_input_grad(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     return ddy, dbank, None, None, None, None, None, None, None, None
 
 
+def _setup_grads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    dy, bank, table, x, ctx.placement, *ctx.geometry, ctx.dtype, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # often only one of the two is differentiated
+    ctx.save_for_backward(dy, bank, table, x)
+
+
+def _backward_grads(
+    ctx: Any, ddx: Tensor | None, dgrad: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    dy, bank, table, x = ctx.saved_tensors
+    needs_dy, needs_bank, _, needs_x, *_ = ctx.needs_input_grad
+    how = (ctx.placement, *ctx.geometry)
+    ddy = dbank = dx = None
+    if ddx is not None and needs_dy:
+        ddy = _op.conv2d(ddx, bank, table, None, *how, ctx.backend)
+    if ddx is not None and needs_bank:
+        dbank = _op.conv2d_bank_grad(dy, ddx, table, *how, ctx.dtype, ctx.backend)
+    if dgrad is not None and needs_dy:
+        of_bank = _op.conv2d(x, dgrad, table, None, *how, ctx.backend)
+        ddy = of_bank if ddy is None else ddy + of_bank
+    if dgrad is not None and needs_x:
+        dx = _op.conv2d_input_grad(dy, dgrad, table, x.shape, *how, ctx.backend)
+    return ddy, dbank, None, dx, None, None, None, None, None, None, None
+
+
 def _setup_bank_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     dy, x, table, ctx.placement, *ctx.geometry, _, ctx.backend = inputs
     needs_dy, needs_x, *_ = ctx.needs_input_grad
@@ -256,4 +330,5 @@ def _backward_bank_grad(ctx: Any, dgrad: Tensor) -> tuple[Tensor | None, ...]:
 lib.differentiate("conv2d", _backward, _setup)
 lib.differentiate("conv2d_input_grad", _backward_input_grad, _setup_input_grad)
 lib.differentiate("conv2d_bank_grad", _backward_bank_grad, _setup_bank_grad)
+lib.differentiate("conv2d_grads", _backward_grads, _setup_grads)
 lib.autocast("conv2d")

@@ -117,3 +117,25 @@ def conv2d_bank_grad(
     return unit_conv2d.conv2d_bank_grad(
         dy, x, placement, unit_conv2d.tuples(stride, padding, dilation), dtype
     )
+
+
+def conv2d_grads(
+    dy: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    x: Tensor,
+    placement: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, (dx, dw), of law 3.
+
+    Raises:
+        RuntimeError: a weight that these kernels do not read, groups, or too little scratch.
+    """
+    rules.check_weight("conv2d_input_grad", placement, groups)
+    geometry = unit_conv2d.tuples(stride, padding, dilation)
+    return unit_conv2d.conv2d_grads(dy, bank, x, placement, geometry, dtype)

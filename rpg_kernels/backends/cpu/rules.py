@@ -173,6 +173,11 @@ def what(op: str, dtype: torch.dtype, batch: int, placement: str) -> str:
     return taken.what(placement)
 
 
+def _function(module: str, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    found = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    return cast(Callable[..., tuple[Tensor, Tensor]], found)
+
+
 class Cpu(Backend):
     """The compiled kernels for CPU tensors."""
 
@@ -215,9 +220,11 @@ class Cpu(Backend):
         return call.rows * taken.multiplications(call.op, call.placement)
 
     def both_grads(self, call: Call) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """``linear.linear_grads`` where the same kernels make both.
+        """``linear_grads`` or ``conv2d_grads`` where the same kernels make both.
 
         It takes more scratch than the two one after the other, which may be all that fits."""
+        if convolves_units(call.op, call.placement):
+            return _function("conv2d", "conv2d_grads") if unit_conv2d.both_fit(call) else None
         if call.op != "linear_input_grad":
             return None
         of_call = partial(family, dtype=call.dtype, batch=call.rows, placement=call.placement)
@@ -226,8 +233,7 @@ class Cpu(Backend):
             return None
         if taken.steps("linear_grads", call.placement, call.rows) is None:
             return None
-        module = importlib.import_module(f"{__package__}.linear")
-        return cast(Callable[..., tuple[Tensor, Tensor]], module.linear_grads)
+        return _function("linear", "linear_grads")
 
     def explain(self, call: Call) -> str:
         """How many rows share a product, or why the call was left."""

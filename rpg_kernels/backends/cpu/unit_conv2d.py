@@ -25,11 +25,12 @@ from rpg_kernels.law.placement import parse
 from rpg_kernels.law.unit import OCTET, UnitLaw
 
 OPERATORS = ("conv2d", "conv2d_input_grad", "conv2d_bank_grad")
+BOTH = "conv2d_grads"
 FEW_PIXELS = 64  # up to which the reference's unpacked weight costs more than products
 # Narrower images are taken some at a time, so that their lines fill vectors.
 WIDE, LANES = 16, 8
 # Pixels of a tile times lanes: lines of S or T stay in the second cache.
-_PIXELS = {"conv2d": 4096, "conv2d_input_grad": 1024, "conv2d_bank_grad": 1024}
+_PIXELS = {"conv2d": 4096, "conv2d_input_grad": 1024, "conv2d_bank_grad": 1024, BOTH: 1024}
 _MOST_PIXELS = 2**24  # times lanes: of a tile, which has a row at least
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -50,7 +51,7 @@ def unsupported(op: str, placement: str) -> str:
     p = parse(placement)
     if not isinstance(p.law, UnitLaw):
         return "the CPU kernels leave the gradients of a convolution to the reference"
-    if op not in OPERATORS:
+    if op not in (*OPERATORS, BOTH):
         return f"the CPU kernels have no {op} of law 3"
     if p.matrix.block not in units.BLOCKS:
         return f"the CPU kernels convolve blocks of 16 to 128 elements, not of {p.matrix.block}"
@@ -79,6 +80,12 @@ def faster(call: Call) -> bool:
         return False
     geometry = tuples(*call.geometry[:3])
     return tile(call.op, call.placement, _size_of_x(call, geometry), geometry) is not None
+
+
+def both_fit(call: Call) -> bool:
+    """Whether the scratch limit allows both gradients at once, of whose first one this is."""
+    geometry = tuples(*call.geometry[:3])
+    return tile(BOTH, call.placement, _size_of_x(call, geometry), geometry) is not None
 
 
 def _size_of_x(call: Call, geometry: Geometry) -> list[int]:
@@ -160,7 +167,7 @@ def _choices(
             if forward:
                 total, activations = law.unit_conv2d_workspace(*how)
             else:
-                wanted = (op == "conv2d_input_grad", op == "conv2d_bank_grad")
+                wanted = (op != "conv2d_bank_grad", op != "conv2d_input_grad")
                 total, activations = law.unit_conv2d_grads_workspace(*how, *wanted)
             out.append(Tile(lanes, rows, threads, total, total - activations))
             if rows == 1 or strided:
@@ -253,6 +260,21 @@ def conv2d_bank_grad(
     dw = dy.new_zeros((g.slots, g.granularity), dtype=torch.float32)
     _run("conv2d_bank_grad", placement, geometry, dy, x, None, None, dw)
     return dw.to(dtype)
+
+
+def conv2d_grads(
+    dy: Tensor, bank: Tensor, x: Tensor, placement: str, geometry: Geometry, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, (dx, dw): what rows and taps that read one slot add is summed once.
+
+    Raises:
+        RuntimeError: a weight that these kernels do not read, or too little scratch.
+    """
+    g = parse(placement).generator
+    dx = empty_image(dy, x.shape)
+    dw = dy.new_zeros((g.slots, g.granularity), dtype=torch.float32)
+    _run(BOTH, placement, geometry, dy, x, bank.contiguous(), dx, dw)
+    return dx, dw.to(dtype)
 
 
 def _run(
