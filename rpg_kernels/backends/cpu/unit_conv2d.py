@@ -30,7 +30,7 @@ FEW_PIXELS = 64  # up to which the reference's unpacked weight costs more than p
 # Narrower images are taken some at a time, so that their lines fill vectors.
 WIDE, LANES = 16, 8
 # Pixels of a tile times lanes: lines of S or T stay in the second cache.
-_PIXELS = {"conv2d": 4096, "conv2d_input_grad": 1024, "conv2d_bank_grad": 1024, BOTH: 1024}
+_PIXELS = {"conv2d": 4096, "conv2d_input_grad": 320, "conv2d_bank_grad": 320, BOTH: 320}
 _MOST_PIXELS = 2**24  # times lanes: of a tile, which has a row at least
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
