@@ -58,7 +58,7 @@ def layers(count: int, seed: int) -> Iterator[Layer]:
         torch.set_num_threads(threads)
         # Of few columns only a part of a slot is a block, which may be too small to be gathered.
         yield Layer(
-            (rows, max(columns, 7)),
+            (rows, max(columns, 13)),
             batch,
             slots=rng.choice([130, 700, 1001]),
             granularity=block,
