@@ -272,7 +272,7 @@ def test_environment_that_changes_nothing(
 def test_explain(weight: rpg.VirtualWeight) -> None:
     bank = weight.bank
     layers = {
-        "linear": (rpg.nn.Linear(20, 9, bank=bank), torch.randn(2, 20)),
+        "linear": (rpg.nn.Linear(32, 9, bank=bank), torch.randn(2, 32)),
         "conv2d": (rpg.nn.Conv2d(3, 4, 3, bank=bank), torch.randn(1, 3, 5, 5)),
         "embedding": (rpg.nn.Embedding(9, 20, bank=bank), torch.tensor([1])),
     }

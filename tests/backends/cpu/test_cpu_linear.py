@@ -210,7 +210,7 @@ def test_refusals() -> None:
     with rpg.backend("cpu"):
         with pytest.raises(RuntimeError, match="one sign for a slot use"):
             rpg.functional.linear(x, element)
-        with pytest.raises(RuntimeError, match="blocks of 8 to 128 elements, not of 4"):
+        with pytest.raises(RuntimeError, match="blocks of 16 to 128 elements, not of 4"):
             rpg.functional.linear(x, small)
         with pytest.raises(RuntimeError, match=r"not in torch\.float64"):
             torch.ops.rpg_kernels.linear(

@@ -155,7 +155,7 @@ def test_explain_says_how_many_rows_share() -> None:
 
 def test_refusals() -> None:
     small = rpg.ParameterBank(64 * 512, granularity=4, laps=2)
-    with rpg.backend("cpu"), pytest.raises(RuntimeError, match="8 to 128 elements, not of 4"):
+    with rpg.backend("cpu"), pytest.raises(RuntimeError, match="16 to 128 elements, not of 4"):
         rpg.functional.linear(torch.randn(2, 64), small.place((100, 64)))
     element = rpg.ParameterBank(64 * 512, reflect="element", laps=2)
     with rpg.backend("cpu"), pytest.raises(RuntimeError, match="one sign for a slot use"):

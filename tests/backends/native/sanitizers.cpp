@@ -159,8 +159,32 @@ FloatVector linear_layer(const LayerLaw& law, int threads, int64_t batch, int ba
   return y;
 }
 
-// Forward and gradients by the kernels that gather tiles; the gradients together, or dx before dw.
-Results tiled_layer(const LayerLaw& law, int threads, int64_t batch, int lanes, bool together) {
+// Kernels that take rows of the batch as lanes.
+struct LanesFamily {
+  const char* name;
+  Workspace (*size)(const LayerLaw&, const LanesLinearArgs&);
+  void (*run)(const LayerLaw&, const LanesLinearArgs&);
+  Workspace (*grads_size)(const LayerLaw&, const LanesLinearGradsArgs&);
+  void (*run_grads)(const LayerLaw&, const LanesLinearGradsArgs&);
+  bool same;  // y and dx do not depend on the number of threads
+};
+
+const LanesFamily kTiles{"tile_linear",
+                         baseline::tile_linear_workspace,
+                         baseline::tile_linear,
+                         baseline::tile_linear_grads_workspace,
+                         baseline::tile_linear_grads,
+                         true};
+const LanesFamily kUnits{"unit_linear",
+                         baseline::unit_linear_workspace,
+                         baseline::unit_linear,
+                         baseline::unit_linear_grads_workspace,
+                         baseline::unit_linear_grads,
+                         false};
+
+// Forward and gradients; the gradients together, or dx before dw.
+Results lanes_layer(const LanesFamily& family, const LayerLaw& law, int threads, int64_t batch,
+                    int lanes, bool together) {
   const int64_t columns = (law.blocks - 1) * law.granularity + 4;
   const FloatVector ring = numbers(int64_t{law.slots} * law.granularity, 1);
   const FloatVector x = numbers(batch * columns, 2), dy = numbers(batch * law.rows, 3);
@@ -170,8 +194,8 @@ Results tiled_layer(const LayerLaw& law, int threads, int64_t batch, int lanes, 
   const Dtype fp32 = Dtype::kFloat32;
   LanesLinearArgs forward{fp32,  ring.data(), fp32,   x.data(), bias.data(), out.y.data(),
                           batch, columns,     kScale, threads,  lanes,       nullptr};
-  forward.workspace = workspaces.get(baseline::tile_linear_workspace(law, forward));
-  baseline::tile_linear(law, forward);
+  forward.workspace = workspaces.get(family.size(law, forward));
+  family.run(law, forward);
   LanesLinearGradsArgs both{};
   both.bank_dtype = both.dtype = fp32, both.ring = ring.data();
   both.dy = dy.data(), both.x = x.data();
@@ -181,26 +205,97 @@ Results tiled_layer(const LayerLaw& law, int threads, int64_t batch, int lanes, 
     LanesLinearGradsArgs grads = both;
     grads.dx = pass == 1 ? nullptr : out.dx.data();
     grads.dw = pass == 0 ? nullptr : out.dw.data();
-    grads.workspace = workspaces.get(baseline::tile_linear_grads_workspace(law, grads));
-    baseline::tile_linear_grads(law, grads);
+    grads.workspace = workspaces.get(family.grads_size(law, grads));
+    family.run_grads(law, grads);
   }
   return out;
 }
 
-int compare_tiled(const LayerLaw& law) {
+int compare_lanes(const LanesFamily& family, const LayerLaw& law) {
   int calls = 0;
   for (int64_t batch : {3, 33}) {  // with 16 lanes once, and three times
-    const Results one = tiled_layer(law, 1, batch, 16, true);
+    const Results one = lanes_layer(family, law, 1, batch, 16, true);
     for (int threads : {2, 3, 4}) {
       for (bool together : {true, false}) {
-        const Results many = tiled_layer(law, threads, batch, 16, together);
+        const Results many = lanes_layer(family, law, threads, batch, 16, together);
         if (barriers) {
-          compare(many.y, one.y, true, "tile_linear");
-          compare(many.dx, one.dx, true, "tile_linear_grads, dx");
-          compare(many.dw, one.dw, false, "tile_linear_grads, dw");
+          compare(many.y, one.y, family.same, family.name);
+          compare(many.dx, one.dx, family.same, family.name);
+          compare(many.dw, one.dw, false, family.name);
         }
         calls += together ? 2 : 3;
       }
+    }
+  }
+  return calls;
+}
+
+// A kernel of 3 x 3 taps over images of the unit law, whose last block of channels has four;
+// forward and gradients, which are made together, or dx before dw.
+Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lanes, int64_t rows,
+                         bool together) {
+  const int64_t images = 3, height = 6, width = 5, channels = law.granularity + 4;
+  const int64_t out_height = (height - 1) / step + 1, out_width = (width - 1) / step + 1;
+  const int64_t pixels = out_height * out_width;
+  const FloatVector ring = numbers(int64_t{law.slots} * law.granularity, 1);
+  const FloatVector x = numbers(images * channels * height * width, 2);
+  const FloatVector dy = numbers(images * law.rows * pixels, 3), bias = numbers(law.rows, 4);
+  Results out{FloatVector(dy.size()), FloatVector(x.size()), FloatVector(ring.size())};
+  Image image{};
+  image.channels = channels, image.height = height, image.width = width;
+  image.stride[0] = channels * height * width, image.stride[1] = height * width;
+  image.stride[2] = width, image.stride[3] = 1;
+  image.extent = static_cast<int64_t>(x.size());
+  image.out_height = out_height, image.out_width = out_width;
+  image.kernel_width = 3;
+  for (int d = 0; d < 2; ++d) {
+    image.step[d] = step, image.padding[d] = image.dilation[d] = 1;
+  }
+  image.by_tap = true;
+  image.run = channels, image.run_blocks = 2;
+  Workspaces workspaces;
+  UnitConv2dArgs forward{};
+  forward.bank_dtype = forward.dtype = Dtype::kFloat32;
+  forward.ring = ring.data(), forward.x = x.data(), forward.bias = bias.data();
+  forward.y = out.y.data(), forward.image = image, forward.images = images;
+  forward.kernel[0] = forward.kernel[1] = 3;
+  forward.scale = kScale, forward.threads = threads;
+  forward.lanes = lanes, forward.rows = rows;
+  forward.workspace = workspaces.get(baseline::unit_conv2d_workspace(law, forward));
+  baseline::unit_conv2d(law, forward);
+  UnitConv2dGradsArgs both{};
+  both.bank_dtype = both.dtype = Dtype::kFloat32;
+  both.ring = ring.data(), both.dy = dy.data(), both.x = x.data();
+  both.dy_stride[0] = law.rows * pixels, both.dy_stride[1] = pixels;
+  both.dy_stride[2] = out_width, both.dy_stride[3] = 1;
+  both.image = image, both.images = images;
+  both.kernel[0] = both.kernel[1] = 3;
+  both.scale = kScale, both.threads = threads;
+  both.lanes = lanes, both.rows = step > 1 ? height : rows;
+  for (int pass = together ? 2 : 0; pass < (together ? 3 : 2); ++pass) {
+    UnitConv2dGradsArgs grads = both;
+    grads.dx = pass == 1 ? nullptr : out.dx.data();
+    grads.dw = pass == 0 ? nullptr : out.dw.data();
+    grads.workspace = workspaces.get(baseline::unit_conv2d_grads_workspace(law, grads));
+    baseline::unit_conv2d_grads(law, grads);
+  }
+  return out;
+}
+
+int compare_unit_convolutions(const LayerLaw& law, int64_t step) {
+  int calls = 0;
+  for (int lanes : {1, 8}) {
+    const int64_t rows = lanes == 1 ? 2 : 4;
+    const Results one = unit_convolution(law, step, 1, lanes, rows, true);
+    for (int threads : {2, 3, 4}) {
+      const bool together = threads != 3;
+      const Results many = unit_convolution(law, step, threads, lanes, rows, together);
+      if (barriers) {
+        compare(many.y, one.y, true, "unit_conv2d");
+        compare(many.dx, one.dx, false, "unit_conv2d_grads, dx");
+        compare(many.dw, one.dw, false, "unit_conv2d_grads, dw");
+      }
+      calls += together ? 2 : 3;
     }
   }
   return calls;
@@ -273,6 +368,19 @@ int main(int argc, char**) {
       calls += 2;
     }
   }
+  // Rows that are no whole octets, in one group and in three; a ring that ends inside of an octet.
+  const Reflect signs = Reflect::kVector;
+  for (uint32_t groups : {1, 3}) {
+    const LayerLaw linear =
+        make_unit_law(5, 1, 100, 3, 16, 123, 40, signs, true, 4, 1, 3, groups, groups);
+    calls += compare_lanes(kUnits, linear);
+    const LayerLaw shifted =
+        make_unit_law(5, 1, 28, 18, 16, 123, 40, signs, true, 4, 3, 2, groups, groups);
+    calls += compare_unit_convolutions(shifted, 1);
+    const LayerLaw gathered =
+        make_unit_law(5, 1, 28, 18, 16, 123, 40, signs, true, 4, 1, 2, groups, groups);
+    calls += compare_unit_convolutions(gathered, 2);
+  }
   for (int64_t rows : {70, 1100}) {
     for (int windows : {0, 1, 4}) {  // laps; 0: law 1
       for (Reflect reflect : {Reflect::kVector, Reflect::kElement}) {
@@ -292,10 +400,11 @@ int main(int argc, char**) {
           calls += 2;
         }
         if (reflect == Reflect::kElement) continue;
-        calls += compare_tiled(law);
+        calls += compare_lanes(kTiles, law);
         // Several tiles side by side, of which threads take turns, and the last is narrow.
         if (!windows)
-          calls += compare_tiled(make_layer_law(5, 1, rows, 19, block, slots, 17, reflect, true));
+          calls += compare_lanes(kTiles,
+                                 make_layer_law(5, 1, rows, 19, block, slots, 17, reflect, true));
         for (int batch_tile : {1, 4, 16}) {
           const int64_t batch = batch_tile + 2;
           const FloatVector one = linear_layer(law, 1, batch, batch_tile, 1);
