@@ -69,7 +69,12 @@ using Int64Four = std::array<int64_t, 4>;
 constexpr int64_t kMostPixels = 1 << 24;           // of a tile, times lanes
 constexpr int64_t kMaxPadding = int64_t{1} << 60;  // so that sums with it fit int64
 
-// Sizes are those of tensors, which exist, so that their products fit int64.
+int64_t product(int64_t a, int64_t b) {
+  int64_t out;
+  require(!__builtin_mul_overflow(a, b, &out), "size: a product beyond 2^63");
+  return out;
+}
+
 Image checked_image(const LayerLaw& law, const Int64Four& size, const Int64Four& stride,
                     const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                     const Int64Pair& padding, const Int64Pair& dilation, bool channels_last) {
@@ -79,8 +84,12 @@ Image checked_image(const LayerLaw& law, const Int64Four& size, const Int64Four&
   image.extent = size[2] && size[3] ? 1 : 0;
   for (int d = 0; d < 4; ++d) {
     require(stride[d] >= 0, "stride: wanted at least 0");
+    require(size[d] < kMaxPadding, "size: wanted less than 2^60");
     image.stride[d] = stride[d];
-    if (image.extent) image.extent += (size[d] - 1) * stride[d];
+    if (!image.extent) continue;
+    const int64_t reach = product(size[d] - 1, stride[d]);
+    require(reach <= INT64_MAX - image.extent, "stride: wanted a tensor within 2^63 elements");
+    image.extent += reach;
   }
   image.channels = size[1], image.height = size[2], image.width = size[3];
   int64_t out[2];
@@ -100,7 +109,7 @@ Image checked_image(const LayerLaw& law, const Int64Four& size, const Int64Four&
   image.kernel_width = kernel[1];
   image.by_tap = by_tap;
   const int64_t taps = kernel[0] * kernel[1], runs = by_tap ? taps : 1;
-  image.run = by_tap ? image.channels : image.channels * taps;
+  image.run = by_tap ? image.channels : product(image.channels, taps);
   image.run_blocks = law.blocks / runs;
   require(image.run_blocks * runs == law.blocks &&
               (image.run - 1) / law.granularity + 1 == image.run_blocks,
@@ -143,21 +152,27 @@ void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
 Image unit_image(const LayerLaw& law, const Int64Four& size, const Int64Four& stride,
                  bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                  const Int64Pair& padding, const Int64Pair& dilation, int threads, int lanes) {
-  require(law.taps >= 1 && bands_of(law) == 1, "law: wanted the unit law, in one band");
+  require(law.taps >= 1 && law.taps <= kMaxUnitLaps && bands_of(law) == 1,
+          "law: wanted the unit law with up to 64 taps, in one band");
+  require(size[2] >= 1 && size[3] >= 1, "size: wanted pixels");
   require(law.granularity >= kVector && law.granularity <= 128,
           "granularity: wanted blocks of 16 to 128 elements");
   require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
-  require(law.taps == 1 || (by_tap && step[0] == 1 && step[1] == 1),
-          "law: strides want units of one tap");
+  require(by_tap, "by_tap: wanted a kernel whose taps have blocks of their own");
+  require(law.taps == 1 || (step[0] == 1 && step[1] == 1), "law: strides want units of one tap");
   require(threads >= 1, "threads: wanted at least 1");
   require(lanes == 1 || (lanes >= 8 && lanes <= 64 && lanes % 8 == 0),
           "lanes: wanted 1, or a multiple of 8 up to 64");
-  return checked_image(law, size, stride, kernel, by_tap, step, padding, dilation, channels_last);
+  const Image image =
+      checked_image(law, size, stride, kernel, by_tap, step, padding, dilation, channels_last);
+  require(law.run_blocks == image.run_blocks, "law: that of another kernel");
+  return image;
 }
 
 // Pixels of a tile, times lanes.
 void check_pixels(int64_t rows, int64_t columns, int lanes) {
-  require(rows <= kMostPixels / lanes / columns, "rows: wanted tiles of at most 2^24 pixels");
+  require(rows >= 1 && columns >= 1 && rows <= kMostPixels / lanes / columns,
+          "rows: wanted tiles of at most 2^24 pixels");
 }
 
 UnitConv2dArgs unit_conv2d_args(const LayerLaw& law, const Int64Four& size, const Int64Four& stride,
@@ -182,7 +197,6 @@ UnitConv2dGradsArgs unit_conv2d_grads_args(const LayerLaw& law, const Int64Four&
                                            const Int64Pair& step, const Int64Pair& padding,
                                            const Int64Pair& dilation, int threads, int lanes,
                                            int64_t rows, bool dx, bool dw) {
-  require(by_tap, "by_tap: wanted a kernel whose taps have blocks of their own");
   UnitConv2dGradsArgs args{};
   args.image = unit_image(law, size, stride, channels_last, kernel, by_tap, step, padding, dilation,
                           threads, lanes);
@@ -268,7 +282,8 @@ constexpr int kMostUnitLanes = 64, kMostTileLanes = 512;
 
 void check_units(const LayerLaw& law, int lanes) {
   const int block = law.granularity;
-  require(law.taps == 1 && bands_of(law) == 1, "law: wanted units of one tap, in one band");
+  require(law.taps == 1 && bands_of(law) == 1 && law.run_blocks == law.blocks,
+          "law: wanted units of one tap of a matrix, in one band");
   require(block >= 16 && block <= 128, "granularity: wanted blocks of 16 to 128 elements");
   require(lanes >= 1 && lanes <= kMostUnitLanes && !(lanes & (lanes - 1)),
           "lanes: wanted a power of two up to 64");

@@ -20,7 +20,7 @@ struct ImageView {
   void* element(int64_t i) {
     return static_cast<char*>(data) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
   }
-  int64_t at(int64_t image, int64_t channel, int64_t row, int64_t column) const {
+  int64_t index(int64_t image, int64_t channel, int64_t row, int64_t column) const {
     return image * stride[0] + channel * stride[1] + row * stride[2] + column * stride[3];
   }
 };
@@ -62,17 +62,20 @@ inline Squares squares_of(const ImageView& view, const TilePart& part, const Til
 template <class Visit>
 inline void for_squares(const ImageView& view, const TilePart& part, const TileLayoutOf& tile,
                         const Squares& squares, const Visit& visit) {
-  const int64_t others = part.lanes == 1 ? 1 : squares.u_is_channel ? part.columns : part.channels;
+  const int64_t outer_count = part.lanes == 1        ? 1
+                              : squares.u_is_channel ? part.columns
+                                                     : part.channels;
   for (int64_t row = 0; row < part.rows; ++row) {
-    for (int64_t other = 0; other < others; ++other) {
-      const int64_t channel = squares.u_is_channel ? 0 : other;
-      const int64_t column = squares.u_is_channel ? other : 0;
-      const int64_t from =
-          view.at(part.image, part.channel + channel, part.row + row, part.column + column);
-      const int64_t to = channel * tile.channel + row * tile.row + column * tile.column;
+    for (int64_t outer = 0; outer < outer_count; ++outer) {
+      const int64_t channel = squares.u_is_channel ? 0 : outer;
+      const int64_t column = squares.u_is_channel ? outer : 0;
+      const int64_t view_index =
+          view.index(part.image, part.channel + channel, part.row + row, part.column + column);
+      const int64_t tile_index = channel * tile.channel + row * tile.row + column * tile.column;
       for (int64_t u = 0; u < squares.u_count; u += 8) {
         for (int64_t v = 0; v < squares.v_count; v += 8) {
-          visit(u, v, from + u * squares.u_view + v * squares.v_view, to + u * squares.u_tile + v);
+          visit(u, v, view_index + u * squares.u_view + v * squares.v_view,
+                tile_index + u * squares.u_tile + v);
         }
       }
     }
@@ -88,33 +91,38 @@ inline void load_tile(const ImageView& view, const TilePart& part, const TileLay
   if (part.lanes == 1 && view.stride[3] == 1) {
     for (int64_t channel = 0; channel < part.channels; ++channel) {
       for (int64_t row = 0; row < part.rows; ++row) {
-        const int64_t from =
-            view.at(part.image, part.channel + channel, part.row + row, part.column);
-        read_some(view.dtype, view.element(from), static_cast<int>(part.columns),
+        const int64_t view_index =
+            view.index(part.image, part.channel + channel, part.row + row, part.column);
+        read_some(view.dtype, view.element(view_index), static_cast<int>(part.columns),
                   tile + channel * layout.channel + row * layout.row);
       }
     }
     return;
   }
   const Squares squares = squares_of(view, part, layout);
-  for_squares(view, part, layout, squares, [&](int64_t u, int64_t v, int64_t from, int64_t to) {
-    const int rows = up_to_eight(squares.v_count - v), columns = up_to_eight(squares.u_count - u);
-    Floats<8> square[8];
-    if (squares.u_view == 1) {
-      load_square({view.dtype, view.data}, from, squares.v_view, rows, columns, square);
-    } else {
-      alignas(32) float values[8][8] = {};
-      for (int i = 0; i < rows; ++i) {
-        for (int j = 0; j < columns; ++j) {
-          read_some(view.dtype, view.element(from + i * squares.v_view + j * squares.u_view), 1,
-                    &values[i][j]);
-        }
-      }
-      for (int i = 0; i < 8; ++i) square[i] = load<8>(values[i]);
-    }
-    transpose8(square);
-    for (int j = 0; j < columns; ++j) store<8>(tile + to + j * squares.u_tile, square[j]);
-  });
+  for_squares(view, part, layout, squares,
+              [&](int64_t u, int64_t v, int64_t view_index, int64_t tile_index) {
+                const int rows = up_to_eight(squares.v_count - v),
+                          columns = up_to_eight(squares.u_count - u);
+                Floats<8> square[8];
+                if (squares.u_view == 1) {
+                  load_square({view.dtype, view.data}, view_index, squares.v_view, rows, columns,
+                              square);
+                } else {
+                  alignas(32) float values[8][8] = {};
+                  for (int i = 0; i < rows; ++i) {
+                    for (int j = 0; j < columns; ++j) {
+                      read_some(view.dtype,
+                                view.element(view_index + i * squares.v_view + j * squares.u_view),
+                                1, &values[i][j]);
+                    }
+                  }
+                  for (int i = 0; i < 8; ++i) square[i] = load<8>(values[i]);
+                }
+                transpose8(square);
+                for (int j = 0; j < columns; ++j)
+                  store<8>(tile + tile_index + j * squares.u_tile, square[j]);
+              });
 }
 
 // A part of a view = scale · tile + bias [channels] or null.
@@ -125,44 +133,50 @@ inline void store_tile(const float* tile, const TileLayoutOf& layout, const Tile
     for (int64_t channel = 0; channel < part.channels; ++channel) {
       const Floats<8> added = splat<8>(bias ? bias[channel] : 0.f);
       for (int64_t row = 0; row < part.rows; ++row) {
-        const float* from = tile + channel * layout.channel + row * layout.row;
-        const int64_t to = view.at(part.image, part.channel + channel, part.row + row, part.column);
+        const float* source = tile + channel * layout.channel + row * layout.row;
+        const int64_t view_index =
+            view.index(part.image, part.channel + channel, part.row + row, part.column);
         int64_t i = 0;
         for (; i + 8 <= part.columns; i += 8) {
-          store_eight(view.dtype, load<8>(from + i) * scales + added, view.element(to + i));
+          store_eight(view.dtype, load<8>(source + i) * scales + added,
+                      view.element(view_index + i));
         }
         if (i == part.columns) continue;
         alignas(32) float values[8];
-        store<8>(values, load<8>(from + i) * scales + added);
-        write_some(view.dtype, values, static_cast<int>(part.columns - i), view.element(to + i));
+        store<8>(values, load<8>(source + i) * scales + added);
+        write_some(view.dtype, values, static_cast<int>(part.columns - i),
+                   view.element(view_index + i));
       }
     }
     return;
   }
   const Squares squares = squares_of(view, part, layout);
-  for_squares(view, part, layout, squares, [&](int64_t u, int64_t v, int64_t to, int64_t from) {
-    const int rows = up_to_eight(squares.v_count - v), columns = up_to_eight(squares.u_count - u);
-    Floats<8> square[8];
-    for (int j = 0; j < 8; ++j) {
-      square[j] = load<8>(tile + from + (j < columns ? j : 0) * squares.u_tile) * scales;
-      if (!bias) continue;
-      const int64_t channel = squares.u_is_channel ? u + j : from / layout.channel;
-      if (j < columns) square[j] += splat<8>(bias[channel]);
-    }
-    transpose8(square);
-    for (int i = 0; i < rows; ++i) {
-      if (squares.u_view == 1 && columns == 8) {
-        store_eight(view.dtype, square[i], view.element(to + i * squares.v_view));
-        continue;
-      }
-      alignas(32) float values[8];
-      store<8>(values, square[i]);
-      for (int j = 0; j < columns; ++j) {
-        write_some(view.dtype, values + j, 1,
-                   view.element(to + i * squares.v_view + j * squares.u_view));
-      }
-    }
-  });
+  for_squares(
+      view, part, layout, squares,
+      [&](int64_t u, int64_t v, int64_t view_index, int64_t tile_index) {
+        const int rows = up_to_eight(squares.v_count - v),
+                  columns = up_to_eight(squares.u_count - u);
+        Floats<8> square[8];
+        for (int j = 0; j < 8; ++j) {
+          square[j] = load<8>(tile + tile_index + (j < columns ? j : 0) * squares.u_tile) * scales;
+          if (!bias) continue;
+          const int64_t channel = squares.u_is_channel ? u + j : tile_index / layout.channel;
+          if (j < columns) square[j] += splat<8>(bias[channel]);
+        }
+        transpose8(square);
+        for (int i = 0; i < rows; ++i) {
+          if (squares.u_view == 1 && columns == 8) {
+            store_eight(view.dtype, square[i], view.element(view_index + i * squares.v_view));
+            continue;
+          }
+          alignas(32) float values[8];
+          store<8>(values, square[i]);
+          for (int j = 0; j < columns; ++j) {
+            write_some(view.dtype, values + j, 1,
+                       view.element(view_index + i * squares.v_view + j * squares.u_view));
+          }
+        }
+      });
 }
 
 }  // namespace

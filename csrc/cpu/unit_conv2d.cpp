@@ -9,8 +9,8 @@
 //
 // A tap is a shift of pixels, so a line is as long as the tile where the stride is 1. Pixels
 // outside of an image are zeros of S, not products: an infinity of the bank stays out of the
-// border. Units of one tap (any stride, and kernels whose taps share a block) gather the pixels
-// that the tap reads first, and shift nothing. Lanes are images; with one lane a line runs over
+// border. Strided convolutions gather the pixels that a tap reads first,
+// and shift nothing. Lanes are images; with one lane a line runs over
 // columns of one image.
 //
 // Memory of a thread, for 64 channels, units of 64 rows x 3 taps on 48 slots and images of 32 x 32,
@@ -59,7 +59,7 @@ struct ConvTile {
 ConvTile tile_of(const UnitConv2dArgs& args) {
   const Image& g = args.image;
   ConvTile out{};
-  out.shared = g.by_tap && g.step[0] == 1 && g.step[1] == 1;
+  out.shared = g.step[0] == 1 && g.step[1] == 1;
   out.rows = (args.rows - 1) * g.step[0] + g.dilation[0] * (args.kernel[0] - 1) + 1;
   out.columns = (g.out_width - 1) * g.step[1] + g.dilation[1] * (args.kernel[1] - 1) + 1;
   out.pixels = out.rows * out.columns * args.lanes;
@@ -135,7 +135,7 @@ class UnitConv2d {
         ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
 
   void run() {
-    const int64_t down = (image_.out_height + args_.rows - 1) / args_.rows;
+    const int64_t tiles_high = (image_.out_height + args_.rows - 1) / args_.rows;
     const int64_t groups = (args_.images + args_.lanes - 1) / args_.lanes;
 #pragma omp parallel num_threads(args_.threads)
     {
@@ -143,8 +143,8 @@ class UnitConv2d {
       const int part = thread_number();
       std::memset(memory_of(part).x, 0, layout_.bytes());
 #pragma omp for schedule(dynamic)
-      for (int64_t tile = 0; tile < groups * down; ++tile) {
-        add_tile(memory_of(part), tile / down * args_.lanes, tile % down * args_.rows);
+      for (int64_t tile = 0; tile < groups * tiles_high; ++tile) {
+        add_tile(memory_of(part), tile / tiles_high * args_.lanes, tile % tiles_high * args_.rows);
       }
     }
   }
@@ -232,6 +232,7 @@ class UnitConv2d {
       gather(memory, column, valid);
       multiply_lines(slots, vectors(tile_.line), a, memory.gathered, tile_.s_plane, valid, s,
                      tile_.s_plane, memory.panel);
+      clear_outside(s, slots, column, in);
       return;
     }
     const float* x = memory.x + channel * tile_.x_plane;
@@ -266,23 +267,51 @@ class UnitConv2d {
   void gather(const UnitConvMemory& memory, int64_t column, int valid) const {
     const int64_t lanes = args_.lanes, row = tile_.columns * lanes;
     const int64_t first = column % law_.run_blocks * law_.granularity;
-    for (int e = 0; e < valid; ++e) {
-      int64_t tap = column / law_.run_blocks, channel = first + e;
-      if (!image_.by_tap) tap = channel / image_.channels, channel %= image_.channels;
-      const float* plane = memory.x + channel * tile_.x_plane +
-                           tap / image_.kernel_width * image_.dilation[0] * row +
+    const int64_t tap = column / law_.run_blocks;
+    const int64_t offset = tap / image_.kernel_width * image_.dilation[0] * row +
                            tap % image_.kernel_width * image_.dilation[1] * lanes;
+    for (int e = 0; e < valid; ++e) {
+      const float* plane = memory.x + (first + e) * tile_.x_plane + offset;
       float* out = memory.gathered + e * tile_.s_plane;
       for (int64_t i = 0; i < args_.rows; ++i) {
-        const float* from = plane + i * image_.step[0] * row;
+        const float* source = plane + i * image_.step[0] * row;
         if (image_.step[1] == 1) {
-          std::memcpy(out, from, sizeof(float) * image_.out_width * lanes);
+          std::memcpy(out, source, sizeof(float) * image_.out_width * lanes);
           out += image_.out_width * lanes;
           continue;
         }
         for (int64_t j = 0; j < image_.out_width; ++j, out += lanes) {
-          std::memcpy(out, from + j * image_.step[1] * lanes, sizeof(float) * lanes);
+          std::memcpy(out, source + j * image_.step[1] * lanes, sizeof(float) * lanes);
         }
+      }
+    }
+  }
+
+  // Zeros of S where a tap reads padding: it is no product.
+  void clear_outside(float* s, int slots, int64_t column, const Inside& in) const {
+    const int64_t tap = column / law_.run_blocks, lanes = args_.lanes;
+    const int64_t row_shift = tap / image_.kernel_width * image_.dilation[0];
+    const int64_t right = tap % image_.kernel_width * image_.dilation[1];
+    struct Span {
+      int64_t first, size;
+    };
+    std::vector<Span> outside;
+    for (int64_t i = 0; i < args_.rows; ++i) {
+      const int64_t row = i * image_.step[0] + row_shift, first = i * image_.out_width;
+      if (row < in.row || row >= in.row + in.rows) {
+        outside.push_back({first * lanes, image_.out_width * lanes});
+        continue;
+      }
+      for (int64_t j = 0; j < image_.out_width; ++j) {
+        const int64_t place = j * image_.step[1] + right;
+        if (place < in.column || place >= in.column + in.columns) {
+          outside.push_back({(first + j) * lanes, lanes});
+        }
+      }
+    }
+    for (int w = 0; w < slots; ++w) {
+      for (const Span& span : outside) {
+        std::memset(s + w * tile_.s_plane + span.first, 0, sizeof(float) * span.size);
       }
     }
   }
@@ -356,8 +385,9 @@ class UnitConv2d {
 }  // namespace
 
 Workspace unit_conv2d_workspace(const LayerLaw& law, const UnitConv2dArgs& args) {
-  const UnitConvLayout layout = layout_of(law, UnitPlan(law), args);
-  return {args.threads * layout.bytes(), args.threads * layout.x};
+  const UnitPlan plan(law);
+  const UnitConvLayout layout = layout_of(law, plan, args);
+  return {args.threads * layout.bytes() + plan.bytes(), args.threads * layout.x};
 }
 
 void unit_conv2d(const LayerLaw& law, const UnitConv2dArgs& args) { UnitConv2d(law, args).run(); }

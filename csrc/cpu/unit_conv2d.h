@@ -20,7 +20,7 @@ struct UnitConv2dArgs {
   int64_t kernel[2];
   double scale;
   int threads;
-  int lanes;        // images at a time: 1, or a multiple of 16
+  int lanes;        // images at a time: 1, or a multiple of 8
   int64_t rows;     // of the output at a time
   void* workspace;  // as many bytes as the kernel says, aligned to 64
 };

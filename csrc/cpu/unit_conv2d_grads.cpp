@@ -17,6 +17,8 @@
 // Multiplications: W block pixels for each unit and gradient, 1 / laps of the dense ones.
 // Additions: R T pixels, each with a load of dy; a line of T is written once.
 
+#include <atomic>
+
 #include "cpu/image_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/unit_conv2d.h"
@@ -56,6 +58,42 @@ class ConvSource {
     const int64_t octet = 4 * kOctet * t_plane_;
     const int64_t chunk = std::min(std::max<int64_t>(kLinesBytes / octet, 1), kMostChunk);
     return {4 * plan_.band.octets * kOctet * dy_plane_, in_rows, in_rows, own, t_plane_, chunk};
+  }
+
+  static constexpr bool kReaches = true;
+  bool is_careful() const { return careful_.load(std::memory_order_relaxed); }
+
+  // Marks the lanes that tap `tap` of a column's unit reaches.
+  void reach(int64_t tile, int64_t column, uint32_t tap, uint8_t* reached) const {
+    const int64_t number = column / law_.run_blocks * law_.taps + tap, lanes = args_.lanes;
+    if (!shifts_) {
+      for_pixels(column,
+                 [&](int64_t pixel, int64_t) { std::memset(reached + pixel * lanes, 1, lanes); });
+      return;
+    }
+    const int64_t row_shift = g_.padding[0] - number / g_.kernel_width * g_.dilation[0];
+    const int64_t right = g_.padding[1] - number % g_.kernel_width * g_.dilation[1];
+    for (int64_t i = 0; i < rows_of(tile); ++i) {
+      const int64_t row = row_of(tile) + i + row_shift;
+      if (row < 0 || row >= g_.out_height) continue;
+      for (int64_t j = 0; j < g_.width; ++j) {
+        if (j + right < 0 || j + right >= g_.out_width) continue;
+        std::memset(reached + (i * columns_ + j) * lanes, 1, lanes);
+      }
+    }
+  }
+
+  // Where what lane q gives to dx is added; null: to nothing.
+  float* dx_row(int64_t column, int64_t q, float* dx) const {
+    const int64_t block = law_.granularity;
+    float* out = dx + column % law_.run_blocks * pixels_ * block;
+    if (shifts_) return out + q * block;
+    const int64_t tap = column / law_.run_blocks, pixel = q / args_.lanes;
+    const int64_t row =
+        pixel / g_.out_width * g_.step[0] - g_.padding[0] + tap / g_.kernel_width * g_.dilation[0];
+    const int64_t x_column =
+        pixel % g_.out_width * g_.step[1] - g_.padding[1] + tap % g_.kernel_width * g_.dilation[1];
+    return out + ((row * g_.width + x_column) * args_.lanes + q % args_.lanes) * block;
   }
 
   int64_t tiles() const {
@@ -98,13 +136,14 @@ class ConvSource {
                         last - column};
     load_tile(view, part, {dy_plane_, dy_columns_ * lanes, lanes},
               out + ((row - top) * dy_columns_ + column - left) * lanes);
+    see(out, kOctet * dy_plane_);
   }
 
   // x [pixels, block] of a block of channels.
   void pack_x(int64_t tile, int64_t block, float* x) const {
     float* out = x + block * pixels_ * law_.granularity;
     std::memset(out, 0, sizeof(float) * pixels_ * law_.granularity);
-    const Activations from{args_.dtype, args_.x};
+    const Activations source{args_.dtype, args_.x};
     const int64_t size = law_.granularity, step = args_.lanes * size;
     const int valid = valid_of(block);
     for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
@@ -115,11 +154,11 @@ class ConvSource {
         for (int64_t j = 0; j < g_.width; ++j, target += step) {
           const int64_t pixel = first + j * g_.stride[3];
           if (g_.stride[1] == 1) {
-            read_some(from.dtype, from.element(pixel), valid, target);
+            read_some(source.dtype, source.element(pixel), valid, target);
             continue;
           }
           for (int e = 0; e < valid; ++e) {
-            read_some(from.dtype, from.element(pixel + e * g_.stride[1]), 1, target + e);
+            read_some(source.dtype, source.element(pixel + e * g_.stride[1]), 1, target + e);
           }
         }
         return;
@@ -128,13 +167,14 @@ class ConvSource {
         const int count = up_to_eight(g_.width - j);
         for (int e = 0; e < valid; e += 8) {
           Floats<8> square[8];
-          load_square(from, first + e * g_.stride[1] + j, g_.stride[1], up_to_eight(valid - e),
+          load_square(source, first + e * g_.stride[1] + j, g_.stride[1], up_to_eight(valid - e),
                       count, square);
           transpose8(square);
           for (int i = 0; i < count; ++i) store<8>(target + (j + i) * step + e, square[i]);
         }
       }
     });
+    see(out, pixels_ * law_.granularity);
   }
 
   const float* x_of(int64_t tile, int64_t column, const float* x, float* own) const {
@@ -156,27 +196,28 @@ class ConvSource {
     int64_t shift[kMostUses];
     for (int u = 0; u < count; ++u) {
       const int64_t tap = column / law_.run_blocks * law_.taps + octets[u] / octets_of_group;
-      const int64_t down = args_.kernel[0] - 1 - tap / g_.kernel_width;
+      const int64_t row_shift = args_.kernel[0] - 1 - tap / g_.kernel_width;
       const int64_t right = args_.kernel[1] - 1 - tap % g_.kernel_width;
       shift[u] =
-          shifts_ ? down * g_.dilation[0] * row_floats + right * g_.dilation[1] * args_.lanes : 0;
+          shifts_ ? row_shift * g_.dilation[0] * row_floats + right * g_.dilation[1] * args_.lanes
+                  : 0;
       shift[u] += (first + octets[u] % octets_of_group) * int64_t{kOctet} * dy_plane_;
     }
     const int64_t height = compact_ && shifts_ ? rows_of(tile) : 1;
     const int64_t line = lanes(tile) / height;
     for (int c = 0; c < 8; ++c) {
-      const float* from[kMostUses];
+      const float* source[kMostUses];
       float sign[kMostUses];
       for (int u = 0; u < count; ++u) {
         const OctetEntry e = entry[octets[u]];
         const int32_t row = rows[e.pattern][c];
-        from[u] = dy + shift[u] + row * dy_plane_;
+        source[u] = dy + shift[u] + row * dy_plane_;
         sign[u] = kSigns[e.signs >> row & 1];
       }
       float* out = t + c * t_plane_;
       for (int64_t i = 0; i < height; ++i) {
-        add_to_line(from, sign, count, line, false, out + i * line);
-        for (int u = 0; u < count; ++u) from[u] += row_floats;
+        add_to_line(source, sign, count, line, false, out + i * line);
+        for (int u = 0; u < count; ++u) source[u] += row_floats;
       }
       // Between rows that are not compact lies what no pixel is.
       const int64_t gap = (columns_ - g_.width) * args_.lanes;
@@ -193,11 +234,11 @@ class ConvSource {
     if (shifts_) return multiply<true>(rows, block, t, window, block, slots, out, block);
     float* products = own + lanes(tile) * block;
     multiply<false>(rows, block, t, window, block, slots, products, block);
-    for_pixels(column, [&](int64_t from, int64_t in) {
+    for_pixels(column, [&](int64_t pixel, int64_t in) {
       const int64_t size = args_.lanes * block;
       for (int64_t i = 0; i < size; i += 8) {
         float* target = out + in * size + i;
-        store<8>(target, load<8>(target) + load<8>(products + from * size + i));
+        store<8>(target, load<8>(target) + load<8>(products + pixel * size + i));
       }
     });
   }
@@ -228,7 +269,7 @@ class ConvSource {
           for (int i = 0; i < outer; ++i) {
             const int64_t channel = block * size + e + (last ? 0 : i);
             void* target =
-                view.element(view.at(image, channel, row_of(tile) + row, j + (last ? i : 0)));
+                view.element(view.index(image, channel, row_of(tile) + row, j + (last ? i : 0)));
             if (inner == 8) {
               store_eight(view.dtype, square[i], target);
               continue;
@@ -243,6 +284,11 @@ class ConvSource {
   }
 
  private:
+  // From then on products are made one by one: something is not finite.
+  void see(const float* values, int64_t count) const {
+    if (!all_finite(values, count)) careful_.store(true, std::memory_order_relaxed);
+  }
+
   int64_t images_in(int64_t height) const {  // tiles of an image
     return shifts_ ? (height + args_.rows - 1) / args_.rows : 1;
   }
@@ -273,14 +319,15 @@ class ConvSource {
   template <class Visit>
   void for_pixels(int64_t column, const Visit& visit) const {
     const int64_t tap = column / law_.run_blocks;
-    const int64_t down = tap / g_.kernel_width * g_.dilation[0] - g_.padding[0];
+    const int64_t row_shift = tap / g_.kernel_width * g_.dilation[0] - g_.padding[0];
     const int64_t right = tap % g_.kernel_width * g_.dilation[1] - g_.padding[1];
     for (int64_t i = 0; i < g_.out_height; ++i) {
-      const int64_t row = i * g_.step[0] + down;
+      const int64_t row = i * g_.step[0] + row_shift;
       if (row < 0 || row >= g_.height) continue;
       for (int64_t j = 0; j < g_.out_width; ++j) {
-        const int64_t at = j * g_.step[1] + right;
-        if (at >= 0 && at < g_.width) visit(i * g_.out_width + j, row * g_.width + at);
+        const int64_t x_column = j * g_.step[1] + right;
+        if (x_column >= 0 && x_column < g_.width)
+          visit(i * g_.out_width + j, row * g_.width + x_column);
       }
     }
   }
@@ -289,6 +336,7 @@ class ConvSource {
   const UnitPlan& plan_;
   const UnitConv2dGradsArgs& args_;
   const Image& g_;
+  mutable std::atomic<bool> careful_{false};
   bool shifts_;      // taps are shifts of dy
   bool compact_;     // rows of T follow each other without a gap
   int64_t columns_;  // of T, with what lies between rows
@@ -306,7 +354,7 @@ Workspace unit_conv2d_grads_workspace(const LayerLaw& law, const UnitConv2dGrads
   const UnitPlan plan(law);
   const SourceLayout source = ConvSource(law, plan, args).layout();
   const UnitGradsLayout layout = unit_grads_layout(law, plan, grads_args(args), source);
-  return {layout.shared() + args.threads * layout.of_thread(),
+  return {layout.shared() + args.threads * layout.of_thread() + plan.bytes(),
           layout.shared() + args.threads * layout.dx};
 }
 

@@ -15,6 +15,10 @@
 // A slot that no row reads is not multiplied: it may hold an infinity, and x as well. There are
 // some where the last octet of rows is not whole.
 //
+// Nor is a lane that none of a slot's taps reaches, at the border of an image: T is zero there, but
+// what it meets may be infinite. Where something is not finite, such products are left out one by
+// one (`add_reached`).
+//
 // A Source says what lanes are: where dy, x and dx of a tile lie, and how lines of dy are added.
 
 #pragma once
@@ -57,6 +61,16 @@ struct UnitGradsLayout {
     return dx + own + t + window + products + spill + entries + shuffled + octet_at;
   }
 };
+
+inline bool all_finite(const float* values, int64_t count) {
+  uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t exponent = as_bits(values[i]) & 0x7F800000u;
+    largest = largest < exponent ? exponent : largest;
+  }
+  return largest < 0x7F800000u;
+}
 
 struct UnitGradsMemory {
   float *dx, *own, *t, *window, *products, *spill;
@@ -216,6 +230,13 @@ class UnitGrads {
     }
     const auto is_read = [&read](int64_t j) { return read[j / kOctet] >> j % kOctet & 1; };
     const int64_t first = (planned.window.base + o * kOctet) % slots, size = count * kOctet;
+    if (Source::kReaches && is_careful(first, size, memory)) {
+      for (int64_t k = 0; k < count; ++k) {
+        add_reached(planned, group, column, o + k, part, tile, xc, memory,
+                    memory.t + k * kOctet * plane);
+      }
+      return;
+    }
     if (args_.dx) {
       const float* window = window_rows(ring_, first, size, memory.window);
       if (!whole) {
@@ -246,6 +267,47 @@ class UnitGrads {
       if (!is_read(j)) continue;
       float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
       for (int e = 0; e < valid; ++e) target[e] += memory.products[j * block + e];
+    }
+  }
+
+  // Whether something that slots from `first` on meet is not finite.
+  bool is_careful(int64_t first, int64_t size, const UnitGradsMemory& memory) const {
+    if (source_.is_careful()) return true;
+    if (!args_.dx) return false;
+    const float* window = window_rows(ring_, first, size, memory.window);
+    return !all_finite(window, size * law_.granularity);
+  }
+
+  // What octet o of a window adds: of a slot those lanes that its taps reach, and no product else.
+  void add_reached(const PlannedUnit& planned, uint32_t group, uint32_t column, int64_t o, int part,
+                   int64_t tile, const float* xc, const UnitGradsMemory& memory,
+                   const float* t) const {
+    const int64_t laps = law_.laps, used = planned.window.used, block = law_.granularity;
+    const int64_t begin = std::max<int64_t>(o * laps - used, 0);
+    const int64_t end = std::min<int64_t>((o + 1) * laps - used, planned.unit.size);
+    const uint32_t octets = group_size(plan_.band, group), first = first_octet(plan_.band, group);
+    const int64_t lanes = source_.lanes(tile);
+    const int valid = source_.valid_of(column);
+    std::vector<uint8_t> reached(lanes);
+    for (int c = 0; c < 8; ++c, t += size_.t_plane) {
+      std::fill(reached.begin(), reached.end(), uint8_t{0});
+      for (int64_t u = begin; u < end; ++u) {
+        const uint32_t octet = memory.octet_at[u];
+        const int row = rows_of_slots_[memory.entries[octet].pattern][c];
+        if ((first + octet % octets) * int64_t{kOctet} + row >= law_.rows) continue;
+        source_.reach(tile, column, octet / octets, reached.data());
+      }
+      const int64_t slot = (planned.window.base + o * kOctet + c) % law_.slots;
+      float* dw = args_.dw ? zones_.target(part, slot, args_.dw, memory.spill, block) : nullptr;
+      const float* window = args_.dx ? window_rows(ring_, slot, 1, memory.window) : nullptr;
+      for (int64_t q = 0; q < lanes; ++q) {
+        if (!reached[q]) continue;
+        float* dx = args_.dx ? source_.dx_row(column, q, memory.dx) : nullptr;
+        for (int e = 0; e < valid; ++e) {
+          if (dx) dx[e] += t[q] * window[e];
+          if (dw) dw[e] += t[q] * xc[q * block + e];
+        }
+      }
     }
   }
 

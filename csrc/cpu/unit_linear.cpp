@@ -234,8 +234,9 @@ class UnitLinear {
 }  // namespace
 
 Workspace unit_linear_workspace(const LayerLaw& law, const LanesLinearArgs& args) {
-  const UnitLinearLayout layout = layout_of(law, UnitPlan(law), args);
-  return {args.threads * layout.bytes(), args.threads * layout.x};
+  const UnitPlan plan(law);
+  const UnitLinearLayout layout = layout_of(law, plan, args);
+  return {args.threads * layout.bytes() + plan.bytes(), args.threads * layout.x};
 }
 
 void unit_linear(const LayerLaw& law, const LanesLinearArgs& args) { UnitLinear(law, args).run(); }

@@ -62,19 +62,20 @@ inline void load_pairs(const char* source, DotVector& even, DotVector& odd) {
 }
 
 // Lane j of the result is the sum of all lanes of x[j].
-inline Floats<8> sum_eight(DotVector (&x)[8]) {
+template <int LANES>
+inline Floats<8> sum_eight(const Floats<LANES> (&x)[8]) {
   Floats<8> y[8];
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) {
-    if constexpr (kDotVector == 16) {
+    if constexpr (LANES == 16) {
       alignas(64) float lanes[16];
-      store<kDotVector>(lanes, x[j]);
+      store<LANES>(lanes, x[j]);
       y[j] = load<8>(lanes) + load<8>(lanes + 8);
-    } else if constexpr (kDotVector == 8) {
+    } else if constexpr (LANES == 8) {
       y[j] = x[j];
     } else {
       alignas(32) float lanes[8] = {};
-      store<kDotVector>(lanes, x[j]);
+      store<LANES>(lanes, x[j]);
       y[j] = load<8>(lanes);
     }
   }
@@ -125,11 +126,11 @@ inline void dot_octet(const char* slots, int64_t stride, const float* x, int blo
       }
     }
     if constexpr (M == 1) {
-      store<8>(s, sum_eight(sum));
+      store<8>(s, sum_eight<kDotVector>(sum));
       continue;
     }
     alignas(32) float sums[8];
-    store<8>(sums, sum_eight(sum));
+    store<8>(sums, sum_eight<kDotVector>(sum));
     for (int m = 0; m < M; ++m) {
       std::memcpy(s + m * 8 + first, sums + m * kSlots, sizeof(float) * kSlots);
     }
@@ -323,8 +324,9 @@ class UnitLinearFew {
 }  // namespace
 
 Workspace unit_linear_few_workspace(const LayerLaw& law, const LanesLinearArgs& args) {
-  const FewLayout layout = layout_of(law, UnitPlan(law), args);
-  return {args.threads * layout.bytes(), args.threads * layout.x};
+  const UnitPlan plan(law);
+  const FewLayout layout = layout_of(law, plan, args);
+  return {args.threads * layout.bytes() + plan.bytes(), args.threads * layout.x};
 }
 
 void unit_linear_few(const LayerLaw& law, const LanesLinearArgs& args) {

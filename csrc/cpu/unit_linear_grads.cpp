@@ -57,6 +57,11 @@ class LinearSource {
             kMostChunk};
   }
 
+  static constexpr bool kReaches = false;  // every lane is reached by every row
+  bool is_careful() const { return false; }
+  void reach(int64_t, int64_t, uint32_t, uint8_t*) const {}
+  float* dx_row(int64_t, int64_t, float*) const { return nullptr; }
+
   int64_t tiles() const { return (args_.batch + args_.lanes - 1) / args_.lanes; }
   // The last tile may have fewer rows than the others, and fewer lanes.
   int64_t lanes(int64_t tile) const { return lanes_for(rows_of(tile), args_.lanes); }
@@ -146,7 +151,7 @@ Workspace unit_linear_grads_workspace(const LayerLaw& law, const LanesLinearGrad
   const UnitPlan plan(law);
   const SourceLayout source = LinearSource(law, plan, args).layout();
   const UnitGradsLayout layout = unit_grads_layout(law, plan, grads_args(args), source);
-  return {layout.shared() + args.threads * layout.of_thread(),
+  return {layout.shared() + args.threads * layout.of_thread() + plan.bytes(),
           layout.shared() + args.threads * layout.dx};
 }
 

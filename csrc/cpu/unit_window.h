@@ -64,6 +64,8 @@ struct UnitPlan {
       }
     }
   }
+  // What it takes beside a workspace, and counts as scratch.
+  int64_t bytes() const { return static_cast<int64_t>(units.size() * sizeof(PlannedUnit)); }
   const PlannedUnit& unit_of(uint32_t group, uint32_t column) const {
     return units[int64_t{group} * band.columns + column];
   }

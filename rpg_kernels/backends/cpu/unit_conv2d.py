@@ -21,7 +21,7 @@ from rpg_kernels.backends.cpu import units
 from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.backends.cpu.processor import dense_gain
 from rpg_kernels.law.geometry import conv_output
-from rpg_kernels.law.placement import parse
+from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.law.unit import OCTET, UnitLaw
 
 OPERATORS = ("conv2d", "conv2d_input_grad", "conv2d_bank_grad")
@@ -45,8 +45,8 @@ def unsupported(op: str, placement: str) -> str:
         >>> g = Generator(4096, 64, "vector", laps=4)
         >>> unsupported("conv2d", Placement(g, 0, 0, (64, 64, 3, 3), 1.0).to_json())
         ''
-        >>> unsupported("conv2d_bank_grad", Placement(g, 0, 0, (64, 3, 7, 7), 1.0).to_json())
-        'the CPU kernels leave gradients of kernels whose taps share a block to the reference'
+        >>> unsupported("conv2d", Placement(g, 0, 0, (64, 3, 7, 7), 1.0).to_json())
+        'the CPU kernels leave kernels whose taps share a block to the reference'
     """
     p = parse(placement)
     if not isinstance(p.law, UnitLaw):
@@ -57,10 +57,8 @@ def unsupported(op: str, placement: str) -> str:
         return f"the CPU kernels convolve blocks of 16 to 128 elements, not of {p.matrix.block}"
     if p.law.rows_per_band < p.law.rows:
         return "products of law 3 are shared in weights of at most 2^31 blocks"
-    if op != "conv2d" and not p.matrix.by_tap:
-        return (
-            "the CPU kernels leave gradients of kernels whose taps share a block to the reference"
-        )
+    if not p.matrix.by_tap:
+        return "the CPU kernels leave kernels whose taps share a block to the reference"
     return ""
 
 
@@ -143,39 +141,47 @@ def tile(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> Ti
 def _choices(
     op: str, placement: str, size: tuple[int, ...], geometry: Geometry, threads: int
 ) -> tuple[Tile, ...]:
+    """From the fastest on; the last takes no more than the last of any larger images."""
     p = parse(placement)
-    law: Any = native.layer_law(p.law)
-    kernel, (stride, _padding, dilation) = p.shape[2:], geometry
-    images, _, height, width = size
-    out_height, out_width = conv_output(size[2:], kernel, *geometry)
-    forward = op == "conv2d"
-    lanes = 1 if width >= WIDE or images <= LANES // 2 else LANES
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    wide = (out_width - 1) * stride[1] + reach[1] + 1 if forward else width + reach[1]
-    down = stride[0] if forward else 1
-    whole = out_height if forward else height
-    strided = not forward and max(stride) > 1
-    most = whole if strided else max(1, min(whole, _PIXELS[op] // (wide * lanes) // down))
-    pixels = (most * down + reach[0]) * wide
-    if max(pixels, height * width if strided else 0) * lanes > _MOST_PIXELS:
-        return ()
-    out = []
+    images, width = size[0], size[3]
+    lanes = [1] if width >= WIDE or images <= LANES // 2 else [LANES, 1]
+    out: list[Tile] = []
     while True:
-        rows = most
-        while True:
-            how = (size, kernel, p.matrix.by_tap, *geometry, threads, lanes, rows)
-            if forward:
-                total, activations = law.unit_conv2d_workspace(*how)
-            else:
-                wanted = (op != "conv2d_bank_grad", op != "conv2d_input_grad")
-                total, activations = law.unit_conv2d_grads_workspace(*how, *wanted)
-            out.append(Tile(lanes, rows, threads, total, total - activations))
-            if rows == 1 or strided:
-                break
-            rows = -(-rows // 2)
+        for of_images in lanes:
+            out += _of_lanes(op, p, size, geometry, threads, of_images)
         if threads == 1:
             return tuple(out)
         threads = -(-threads // 2)
+
+
+def _of_lanes(
+    op: str, p: Placement, size: tuple[int, ...], geometry: Geometry, threads: int, lanes: int
+) -> list[Tile]:
+    law: Any = native.layer_law(p.law)
+    kernel, (stride, _padding, dilation) = p.shape[2:], geometry
+    height, width = size[2:]
+    out_height, out_width = conv_output(size[2:], kernel, *geometry)
+    forward = op == "conv2d"
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    wide = (out_width - 1) * stride[1] + reach[1] + 1 if forward else width + reach[1]
+    step = stride[0] if forward else 1
+    whole = out_height if forward else height
+    strided = not forward and max(stride) > 1
+    rows = whole if strided else max(1, min(whole, _PIXELS[op] // (wide * lanes) // step))
+    if (rows * step + reach[0]) * wide * lanes > _MOST_PIXELS:
+        return []
+    out = []
+    while True:
+        how = (size, kernel, p.matrix.by_tap, *geometry, threads, lanes, rows)
+        if forward:
+            total, activations = law.unit_conv2d_workspace(*how)
+        else:
+            wanted = (op != "conv2d_bank_grad", op != "conv2d_input_grad")
+            total, activations = law.unit_conv2d_grads_workspace(*how, *wanted)
+        out.append(Tile(lanes, rows, threads, total, total - activations))
+        if rows == 1 or strided:
+            return out
+        rows = -(-rows // 2)
 
 
 def check(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> Tile:
