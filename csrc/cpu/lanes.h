@@ -1,6 +1,6 @@
-// Activations in lanes, as the kernels of the unit law want them: a tile of the batch is fp32, with
-// the rows of the batch innermost ("lanes", [columns, L]) or as rows of blocks ("rows", [blocks, L,
-// block]). Rows that a tile lacks are zeros, and so are columns behind the last.
+// Activations in lanes, as kernels that take the batch in lanes want them: a tile of the batch is
+// fp32, with the rows of the batch innermost ("lanes", [columns, L]) or as rows of blocks ("rows",
+// [blocks, L, block]). Rows that a tile lacks are zeros, and so are columns behind the last.
 
 #pragma once
 

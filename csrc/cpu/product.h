@@ -1,5 +1,5 @@
-// C [MR, NV V] (+)= A [MR, k] · B [k, NV V]: the product that the kernels of the unit law are made
-// of, V being the lanes of a vector.
+// C [MR, NV V] (+)= A [MR, k] · B [k, NV V]: the product that the kernels of lanes are made of, V
+// being the lanes of a vector.
 //
 // Sums stay in registers: MR NV of them beside NV vectors of B and an element of A for each row,
 // 6 x 2 + 3 of 16 with AVX2, 6 x 4 + 5 of 32 with AVX-512. Each step of k loads NV vectors of B and

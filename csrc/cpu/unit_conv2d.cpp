@@ -19,7 +19,7 @@
 //   x        [C, rows, columns, L]     295 KB  L2; padded by the kernel's reach
 //   S        [together W, pixels]      222 KB  L2, a line of 4.6 KB in L1
 //   y        [8 octets, pixels]        278 KB  L2, a line at a time
-//   gathered [block, pixels]           of units of one tap
+//   gathered [block, pixels]           of strided convolutions
 //   panel    [block, 16]               4 KB    L1
 //   window   [W, block]                12 KB   copied where it is no fp32, or wraps around
 //   entries  [together R T / 8]        96 B
@@ -27,7 +27,7 @@
 // Multiplications: W block pixels for each unit, 1 / laps of the dense ones. Additions: R T pixels,
 // each with a load of S; y is read and written once for all taps that are added together.
 //
-// A thread does whole tiles; results do not depend on the number of threads.
+// A thread does whole tiles of images; results do not depend on the number of threads.
 
 #include "cpu/unit_conv2d.h"
 
@@ -139,7 +139,7 @@ class UnitConv2d {
     const int64_t groups = (args_.images + args_.lanes - 1) / args_.lanes;
 #pragma omp parallel num_threads(args_.threads)
     {
-      // Zeros that are never written: x outside of the images, S outside of them.
+      // S is zero outside of the images, where products are not made.
       const int part = thread_number();
       std::memset(memory_of(part).x, 0, layout_.bytes());
 #pragma omp for schedule(dynamic)

@@ -6,16 +6,16 @@
 // the stride is 1, so that a tap is a shift of dy and rows and taps that read a slot share its
 // product; otherwise those of y, for one tap at a time, whose rows of x are gathered and whose rows
 // of dx are added to. Memory, for 64 channels, units of 64 rows x 3 taps on 48 slots, images of 32
-// x 32, one lane, tiles of 32 rows:
+// x 32, one lane, tiles of 9 rows:
 //
-//   dy        [N, rows, columns]          295 KB  L2; padded by the kernel's reach; for all threads
-//   x in rows [C / block, pixels, block]  262 KB  L2; for all threads
-//   dx        the same                    262 KB  for each thread, as what follows
-//   T         [48, pixels]                209 KB  L2
-//   own       [2, pixels of y, block]     of strided convolutions
+//   dy        [N, rows, columns]          96 KB  L2; padded by the kernel's reach; for all threads
+//   x in rows [C / block, pixels, block]  74 KB  L2; for all threads
+//   dx        the same                    74 KB  for each thread, as what follows
+//   T         [48, pixels]                55 KB  L2
+//   own       [2, pixels of y, block]     x and dx of one tap, of strided convolutions
 //
 // Multiplications: W block pixels for each unit and gradient, 1 / laps of the dense ones.
-// Additions: R T pixels, each with a load of dy; a line of T is written once.
+// Additions: one for each row, tap and pixel, with a load of dy; a line of T is written once.
 
 #include <atomic>
 

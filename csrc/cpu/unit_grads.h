@@ -1,23 +1,25 @@
 // Both gradients of a layer of the unit law, whatever it is applied to: what linear layers and
 // convolutions have in common.
 //
-// A unit, R rows at T taps of a block of channels, reads W slots of a window. For P lanes (rows of
-// the batch, or pixels), with x_c and dx_c [P, block]:
+// A unit, R rows at some taps of a block of channels, reads W slots of a window, `laps` times each.
+// For P lanes (rows of the batch, or pixels), with x_c and dx_c [P, block]:
 //
-//   T [W, P]           = Σ ± dy [row, lanes shifted by the tap] of what reads the slot  `laps` of
-//   them dx_c [P, block]   += Tᵀ · window [W, block] product.h dw [W, block]     += T · x_c
+//   T [W, P]         = Σ ± dy [row, lanes shifted by the tap]   of what reads the slot
+//   dx_c [P, block] += Tᵀ · window [W, block]                   product.h
+//   dw [W, block]   += T · x_c
 //
 // in chunks of octets of slots, whose T stays in a near cache. Shuffled octets are dealt to slots
 // in order of uses, so nothing is sorted: uses of octet o of the window are laps o - used ... of
 // the unit. Threads own zones of the ring (unit_zones.h), and each has its own dx. All is added up
-// in order of threads, so results depend on their number, in rounding, and on nothing else.
+// in order of threads, so for the same number of threads and size of steps results are the same
+// bits.
 //
 // A slot that no row reads is not multiplied: it may hold an infinity, and x as well. There are
 // some where the last octet of rows is not whole.
 //
 // Nor is a lane that none of a slot's taps reaches, at the border of an image: T is zero there, but
 // what it meets may be infinite. Where something is not finite, such products are left out one by
-// one (`add_reached`).
+// one (`add_reached`), from the first tile on that has an infinity or NaN in dy or x.
 //
 // A Source says what lanes are: where dy, x and dx of a tile lie, and how lines of dy are added.
 
@@ -34,7 +36,6 @@ namespace {  // compiled once per instruction set, see law/ring.h
 
 constexpr int64_t kMostChunk = 16;  // octets of slots
 
-// What every layer is given, and what its tiles take; bytes for all threads and for each.
 struct UnitGradsArgs {
   Dtype bank_dtype;
   const void* ring;  // [slots, block]; for dx
@@ -45,7 +46,7 @@ struct UnitGradsArgs {
   void* workspace;
 };
 
-// What a Source asks for.
+// What the tiles of a Source take: bytes for all threads, and for each.
 struct SourceLayout {
   int64_t dy, x;    // bytes, for all threads
   int64_t dx, own;  // bytes, for each thread: its dx, and what else it needs
@@ -230,7 +231,9 @@ class UnitGrads {
     }
     const auto is_read = [&read](int64_t j) { return read[j / kOctet] >> j % kOctet & 1; };
     const int64_t first = (planned.window.base + o * kOctet) % slots, size = count * kOctet;
-    if (Source::kReaches && is_careful(first, size, memory)) {
+    const float* window = args_.dx ? window_rows(ring_, first, size, memory.window) : nullptr;
+    if (Source::kReaches &&
+        (source_.is_careful() || (window && !all_finite(window, size * block)))) {
       for (int64_t k = 0; k < count; ++k) {
         add_reached(planned, group, column, o + k, part, tile, xc, memory,
                     memory.t + k * kOctet * plane);
@@ -238,7 +241,6 @@ class UnitGrads {
       return;
     }
     if (args_.dx) {
-      const float* window = window_rows(ring_, first, size, memory.window);
       if (!whole) {
         if (window != memory.window) {
           for (int64_t j = 0; j < size; ++j) {
@@ -268,14 +270,6 @@ class UnitGrads {
       float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
       for (int e = 0; e < valid; ++e) target[e] += memory.products[j * block + e];
     }
-  }
-
-  // Whether something that slots from `first` on meet is not finite.
-  bool is_careful(int64_t first, int64_t size, const UnitGradsMemory& memory) const {
-    if (source_.is_careful()) return true;
-    if (!args_.dx) return false;
-    const float* window = window_rows(ring_, first, size, memory.window);
-    return !all_finite(window, size * law_.granularity);
   }
 
   // What octet o of a window adds: of a slot those lanes that its taps reach, and no product else.

@@ -1,5 +1,5 @@
 // unit_linear_few: y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias for the unit law and up
-// to kFew rows of x, where reading the bank takes as long as multiplying.
+// to 4 rows of x, where reading the bank takes as long as multiplying.
 //
 // A unit, R rows of a column of blocks, reads W slots of a window. With x_b [M, block]:
 //

@@ -33,7 +33,7 @@ inline int thread_number() {
 #endif
 }
 
-// A unit of one tap, with its window.
+// A unit with its window.
 struct PlannedUnit {
   Unit unit;
   UnitWindow window;

@@ -106,7 +106,7 @@ def family(op: str, dtype: torch.dtype, batch: int, placement: str) -> Family | 
     """The kernels that run a product here, if any do; None: those of ``factored``.
 
     Args:
-        op: operator name, or "linear_grads".
+        op: operator name, or "linear_grads"; no convolution of law 3.
         dtype: of the activations.
         batch: rows of x; of an image its pixels.
         placement: of the weight.
@@ -156,15 +156,17 @@ def convolves_units(op: str, placement: str) -> bool:
     return op.startswith("conv2d") and isinstance(parse(placement).law, UnitLaw)
 
 
-def what(op: str, dtype: torch.dtype, batch: int, placement: str) -> str:
+def what(call: Call) -> str:
     """What these kernels do in a call that they can run.
 
-    Args:
-        op, dtype, batch, placement: as for ``family``.
+    Raises:
+        RuntimeError: too little scratch.
     """
+    op, dtype, batch, placement = call.op, call.dtype, call.rows, call.placement
     if op in LOOKUPS:
         return "rows written where they are wanted, without scratch"
     if convolves_units(op, placement):
+        unit_conv2d.check_call(call)
         return UNITS.what(placement)
     taken = family(op, dtype, batch, placement)
     if taken is None:
@@ -238,7 +240,7 @@ class Cpu(Backend):
     def explain(self, call: Call) -> str:
         """How many rows share a product, or why the call was left."""
         if self.takes(call):
-            return f"{self.summary}; {what(call.op, call.dtype, call.rows, call.placement)}"
+            return f"{self.summary}; {what(call)}"
         if call.device.type != "cpu" or not call.x.numel():
             return ""
         return self.unsupported(call) or (

@@ -141,7 +141,8 @@ def tile(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> Ti
 def _choices(
     op: str, placement: str, size: tuple[int, ...], geometry: Geometry, threads: int
 ) -> tuple[Tile, ...]:
-    """From the fastest on; the last takes no more than the last of any larger images."""
+    """From the fastest on. The last takes no more than that of any larger images, of which alone
+    ``_size_of_x`` knows."""
     p = parse(placement)
     images, width = size[0], size[3]
     lanes = [1] if width >= WIDE or images <= LANES // 2 else [LANES, 1]
@@ -168,6 +169,8 @@ def _of_lanes(
     whole = out_height if forward else height
     strided = not forward and max(stride) > 1
     rows = whole if strided else max(1, min(whole, _PIXELS[op] // (wide * lanes) // step))
+    if forward:  # a thread does whole tiles: there should be one for each
+        rows = min(rows, max(1, whole // -(-threads // -(-size[0] // lanes))))
     if (rows * step + reach[0]) * wide * lanes > _MOST_PIXELS:
         return []
     out = []
@@ -195,12 +198,20 @@ def check(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> T
         raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
     chosen = tile(op, placement, size, geometry)
     if chosen is None:
+        choices = _choices(op, placement, tuple(size), geometry, native.threads())
+        least = min((choice.scratch for choice in choices), default="smaller images, not more")
         raise RuntimeError(
             f"scratch_limit: got {settings.scratch_bytes('cpu')} bytes, wanted more for the cpu "
             f"back end of a virtual weight {list(parse(placement).shape)} and images of "
-            f"{list(size[2:])}"
+            f"{list(size[2:])}: {least} bytes"
         )
     return chosen
+
+
+def check_call(call: Call) -> None:
+    """As ``check``, of all that a call says."""
+    geometry = tuples(*call.geometry[:3])
+    check(call.op, call.placement, _positive(_size_of_x(call, geometry)), geometry)
 
 
 def conv2d(

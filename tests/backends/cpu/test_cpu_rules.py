@@ -15,6 +15,7 @@ from rpg_kernels.bank.parameter_bank import ParameterBank
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 FILES = [path for path in sorted(RESULTS.glob("*.json")) if run.load(path)]
+assert FILES, "no results of the CPU suite are committed"
 OPERATORS = {
     grid.FORWARD: ("linear",),
     grid.TRAINING: ("linear", "linear_input_grad", "linear_bank_grad"),
