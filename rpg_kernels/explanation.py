@@ -23,7 +23,7 @@ def explain(module: nn.Module, x: Tensor) -> dispatch.Explanation:
     account, and so is autocast.
 
     Args:
-        module: an rpg layer (``rpg.nn.Linear``, ``Conv2d``, ``Embedding``).
+        module: an rpg layer (``rpg.nn.Linear``, ``Conv2d``, ``Embedding``, ...).
         x: an input of the layer; indices need not be in range.
 
     Raises:

@@ -6,17 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rpg_kernels import _checks, ops, settings
 from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.convolutions import Pair, Size, convolution, transposed
 
-__all__ = ["conv2d", "embedding", "linear", "pack", "unpack"]
+__all__ = [
+    "conv1d",
+    "conv2d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "embedding",
+    "linear",
+    "pack",
+    "unpack",
+]
 
 _op = torch.ops.rpg_kernels
 assert ops  # importing it registers the operators
-Pair = int | tuple[int, int]
 
 
 def linear(x: Tensor, weight: VirtualWeight, bias: Tensor | None = None) -> Tensor:
@@ -81,42 +89,99 @@ def conv2d(
         >>> conv2d(torch.randn(2, 3, 9, 9), weight, padding="same").shape
         torch.Size([2, 8, 9, 9])
     """
-    bank, table = _checked(weight).operands()
-    if len(weight.shape) != 4:
-        wanted = "a virtual weight [out, in/groups, kh, kw]"
-        raise _checks.fail("weight", f"shape {list(weight.shape)}", wanted)
-    _checks.integer("groups", groups, 1, _checks.INT32_MAX)
-    if _checks.tensor("x", x).is_nested:
-        wanted = "images of one size: [B, C, H, W], or a call for each image"
-        raise _checks.fail("x", f"a nested tensor of layout {x.layout}", wanted)
-    if x.dim() not in (3, 4):
-        raise _checks.fail("x", f"shape {list(x.shape)}", "[B, C, H, W] or [C, H, W]")
-    batched = x if x.dim() == 4 else x.unsqueeze(0)
-    strides, dilations = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    if isinstance(padding, str):
-        _checks.choice("padding", padding, ("same", "valid"))
-        pads = (0, 0)
-        if padding == "same":
-            if strides != (1, 1):
-                raise _checks.fail("stride", strides, "1 with padding='same'")
-            batched, pads = _pad_same(batched, weight.shape[2:], dilations)
-    else:
-        pads = pair("padding", padding)
-    y = _tensor(
-        _op.conv2d(
-            batched,
-            bank,
-            table,
-            bias,
-            weight.spec,
-            strides,
-            pads,
-            dilations,
-            groups,
-            settings.forced_backend(),
-        )
-    )
-    return y if x.dim() == 4 else y.squeeze(0)
+    return convolution(x, _checked(weight), bias, stride, padding, dilation, groups, 2)
+
+
+def conv1d(
+    x: Tensor,
+    weight: VirtualWeight,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``conv2d`` of sequences, which are images of height one to the operators: views, no copies.
+
+    Args:
+        x: ``[B, C, L]`` or ``[C, L]``.
+        weight: virtual weight ``[out, C/groups, k]``.
+        bias, stride, padding, dilation, groups: as in ``conv2d``, of one axis.
+
+    Returns:
+        ``[B, out, L']`` (or without B) in x's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``conv2d``.
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> weight = ParameterBank(dof=256, granularity=16).place((8, 3, 5))
+        >>> conv1d(torch.randn(2, 3, 9), weight, stride=2).shape
+        torch.Size([2, 8, 3])
+    """
+    return convolution(x, _checked(weight), bias, stride, padding, dilation, groups, 1)
+
+
+def conv_transpose2d(
+    x: Tensor,
+    weight: VirtualWeight,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    output_padding: Pair = 0,
+    groups: int = 1,
+    dilation: Pair = 1,
+) -> Tensor:
+    """The adjoint of ``conv2d`` by its input: what ``conv2d_input_grad`` computes, and a bias.
+
+    Args:
+        x: ``[B, C, H, W]`` or ``[C, H, W]``; dtype as in ``linear``.
+        weight: virtual weight ``[C, out/groups, kh, kw]``.
+        bias: ``[out]`` or None.
+        stride, padding, dilation: of that convolution; an int or a pair.
+        output_padding: rows and columns more at the bottom and at the right, below the stride or
+            the dilation; an int or a pair.
+        groups: divides C and out.
+
+    Returns:
+        ``[B, out, H', W']`` (or without B) in x's dtype and memory format, where
+        ``H' = (H - 1) * stride - 2 * padding + dilation * (kh - 1) + output_padding + 1``.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is wrong.
+        RuntimeError: the scratch limit or a forced back end does not allow the call.
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> weight = ParameterBank(dof=256, granularity=16).place((8, 3, 4, 4))
+        >>> conv_transpose2d(torch.randn(2, 8, 7, 7), weight, stride=2, padding=1).shape
+        torch.Size([2, 3, 14, 14])
+    """
+    how = (stride, padding, output_padding, dilation)
+    return transposed(x, _checked(weight), bias, *how, groups, 2)
+
+
+def conv_transpose1d(
+    x: Tensor,
+    weight: VirtualWeight,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+) -> Tensor:
+    """``conv_transpose2d`` of ``[B, C, L]`` or ``[C, L]`` with a weight ``[C, out/groups, k]``.
+
+    Example:
+        >>> from rpg_kernels import ParameterBank
+        >>> weight = ParameterBank(dof=256, granularity=16).place((8, 3, 4))
+        >>> conv_transpose1d(torch.randn(2, 8, 7), weight, stride=2, padding=1).shape
+        torch.Size([2, 3, 14])
+    """
+    how = (stride, padding, output_padding, dilation)
+    return transposed(x, _checked(weight), bias, *how, groups, 1)
 
 
 def embedding(indices: Tensor, weight: VirtualWeight, padding_idx: int | None = None) -> Tensor:
@@ -219,24 +284,3 @@ def _checked(weight: object) -> VirtualWeight:
 def _tensor(result: object) -> Tensor:
     assert isinstance(result, Tensor)
     return result
-
-
-def pair(argument: str, value: Pair, low: int = 0) -> tuple[int, int]:
-    """(value, value) of an int, or the pair itself."""
-    both = (value, value) if isinstance(value, int) else value
-    if not isinstance(both, tuple | list) or len(both) != 2:
-        raise _checks.fail(argument, value, "an int or a pair of ints")
-    for number in both:
-        _checks.integer(argument, number, low, _checks.INT32_MAX)
-    return both[0], both[1]
-
-
-def _pad_same(
-    x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, int]
-) -> tuple[Tensor, tuple[int, int]]:
-    """As torch: the symmetric part is left to the convolution, an odd one is padded behind."""
-    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    odd = [t % 2 for t in total]
-    if any(odd):
-        x = F.pad(x, (0, odd[1], 0, odd[0]))
-    return x, (total[0] // 2, total[1] // 2)

@@ -21,7 +21,7 @@ from rpg_kernels.explanation import reached
 from rpg_kernels.ops import _library as lib
 
 BATCHES = (1, 16, 64, 256, 4096)
-IMAGE = 32  # height and width, where no inputs say
+IMAGE = 32  # height and width of images, length of sequences, where no inputs say
 
 
 def prove(
@@ -46,7 +46,7 @@ def prove(
             format decide what kind a convolution's call is, so networks of convolutions want
             this. Without inputs each layer is asked by itself, with ``batches``, in the bank's
             dtype: ``[batch, in]``, int64 indices ``[batch]``, or contiguous images
-            ``[batch, channels, 32, 32]``.
+            ``[batch, channels, 32, 32]`` and sequences ``[batch, channels, 32]``.
         batches: rows of a linear layer, indices of an embedding, images of a convolution.
         backward: test the gradients too.
         progress: show a bar on the standard error.
@@ -112,11 +112,11 @@ def _input(layer: Any, op: str, batch: int) -> Tensor:
     bank = layer.virtual_weight.bank.weight
     if op == "embedding":
         return torch.zeros(batch, dtype=torch.int64, device=bank.device)
-    shape = layer.virtual_weight.shape
     if op == "linear":
-        return torch.empty(batch, shape[1], dtype=bank.dtype, device=bank.device)
-    channels = shape[1] * layer.groups
-    return torch.empty(batch, channels, IMAGE, IMAGE, dtype=bank.dtype, device=bank.device)
+        size = [layer.in_features]
+    else:
+        size = [layer.in_channels, *[IMAGE] * len(layer.kernel_size)]
+    return torch.empty(batch, *size, dtype=bank.dtype, device=bank.device)
 
 
 def _result(call: Call, mode: FakeTensorMode) -> Tensor:
@@ -181,6 +181,12 @@ def _of_conv2d(call: Call, dy: Tensor) -> Iterator[tuple[str, list[Any]]]:
     yield "conv2d_bank_grad", [dy, x, table, placement, *geometry, bank.dtype]
 
 
+def _of_transposed(call: Call, dy: Tensor) -> Iterator[tuple[str, list[Any]]]:
+    x, bank, table, _, placement, *geometry = call.operands
+    yield "conv2d", [dy, bank, table, None, placement, *geometry]
+    yield "conv2d_bank_grad", [x, dy, table, placement, *geometry, bank.dtype]
+
+
 def _of_embedding(call: Call, dy: Tensor) -> Iterator[tuple[str, list[Any]]]:
     bank, table, indices, placement = call.operands
     yield "embedding_bank_grad", [dy, indices, table, placement, bank.dtype]
@@ -194,6 +200,7 @@ def _of_unpack(call: Call, dy: Tensor) -> Iterator[tuple[str, list[Any]]]:
 _GRADIENTS: dict[str, Callable[[Call, Tensor], Iterator[tuple[str, list[Any]]]]] = {
     "linear": _of_linear,
     "conv2d": _of_conv2d,
+    "conv2d_input_grad": _of_transposed,  # forward, as a transposed convolution
     "embedding": _of_embedding,
     "unpack": _of_unpack,
 }

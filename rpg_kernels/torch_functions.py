@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor
 from rpg_kernels import settings
 from rpg_kernels.bank.tensor_like import FUSED, TensorLike, TransposedWeight
 from rpg_kernels.bank.virtual_weight import VirtualWeight
-from rpg_kernels.functional import Pair, conv2d, embedding, linear
+from rpg_kernels.functional import (
+    conv1d,
+    conv2d,
+    conv_transpose1d,
+    conv_transpose2d,
+    embedding,
+    linear,
+)
 
 _op = torch.ops.rpg_kernels
 
@@ -55,20 +63,19 @@ def _fused_rmatmul(b: object, a: object) -> object:
     return _fused_matmul(a, b)
 
 
-def _fused_conv2d(
-    input: object,
-    weight: object,
-    bias: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair | str = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-) -> object:
-    x = input
-    pairs = all(isinstance(p, int | str) or len(p) == 2 for p in (stride, padding, dilation))
-    if not isinstance(x, Tensor) or not isinstance(weight, VirtualWeight) or not pairs:
-        return NotImplemented
-    return conv2d(x, weight, bias, stride, padding, dilation, groups)
+def _fused_convolution(function: Callable[..., Tensor], axes: int) -> Callable[..., object]:
+    """A convolution whose geometry is written in numbers, or in as many as it has axes."""
+
+    def fused(
+        input: object, weight: object, bias: Tensor | None = None, *rest: Any, **named: Any
+    ) -> object:
+        x, geometry = input, (*rest, *named.values())
+        plain = all(isinstance(value, int | str) or len(value) == axes for value in geometry)
+        if not isinstance(x, Tensor) or not isinstance(weight, VirtualWeight) or not plain:
+            return NotImplemented
+        return function(x, weight, bias, *rest, **named)
+
+    return fused
 
 
 def _fused_embedding(
@@ -88,7 +95,10 @@ def _fused_embedding(
 FUSED.update(
     {
         F.linear: _fused_linear,
-        F.conv2d: _fused_conv2d,
+        F.conv1d: _fused_convolution(conv1d, 1),
+        F.conv2d: _fused_convolution(conv2d, 2),
+        F.conv_transpose1d: _fused_convolution(conv_transpose1d, 1),
+        F.conv_transpose2d: _fused_convolution(conv_transpose2d, 2),
         F.embedding: _fused_embedding,
         Tensor.__rmatmul__: _fused_rmatmul,
         torch.mm: _fused_mm,

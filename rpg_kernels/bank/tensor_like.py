@@ -374,8 +374,8 @@ def _unpacked(weight: TensorLike) -> Tensor:
         _checks.warn(
             f"the weight of layer {vw.name or vw.placement.layer} {list(vw.shape)} was unpacked "
             f"into {weight.nbytes} bytes, more than rpg.scratch_limit allows an operator "
-            f"({limit}), because something used it as a tensor; linear, conv2d, embedding and "
-            "matmul do not need that"
+            f"({limit}), because something used it as a tensor; linear, embedding, "
+            "convolutions and matmul do not need that"
         )
     return weight.unpack()
 

@@ -18,13 +18,15 @@ from rpg_kernels.law.placement import Placement, parse
 if TYPE_CHECKING:
     from rpg_kernels.bank.parameter_bank import ParameterBank
 
+_FIXED = ("bank", "placement", "root", "text", "image_text", "shape")
+
 
 @dataclass(eq=False, repr=False)
 class VirtualWeight(TensorLike):
     """Ŵ = scale · G · w of one layer. Made by ``ParameterBank.place``.
 
     Not a tensor, but it behaves as one where code expects ``layer.weight``: shape, dtype, device
-    and so on are there, ``F.linear``, ``F.conv2d``, ``F.embedding`` and ``matmul`` run the fused
+    and so on are there, ``F.linear``, ``F.embedding``, convolutions and ``matmul`` run the fused
     operators, and whatever else is called with it gets Ŵ itself, unpacked and differentiable. In
     place it can only be scaled, or given a standard deviation (``normal_``, ``uniform_``): the
     values are the bank's. Not a module either, so an nn.Module may hold one without registering
@@ -53,6 +55,7 @@ class VirtualWeight(TensorLike):
     placement: Placement
     root: VirtualWeight | None = None  # the whole weight, when this is a part of one
     text: str = field(init=False)  # the placement as JSON, made once
+    image_text: str = field(init=False)  # the same for images, where sequences have height one
     shape: torch.Size = field(init=False)  # torch's shape of the (selected) weight
     frozen: bool = field(init=False, default=False)  # no gradient goes into the bank from here
     name: str = field(init=False, default="")  # of the layer, where it is known
@@ -68,10 +71,10 @@ class VirtualWeight(TensorLike):
         if self.placement.generator != self.bank.generator:
             raise _checks.fail("placement", self.placement.generator, str(self.bank.generator))
         self.shape = torch.Size(self.placement.selected_shape)
-        self.text = self.placement.to_json()
+        self.text, self.image_text = _texts(self.placement)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in ("bank", "placement", "root", "text", "shape") and name in self.__dict__:
+        if name in _FIXED and name in self.__dict__:
             raise AttributeError(f"{name}: a virtual weight's does not change; see rescale")
         if name == "_is_param":
             raise TypeError(
@@ -83,9 +86,20 @@ class VirtualWeight(TensorLike):
     @property
     def spec(self) -> str:
         """The placement as text, which operators take on every call."""
-        if self.root is not None and self.root.scale != self.placement.scale:
-            return replace(self.placement, scale=self.root.scale).to_json()
-        return self.text
+        return self.text if self._has_scale_of_root() else self._rescaled().to_json()
+
+    @property
+    def image_spec(self) -> str:
+        """The same for operators of convolutions: a kernel ``[k]`` is one of ``[1, k]`` there."""
+        if self._has_scale_of_root():
+            return self.image_text
+        return self._rescaled().of_images().to_json()
+
+    def _has_scale_of_root(self) -> bool:
+        return self.root is None or self.root.scale == self.placement.scale
+
+    def _rescaled(self) -> Placement:
+        return replace(self.placement, scale=self.scale)
 
     @property
     def scale(self) -> float:
@@ -135,7 +149,8 @@ class VirtualWeight(TensorLike):
 
     def set_placement(self, placement: Placement) -> None:
         """Take over a placement that differs in its scale only; the map is not told."""
-        self.__dict__.update(placement=placement, text=placement.to_json())
+        text, image_text = _texts(placement)
+        self.__dict__.update(placement=placement, text=text, image_text=image_text)
 
     @property
     def data(self) -> VirtualWeight:
@@ -232,3 +247,8 @@ class VirtualWeight(TensorLike):
             f"VirtualWeight({tuple(self.shape)}{part}, layer={p.layer}, start={p.start}, "
             f"scale={self.scale:.4g}, dof={self.bank.dof})"
         )
+
+
+def _texts(placement: Placement) -> tuple[str, str]:
+    text, of_images = placement.to_json(), placement.of_images()
+    return text, text if of_images is placement else of_images.to_json()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from rpg_kernels.bank.config import RPGConfig
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.scales import layer_std
 from rpg_kernels.bank.virtual_weight import VirtualWeight
-from rpg_kernels.conversion.kinds import counterpart, weight_of
+from rpg_kernels.conversion.kinds import CONVOLUTIONS, SHARED_TYPES, counterpart, weight_of
 from rpg_kernels.conversion.least_squares import fit_bank
 from rpg_kernels.conversion.ownership import register
 from rpg_kernels.conversion.select import Filter, Selection, select
@@ -21,7 +21,7 @@ from rpg_kernels.conversion.ties import tie_key
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import check_laps, place
 from rpg_kernels.nn import VirtualLayer
-from rpg_kernels.nn.conv2d import taps_with_stride
+from rpg_kernels.nn._convolution import taps_with_stride
 from rpg_kernels.nn.part import BANK_NAME
 
 INIT = ("random", "least_squares")
@@ -44,9 +44,10 @@ def convert(
         model: any nn.Module that is not itself a layer; also inside torch.compile, DataParallel
             or AveragedModel.
         config: size of the bank, granularity, reflect mode, laps, seed, scale rule.
-        filter_fn: ``filter_fn(module, name) -> bool`` for every nn.Linear, nn.Conv2d and
-            nn.Embedding (and transformers' Conv1D); None for the default rule. A layer that was
-            asked for and cannot be shared is named in a warning.
+        filter_fn: ``filter_fn(module, name) -> bool`` for every nn.Linear, nn.Embedding, nn.Conv1d,
+            nn.Conv2d, nn.ConvTranspose1d and nn.ConvTranspose2d (and transformers' Conv1D); None
+            for the default rule. A layer that was asked for and cannot be shared is named in a
+            warning.
         init: ``"random"``, or ``"least_squares"``: start from the bank that is nearest to the
             weights the model has. ``rpg.summary`` reports the relative residual per layer, which
             is large unless the bank is nearly as large as the model.
@@ -109,7 +110,7 @@ def _check(model: nn.Module, config: RPGConfig, filter_fn: Filter | None, init: 
         raise TypeError(f"config: got a {type(config).__name__}, wanted an RPGConfig")
     _checks.choice("init", init, INIT)
     inner = unwrap(model)
-    if isinstance(inner, nn.Linear | nn.Conv2d | nn.Embedding):
+    if isinstance(inner, SHARED_TYPES):
         got = type(inner).__name__
         raise TypeError(
             f"model: got a single {got}, which cannot be replaced in place; wanted a model that "
@@ -173,8 +174,8 @@ def _place(chosen: Selection, bank: ParameterBank, config: RPGConfig) -> dict[st
             lookup = isinstance(module, nn.Embedding)
             std = layer_std(config.scale, weight.shape, lookup=lookup, weight=weight)
             taps = None
-            if isinstance(module, nn.Conv2d):
-                taps = taps_with_stride(bank, cast(tuple[int, int], module.stride))
+            if isinstance(module, CONVOLUTIONS):
+                taps = taps_with_stride(bank, module.stride)
             by_memory[key] = bank.place(tuple(weight.shape), scale=std / bank.init_std, taps=taps)
             by_memory[key].name = name
             for note, value in vars(module.weight).items():  # no_weight_decay, and the like

@@ -9,14 +9,32 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from rpg_kernels.bank.virtual_weight import VirtualWeight
-from rpg_kernels.nn import Conv2d, Embedding, Linear, VirtualLayer
+from rpg_kernels.nn import (
+    Conv1d,
+    Conv2d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    Embedding,
+    Linear,
+    VirtualLayer,
+)
 
-SHARED_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+SHARED_TYPES = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
 _KINDS: dict[type, type[VirtualLayer]] = {
-    nn.Linear: Linear,
-    nn.Conv2d: Conv2d,
-    nn.Embedding: Embedding,
+    kind.dense_type: kind
+    for kind in (Linear, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, Embedding)
 }
+_GEOMETRY = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
 # Each holds functions that run, or may be asked for, when the layer does something.
 HOOKS = (
     "_forward_hooks",
@@ -46,7 +64,7 @@ def kind_of(module: nn.Module) -> type[VirtualLayer] | None:
     transposed) is known by its name, since transformers need not be there.
 
     Example:
-        >>> kind_of(nn.Linear(2, 2)).__name__, kind_of(nn.Conv1d(2, 2, 1))
+        >>> kind_of(nn.Linear(2, 2)).__name__, kind_of(nn.Conv3d(2, 2, 1))
         ('Linear', None)
     """
     return Linear if _is_transposed(module) else _KINDS.get(type(module))
@@ -58,7 +76,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A dense layer's weight in the shape that the virtual one has: ``[out, in, ...]``."""
+    """A dense layer's weight in the shape that the virtual one has: torch's, of a Conv1D turned."""
     weight = cast(Tensor, module.weight)
     return weight.t() if _is_transposed(module) else weight
 
@@ -73,19 +91,9 @@ def counterpart(module: nn.Module, weight: VirtualWeight) -> VirtualLayer:
             padding_idx=module.padding_idx,
             virtual_weight=weight,
         )
-    elif isinstance(module, nn.Conv2d):
-        layer = Conv2d(
-            module.in_channels,
-            module.out_channels,
-            cast(Any, module.kernel_size),
-            cast(Any, module.stride),
-            cast(Any, module.padding),
-            cast(Any, module.dilation),
-            module.groups,
-            bias=False,
-            padding_mode=module.padding_mode,
-            virtual_weight=weight,
-        )
+    elif isinstance(module, CONVOLUTIONS):
+        kind: Any = kind_of(module)
+        layer = kind(**_geometry(module), bias=False, virtual_weight=weight)
     else:
         rows, columns = weight.shape
         layer = Linear(columns, rows, bias=False, virtual_weight=weight)
@@ -104,19 +112,8 @@ def dense_counterpart(layer: VirtualLayer, weight: nn.Parameter) -> nn.Module:
             layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta"
         )
     else:
-        assert isinstance(layer, Conv2d)
-        module = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            cast(Any, layer.kernel_size),
-            cast(Any, layer.stride),
-            cast(Any, layer.padding),
-            cast(Any, layer.dilation),
-            layer.groups,
-            bias=False,
-            padding_mode=cast(Any, layer.padding_mode),
-            device="meta",
-        )
+        kind: Any = layer.dense_type
+        module = kind(**_geometry(layer), bias=False, device="meta")
     module.weight = weight
     if layer.bias is not None:
         module.bias = layer.bias
@@ -124,6 +121,12 @@ def dense_counterpart(layer: VirtualLayer, weight: nn.Parameter) -> nn.Module:
         setattr(module, hooks, getattr(layer, hooks))
     carry(layer, module)
     return module.train(layer.training)
+
+
+def _geometry(layer: nn.Module) -> dict[str, Any]:
+    """The arguments that a convolution was made with, but for those of its weight and bias."""
+    names = (*_GEOMETRY, "output_padding") if layer.transposed else _GEOMETRY
+    return {name: getattr(layer, name) for name in names}
 
 
 def carry(old: nn.Module, new: nn.Module) -> None:
@@ -150,8 +153,8 @@ def attributes(module: nn.Module) -> dict[str, Any]:
 def _usual(kind: Any) -> frozenset[str]:
     """What every layer of a type has; made when first asked for, as meta tensors import a lot."""
     base: Any = next((t for t in SHARED_TYPES if issubclass(kind, t)), None)
-    if base is nn.Conv2d:
-        return frozenset(vars(nn.Conv2d(1, 1, 1, device="meta")))
+    if base in CONVOLUTIONS:
+        return frozenset(vars(base(1, 1, 1, device="meta")))
     if base is not None:
         return frozenset(vars(base(1, 1, device="meta")))
     return frozenset(vars(nn.Module()))

@@ -29,9 +29,10 @@ class Selection:
 def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
     """Choose layers by the filter, or by the default rule.
 
-    The default shares hidden layers: every nn.Linear, nn.Conv2d, nn.Embedding and Conv1D (of
-    transformers) but the first (stem) and the last (classifier) of the model, and those whose
-    weight starts as zeros; norms and biases always stay as they are, as in the paper (section 4).
+    The default shares hidden layers: every nn.Linear, nn.Embedding, convolution and transposed
+    convolution of one or two axes, and Conv1D (of transformers) but the first (stem) and the last
+    (classifier) of the model, and those whose weight starts as zeros; norms and biases always stay
+    as they are, as in the paper (section 4).
     Layers whose parameter is tied are shared together or not at all.
 
     Args:

@@ -46,6 +46,28 @@ def conv_output(
     ]
 
 
+def transposed_output(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """H', W' of a transposed convolution of an image H, W; below 1 where padding takes it all.
+
+    Example:
+        >>> transposed_output((7, 7), (4, 4), (2, 2), (1, 1), (0, 1), (1, 1))
+        [14, 15]
+    """
+    return [
+        (s - 1) * t - 2 * p + d * (k - 1) + o + 1
+        for s, k, t, p, o, d in zip(
+            size, kernel, stride, padding, output_padding, dilation, strict=True
+        )
+    ]
+
+
 def _derived() -> Any:
     """A field that the constructor computes."""
     return field(init=False, repr=False, compare=False)

@@ -198,6 +198,19 @@ class Placement:
         part = (offset + start, length)
         return replace(self, rows=part) if dim == 0 else replace(self, columns=part)
 
+    def of_images(self) -> Placement:
+        """Of a sequence's convolution the same weight, for images of height one; else itself.
+
+        Example:
+            >>> p = Placement(Generator(100, 8, "vector"), 0, 0, (6, 20, 5), 1.0)
+            >>> p.of_images().shape, p.of_images().law == p.law
+            ((6, 20, 1, 5), True)
+        """
+        if len(self.shape) != 3:
+            return self
+        rows, columns, length = self.shape
+        return replace(self, shape=(rows, columns, 1, length))
+
     @cached_property
     def block_columns(self) -> BlockColumns:
         """The blocks of a row that the selected columns touch.

@@ -151,7 +151,7 @@ def is_traced(x: object) -> bool:
     return isinstance(x, torch.fx.Proxy)
 
 
-def as_leaf(layer: nn.Module, x: Any) -> Any:
+def as_leaf(layer: nn.Module, x: Any, *more: Any) -> Any:
     """The node of a traced graph that calls the layer, as of torch's own layers."""
     path = x.tracer.path_of_module(layer)
-    return x.tracer.create_proxy("call_module", path, (x,), {})
+    return x.tracer.create_proxy("call_module", path, (x, *more), {})

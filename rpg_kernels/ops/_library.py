@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from rpg_kernels.law.placement import Placement
 
 NAMESPACE = "rpg_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+AUTOCAST = ("cpu", "cuda")  # devices
 CHECKS: dict[str, Callable[..., Any]] = {}  # of an operator's arguments, less the back end
 
 
@@ -132,8 +133,8 @@ def autocast(name: str) -> None:
     Kernels read an fp32 bank in low precision themselves, so its gradient stays fp32 and no
     second bank is made.
     """
-    for device in ("CPU", "CUDA"):
-        key = f"Autocast{device}"
+    for kind in AUTOCAST:
+        key = f"Autocast{kind.upper()}"
         keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
         def run(
@@ -142,21 +143,29 @@ def autocast(name: str) -> None:
             table: Tensor | None,
             bias: Tensor | None,
             *rest: Any,
-            device: str = device.lower(),
+            device: str = kind,
             keyset: torch._C.DispatchKeySet = keyset,
         ) -> Tensor:
-            low = bank.dtype in LOW_PRECISION  # then that is what the product is computed in
-            dtype = bank.dtype if low else torch.get_autocast_dtype(device)
             with torch._C._ExcludeDispatchKeyGuard(keyset):
                 operator = getattr(torch.ops.rpg_kernels, name)
-                cast = [_cast(t, dtype) for t in (x, bias)]
-                result: Tensor = operator(cast[0], bank, table, cast[1], *rest)
+                dtype = autocast_dtype(bank, device)
+                result: Tensor = operator(cast(x, dtype), bank, table, cast(bias, dtype), *rest)
                 return result
 
         LIBRARY.impl(name, run, key)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def autocast_dtype(bank: Tensor, device: str) -> torch.dtype:
+    """What a product is computed in under autocast: the bank's dtype where that is low."""
+    return bank.dtype if bank.dtype in LOW_PRECISION else torch.get_autocast_dtype(device)
+
+
+@overload
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """As autocast does: float64 stays."""
     if tensor is None or tensor.dtype not in (torch.float32, *LOW_PRECISION):
         return tensor
     return tensor.to(dtype)

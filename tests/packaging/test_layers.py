@@ -15,7 +15,7 @@ BASE = {"_checks", "_extras", "_json", "_sources", "_tensors", "_version", "_wra
 LAW = BASE | {"law"}
 BANK = LAW | {"bank", "settings"}
 BACKENDS = LAW | {"native", "settings", "backends"}
-FUNCTIONAL = BANK | {"functional", "ops"}
+FUNCTIONAL = BANK | {"functional", "convolutions", "ops"}
 NN = FUNCTIONAL | {"nn", "torch_functions"}
 MODELS = NN | {"conversion"}
 MAY = {
@@ -26,7 +26,7 @@ MAY = {
     "native": LAW | {"native"},
     "backends": BACKENDS,
     "ops": BACKENDS | {"ops"},
-    "functional": FUNCTIONAL,
+    **dict.fromkeys(("functional", "convolutions"), FUNCTIONAL),
     "torch_functions": FUNCTIONAL | {"torch_functions"},
     "nn": NN,
     "explanation": BACKENDS | {"ops"},
