@@ -41,7 +41,8 @@ def _images(x: Tensor, channels: int, axes: int) -> Tensor:
     if _checks.tensor("x", x).is_nested:
         wanted = "images of one size: [B, C, H, W], or a call for each image"
         raise _checks.fail("x", f"a nested tensor of layout {x.layout}", wanted)
-    if x.dim() not in (axes + 1, axes + 2) or x.shape[-1 - axes] != channels:
+    fits = x.dim() in (axes + 1, axes + 2)
+    if not fits or (not torch.jit.is_tracing() and x.shape[-1 - axes] != channels):
         image = f"{channels}, H, W]" if axes == 2 else f"{channels}, L]"
         raise _checks.fail("x", f"shape {list(x.shape)}", f"[B, {image} or [{image}")
     batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
@@ -121,23 +122,25 @@ def transposed(
     if any(m >= max(s, d) for m, s, d in zip(more, strides, dilations, strict=True)):
         raise _checks.fail("output_padding", output_padding, "less than the stride or the dilation")
     kernel = (1,) * (2 - axes) + weight.shape[2:]
-    size = transposed_output(images.shape[2:], kernel, strides, pads, more, dilations)
-    if 0 in images.shape[2:] or min(size) < 1:
+    tracing = torch.jit.is_tracing()  # which warns that sizes become constants
+    batch, _, *before = [int(s) for s in images.shape] if tracing else images.shape
+    size = transposed_output(before, kernel, strides, pads, more, dilations)
+    if 0 in before or min(size) < 1:
         wanted = f"at least one pixel, and more than padding takes away (result: {size[-axes:]})"
         raise _checks.fail("x", f"shape {list(x.shape)}", wanted)
     kind = x.device.type
     if kind in lib.AUTOCAST and torch.is_autocast_enabled(kind):
         dtype = lib.autocast_dtype(bank, kind)
         images, bias = lib.cast(images, dtype), lib.cast(bias, dtype)
-    lib.check_operand("x", images, bank)
-    lib.check_bias(bias, images, bank, channels)
+    if not tracing:
+        lib.check_operand("x", images, bank)
+        lib.check_bias(bias, images, bank, channels)
     # Whole strides of output padding: the convolution would have made rows and columns of them.
     beyond = [m // s for m, s in zip(more, strides, strict=True)]
     if any(beyond):
         images = F.pad(images, (0, beyond[1], 0, beyond[0]))
     how = (weight.image_spec, strides, pads, dilations, groups, settings.forced_backend())
-    size = [images.shape[0], channels, *size]
-    y: Tensor = _op.conv2d_input_grad(images, bank, table, size, *how)
+    y: Tensor = _op.conv2d_input_grad(images, bank, table, [batch, channels, *size], *how)
     if bias is not None:
         y = y + bias.to(y.dtype).view(-1, 1, 1)
     return _like(x, y, axes)

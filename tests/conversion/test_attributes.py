@@ -17,7 +17,10 @@ import rpg_kernels as rpg
 CONFIG = rpg.RPGConfig(dof=256, granularity=8)
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(8, 8),
+    "conv1d": lambda: nn.Conv1d(8, 8, 3, padding=1),
     "conv2d": lambda: nn.Conv2d(8, 8, 3, padding=1),
+    "conv_transpose1d": lambda: nn.ConvTranspose1d(8, 8, 3, padding=1),
+    "conv_transpose2d": lambda: nn.ConvTranspose2d(8, 8, 3, padding=1),
     "embedding": lambda: nn.Embedding(8, 8),
 }
 
