@@ -42,7 +42,7 @@ def _images(x: Tensor, channels: int, axes: int) -> Tensor:
         wanted = "images of one size: [B, C, H, W], or a call for each image"
         raise _checks.fail("x", f"a nested tensor of layout {x.layout}", wanted)
     fits = x.dim() in (axes + 1, axes + 2)
-    if not fits or (not torch.jit.is_tracing() and x.shape[-1 - axes] != channels):
+    if not fits or (not _recorded() and x.shape[-1 - axes] != channels):
         image = f"{channels}, H, W]" if axes == 2 else f"{channels}, L]"
         raise _checks.fail("x", f"shape {list(x.shape)}", f"[B, {image} or [{image}")
     batched = x if x.dim() == axes + 2 else x.unsqueeze(0)
@@ -50,9 +50,13 @@ def _images(x: Tensor, channels: int, axes: int) -> Tensor:
 
 
 def _like(x: Tensor, images: Tensor, axes: int) -> Tensor:
-    """A result of images in the form in which x is a batch, an image or a sequence."""
-    y = images if axes == 2 else images.squeeze(2)
-    return y if x.dim() == axes + 2 else y.squeeze(0)
+    """A result of images in the form of x. To autograd no view: it may be changed in place."""
+    if x.dim() == 4:
+        return images
+    batch, channels, *size = images.shape
+    leading = [batch] if x.dim() == axes + 2 else []
+    y: Tensor = torch.ops.aten._unsafe_view(images, [*leading, channels, *size[-axes:]])
+    return y
 
 
 def _channels(weight: VirtualWeight, groups: int, axes: int, transposed: bool) -> int:
@@ -122,7 +126,8 @@ def transposed(
     if any(m >= max(s, d) for m, s, d in zip(more, strides, dilations, strict=True)):
         raise _checks.fail("output_padding", output_padding, "less than the stride or the dilation")
     kernel = (1,) * (2 - axes) + weight.shape[2:]
-    tracing = torch.jit.is_tracing()  # which warns that sizes become constants
+    tracing = _recorded()
+    # A recorded call keeps the sizes that it was recorded with, of which torch warns.
     batch, _, *before = [int(s) for s in images.shape] if tracing else images.shape
     size = transposed_output(before, kernel, strides, pads, more, dilations)
     if 0 in before or min(size) < 1:
@@ -144,6 +149,11 @@ def transposed(
     if bias is not None:
         y = y + bias.to(y.dtype).view(-1, 1, 1)
     return _like(x, y, axes)
+
+
+def _recorded() -> bool:
+    """Whether ``torch.jit.trace`` looks on, to which sizes are tensors."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _pad_same(

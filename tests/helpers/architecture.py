@@ -112,6 +112,16 @@ def waves() -> Inputs:
     return {"input_values": torch.randn(2, 400), "labels": torch.randint(3, VOCABULARY, (2, 3))}
 
 
+def spectrograms_alone() -> Inputs:
+    """Sound in 8 mel bands for a vocoder, which makes samples of it."""
+    return {"spectrogram": torch.randn(2, 16, 8)}
+
+
+def pixels_alone() -> Inputs:
+    """Images for a network of transformers that says something of each pixel."""
+    return {"pixel_values": torch.randn(2, 3, PIXELS, PIXELS)}
+
+
 def only_images() -> Inputs:
     """Images for a network of timm."""
     return {"x": torch.randn(2, 3, PIXELS, PIXELS)}

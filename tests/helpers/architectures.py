@@ -18,7 +18,9 @@ from architecture import (
     images,
     images_and_text,
     only_images,
+    pixels_alone,
     spectrograms,
+    spectrograms_alone,
     tokens,
     waves,
 )
@@ -178,6 +180,16 @@ SOUND = (
         num_conv_pos_embedding_groups=2,
         apply_spec_augment=False,
     ),
+    other(  # transposed convolutions of sequences
+        "SpeechT5HifiGan",
+        spectrograms_alone,
+        model_in_dim=8,
+        upsample_initial_channel=32,
+        upsample_rates=(4, 2),
+        upsample_kernel_sizes=(8, 4),
+        resblock_kernel_sizes=(3, 5),
+        resblock_dilation_sizes=((1, 3), (1, 3)),
+    ),
 )
 IMAGES = (
     other("ViTForImageClassification", images, **VISION),
@@ -212,6 +224,14 @@ IMAGES = (
         projection_dim=24,
     ),
     other("SiglipModel", images_and_text, text_config=DECODER, vision_config=VISION),
+    other(  # transposed convolutions of images
+        "DPTForDepthEstimation",
+        pixels_alone,
+        **{**VISION, "num_hidden_layers": 4},
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[16, 24, 32, 40],
+        fusion_hidden_size=16,
+    ),
 )
 PATCHES = {"img_size": PIXELS, "patch_size": 16, "embed_dim": 32}
 BLOCKS = {**PATCHES, "depth": 2, "num_heads": 4}

@@ -147,6 +147,8 @@ def test_layouts_of_results(name: str) -> None:
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
     assert dx.movedim(1, -1).is_contiguous()
     assert ours(name)(x.detach().contiguous(), weight).is_contiguous()
+    assert not y._is_view()
+    assert not ours(name)(x[0], weight)._is_view()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ours(name)(x, weight)
