@@ -53,9 +53,10 @@ def _like(x: Tensor, images: Tensor, axes: int) -> Tensor:
     """A result of images in the form of x. To autograd no view: it may be changed in place."""
     if x.dim() == 4:
         return images
-    batch, channels, *size = images.shape
-    leading = [batch] if x.dim() == axes + 2 else []
-    y: Tensor = torch.ops.aten._unsafe_view(images, [*leading, channels, *size[-axes:]])
+    y = images if axes == 2 else images.squeeze(2)
+    y = y if x.dim() == axes + 2 else y.squeeze(0)
+    if not _recorded():
+        y = torch.ops.aten._unsafe_view(images, y.shape)
     return y
 
 

@@ -95,6 +95,33 @@ def test_a_part_is_traced_once_it_is_frozen() -> None:
     torch.testing.assert_close(torch.export.export(part, (x,)).module()(x), part(x))
 
 
+def test_traces_of_sequences_and_of_transposed_layers() -> None:
+    """The former take other sizes than they were traced with; of the latter torch warns."""
+    layer = rpg.nn.Conv1d(4, 6, 3, padding="same")
+    traced, x = torch.jit.trace(layer, torch.randn(2, 4, 9)), torch.randn(3, 4, 14)
+    assert torch.equal(traced(x), layer(x))
+    up = rpg.nn.ConvTranspose2d(4, 6, 3, stride=2)
+    x = torch.randn(2, 4, 5, 5)
+    with pytest.warns(torch.jit.TracerWarning, match="might not generalize"):
+        traced = torch.jit.trace(up, x)
+    assert torch.equal(traced(x), up(x))
+    graph = symbolic_trace(Sized(up))
+    assert graph(x).shape == (2, 6, 12, 11)
+    exported = torch.export.export(Sized(up), (x,))
+    assert torch.equal(exported.module()(x), graph(x))
+
+
+class Sized(nn.Module):
+    """A transposed layer that is told the size of its result."""
+
+    def __init__(self, up: nn.Module) -> None:
+        super().__init__()
+        self.up = up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x, output_size=(12, 11))
+
+
 @pytest.mark.parametrize("part", ["", "mix", "conv", "words"])
 def test_script_refuses_and_names_materialize(part: str) -> None:
     net = build()
