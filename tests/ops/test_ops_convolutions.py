@@ -183,6 +183,17 @@ def test_accuracy(name: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_bias_of_another_dtype(name: str) -> None:
+    axes = axes_of(name)
+    weight = brute.bank_of(640, torch.float32, granularity=16).place((8, 8, *[3] * axes))
+    x, bias = torch.randn(2, 8, *[7] * axes, dtype=torch.bfloat16), torch.randn(8)
+    y = ours(name)(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    wanted = torchs(name)(x.float(), weight.unpack(), bias)
+    torch.testing.assert_close(y.float(), wanted, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_autocast(name: str) -> None:
     axes = axes_of(name)
     weight = brute.bank_of(640, torch.float32, granularity=16).place((8, 8, *[3] * axes))
@@ -191,7 +202,8 @@ def test_autocast(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = ours(name)(x, weight, bias)
         twice = ours(name)(x.double(), brute.bank_of(640).place((8, 8, *[3] * axes)))
-    assert (y.dtype, twice.dtype) == (torch.bfloat16, F64)
+        half = ours(name)(x, brute.bank_of(640, torch.float16).place((8, 8, *[3] * axes)), bias)
+    assert (y.dtype, twice.dtype, half.dtype) == (torch.bfloat16, F64, torch.float16)
     y.float().sum().backward()
     for tensor in (x, bias, weight.bank.weight):
         assert tensor.grad is not None
