@@ -20,9 +20,9 @@ from rpg_kernels._extras import require
 from rpg_kernels.models.resnet import ResNet
 from rpg_kernels.nn import VirtualLayer
 
-DEFAULT_EPOCHS = {"small": 12, "resnet18": 10}
+DEFAULT_EPOCHS = {"small": 6, "resnet18": 10}
 DEFAULT_LR = {"small": 0.2, "resnet18": 0.05}
-DEFAULT_SEEDS = {"small": 3, "resnet18": 1}
+DEFAULT_SEEDS = {"small": 2, "resnet18": 1}
 DEFAULT_THREADS = {"small": 1}
 RELOAD_IMAGES = 100
 
@@ -91,7 +91,8 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
 
     pixels = train.Pixels(images, setting.device)
     results, model = _train_all(rows, setting, pixels, record, out / "demo.json")
-    print(f"\n{report.table(results)}\n{report.legend(setting.schedule.batch_size)}\n")
+    legend = report.legend(setting.schedule.batch_size, record["clock"])
+    print(f"\n{report.table(results)}\n{legend}\n")
 
     # The last row is ours, at the largest DoF.
     record["backend"] = _backend(model, pixels)
@@ -113,7 +114,7 @@ def _setting(args: argparse.Namespace, model_name: str, images: data.Images) -> 
         architecture=dataclasses.replace(networks.ARCHITECTURES[model_name], stem=args.stem),
         channels=images.channels,
         classes=len(images.classes),
-        config=RPGConfig(dof=1, granularity=args.granularity, reflect=args.reflect),
+        config=RPGConfig(dof=1, granularity=args.granularity, reflect=args.reflect, laps=args.laps),
         schedule=train.Schedule(
             epochs=args.epochs or DEFAULT_EPOCHS[model_name],
             lr=args.lr or DEFAULT_LR[model_name],
@@ -149,7 +150,7 @@ def _train_all(
             machine.write_json(path, record)
             bar.write(
                 f"{result.label}, DoF {result.dof:,}: {result.mean_accuracy:.1f} % after "
-                f"{sum(result.seconds):.1f} s"
+                f"{sum(result.seconds):.1f} s, {result.images_per_second:.0f} images/s"
             )
     return results, model
 
@@ -165,7 +166,9 @@ def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str,
         "stem": setting.architecture.stem,
         "granularity": setting.config.granularity,
         "reflect": setting.config.reflect,
+        "laps": setting.config.laps,
         "schedule": dataclasses.asdict(setting.schedule),
+        "clock": train.clock(setting.device),
         "seeds": list(range(setting.seeds)),
         "environment": machine.environment(setting.device),
     }
@@ -185,8 +188,7 @@ def _train_row(
         trained = train.train(model, pixels, setting.schedule, seed, on_step)
         if seed == 0:
             result.state = memory.of_model(model, trained.optimizer)
-        result.accuracy.append(trained.accuracy)
-        result.seconds.append(trained.seconds)
+        result.curves.append(trained.curve)
         result.loss.append(trained.loss)
         models.append(model)
     return result, models[0]
@@ -204,8 +206,11 @@ def _measured(row: networks.Network, setting: Setting, pixels: train.Pixels) -> 
         kind=row.kind,
         width=row.width,
         dof=networks.degrees_of_freedom(model, weights),
+        laps=row.laps,
         virtual_weights=weights,
         trainable=networks.trainable(model),
+        images=train.steps_of(len(pixels.data.train_labels), setting.schedule)
+        * setting.schedule.batch_size,
         saved=memory.saved_by_model(model, batch, setting.schedule.bfloat16),
     )
 

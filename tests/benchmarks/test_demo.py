@@ -300,8 +300,39 @@ def test_plan_narrows_to_the_parameters_of_the_smallest() -> None:
     sizes = [networks.trainable(networks.build(r, architecture, 1, 10, config)) for r in rows]
     assert 0.5 * sizes[3] < sizes[1] <= sizes[3]
     assert networks.block_weights(architecture, 32, 1, 10) == 305_152
+    assert networks.block_weights(architecture, 64, 1, 10) == 1_220_608
     with pytest.raises(ValueError, match="dof: got \\[\\], wanted"):
         networks.plan(architecture, 1, 10, config, [])
+
+
+def test_plan_takes_no_more_laps_than_the_compression() -> None:
+    architecture = networks.ARCHITECTURES["small"]
+    dofs = [4096, 600_000, 2_000_000]
+    for wanted, expected in ((4, [4, 2, 1]), (16, [16, 2, 1]), (None, [None, None, None])):
+        rows = networks.plan(architecture, 1, 10, RPGConfig(dof=1, laps=wanted), dofs)[3:]
+        assert [row.laps for row in rows] == expected
+        for row in rows:
+            networks.build(row, architecture, 1, 10, RPGConfig(dof=1))
+
+
+def test_curve_leaves_out_the_time_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = train.Pixels(data.load(None, 64, 8), CPU)
+    now = [0.0]
+    monkeypatch.setattr(train, "_now", lambda device: now[0])
+    accuracies = iter([10.0, 20.0, 30.0])
+
+    def slow_test(*_: object) -> float:
+        now[0] += 100.0
+        return next(accuracies)
+
+    def step(loss: torch.Tensor) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr(train, "accuracy", slow_test)
+    schedule = train.Schedule(epochs=3, batch_size=32, lr=0.1)
+    trained = train.train(small(), pixels, schedule, 0, step)
+    assert trained.curve == [(2.0, 10.0), (4.0, 20.0), (6.0, 30.0)]
+    assert (trained.seconds, trained.accuracy) == (6.0, 30.0)
 
 
 def test_missing_extra_says_what_to_install() -> None:
@@ -335,10 +366,14 @@ def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert by_kind["published"]["saved_bytes_beyond_activations_per_virtual_weight"] == 16
     assert by_kind["rpg"]["saved_bytes_beyond_activations"] == 0
     assert by_kind["rpg"]["dof"] == 8192
-    assert by_kind["rpg"]["virtual_weights"] == 305_152
-    assert len(by_kind["dense"]["accuracy"]) == 2
+    assert by_kind["rpg"]["virtual_weights"] == 1_220_608
+    assert by_kind["rpg"]["laps"] == 4
+    for row in record["networks"]:
+        assert len(row["accuracy"]) == len(row["seconds"]) == len(row["curves"]) == 2
+        # 96 images, 1 epoch and 2 seeds.
+        assert row["images_per_second"] == pytest.approx(2 * 96 / sum(row["seconds"]))
     # Weights, gradients and momentum, the running statistics of norms, and the digits of the map.
-    assert by_kind["rpg"]["state_bytes"] < 12 * by_kind["rpg"]["trainable"] + 11_000
+    assert by_kind["rpg"]["state_bytes"] < 12 * by_kind["rpg"]["trainable"] + 18_000
     assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png", "demo.pt"]
 
 
@@ -363,6 +398,9 @@ def test_options_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         run(["--dof", "1000,x"])
     assert "got 'x', wanted a positive whole number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(["--laps", "ring"])
+    assert "got 'ring', wanted a positive whole number" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(["--lr", "nan"])
     assert "got 'nan', wanted a positive number" in capsys.readouterr().err
