@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import time
 from collections.abc import Callable
@@ -90,11 +91,17 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
     print(f"{title}\non {record['environment']['device_name']}, torch {torch.__version__}")
 
     pixels = train.Pixels(images, setting.device)
-    results, model = _train_all(rows, setting, pixels, record, out / "demo.json")
+    results, models = _train_all(rows, setting, pixels, record, out / "demo.json")
+    # The last row is ours, at the largest DoF; a copy, as measuring steps trains.
+    model = copy.deepcopy(models[-1])
+    for result, seconds in zip(
+        results, train.step_seconds(models, pixels, setting.schedule), strict=True
+    ):
+        result.images_per_second = setting.schedule.batch_size / seconds
+    record["networks"] = [result.record() for result in results]
     legend = report.legend(setting.schedule.batch_size, record["clock"])
     print(f"\n{report.table(results)}\n{legend}\n")
 
-    # The last row is ours, at the largest DoF.
     record["backend"] = _backend(model, pixels)
     record["reloaded_outputs_identical"] = _reload(
         out / "demo.pt", rows[-1], setting, model, pixels
@@ -133,11 +140,12 @@ def _train_all(
     pixels: train.Pixels,
     record: dict[str, Any],
     path: Path,
-) -> tuple[list[report.Result], nn.Module]:
-    """Every row's result, and the last row's model."""
+) -> tuple[list[report.Result], list[nn.Module]]:
+    """Every row's result, and its model of seed 0."""
     tqdm = require("tqdm", "tqdm", "the progress bar")
     steps = train.steps_of(len(pixels.data.train_labels), setting.schedule)
     results: list[report.Result] = []
+    models: list[nn.Module] = []
     # disable=None: no bar where the output is not a terminal.
     bar = tqdm.tqdm(total=steps * setting.seeds * len(rows), unit="step", disable=None)
     with bar:
@@ -145,14 +153,12 @@ def _train_all(
             bar.set_description(row.label)
             result, model = _train_row(row, setting, pixels, lambda _: bar.update())
             results.append(result)
+            models.append(model)
             # Written after every network: a long run that is cut short leaves what it has.
             record["networks"] = [done.record() for done in results]
             machine.write_json(path, record)
-            bar.write(
-                f"{result.label}, DoF {result.dof:,}: {result.mean_accuracy:.1f} % after "
-                f"{sum(result.seconds):.1f} s, {result.images_per_second:.0f} images/s"
-            )
-    return results, model
+            bar.write(f"{result.label}, DoF {result.dof:,}: {result.mean_accuracy:.1f} %")
+    return results, models
 
 
 def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str, Any]:

@@ -28,8 +28,8 @@ LOOKS = {
 class Result:
     """One network: its sizes, its bytes, and accuracy and time for each seed.
 
-    ``images``: that a run trains with, each as often as it is met. ``curves``: for each seed and
-    epoch, the seconds of training so far and the test accuracy then.
+    ``images``: that a run trains with, each as often as it is met. ``curves``: test accuracy after
+    each epoch, for each seed. ``images_per_second``: of training; 0 until it is measured.
     """
 
     label: str
@@ -42,24 +42,22 @@ class Result:
     laps: int | None = None
     state: Persistent | None = None
     saved: SavedBytes | None = None
-    curves: list[list[tuple[float, float]]] = field(default_factory=list)
+    curves: list[list[float]] = field(default_factory=list)
+    images_per_second: float = 0.0
     loss: list[float] = field(default_factory=list)
 
     @property
     def accuracy(self) -> list[float]:
-        return [curve[-1][1] for curve in self.curves]
+        return [curve[-1] for curve in self.curves]
 
     @property
-    def seconds(self) -> list[float]:
-        return [curve[-1][0] for curve in self.curves]
+    def seconds(self) -> float:
+        """Of a whole training, without tests."""
+        return self.images / self.images_per_second
 
     @property
     def mean_accuracy(self) -> float:
         return sum(self.accuracy) / len(self.accuracy)
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images * len(self.seconds) / sum(self.seconds)
 
     @property
     def training_bytes(self) -> int:
@@ -81,11 +79,9 @@ class Result:
                 "training_bytes": self.training_bytes,
             }
         if self.curves:
-            extra |= {
-                "accuracy": self.accuracy,
-                "seconds": self.seconds,
-                "images_per_second": self.images_per_second,
-            }
+            extra["accuracy"] = self.accuracy
+        if self.images_per_second:
+            extra["seconds"] = self.seconds
         return {**asdict(self), **extra}
 
 
@@ -110,7 +106,7 @@ def table(results: Sequence[Result]) -> str:
                 f"{result.saved.total / 1e6:.2f}",
                 f"{result.saved.beyond_activations / 1e6:.2f}",
                 f"{result.mean_accuracy:.1f}" + (f" ±{spread / 2:.1f}" if spread else ""),
-                f"{sum(result.seconds) / len(result.seconds):.1f}",
+                f"{result.seconds:.1f}",
                 f"{result.images_per_second:.0f}",
             ]
         )
@@ -128,8 +124,9 @@ def legend(batch: int, clock: str) -> str:
         "and input.\n"
         "beyond act.: the part of it that is the same whatever the images are: "
         "tables, and copies of weights.\n"
-        f"accuracy: mean over seeds, and half their range. time: {clock} of one training, "
-        "tests left out; images/s: that it trains with."
+        "accuracy: mean over seeds, and half their range.\n"
+        f"images/s: of training steps, all networks in turn, {clock}. time: of a training at that "
+        "rate, without tests."
     )
 
 
@@ -175,10 +172,10 @@ def _short(number: int) -> str:
 
 
 def _course(result: Result) -> list[Point]:
-    """Mean seconds and accuracy over seeds, epoch by epoch."""
-    epochs = zip(*result.curves, strict=True)
-    count = len(result.curves)
-    return [Point(sum(s for s, _ in e) / count, sum(a for _, a in e) / count) for e in epochs]
+    """Mean accuracy over seeds against seconds, epoch by epoch."""
+    epochs = list(zip(*result.curves, strict=True))
+    of_epoch = result.seconds / len(epochs)
+    return [Point(of_epoch * i, sum(e) / len(e)) for i, e in enumerate(epochs, 1)]
 
 
 def _final(result: Result) -> Point:

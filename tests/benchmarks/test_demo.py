@@ -315,24 +315,23 @@ def test_plan_takes_no_more_laps_than_the_compression() -> None:
             networks.build(row, architecture, 1, 10, RPGConfig(dof=1))
 
 
-def test_curve_leaves_out_the_time_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = train.Pixels(data.load(None, 64, 8), CPU)
-    now = [0.0]
+    now, models = [0.0], [small() for _ in range(3)]
+    order: list[int] = []
+
+    def step(model: nn.Module, *_: object) -> None:
+        order.append(models.index(model))
+        # The machine becomes slower and slower; model i takes 1, 2, 3 times as long.
+        now[0] += (1 + order[-1]) * (1 + len(order) // 3)
+
+    monkeypatch.setattr(train, "_step", step)
     monkeypatch.setattr(train, "_now", lambda device: now[0])
-    accuracies = iter([10.0, 20.0, 30.0])
-
-    def slow_test(*_: object) -> float:
-        now[0] += 100.0
-        return next(accuracies)
-
-    def step(loss: torch.Tensor) -> None:
-        now[0] += 1.0
-
-    monkeypatch.setattr(train, "accuracy", slow_test)
-    schedule = train.Schedule(epochs=3, batch_size=32, lr=0.1)
-    trained = train.train(small(), pixels, schedule, 0, step)
-    assert trained.curve == [(2.0, 10.0), (4.0, 20.0), (6.0, 30.0)]
-    assert (trained.seconds, trained.accuracy) == (6.0, 30.0)
+    seconds = train.step_seconds(models, pixels, SCHEDULE)
+    assert len(order) == 3 * (train.STEP_ROUNDS + 1)
+    assert all(sorted(order[i : i + 3]) == [0, 1, 2] for i in range(0, len(order), 3))
+    middle = train.STEP_ROUNDS // 2 + 2
+    assert [s / (i + 1) for i, s in enumerate(seconds)] == pytest.approx([middle] * 3, abs=1)
 
 
 def test_missing_extra_says_what_to_install() -> None:
@@ -369,9 +368,10 @@ def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert by_kind["rpg"]["virtual_weights"] == 1_220_608
     assert by_kind["rpg"]["laps"] == 4
     for row in record["networks"]:
-        assert len(row["accuracy"]) == len(row["seconds"]) == len(row["curves"]) == 2
-        # 96 images, 1 epoch and 2 seeds.
-        assert row["images_per_second"] == pytest.approx(2 * 96 / sum(row["seconds"]))
+        assert len(row["accuracy"]) == len(row["curves"]) == 2
+        assert [len(curve) for curve in row["curves"]] == [1, 1]
+        # 96 images in an epoch.
+        assert row["images_per_second"] == pytest.approx(96 / row["seconds"])
     # Weights, gradients and momentum, the running statistics of norms, and the digits of the map.
     assert by_kind["rpg"]["state_bytes"] < 12 * by_kind["rpg"]["trainable"] + 18_000
     assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png", "demo.pt"]
