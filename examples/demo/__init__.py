@@ -45,11 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     network.add_argument(
         "--laps",
-        type=_laps,
-        default=4,
-        help="how often the slots of a unit are read close together: a layer then takes so many "
-        "times fewer multiplications; at most the compression; 'none' draws each weight from the "
-        "whole bank, as the paper does (default: 4)",
+        type=lambda text: [None if part == "none" else _positive(part) for part in text.split(",")],
+        default=[4],
+        metavar="N,N,...",
+        help="how often slots are read close together, for all DoF or for each: a layer then takes "
+        "so many times fewer multiplications; at most the compression; 'none' draws each weight "
+        "from the whole bank, as the paper does (default: 4)",
     )
     network.add_argument(
         "--granularity", type=_positive, default=64, help="bank elements in a slot (default: 64)"
@@ -107,10 +108,6 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a positive whole number")
     return value
-
-
-def _laps(text: str) -> int | None:
-    return None if text == "none" else _positive(text)
 
 
 def _positive_number(text: str) -> float:

@@ -79,6 +79,7 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
         setting.classes,
         setting.config,
         args.dof or setting.architecture.dofs,
+        args.laps,
     )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def _setting(args: argparse.Namespace, model_name: str, images: data.Images) -> 
         architecture=dataclasses.replace(networks.ARCHITECTURES[model_name], stem=args.stem),
         channels=images.channels,
         classes=len(images.classes),
-        config=RPGConfig(dof=1, granularity=args.granularity, reflect=args.reflect, laps=args.laps),
+        config=RPGConfig(dof=1, granularity=args.granularity, reflect=args.reflect),
         schedule=train.Schedule(
             epochs=args.epochs or DEFAULT_EPOCHS[model_name],
             lr=args.lr or DEFAULT_LR[model_name],
@@ -172,7 +173,6 @@ def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str,
         "stem": setting.architecture.stem,
         "granularity": setting.config.granularity,
         "reflect": setting.config.reflect,
-        "laps": setting.config.laps,
         "schedule": dataclasses.asdict(setting.schedule),
         "clock": train.clock(setting.device),
         "seeds": list(range(setting.seeds)),

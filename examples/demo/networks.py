@@ -46,22 +46,31 @@ class Network:
 
 
 def plan(
-    architecture: Architecture, channels: int, classes: int, config: RPGConfig, dofs: Sequence[int]
+    architecture: Architecture,
+    channels: int,
+    classes: int,
+    config: RPGConfig,
+    dofs: Sequence[int],
+    laps: Sequence[int | None] = (None,),
 ) -> list[Network]:
     """The networks to train: dense, narrowed, as published, and ours at each DoF.
 
-    Ours has the laps of ``config``, or as many as its compression allows.
+    Ours has as many laps as it is given, one number for all or one for each DoF, and at most as many
+    as its compression allows.
     The narrowed and the published network stand beside ours at the smallest DoF. The narrowed one
     is the widest whose trainable parameters, all of them, do not exceed ours; having fewer norms
     and a smaller classifier, it may have more block weights than we have degrees of freedom.
 
     Raises:
-        ValueError: ``dofs`` is empty or not positive.
+        ValueError: ``dofs`` is empty or not positive; another number of ``laps``.
     """
     if not dofs or any(dof < 1 for dof in dofs):
         raise ValueError(f"dof: got {list(dofs)}, wanted one or more positive numbers")
     weights = block_weights(architecture, architecture.width, channels, classes)
-    ours = [_ours(architecture, dof, config.laps, weights) for dof in sorted(set(dofs))]
+    if len(laps) not in (1, len(dofs)):
+        raise ValueError(f"laps: got {len(laps)} of them, wanted 1, or {len(dofs)} as of dof")
+    wanted = dict(zip(dofs, list(laps) * (1 if len(laps) > 1 else len(dofs)), strict=True))
+    ours = [_ours(architecture, dof, wanted[dof], weights) for dof in sorted(wanted)]
     with torch.device("meta"):
         budget = trainable(build(ours[0], architecture, channels, classes, config))
         narrow = max(

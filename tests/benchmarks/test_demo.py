@@ -308,11 +308,22 @@ def test_plan_narrows_to_the_parameters_of_the_smallest() -> None:
 def test_plan_takes_no_more_laps_than_the_compression() -> None:
     architecture = networks.ARCHITECTURES["small"]
     dofs = [4096, 600_000, 2_000_000]
-    for wanted, expected in ((4, [4, 2, 1]), (16, [16, 2, 1]), (None, [None, None, None])):
-        rows = networks.plan(architecture, 1, 10, RPGConfig(dof=1, laps=wanted), dofs)[3:]
+    cases: list[tuple[list[int | None], list[int | None]]] = [
+        ([4], [4, 2, 1]),
+        ([16], [16, 2, 1]),
+        ([None], [None] * 3),
+        ([None, 9, 1], [None, 2, 1]),
+    ]
+    for laps, expected in cases:
+        rows = networks.plan(architecture, 1, 10, RPGConfig(dof=1), dofs, laps)[3:]
         assert [row.laps for row in rows] == expected
         for row in rows:
             networks.build(row, architecture, 1, 10, RPGConfig(dof=1))
+    # Pairs of DoF and laps stay together.
+    rows = networks.plan(architecture, 1, 10, RPGConfig(dof=1), [8192, 4096], [2, 3])[3:]
+    assert [(row.dof, row.laps) for row in rows] == [(4096, 3), (8192, 2)]
+    with pytest.raises(ValueError, match="laps: got 2 of them, wanted 1, or 3 as of dof"):
+        networks.plan(architecture, 1, 10, RPGConfig(dof=1), dofs, [2, 3])
 
 
 def test_steps_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
