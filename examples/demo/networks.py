@@ -56,9 +56,10 @@ def plan(
     """The networks to train: dense, narrowed, as published, and ours at each DoF.
 
     Ours has as many laps as it is given, one number for all or one for each DoF, at most as many as
-    its compression allows. The narrowed and the published network stand beside ours at the smallest DoF. The narrowed one
-    is the widest whose trainable parameters, all of them, do not exceed ours; having fewer norms
-    and a smaller classifier, it may have more block weights than we have degrees of freedom.
+    its compression allows. The narrowed and the published network stand beside ours at the smallest
+    DoF. The narrowed one is the widest whose trainable parameters, all of them, do not exceed ours;
+    having fewer norms and a smaller classifier, it may have more block weights than we have degrees
+    of freedom.
 
     Raises:
         ValueError: ``dofs`` is empty or not positive; another number of ``laps``.
