@@ -42,7 +42,7 @@ SETTINGS: dict[str, tuple[RPGConfig, dict[str, float]]] = {
 def run(config: RPGConfig, options: dict[str, float], pixels: train.Pixels, seed: int) -> float:
     """Test accuracy of one training, in per cent."""
     torch.manual_seed(seed)
-    architecture = networks.ARCHITECTURES["small"]
+    architecture = networks.Architecture((1, 1, 1), 32, (DOF,))
     network = networks.Network("rpg-kernels", "rpg", architecture.width, DOF)
     images = pixels.data
     model = networks.build(network, architecture, images.channels, len(images.classes), config)

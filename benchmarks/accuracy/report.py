@@ -37,8 +37,19 @@ TRAINED = ("rpg 17x g64 vector", *(f"rpg 17x g64 vector, {setting}" for setting 
            "init_std 1", "bank lr x 0.3", "bank lr x 3", "bank decay 0", "bank decay x 10",
            "scale fan_in", "lr x 0.5", "lr x 2")), "dense", "dense, lr x 0.5",
            "dense, lr x 2")  # fmt: skip
-# Page of the repository -> the rows that stand between its marks.
-PAGES = {ROOT / "README.md": CHOICES, ROOT / "docs" / "training.md": TRAINED}
+# What laps cost, in float32.
+SHARED = tuple(f"rpg {size}x g64 vector{laps}" for size, laps in (
+         (4, ""), (4, ", 4 laps"), (17, ""), (17, ", 4 laps"), (17, ", 9 laps"),
+         (17, ", 16 laps")))  # fmt: skip
+# Results file -> page of the repository -> the rows that stand between its marks.
+DOCS = ROOT / "docs"
+PAGES = {
+    "accuracy_cifar10": {
+        DOCS / "results" / "accuracy.md": CHOICES,
+        DOCS / "training.md": TRAINED,
+    },
+    "accuracy_cifar10_fp32": {DOCS / "results" / "laps.md": SHARED},
+}
 MARKS = ("<!-- accuracy -->", "<!-- /accuracy -->")
 CURVES = ("dense", "rpg 4x g64 vector", "rpg 17x g1 element", "rpg 17x g64 vector",
           "hashed 17x", "unsigned 17x", "narrow 17x")  # fmt: skip
@@ -65,9 +76,9 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"results: got {args.results} without runs, wanted a file that has some")
     page = "\n".join(tables(runs))
     texts = {args.results.with_suffix(".md"): page + "\n"}
-    if args.results.resolve() == RESULTS / default_name("small", "cifar10"):
+    if args.results.resolve().parent == RESULTS:
         found = summary.summaries(runs)
-        for path, names in PAGES.items():
+        for path, names in PAGES.get(args.results.stem, {}).items():
             texts[path] = between_marks(path.read_text(encoding="utf-8"), names, found)
     stale = stale_charts(
         {args.images / name: plot for name, plot in plots(runs, args.results.stem).items()}
@@ -139,15 +150,22 @@ def heading(runs: Sequence[Record]) -> list[str]:
 
 
 def all_rows(shown: Found, found: Found | None = None) -> list[str]:
-    """One line for each row that is shown, compared with those that were found."""
+    """One line for each row that is shown, compared with those that were found.
+
+    Differences are from the paper's map of the same size; where none was run, from the whole ring.
+    """
     found = shown if found is None else found
+    has_map = any(summary.element_wise(one, found) for one in shown.values())
+    other, name = (
+        (summary.element_wise, "element-wise") if has_map else (summary.whole_ring, "whole ring")
+    )
     head = (
         "network", "degrees of freedom", "test accuracy", "seeds",
-        "minus element-wise of this size", "training loss",
+        f"minus {name} of this size", "training loss",
     )  # fmt: skip
     rows = []
     for one in shown.values():
-        difference = summary.against(one, summary.element_wise(one, found))
+        difference = summary.against(one, other(one, found))
         losses = [run["training_loss"] for run in one.runs.values()]
         loss = None if None in losses else summary.estimate(losses).mean
         count = one.accuracy.count

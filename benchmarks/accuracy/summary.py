@@ -112,6 +112,11 @@ def element_wise(summary: Summary, found: Mapping[str, Summary]) -> Summary | No
     return found.get(law_name(summary.compression, 1, "element"))
 
 
+def whole_ring(summary: Summary, found: Mapping[str, Summary]) -> Summary | None:
+    """The default law at a row's compression: granularity 64, a sign per slot, no laps."""
+    return found.get(law_name(summary.compression, 64, "vector"))
+
+
 def spread(found: Mapping[str, Summary]) -> tuple[float, int] | None:
     """Standard deviation between seeds, pooled over all rows, and its degrees of freedom."""
     squares, freedom = 0.0, 0

@@ -17,7 +17,7 @@ __all__ = ["add_arguments", "run"]
 
 QUICK_MEMORY = 8 << 30
 SECONDS = {"quick": 4.0, "full": 8.0, "gpu": 1.0, "gpu-longer": 1.0}
-CPU_SUITES = ("cpu", "decoder")
+CPU_SUITES = ("cpu", "decoder", "networks")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +140,15 @@ def _refuse(wrong: list[str]) -> None:
 
 def _cpu(args: argparse.Namespace) -> None:
     """Run a suite of CPU kernels."""
-    from benchmarks.harness.cpu import decoder, grid, report, run
+    from benchmarks.harness.cpu import (
+        decoder,
+        grid,
+        networks,
+        networks_report,
+        networks_run,
+        report,
+        run,
+    )
     from rpg_kernels import _checks, timing
 
     choice = {
@@ -150,6 +158,8 @@ def _cpu(args: argparse.Namespace) -> None:
     others = ["op", "granularity", "reflect", "impl", "memory", "limit", "eager"]
     if args.suite == "decoder":
         others += ["case", "batch", "dof", "seconds", "longer"]
+    if args.suite == "networks":
+        others += ["dof", "longer"]
     for name in others:
         if getattr(args, name) not in (None, [], False):
             raise _checks.fail(name, getattr(args, name), f"none with suite {args.suite}")
@@ -161,6 +171,10 @@ def _cpu(args: argparse.Namespace) -> None:
     if args.suite == "decoder":
         record = decoder.run(dtypes=args.dtype, **common)
         lines, wrong = report.tokens_of(args.out, record), decoder.wrong(record)
+    elif args.suite == "networks":
+        chosen = networks.choose(args.case, args.batch, args.dtype)
+        record = networks_run.run(chosen, seconds=args.seconds, **common)
+        lines, wrong = networks_report.tables_of(args.out, record), networks_run.wrong(record)
     else:
         points = grid.choose(**choice, dtypes=args.dtype, longer=args.longer)
         record = run.run(points, seconds=args.seconds, **common)

@@ -40,32 +40,6 @@ def cifar10_resnet18(results: Path) -> list[str]:
     return markdown(head, rows)
 
 
-def resnet18_step(results: Path) -> list[str]:
-    """What ``benchmarks/resnet18_step.py`` measured."""
-    record = _load(results / "resnet18_step.json")
-    if record is None:
-        return [NOT_MEASURED]
-    arguments, virtual = record["arguments"], record["virtual_weights"]
-    rows = [
-        (
-            name if name == "dense" else f"{name}, {arguments['dof']:,} DoF",
-            f"{row['median_s']:.2f} s",
-            f"{row['saved_beyond_activations_bytes'] / virtual:.0f} bytes",
-            f"{row['largest_allocation_bytes'] / 1e6:.1f} MB",
-        )
-        for name, row in record["rows"].items()
-    ]
-    threads = record["threads"]
-    head = (
-        f"one training step, ResNet-18, batch {arguments['batch_size']}, fp32, "
-        f"{threads} thread{'s' * (threads > 1)}",
-        "median",
-        "saved beyond activations, per virtual weight",
-        "largest allocation",
-    )
-    return markdown(head, rows)
-
-
 def bank_training(results: Path) -> list[str]:
     """What ``benchmarks/bank_training.py`` measured: mean and half the range over seeds."""
     record = _load(results / "bank_training_digits.json")
@@ -101,7 +75,6 @@ def law(results: Path) -> list[str]:
 
 TABLES = {
     "cifar10-resnet18": cifar10_resnet18,
-    "resnet18-step": resnet18_step,
     "bank-training": bank_training,
     "law": law,
 }

@@ -21,8 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import cases, older, schema, table
+from benchmarks.harness import cases, headline, older, schema, table
 from benchmarks.harness.chart import THEMES, Chart, Point, Series
+from benchmarks.harness.cpu import networks_report
 from benchmarks.harness.cpu import report as cpu_tables
 from benchmarks.harness.machine import BUSY_SPREAD
 from benchmarks.harness.table import NOT_MEASURED
@@ -32,7 +33,7 @@ from rpg_kernels.cli import said
 from rpg_kernels.timing import seconds
 
 RESULTS, IMAGES = Path("benchmarks/results"), Path("docs/images")
-PAGES = ("README.md", "docs/*.md")
+PAGES = ("README.md", "docs/*.md", "docs/results/*.md")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 PLOTS = {
     "speed": ("Forward and backward of one layer", "time relative to dense"),
@@ -285,7 +286,8 @@ BLOCKS: dict[str, Callable[[Path], list[str]]] = {
     "cases": _cases,
     **{
         name: lambda root, make=make: make(root / RESULTS)  # type: ignore[misc]
-        for name, make in (cpu_tables.TABLES | older.TABLES).items()
+        for tables in (cpu_tables, networks_report, headline, older)
+        for name, make in tables.TABLES.items()
     },
 }
 

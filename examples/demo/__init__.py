@@ -44,6 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "beside the smallest",
     )
     network.add_argument(
+        "--laps",
+        type=lambda text: [None if part == "none" else _positive(part) for part in text.split(",")],
+        default=[4],
+        metavar="N,N,...",
+        help="how often slots are read close together, for all DoF or for each: a layer then takes "
+        "so many times fewer multiplications; at most the compression; 'none' draws each weight "
+        "from the whole bank, as the paper does (default: 4)",
+    )
+    network.add_argument(
         "--granularity", type=_positive, default=64, help="bank elements in a slot (default: 64)"
     )
     network.add_argument(
@@ -54,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=_positive, help="default: 12; 10 for resnet18")
+    training.add_argument("--epochs", type=_positive, help="default: 6; 10 for resnet18")
     training.add_argument(
         "--lr",
         type=_positive_number,
@@ -64,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--seeds",
         type=_positive,
-        help="train each network with seeds 0 to SEEDS-1 (default: 3; 1 for resnet18)",
+        help="train each network with seeds 0 to SEEDS-1 (default: 2; 1 for resnet18)",
     )
     training.add_argument("--device", help="default: cuda where there is one, else cpu")
     training.add_argument(

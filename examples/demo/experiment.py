@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import time
 from collections.abc import Callable
@@ -20,9 +21,9 @@ from rpg_kernels._extras import require
 from rpg_kernels.models.resnet import ResNet
 from rpg_kernels.nn import VirtualLayer
 
-DEFAULT_EPOCHS = {"small": 12, "resnet18": 10}
+DEFAULT_EPOCHS = {"small": 6, "resnet18": 10}
 DEFAULT_LR = {"small": 0.2, "resnet18": 0.05}
-DEFAULT_SEEDS = {"small": 3, "resnet18": 1}
+DEFAULT_SEEDS = {"small": 2, "resnet18": 1}
 DEFAULT_THREADS = {"small": 1}
 RELOAD_IMAGES = 100
 
@@ -78,6 +79,7 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
         setting.classes,
         setting.config,
         args.dof or setting.architecture.dofs,
+        args.laps,
     )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -90,10 +92,17 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
     print(f"{title}\non {record['environment']['device_name']}, torch {torch.__version__}")
 
     pixels = train.Pixels(images, setting.device)
-    results, model = _train_all(rows, setting, pixels, record, out / "demo.json")
-    print(f"\n{report.table(results)}\n{report.legend(setting.schedule.batch_size)}\n")
+    results, models = _train_all(rows, setting, pixels, record, out / "demo.json")
+    # The last row is ours, at the largest DoF; a copy, as measuring steps trains.
+    model = copy.deepcopy(models[-1])
+    for result, seconds in zip(
+        results, train.step_seconds(models, pixels, setting.schedule), strict=True
+    ):
+        result.images_per_second = setting.schedule.batch_size / seconds
+    record["networks"] = [result.record() for result in results]
+    legend = report.legend(setting.schedule.batch_size, record["clock"])
+    print(f"\n{report.table(results)}\n{legend}\n")
 
-    # The last row is ours, at the largest DoF.
     record["backend"] = _backend(model, pixels)
     record["reloaded_outputs_identical"] = _reload(
         out / "demo.pt", rows[-1], setting, model, pixels
@@ -132,11 +141,12 @@ def _train_all(
     pixels: train.Pixels,
     record: dict[str, Any],
     path: Path,
-) -> tuple[list[report.Result], nn.Module]:
-    """Every row's result, and the last row's model."""
+) -> tuple[list[report.Result], list[nn.Module]]:
+    """Every row's result, and its model of seed 0."""
     tqdm = require("tqdm", "tqdm", "the progress bar")
     steps = train.steps_of(len(pixels.data.train_labels), setting.schedule)
     results: list[report.Result] = []
+    models: list[nn.Module] = []
     # disable=None: no bar where the output is not a terminal.
     bar = tqdm.tqdm(total=steps * setting.seeds * len(rows), unit="step", disable=None)
     with bar:
@@ -144,14 +154,12 @@ def _train_all(
             bar.set_description(row.label)
             result, model = _train_row(row, setting, pixels, lambda _: bar.update())
             results.append(result)
+            models.append(model)
             # Written after every network: a long run that is cut short leaves what it has.
             record["networks"] = [done.record() for done in results]
             machine.write_json(path, record)
-            bar.write(
-                f"{result.label}, DoF {result.dof:,}: {result.mean_accuracy:.1f} % after "
-                f"{sum(result.seconds):.1f} s"
-            )
-    return results, model
+            bar.write(f"{result.label}, DoF {result.dof:,}: {result.mean_accuracy:.1f} %")
+    return results, models
 
 
 def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str, Any]:
@@ -166,6 +174,7 @@ def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str,
         "granularity": setting.config.granularity,
         "reflect": setting.config.reflect,
         "schedule": dataclasses.asdict(setting.schedule),
+        "clock": train.clock(setting.device),
         "seeds": list(range(setting.seeds)),
         "environment": machine.environment(setting.device),
     }
@@ -185,8 +194,7 @@ def _train_row(
         trained = train.train(model, pixels, setting.schedule, seed, on_step)
         if seed == 0:
             result.state = memory.of_model(model, trained.optimizer)
-        result.accuracy.append(trained.accuracy)
-        result.seconds.append(trained.seconds)
+        result.curves.append(trained.curve)
         result.loss.append(trained.loss)
         models.append(model)
     return result, models[0]
@@ -204,8 +212,11 @@ def _measured(row: networks.Network, setting: Setting, pixels: train.Pixels) -> 
         kind=row.kind,
         width=row.width,
         dof=networks.degrees_of_freedom(model, weights),
+        laps=row.laps,
         virtual_weights=weights,
         trainable=networks.trainable(model),
+        images=train.steps_of(len(pixels.data.train_labels), setting.schedule)
+        * setting.schedule.batch_size,
         saved=memory.saved_by_model(model, batch, setting.schedule.bfloat16),
     )
 

@@ -26,7 +26,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "small": Architecture((1, 1, 1), 32, (1_024, 8_192, 65_536)),
+    "small": Architecture((1, 1, 1), 64, (4_096, 32_768, 262_144)),
     "resnet18": Architecture((2, 2, 2, 2), 64, (45_000, 280_000, 2_000_000)),
 }
 
@@ -35,34 +35,44 @@ ARCHITECTURES = {
 class Network:
     """One row of the demo's table.
 
-    ``dof`` is the size of the bank; dense networks have none.
+    ``dof`` is the size of the bank; dense networks have none. ``laps`` is as in ``RPGConfig``.
     """
 
     label: str
     kind: Literal["dense", "published", "rpg"]
     width: int
     dof: int | None = None
+    laps: int | None = None
 
 
 def plan(
-    architecture: Architecture, channels: int, classes: int, config: RPGConfig, dofs: Sequence[int]
+    architecture: Architecture,
+    channels: int,
+    classes: int,
+    config: RPGConfig,
+    dofs: Sequence[int],
+    laps: Sequence[int | None] = (None,),
 ) -> list[Network]:
     """The networks to train: dense, narrowed, as published, and ours at each DoF.
 
-    The narrowed and the published network stand beside ours at the smallest DoF. The narrowed one
-    is the widest whose trainable parameters, all of them, do not exceed ours; having fewer norms
-    and a smaller classifier, it may have more block weights than we have degrees of freedom.
+    Ours has as many laps as it is given, one number for all or one for each DoF, at most as many as
+    its compression allows. The narrowed and the published network stand beside ours at the smallest
+    DoF. The narrowed one is the widest whose trainable parameters, all of them, do not exceed ours;
+    having fewer norms and a smaller classifier, it may have more block weights than we have degrees
+    of freedom.
 
     Raises:
-        ValueError: ``dofs`` is empty or not positive.
+        ValueError: ``dofs`` is empty or not positive; another number of ``laps``.
     """
     if not dofs or any(dof < 1 for dof in dofs):
         raise ValueError(f"dof: got {list(dofs)}, wanted one or more positive numbers")
-    dofs = sorted(set(dofs))
+    weights = block_weights(architecture, architecture.width, channels, classes)
+    if len(laps) not in (1, len(dofs)):
+        raise ValueError(f"laps: got {len(laps)} of them, wanted 1, or {len(dofs)} as of dof")
+    wanted = dict(zip(dofs, list(laps) * (1 if len(laps) > 1 else len(dofs)), strict=True))
+    ours = [_ours(architecture, dof, wanted[dof], weights) for dof in sorted(wanted)]
     with torch.device("meta"):
-        budget = trainable(
-            build(_ours(architecture, dofs[0]), architecture, channels, classes, config)
-        )
+        budget = trainable(build(ours[0], architecture, channels, classes, config))
         narrow = max(
             width
             for width in range(1, architecture.width + 1)
@@ -71,8 +81,8 @@ def plan(
     return [
         Network("dense", "dense", architecture.width),
         Network("dense, narrowed", "dense", narrow),
-        Network("as published", "published", architecture.width, dofs[0]),
-        *(_ours(architecture, dof) for dof in dofs),
+        Network("as published", "published", architecture.width, ours[0].dof),
+        *ours,
     ]
 
 
@@ -85,13 +95,13 @@ def build(
         network: which one.
         architecture: depths; the width is the network's.
         channels, classes: of the images.
-        config: granularity, reflect and seed of ours; the DoF is the network's.
+        config: granularity, reflect and seed of ours; DoF and laps are the network's.
     """
     model = _resnet(architecture, network.width, channels, classes)
     if network.kind == "published":
         share_as_published(model, _dof(network), is_block_convolution)
     elif network.kind == "rpg":
-        share_blocks(model, dataclasses.replace(config, dof=_dof(network)))
+        share_blocks(model, dataclasses.replace(config, dof=_dof(network), laps=network.laps))
     return model
 
 
@@ -120,8 +130,11 @@ def trainable(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _ours(architecture: Architecture, dof: int) -> Network:
-    return Network("rpg-kernels", "rpg", architecture.width, dof)
+def _ours(architecture: Architecture, dof: int, laps: int | None, weights: int) -> Network:
+    if laps is not None:
+        laps = max(1, min(laps, weights // dof))
+    label = "rpg-kernels, whole ring" if laps is None else f"rpg-kernels, {laps} laps"
+    return Network(label, "rpg", architecture.width, dof, laps)
 
 
 def _resnet(architecture: Architecture, width: int, channels: int, classes: int) -> ResNet:

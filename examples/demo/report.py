@@ -12,17 +12,25 @@ from benchmarks.harness.memory import Persistent, SavedBytes
 from rpg_kernels._extras import require
 from rpg_kernels.timing import aligned
 
-# Kind -> label, colour, mark and line: told apart with any colour vision.
+# Colour, mark and line of each network of a kind: told apart with any colour vision.
 LOOKS = {
-    "rpg": ("rpg-kernels", "blue", "circle", "solid"),
-    "published": ("as published (tables)", "orange", "square", "none"),
-    "dense": ("dense, narrowed and full", "text", "triangle", "dashed"),
+    "dense": (("text", "triangle", "dashed"), ("grey", "triangle", "dashed")),
+    "published": (("orange", "square", "dashed"),),
+    "rpg": (
+        ("pink", "diamond", "solid"),
+        ("green", "circle", "solid"),
+        ("blue", "circle", "solid"),
+    ),
 }
 
 
 @dataclass
 class Result:
-    """One network: its sizes, its bytes, and accuracy and time for each seed."""
+    """One network: its sizes, its bytes, and accuracy and time for each seed.
+
+    ``images``: that a run trains with, each as often as it is met. ``curves``: test accuracy after
+    each epoch, for each seed. ``images_per_second``: of training; 0 until it is measured.
+    """
 
     label: str
     kind: str
@@ -30,11 +38,22 @@ class Result:
     dof: int
     virtual_weights: int
     trainable: int
+    images: int
+    laps: int | None = None
     state: Persistent | None = None
     saved: SavedBytes | None = None
-    accuracy: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    curves: list[list[float]] = field(default_factory=list)
+    images_per_second: float = 0.0
     loss: list[float] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> list[float]:
+        return [curve[-1] for curve in self.curves]
+
+    @property
+    def seconds(self) -> float:
+        """Of a whole training, without tests."""
+        return self.images / self.images_per_second
 
     @property
     def mean_accuracy(self) -> float:
@@ -59,6 +78,10 @@ class Result:
                 "saved_bytes_beyond_activations_per_virtual_weight": beyond / self.virtual_weights,
                 "training_bytes": self.training_bytes,
             }
+        if self.curves:
+            extra["accuracy"] = self.accuracy
+        if self.images_per_second:
+            extra["seconds"] = self.seconds
         return {**asdict(self), **extra}
 
 
@@ -66,7 +89,7 @@ def table(results: Sequence[Result]) -> str:
     """The results as text, one network a line."""
     head = [
         "network", "DoF", "virtual weights", "trainable", "state MB", "saved MB",
-        "beyond act. MB", "accuracy %", "time s",
+        "beyond act. MB", "accuracy %", "time s", "images/s",
     ]  # fmt: skip
     rows = [head]
     for result in results:
@@ -83,15 +106,16 @@ def table(results: Sequence[Result]) -> str:
                 f"{result.saved.total / 1e6:.2f}",
                 f"{result.saved.beyond_activations / 1e6:.2f}",
                 f"{result.mean_accuracy:.1f}" + (f" ±{spread / 2:.1f}" if spread else ""),
-                f"{sum(result.seconds) / len(result.seconds):.1f}",
+                f"{result.seconds:.1f}",
+                f"{result.images_per_second:.0f}",
             ]
         )
     first, *rest = aligned(rows)
     return "\n".join([first, "-" * len(first), *rest])
 
 
-def legend(batch: int) -> str:
-    """What the table's columns mean."""
+def legend(batch: int, clock: str) -> str:
+    """What the table's columns mean; ``clock``: what times are."""
     return (
         "DoF: numbers that the block convolutions are made of (dense: their weights). "
         "trainable: all parameters, with stem, norms and classifier.\n"
@@ -100,37 +124,60 @@ def legend(batch: int) -> str:
         "and input.\n"
         "beyond act.: the part of it that is the same whatever the images are: "
         "tables, and copies of weights.\n"
-        "accuracy: mean over seeds, and half their range."
+        "accuracy: mean over seeds, and half their range.\n"
+        f"images/s: of training steps, all networks in turn, {clock}. time: of a training at that "
+        "rate, without tests."
     )
 
 
 def plot(path: Path, results: Sequence[Result], title: str) -> None:
-    """Two panels against DoF: test accuracy, and bytes of training memory."""
+    """Two panels of test accuracy: against seconds of training, and against training memory."""
     figure_module = require("matplotlib.figure", "matplotlib", "demo.png")
-    figure = figure_module.Figure(figsize=(10, 4.2), layout="constrained")
+    figure = figure_module.Figure(figsize=(11, 4.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    left, right = figure.subplots(1, 2)
-    x_label = "degrees of freedom of the block convolutions"
-    bytes_label = "training memory without activations (MB)"
-    for axes, y_label, place in (
-        (left, "test accuracy (%)", _accuracy),
-        (right, bytes_label, _megabytes),
-    ):
-        series = [
-            Series(label, [place(r) for r in of_kind], line, mark, colour)
-            for kind, (label, colour, mark, line) in LOOKS.items()
-            if (of_kind := sorted((r for r in results if r.kind == kind), key=lambda r: r.dof))
-        ]
-        Chart("", x_label, y_label, series, log_x=True, log_y=axes is right).draw(axes, "light")
+    left, right = figure.subplots(1, 2, sharey=True)
+    over_time, of_memory = [], []
+    met = dict.fromkeys(LOOKS, 0)
+    for result in results:
+        looks = LOOKS[result.kind]
+        colour, mark, line = looks[min(met[result.kind], len(looks) - 1)]
+        met[result.kind] += 1
+        label = f"{result.label}, {_short(result.dof)}"
+        over_time.append(Series(label, _course(result), line, "", colour))
+        of_memory.append(Series(label, [_final(result)], "none", mark, colour))
+    seconds, megabytes = "training time (s)", "training memory without activations (MB)"
+    Chart("", seconds, "test accuracy (%)", over_time).draw(left, "light")
+    Chart("", megabytes, "", of_memory, log_x=True).draw(right, "light")
+    for axes in (left, right):
         axes.grid(alpha=0.3)
-    left.legend(loc="lower right")
+    # The first epochs would take most of the height.
+    final = [result.mean_accuracy for result in results]
+    spread = max(final) - min(final)
+    left.set_ylim(max(0.0, min(final) - 1.5 * spread - 5), min(100.5, max(final) + spread + 1))
+    left.legend(loc="lower right", fontsize=8)
+    right.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
-def _accuracy(result: Result) -> Point:
+def _short(number: int) -> str:
+    """
+    Example:
+        >>> _short(2_000_000), _short(44_992), _short(512)
+        ('2M', '45K', '512')
+    """
+    for size, letter in ((1_000_000, "M"), (1_000, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
+
+
+def _course(result: Result) -> list[Point]:
+    """Mean accuracy over seeds against seconds, epoch by epoch."""
+    epochs = list(zip(*result.curves, strict=True))
+    of_epoch = result.seconds / len(epochs)
+    return [Point(of_epoch * i, sum(e) / len(e)) for i, e in enumerate(epochs, 1)]
+
+
+def _final(result: Result) -> Point:
     lowest, highest = min(result.accuracy), max(result.accuracy)
-    return Point(result.dof, result.mean_accuracy, lowest, highest)
-
-
-def _megabytes(result: Result) -> Point:
-    return Point(result.dof, result.training_bytes / 1e6)
+    return Point(result.training_bytes / 1e6, result.mean_accuracy, lowest, highest)

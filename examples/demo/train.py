@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from rpg_kernels.conversion import param_groups
 
 EVAL_BATCH = 500
 CROP_PADDING = 4
+STEP_ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network with its optimiser, its test accuracy and the seconds training took."""
+    """A trained network with its optimiser, and its test accuracy after each epoch."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    accuracy: float
-    seconds: float
+    curve: list[float]
     loss: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.curve[-1]
 
 
 class Pixels:
@@ -80,11 +86,43 @@ def train(
     on_step: Callable[[Tensor], object] = lambda loss: None,
     groups: list[dict[str, Any]] | None = None,
 ) -> Trained:
-    """Train ``model`` in place as ``fit`` does, and test it once at the end."""
-    begin = _now(pixels.device)
-    optimizer, loss = fit(model, pixels, schedule, seed, on_step, groups=groups)
-    seconds = _now(pixels.device) - begin
-    return Trained(model, optimizer, accuracy(model, pixels, schedule), seconds, loss.item())
+    """Train ``model`` in place as ``fit`` does, and test it after each epoch."""
+    curve: list[float] = []
+
+    def test() -> None:
+        curve.append(accuracy(model, pixels, schedule))
+
+    optimizer, loss = fit(model, pixels, schedule, seed, on_step, test, groups)
+    return Trained(model, optimizer, curve, loss.item())
+
+
+def step_seconds(
+    models: Sequence[nn.Module], pixels: Pixels, schedule: Schedule, seed: int = 0
+) -> list[float]:
+    """Seconds of a training step of each model: the median of ``STEP_ROUNDS``, one of each in turn.
+
+    Other work on the machine slows all of them then, where it would slow one that trains alone.
+    The models are trained by it.
+    """
+    data, order = pixels.data, random.Random(seed)
+    optimizers = [
+        torch.optim.SGD(param_groups(m, lr=1e-4), momentum=schedule.momentum, nesterov=True)
+        for m in models
+    ]
+    size = min(schedule.batch_size, len(data.train_labels))
+    chosen = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))
+    x = pixels.batch(data.train_pixels[chosen[:size]])
+    labels = data.train_labels[chosen[:size]].to(pixels.device)
+    seconds: list[list[float]] = [[] for _ in models]
+    for round_ in range(STEP_ROUNDS + 1):  # the first makes caches and workspaces
+        for i in order.sample(range(len(models)), len(models)):
+            models[i].train()
+            with sound_convolutions(models[i]):
+                begin = _now(pixels.device)
+                _step(models[i], x, labels, optimizers[i], schedule)
+                if round_:
+                    seconds[i].append(_now(pixels.device) - begin)
+    return [statistics.median(of_model) for of_model in seconds]
 
 
 def fit(
@@ -131,16 +169,28 @@ def fit(
                 if schedule.augment:
                     x = augment(x, generator)
                 labels = data.train_labels[chosen].to(device)
-                with autocast(device, schedule):
-                    logits = model(pixels.batch(x))
-                loss = F.cross_entropy(logits.float(), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                loss = _step(model, pixels.batch(x), labels, optimizer, schedule)
                 one_cycle.step()
-                on_step(loss.detach())
+                on_step(loss)
             on_epoch()
     return optimizer, loss
+
+
+def _step(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+) -> Tensor:
+    """One step of the optimiser; the loss before it."""
+    with autocast(x.device, schedule):
+        logits = model(x)
+    loss = F.cross_entropy(logits.float(), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 @contextlib.contextmanager
@@ -223,7 +273,12 @@ def _reflect(position: Tensor, size: int) -> Tensor:
     return torch.where(position < size, position, 2 * (size - 1) - position)
 
 
+def clock(device: torch.device) -> str:
+    """What training is timed by: of one thread of a processor, what that thread really ran."""
+    return "process time" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall time"
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return time.process_time() if clock(device) == "process time" else time.perf_counter()

@@ -146,10 +146,6 @@ def test_older_results_give_the_tables_that_pages_show(tmp_path: Path) -> None:
     assert "| 2,000,000 | **24.2 MB** | **0.01 MB** | **64.1 %** |" in "".join(
         made["cifar10-resnet18"]
     )
-    step = json.loads((ROOT / report.RESULTS / "resnet18_step.json").read_text("utf-8"))
-    median = step["rows"]["published"]["median_s"]
-    wanted = f"| published, 2,000,000 DoF | {median:.2f} s | 16 bytes | 9.4 MB |"
-    assert wanted in made["resnet18-step"]
     assert "| init_std 1 (unit variance) | 97.0 ± 1.0 |" in made["bank-training"]
     assert made["law"][0].startswith("| rows x blocks | permutation |")
 

@@ -300,8 +300,49 @@ def test_plan_narrows_to_the_parameters_of_the_smallest() -> None:
     sizes = [networks.trainable(networks.build(r, architecture, 1, 10, config)) for r in rows]
     assert 0.5 * sizes[3] < sizes[1] <= sizes[3]
     assert networks.block_weights(architecture, 32, 1, 10) == 305_152
+    assert networks.block_weights(architecture, 64, 1, 10) == 1_220_608
     with pytest.raises(ValueError, match="dof: got \\[\\], wanted"):
         networks.plan(architecture, 1, 10, config, [])
+
+
+def test_plan_takes_no_more_laps_than_the_compression() -> None:
+    architecture = networks.ARCHITECTURES["small"]
+    dofs = [4096, 600_000, 2_000_000]
+    cases: list[tuple[list[int | None], list[int | None]]] = [
+        ([4], [4, 2, 1]),
+        ([16], [16, 2, 1]),
+        ([None], [None] * 3),
+        ([None, 9, 1], [None, 2, 1]),
+    ]
+    for laps, expected in cases:
+        rows = networks.plan(architecture, 1, 10, RPGConfig(dof=1), dofs, laps)[3:]
+        assert [row.laps for row in rows] == expected
+        for row in rows:
+            networks.build(row, architecture, 1, 10, RPGConfig(dof=1))
+    # Pairs of DoF and laps stay together.
+    rows = networks.plan(architecture, 1, 10, RPGConfig(dof=1), [8192, 4096], [2, 3])[3:]
+    assert [(row.dof, row.laps) for row in rows] == [(4096, 3), (8192, 2)]
+    with pytest.raises(ValueError, match="laps: got 2 of them, wanted 1, or 3 as of dof"):
+        networks.plan(architecture, 1, 10, RPGConfig(dof=1), dofs, [2, 3])
+
+
+def test_steps_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = train.Pixels(data.load(None, 64, 8), CPU)
+    now, models = [0.0], [small() for _ in range(3)]
+    order: list[int] = []
+
+    def step(model: nn.Module, *_: object) -> None:
+        order.append(models.index(model))
+        # The machine becomes slower and slower; model i takes 1, 2, 3 times as long.
+        now[0] += (1 + order[-1]) * (1 + len(order) // 3)
+
+    monkeypatch.setattr(train, "_step", step)
+    monkeypatch.setattr(train, "_now", lambda device: now[0])
+    seconds = train.step_seconds(models, pixels, SCHEDULE)
+    assert len(order) == 3 * (train.STEP_ROUNDS + 1)
+    assert all(sorted(order[i : i + 3]) == [0, 1, 2] for i in range(0, len(order), 3))
+    middle = train.STEP_ROUNDS // 2 + 2
+    assert [s / (i + 1) for i, s in enumerate(seconds)] == pytest.approx([middle] * 3, abs=1)
 
 
 def test_missing_extra_says_what_to_install() -> None:
@@ -335,10 +376,15 @@ def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert by_kind["published"]["saved_bytes_beyond_activations_per_virtual_weight"] == 16
     assert by_kind["rpg"]["saved_bytes_beyond_activations"] == 0
     assert by_kind["rpg"]["dof"] == 8192
-    assert by_kind["rpg"]["virtual_weights"] == 305_152
-    assert len(by_kind["dense"]["accuracy"]) == 2
+    assert by_kind["rpg"]["virtual_weights"] == 1_220_608
+    assert by_kind["rpg"]["laps"] == 4
+    for row in record["networks"]:
+        assert len(row["accuracy"]) == len(row["curves"]) == 2
+        assert [len(curve) for curve in row["curves"]] == [1, 1]
+        # 96 images in an epoch.
+        assert row["images_per_second"] == pytest.approx(96 / row["seconds"])
     # Weights, gradients and momentum, the running statistics of norms, and the digits of the map.
-    assert by_kind["rpg"]["state_bytes"] < 12 * by_kind["rpg"]["trainable"] + 11_000
+    assert by_kind["rpg"]["state_bytes"] < 12 * by_kind["rpg"]["trainable"] + 18_000
     assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png", "demo.pt"]
 
 
@@ -363,6 +409,9 @@ def test_options_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         run(["--dof", "1000,x"])
     assert "got 'x', wanted a positive whole number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(["--laps", "ring"])
+    assert "got 'ring', wanted a positive whole number" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(["--lr", "nan"])
     assert "got 'nan', wanted a positive number" in capsys.readouterr().err

@@ -19,7 +19,7 @@ _HEADLINE = BANKS[0]
 Row = Mapping[str, Any]
 
 
-def _newest(results: Path, load: Callable[[Path], Any]) -> list[tuple[Path, Any]]:
+def newest(results: Path, load: Callable[[Path], Any]) -> list[tuple[Path, Any]]:
     """For each number of threads, the complete file of a format that was begun last."""
     found: dict[int, tuple[Path, Any]] = {}
     for path in sorted(results.glob("*.json")):
@@ -32,7 +32,7 @@ def _newest(results: Path, load: Callable[[Path], Any]) -> list[tuple[Path, Any]
     return [found[threads] for threads in sorted(found)]
 
 
-def _heading(path: Path, record: Any) -> Iterator[str]:
+def heading(path: Path, record: Any) -> Iterator[str]:
     """Machine, versions, where every figure is, and what is to be doubted."""
     first, *remarks = table.heading(record)
     link = f"[result file]({{up}}benchmarks/results/{path.name})"
@@ -42,7 +42,7 @@ def _heading(path: Path, record: Any) -> Iterator[str]:
         yield f"{remark}."
 
 
-def _measured(record: Any) -> Iterator[str]:
+def measured(record: Any) -> Iterator[str]:
     """What kind of processor it is, what else it did, and what was not kept."""
     if record["lacks"]:
         yield f"A processor without {', '.join(record['lacks'])}."
@@ -70,11 +70,11 @@ def _shape(row: Row) -> str:
     return "x".join(map(str, row["weight_shape"]))
 
 
-def _times(ratio: float) -> str:
+def times(ratio: float) -> str:
     """A ratio, with two digits where ours is slower.
 
     Example:
-        >>> _times(2.34), _times(0.514)
+        >>> times(2.34), times(0.514)
         ('2.3x', '0.51x')
     """
     return f"{ratio:.1f}x" if ratio >= 0.995 else f"{ratio:.2f}x"
@@ -82,7 +82,7 @@ def _times(ratio: float) -> str:
 
 def speed(results: Path) -> list[str]:
     """The README's table: the headline's bank and dtype, a line for each layer and pass."""
-    found = _newest(results, run.load)
+    found = newest(results, run.load)
     if not found:
         return [NOT_MEASURED]
     path, record = found[0]
@@ -96,7 +96,7 @@ def speed(results: Path) -> list[str]:
         for (shape, what), held in lines.items()
     ]
     head = (f"{DTYPES[0]}, {_HEADLINE}: batch", *map(str, batches))
-    return [*_heading(path, record), *_measured(record), *table.markdown(head, rows)]
+    return [*heading(path, record), *measured(record), *table.markdown(head, rows)]
 
 
 def _cell(row: Row | None) -> str:
@@ -104,20 +104,20 @@ def _cell(row: Row | None) -> str:
         return ""
     if row["status"] != format_.OK:
         return str(row["status"])
-    return f"{timing.seconds(row['ours_s'])} ({_times(row['ratio']['median'])})"
+    return f"{timing.seconds(row['ours_s'])} ({times(row['ratio']['median'])})"
 
 
 def layers(results: Path) -> list[str]:
     """Everything that was measured, for each number of threads."""
     text: list[str] = []
-    for path, record in _newest(results, run.load):
+    for path, record in newest(results, run.load):
         text += [*layers_of(path, record), ""]
     return text[:-1] or [NOT_MEASURED]
 
 
 def layers_of(path: Path, record: Any) -> list[str]:
     """The tables of one file, one for each layer and dtype: wins and losses alike."""
-    text = [*_heading(path, record), *_measured(record)]
+    text = [*heading(path, record), *measured(record)]
     kept = _kept(record)
     order = {what: i for i, what in enumerate(WHATS)}
     head = ("pass, batch", "bank", "ours", "fastest dense", "takes", "ratio", "quartiles",
@@ -142,7 +142,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         timing.seconds(row["ours_s"]),
         row["dense"],
         timing.seconds(row["dense_s"]),
-        _times(ratio["median"]),
+        times(ratio["median"]),
         f"{ratio['q25']:.2f} to {ratio['q75']:.2f}",
         f"{max(row['roof'].values()) / row['ours_s']:.0%}",
         f"{max(row['dense_roof'].values()) / row['dense_s']:.0%}",
@@ -152,7 +152,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def roofline(results: Path) -> list[str]:
     """Measured rates, and the least time that they give the headline's bank and a dense layer."""
     text: list[str] = []
-    for path, record in _newest(results, run.load):
+    for path, record in newest(results, run.load):
         threads = record["environment"]["threads"]
         rates = ", ".join(
             f"{rate['level']} {rate['read_bytes_per_s'] / 1e9:.0f} and "
@@ -161,7 +161,7 @@ def roofline(results: Path) -> list[str]:
         )
         products = ", ".join(f"{n} {r / 1e9:.0f}" for n, r in record["matrix_per_s"].items())
         text += [
-            *_heading(path, record),
+            *heading(path, record),
             f"GB/s of {threads} thread{'s' * (threads > 1)} reading, and reading and writing: "
             f"{rates or NOT_MEASURED}. Products in cache, 10^9 operations per second: {products}.",
             "",
@@ -178,15 +178,15 @@ def roofline(results: Path) -> list[str]:
 
 def _roof(row: Row) -> tuple[str, ...]:
     cells = [f"{_shape(row)} {row['dtype']}, {row['what']}, batch {row['batch']}"]
-    for roof, measured in (("dense_roof", "dense_s"), ("roof", "ours_s")):
+    for roof, seconds in (("dense_roof", "dense_s"), ("roof", "ours_s")):
         bound = max(row[roof], key=row[roof].__getitem__)
-        cells += [timing.seconds(row[roof][bound]), bound, timing.seconds(row[measured])]
+        cells += [timing.seconds(row[roof][bound]), bound, timing.seconds(row[seconds])]
     return tuple(cells)
 
 
 def tokens(results: Path) -> list[str]:
     """Tokens per second of the decoder, of a run that nothing disturbed."""
-    quiet = [(path, r) for path, r in _newest(results, decoder.load) if not r["load"]["busy"]]
+    quiet = [(path, r) for path, r in newest(results, decoder.load) if not r["load"]["busy"]]
     return tokens_of(*quiet[0]) if quiet else [NOT_MEASURED]
 
 
@@ -218,13 +218,13 @@ def tokens_of(path: Path, record: Any) -> list[str]:
         f"weights on a bank of {m['dof'] / 1e6:.0f}M, {read}; "
         f"batch 1, {o['tokens']} tokens after {o['prompt']}, median of {o['series']} series."
     )
-    return [*_heading(path, record), "", about, "", *table.markdown(head, rows)]
+    return [*heading(path, record), "", about, "", *table.markdown(head, rows)]
 
 
 def _format(results: Path) -> list[str]:
     """The formats of the result files."""
     text: list[str] = []
-    for fields in (schema.LAYERS_FILE, schema.DECODER_FILE):
+    for fields in (schema.LAYERS_FILE, schema.DECODER_FILE, schema.NETWORKS_FILE):
         rows = [
             (f"`{name}`", kind, about)
             for name, kind, about in format_.describe(fields)

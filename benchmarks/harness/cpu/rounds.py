@@ -96,6 +96,40 @@ def measure(
     return samples
 
 
+def in_turn(
+    groups: Mapping[str, Sequence[Job]], clock: str, seconds: float, order: random.Random
+) -> Samples:
+    """Samples of the jobs of several groups in a new order every round, each in one call.
+
+    Of a group what is far behind its fastest is left after one or two rounds. Rounds go on until
+    the budget is spent, at least ``FEW_ROUNDS``, and then until ratios of the first group's fastest
+    to the others' are quiet or patience is at its end.
+    """
+    lasting = {name: list(jobs) for name, jobs in groups.items()}
+    samples: Samples = {job.name: [] for jobs in groups.values() for job in jobs}
+    begin = time.perf_counter()
+    for round_ in range(MAX_ROUNDS):
+        jobs = [job for of_group in lasting.values() for job in of_group]
+        if not round_:
+            for job in jobs:  # caches and workspaces
+                with running(job):
+                    job.call(0)
+        order.shuffle(jobs)
+        for job in jobs:
+            samples[job.name].append(_sample(job, samples[job.name]))
+        if round_ < 2:
+            lasting = {n: _near(of, samples, clock, _LEFT[round_]) for n, of in lasting.items()}
+        spent = time.perf_counter() - begin
+        if round_ + 1 < FEW_ROUNDS or spent < seconds:
+            continue
+        first, *others = [fastest(samples, [j.name for j in of], clock) for of in lasting.values()]
+        if spent > PATIENCE * seconds or all(
+            ratio(samples, first, name, clock).error <= QUIET for name in others
+        ):
+            break
+    return samples
+
+
 def _near(rivals: list[Job], samples: Samples, clock: str, within: float) -> list[Job]:
     least = {job.name: min(sample[clock] for sample in samples[job.name]) for job in rivals}
     return [job for job in rivals if least[job.name] <= within * min(least.values())]

@@ -16,6 +16,7 @@ from benchmarks.harness.schema import (
 )
 
 LAYERS, DECODER = "rpg-kernels/cpu-linear", "rpg-kernels/cpu-decoder"
+NETWORKS = "rpg-kernels/cpu-networks"
 VERSION = 1
 
 
@@ -152,6 +153,53 @@ DECODER_FILE = {
                 "error": number("largest difference of the logits from the dense network's, "
                                 "relative to their largest"),
                 "same_tokens": Field("bool", "as the dense network generates"),
+            },
+        ),
+    ),
+}  # fmt: skip
+
+_MEMORY = {
+    "state": integer("between steps: parameters, gradients, the optimiser's, buffers"),
+    "saved_beyond_activations": integer("for the backward: tables, and copies of weights"),
+    "peak": integer("the most that is allocated at once in a step"),
+}
+NETWORKS_FILE = {
+    **_head(NETWORKS),
+    "options": LAYERS_FILE["options"],
+    "lacks": LAYERS_FILE["lacks"],
+    "disturbed": LAYERS_FILE["disturbed"],
+    "missing": Field("map", "cases that could not be measured, and why", {"*": text("")}),
+    "results": _list(
+        "one for each point and network beside the dense one",
+        Field(
+            "object",
+            "",
+            {
+                "point": text("that it belongs to"),
+                "case": text("network, or convolution"),
+                "dtype": text("of a layer; of a network that of autocast", *DTYPES),
+                "batch": integer("samples"),
+                "what": text("`inference` is that of a network, `forward` of a layer"),
+                "network": text("", "rpg-kernels", "published"),
+                "dof": integer("degrees of freedom asked for"),
+                "laps": ROW["laps"],
+                "unit": text("that seconds are counted in", "images", "tokens"),
+                "units": integer("of a call"),
+                "status": ROW["status"],
+                "error": number("relative to the largest output; null: not finite", nullable=True),
+                "way": text("dtype and layout, the fastest", nullable=True),
+                "seconds": number("of a call, the median", nullable=True),
+                "dense": text("the fastest dense way", nullable=True),
+                "dense_seconds": number("of its call, the median", nullable=True),
+                "ratio": ROW["ratio"],
+                "wait": ROW["wait"],
+                "all": Field(
+                    "map",
+                    "seconds of every way of the point; those far behind were left early",
+                    {"*": number("")},
+                ),
+                "memory": Field("object", "bytes of training", _MEMORY, nullable=True),
+                "dense_memory": Field("object", "the same, dense", _MEMORY, nullable=True),
             },
         ),
     ),
