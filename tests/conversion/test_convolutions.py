@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         self.same = nn.Conv1d(32, 32, 3, padding="same", padding_mode="circular", groups=2)
         self.longer = nn.ConvTranspose1d(32, 24, 4, stride=2)
         self.up = nn.ConvTranspose2d(24, 16, 3, stride=2, output_padding=1, bias=False)
-        self.wide = nn.ConvTranspose2d(16, 16, (3, 4), stride=(1, 2), padding=1, groups=4)
+        self.wide = nn.ConvTranspose2d(16, 16, (3, 4), stride=(1, 2), padding=1, groups=2)
         self.out = nn.ConvTranspose2d(16, 3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def test_a_decoder_is_shared_trained_saved_and_dense_again(
     report = rpg.summary(net)
     assert [layer.name for layer in report.layers] == SHARED
     shapes = {layer.name: layer.shape for layer in report.layers}
-    assert (shapes["down"], shapes["wide"]) == ((32, 16, 4), (16, 4, 3, 4))
+    assert (shapes["down"], shapes["wide"]) == ((32, 16, 4), (16, 8, 3, 4))
     assert set(report.skipped) == {"stem", "out"}
     assert report.skipped["out"].startswith("last layer")
     taps = {None: [None] * 5, 4: [1, 3, 1, 1, 1]}

@@ -132,8 +132,10 @@ def test_tables_and_rescaled_parts(name: str) -> None:
     weight = brute.table_bank(50, entries=500).place((6, 4, *[3] * axes), scale=0.7)
     part = weight.narrow(1, 1, 3)
     weight.rescale(-1.5)  # of which the part is to hear
-    x = torch.randn(2, 3 if name == "conv1d" else 6, *[7] * axes, dtype=F64, requires_grad=True)
-    compare(name, part, x, None)
+    for each in (weight, part):
+        channels = each.shape[1 if name == "conv1d" else 0]
+        x = torch.randn(2, channels, *[7] * axes, dtype=F64, requires_grad=True)
+        compare(name, each, x, None)
 
 
 @pytest.mark.parametrize("name", NAMES)
