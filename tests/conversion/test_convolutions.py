@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 import rpg_kernels as rpg
+from rpg_kernels import proof
+from rpg_kernels.explanation import reached
+from rpg_kernels.ops._library import CHECKS
 
 F64 = torch.float64
 CONFIG = rpg.RPGConfig(dof=512, granularity=8)
@@ -66,7 +69,7 @@ def test_strided_sequences_and_empty_batches() -> None:
     assert "6, kernel_size=(5,), stride=(3,), padding=(1,), bias=True" in repr(layer)
 
 
-@pytest.mark.parametrize("form", ["sizes", "shape", "single"])
+@pytest.mark.parametrize("form", ["sizes", "shape", "single", "shape of a single"])
 @pytest.mark.parametrize(
     "how",
     [
@@ -79,13 +82,14 @@ def test_strided_sequences_and_empty_batches() -> None:
 def test_transposed_layers_and_sizes_of_their_results(how: dict[str, Any], form: str) -> None:
     layer = made(rpg.nn.ConvTranspose2d, 4, 6, **how)
     x = torch.randn(2, 4, 5, 6, dtype=F64)
-    x = x[0] if form == "single" else x
+    x = x[0] if "single" in form else x
     same(layer, x)
     least = layer(x, output_size=None).shape[-2:]
     least = [n - more for n, more in zip(least, layer.output_padding, strict=True)]
     for more in range(max(layer.stride)):
         size = [n + min(more, s - 1) for n, s in zip(least, layer.stride, strict=True)]
-        same(layer, x, output_size=([2, 6] if form == "shape" else []) + size)
+        leading = [*x.shape[:-3], 6] if "shape" in form else []
+        same(layer, x, output_size=leading + size)
     for size, wanted in (
         ([n - 1 for n in least], f"sizes from \\[{least[0]}, {least[1]}\\] to"),
         ([n + s for n, s in zip(least, layer.stride, strict=True)], "sizes from"),
@@ -274,6 +278,10 @@ def test_layers_of_their_own(kind: Any, axes: int) -> None:
     assert type(fused) is kind.dense_type
     torch.testing.assert_close(fused(x), norm(layer(x)), rtol=1e-4, atol=1e-5)
     assert rpg.explain(layer, x).op == kind.rpg_operator
+    call = reached(layer, x)
+    dy = getattr(torch.ops.rpg_kernels, call.op)(*call.operands, "")
+    for derivative in proof._backward(call, dy):
+        CHECKS[derivative.op](*derivative.operands)
     proved = [said.op for said in rpg.prove(layer, x, progress=False)]
     assert proved == [said.op for said in rpg.prove(layer, batches=[2], progress=False)]
     assert sorted(proved) == ["conv2d", "conv2d_bank_grad", "conv2d_input_grad"]
