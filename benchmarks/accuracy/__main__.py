@@ -1,4 +1,4 @@
-"""The command line: ``run`` and ``report``."""
+"""The command line: ``run``, ``steps`` and ``report``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from benchmarks.accuracy import report, running
+from benchmarks.accuracy import report, running, steps
 from rpg_kernels._extras import MissingExtraError
 
 
@@ -15,12 +15,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy")
     commands = parser.add_subparsers(dest="command", required=True)
     running.add_arguments(commands.add_parser("run", help="train what is missing"))
+    steps.add_arguments(commands.add_parser("steps", help="time training steps, in turn"))
     report.add_arguments(commands.add_parser("report", help="write tables and plots"))
     args = parser.parse_args(arguments)
     try:
         if args.command == "report":
             return report.main(args)
-        running.main(args)
+        (steps if args.command == "steps" else running).main(args)
     except (FileNotFoundError, ValueError, MissingExtraError) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 1

@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmarks.accuracy import records, summary
+from benchmarks.accuracy import records, steps, summary
 from benchmarks.accuracy.records import Record
 from benchmarks.accuracy.rows import (
     DENSE,
@@ -80,9 +81,8 @@ def main(args: argparse.Namespace) -> int:
         found = summary.summaries(runs)
         for path, names in PAGES.get(args.results.stem, {}).items():
             texts[path] = between_marks(path.read_text(encoding="utf-8"), names, found)
-    stale = stale_charts(
-        {args.images / name: plot for name, plot in plots(runs, args.results.stem).items()}
-    )
+    drawn = plots(runs, args.results.stem, steps.read(args.results))
+    stale = stale_charts({args.images / name: plot for name, plot in drawn.items()})
     for path, text in texts.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale[path] = partial(str, text)
@@ -206,9 +206,18 @@ def fit(found: Found) -> list[str]:
     ]
 
 
-def plots(runs: Sequence[Record], stem: str) -> dict[str, tuple[Chart, str]]:
-    """By file name, every plot that the runs give and its theme: a light and a dark page."""
+def plots(
+    runs: Sequence[Record], stem: str, timed: Mapping[str, Any] | None = None
+) -> dict[str, tuple[Chart, str]]:
+    """By file name, every plot that the runs give and its theme: a light and a dark page.
+
+    Where steps were ``timed``, accuracy is drawn against seconds and nothing else.
+    """
     found = summary.summaries(runs)
+    if timed is not None:
+        return {
+            f"{stem}_seconds_{theme}.svg": (steps.chart(found, timed), theme) for theme in THEMES
+        }
     drawn = {"dof": _against_dof(found), "curves": _curves(found)}
     for compression in sorted({s.compression for s in _design(found)}, reverse=True):
         drawn[f"design_{compression:g}x"] = _designs(found, compression)

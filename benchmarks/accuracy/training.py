@@ -57,7 +57,7 @@ class Outcome:
 
 def steps_of(recipe: Recipe, data: Images) -> int:
     """Optimiser steps of one run; an incomplete last batch of an epoch is left out."""
-    return train.steps_of(len(data.train_labels), _schedule(recipe))
+    return train.steps_of(len(data.train_labels), schedule_of(recipe))
 
 
 def run(
@@ -74,7 +74,7 @@ def run(
     data = pixels.data
     built = build(row, recipe.network, data.channels, len(data.classes), seed)
     model = built.model.to(pixels.device)
-    schedule = _schedule(recipe)
+    schedule = schedule_of(recipe)
     rights: list[Tensor] = []
     losses: list[float] = []
     sums: list[Tensor] = []
@@ -130,6 +130,7 @@ def _groups(model: nn.Module, row: Row, recipe: Recipe) -> list[dict[str, Any]]:
     )
 
 
-def _schedule(recipe: Recipe) -> train.Schedule:
+def schedule_of(recipe: Recipe) -> train.Schedule:
+    """The recipe as the training loop takes it."""
     names = (field.name for field in fields(train.Schedule))
     return train.Schedule(**{name: getattr(recipe, name) for name in names})

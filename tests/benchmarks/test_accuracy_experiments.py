@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import rpg_kernels as rpg
-from benchmarks.accuracy import __main__, network, records, report, running, summary
+from benchmarks.accuracy import __main__, network, records, report, running, steps, summary
 from benchmarks.accuracy.maps import MAPS, Ring
 from benchmarks.accuracy.network import NETWORKS, Network, TableConv2d, build
 from benchmarks.accuracy.rows import DECIDING, ROWS, TIERS, Row, plan
 from benchmarks.accuracy.training import Recipe
+from examples.demo import data, train
 from examples.demo.data import Images
 from examples.demo.networks import Architecture
 from examples.demo.train import Pixels
@@ -308,6 +309,35 @@ def test_plots_are_drawn_from_what_there_is() -> None:
     assert set(report.plots(made[:1], "a")) == {
         f"a_{n}_{t}.svg" for n in ("dof", "curves", "design_17x") for t in ("light", "dark")
     }
+
+
+def test_steps_are_timed_and_drawn_against_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(train, "STEP_ROUNDS", 1)
+    results = tmp_path / "d.jsonl"
+    recipe = Recipe(images=40, batch_size=8, bfloat16=False, augment=False)
+    pixels = Pixels(data.load(None, 40, 10), torch.device("cpu"))
+    record = steps.measure(recipe, pixels)
+    steps.path_of(results).write_text(json.dumps(record))
+    assert steps.read(results) == record
+    assert steps.read(tmp_path / "other.jsonl") is None
+    assert record["steps_of_epoch"] == 5
+    networks = record["networks"]
+    assert [row["row"] for row in networks.values()] == [one.row for one in steps.TIMED]
+    size = {row["row"]: row["state_bytes"] for row in networks.values()}
+    four, seventeen = size["rpg 4x g64 vector, 4 laps"], size["rpg 17x g64 vector, 4 laps"]
+    assert seventeen < four < size["dense"] < size["rpg 4x g1 element"]
+    assert all(row["step_seconds"] > 0 for row in networks.values())
+    made = [made_up(one.row, s, 60.0 + s) for one in steps.TIMED[:3] for s in (0, 1)]
+    drawn = report.plots(made, "a", record)
+    assert set(drawn) == {"a_seconds_light.svg", "a_seconds_dark.svg"}
+    chart = drawn["a_seconds_light.svg"][0]
+    assert [one.line for one in chart.series] == ["dashed", "dashed", "solid"]
+    dense = next(iter(networks.values()))
+    assert chart.series[0].points[0].x == pytest.approx(5 * dense["step_seconds"])
+    assert f"{dense['state_bytes'] / 1e6:.1f} MB" in chart.series[0].label
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
