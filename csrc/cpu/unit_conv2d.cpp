@@ -24,6 +24,9 @@
 //   window   [W, block]                12 KB   copied where it is no fp32, or wraps around
 //   entries  [together R T / 8]        96 B
 //
+// With pairs (pairs.h) a panel is [block / 2, V words] and the window, where it is copied, [W,
+// block / 2] words: half of these numbers. x, S and y are fp32, and words are made with the panel.
+//
 // Multiplications: W block pixels for each unit, 1 / laps of the dense ones. Additions: R T pixels,
 // each with a load of S; y is read and written once for all taps that are added together.
 //
@@ -100,25 +103,48 @@ UnitConvLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitCo
   out.s = lines(out.together * s);
   out.y = lines(4 * group_size(plan.band, 0) * kOctet * out.tile.y_plane);
   out.gathered = out.tile.shared ? 0 : lines(4 * law.granularity * out.tile.s_plane);
-  out.panel = lines(4 * law.granularity * kPanel);
-  out.window = lines(4 * slots * law.granularity);
+  const int64_t size = args.pairs ? 2 : 4;  // bytes of an operand's element
+  out.panel = lines(size * law.granularity * kPanel);
+  out.window = lines(size * slots * law.granularity);
   out.entries = lines(out.together * entries_room(plan.most_octets) * sizeof(OctetEntry));
   out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));
   return out;
 }
 
-// s [slots, columns] = window [slots, steps] · x [steps, columns] with lines of `x_plane` and
+// panel [channels, width] of lines of x, `x_plane` apart; returns the steps of a product with it.
+inline int fill_panel(const float* x, int64_t x_plane, int channels, int width, float* panel) {
+  for (int k = 0; k < channels; ++k) {
+    for (int i = 0; i < width; i += kVector) {
+      store<kVector>(panel + k * width + i, load<kVector>(x + k * x_plane + i));
+    }
+  }
+  return channels;
+}
+
+// The same in words of pairs, [ceil(channels / 2), width].
+inline int fill_panel(const float* x, int64_t x_plane, int channels, int width, uint32_t* panel) {
+  for (int k = 0; k < channels; k += 2) {
+    for (int i = 0; i < width; i += kVector, panel += kVector) {
+      const float* even = x + k * x_plane + i;
+      const Floats<kVector> odd =
+          k + 1 < channels ? load<kVector>(even + x_plane) : Floats<kVector>{};
+      const Pairs<kVector> words = join<kVector>(load<kVector>(even), odd);
+      std::memcpy(panel, &words, sizeof words);
+    }
+  }
+  return (channels + 1) / 2;
+}
+
+// s [slots, columns] = window [slots, channels] · x [channels, columns] with lines of `x_plane` and
 // `s_plane`; columns are whole vectors. A panel of x is copied first: its lines are in as many
 // pages, more than the first translation buffer holds, and are read again for every 6 slots.
-inline void multiply_lines(int slots, int64_t columns, const Factor& window, const float* x,
-                           int64_t x_plane, int steps, float* s, int64_t s_plane, float* panel) {
+template <class Element>
+inline void multiply_lines(int slots, int64_t columns, const FactorOf<Element>& window,
+                           const float* x, int64_t x_plane, int channels, float* s, int64_t s_plane,
+                           Element* panel) {
   for (int64_t j = 0; j < columns; j += kPanel) {
     const int width = static_cast<int>(std::min<int64_t>(columns - j, kPanel));
-    for (int k = 0; k < steps; ++k) {
-      for (int i = 0; i < width; i += kVector) {
-        store<kVector>(panel + k * width + i, load<kVector>(x + k * x_plane + j + i));
-      }
-    }
+    const int steps = fill_panel(x + j, x_plane, channels, width, panel);
     multiply<false>(slots, width, window, panel, width, steps, s + j, s_plane);
   }
 }
@@ -151,7 +177,8 @@ class UnitConv2d {
 
  private:
   struct UnitConvMemory {
-    float *x, *s, *y, *gathered, *panel, *window;
+    float *x, *s, *y, *gathered;
+    void *panel, *window;  // floats, or words of pairs
     OctetEntry* entries;
     uint16_t* shuffled;
   };
@@ -223,30 +250,46 @@ class UnitConv2d {
     unit_entries(plan_.band, planned.unit, planned.window,
                  memory.entries + k * entries_room(plan_.most_octets), memory.shuffled);
     const int slots = static_cast<int>(planned.window.octets * kOctet);
-    const float* window = window_rows(ring_, planned.window.base, slots, memory.window);
     const int64_t block = law_.granularity, channel = column % law_.run_blocks * block;
     const int valid = static_cast<int>(std::min(image_.run - channel, block));
     float* s = memory.s + k * plan_.most_window * kOctet * tile_.s_plane;
-    const Factor a{window, block, 1};
+    if (args_.pairs) {
+      const PairFactor window = window_pairs(ring_, planned.window.base, slots, valid,
+                                             static_cast<uint32_t*>(memory.window));
+      multiply_window(memory, column, slots, window, valid, s, in);
+    } else {
+      const Factor window{
+          window_rows(ring_, planned.window.base, slots, static_cast<float*>(memory.window)), block,
+          1};
+      multiply_window(memory, column, slots, window, valid, s, in);
+    }
+  }
+
+  // S [slots, pixels] of a window [slots, valid], zeros where pixels are outside of the images.
+  template <class Element>
+  void multiply_window(const UnitConvMemory& memory, int64_t column, int slots,
+                       const FactorOf<Element>& window, int valid, float* s,
+                       const Inside& in) const {
+    Element* panel = static_cast<Element*>(memory.panel);
     if (!tile_.shared) {
       gather(memory, column, valid);
-      multiply_lines(slots, vectors(tile_.line), a, memory.gathered, tile_.s_plane, valid, s,
-                     tile_.s_plane, memory.panel);
+      multiply_lines(slots, vectors(tile_.line), window, memory.gathered, tile_.s_plane, valid, s,
+                     tile_.s_plane, panel);
       clear_outside(s, slots, column, in);
       return;
     }
-    const float* x = memory.x + channel * tile_.x_plane;
+    const float* x = memory.x + column % law_.run_blocks * law_.granularity * tile_.x_plane;
     const int64_t row = tile_.columns * args_.lanes, left = in.column * args_.lanes;
     const int64_t width = in.columns * args_.lanes;
     if (tile_.compact) {
       for (int64_t i = in.row; i < in.row + in.rows; ++i) {
-        multiply_lines(slots, width, a, x + i * row + left, tile_.x_plane, valid,
-                       s + i * row + left, tile_.s_plane, memory.panel);
+        multiply_lines(slots, width, window, x + i * row + left, tile_.x_plane, valid,
+                       s + i * row + left, tile_.s_plane, panel);
       }
     } else if (in.rows) {
       const int64_t first = in.row * row + left, size = (in.rows - 1) * row + width;
-      multiply_lines(slots, vectors(size), a, x + first, tile_.x_plane, valid, s + first,
-                     tile_.s_plane, memory.panel);
+      multiply_lines(slots, vectors(size), window, x + first, tile_.x_plane, valid, s + first,
+                     tile_.s_plane, panel);
       for (int64_t w = 0; w < slots; ++w) {
         float* line = s + w * tile_.s_plane + first;
         for (int64_t i = 1; i < in.rows; ++i) {

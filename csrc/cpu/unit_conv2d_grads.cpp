@@ -13,6 +13,7 @@
 //   dx        the same                    74 KB  for each thread, as what follows
 //   T         [48, pixels]                55 KB  L2
 //   own       [2, pixels of y, block]     x and dx of one tap, of strided convolutions
+//   T and x   [48, pixels / 2] and [pixels / 2, block] words, with pairs: 28 and 37 KB
 //
 // Multiplications: W block pixels for each unit and gradient, 1 / laps of the dense ones.
 // Additions: one for each row, tap and pixel, with a load of dy; a line of T is written once.
@@ -227,13 +228,14 @@ class ConvSource {
     }
   }
 
-  void add_dx(int64_t tile, int64_t column, const Factor& t, const float* window, int slots,
-              float* dx, float* own) const {
+  template <class Element>
+  void add_dx(int64_t tile, int64_t column, const FactorOf<Element>& t, const Element* window,
+              int steps, float* dx, float* own) const {
     const int block = law_.granularity, rows = static_cast<int>(lanes(tile));
     float* out = dx + column % law_.run_blocks * pixels_ * block;
-    if (shifts_) return multiply<true>(rows, block, t, window, block, slots, out, block);
+    if (shifts_) return multiply<true>(rows, block, t, window, block, steps, out, block);
     float* products = own + lanes(tile) * block;
-    multiply<false>(rows, block, t, window, block, slots, products, block);
+    multiply<false>(rows, block, t, window, block, steps, products, block);
     for_pixels(column, [&](int64_t pixel, int64_t in) {
       const int64_t size = args_.lanes * block;
       for (int64_t i = 0; i < size; i += 8) {
@@ -345,7 +347,7 @@ class ConvSource {
 
 UnitGradsArgs grads_args(const UnitConv2dGradsArgs& args) {
   return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
-          args.scale,      args.threads, args.workspace};
+          args.scale,      args.threads, args.workspace,     args.pairs};
 }
 
 }  // namespace

@@ -21,6 +21,10 @@
 // what it meets may be infinite. Where something is not finite, such products are left out one by
 // one (`add_reached`), from the first tile on that has an infinity or NaN in dy or x.
 //
+// With pairs (pairs.h) T is rounded to bfloat16 before it is multiplied, in words of two slots for
+// dx and of two lanes for dw; x and the window are joined to words as well. Products that are left
+// out one by one are of fp32.
+//
 // A Source says what lanes are: where dy, x and dx of a tile lie, and how lines of dy are added.
 
 #pragma once
@@ -44,6 +48,7 @@ struct UnitGradsArgs {
   double scale;
   int threads;
   void* workspace;
+  bool pairs;
 };
 
 // What the tiles of a Source take: bytes for all threads, and for each.
@@ -57,9 +62,11 @@ struct SourceLayout {
 struct UnitGradsLayout {
   int64_t dy, x;
   int64_t dx, own, t, window, products, spill, entries, shuffled, octet_at;
+  int64_t t_pairs, x_pairs;
   int64_t shared() const { return dy + x; }
   int64_t of_thread() const {
-    return dx + own + t + window + products + spill + entries + shuffled + octet_at;
+    return dx + own + t + window + products + spill + entries + shuffled + octet_at + t_pairs +
+           x_pairs;
   }
 };
 
@@ -77,6 +84,7 @@ struct UnitGradsMemory {
   float *dx, *own, *t, *window, *products, *spill;
   OctetEntry* entries;
   uint16_t *shuffled, *octet_at;
+  uint32_t *t_pairs, *x_pairs;
 };
 
 inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& plan,
@@ -95,6 +103,8 @@ inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& pl
   out.entries = lines(room * sizeof(OctetEntry));
   out.shuffled = lines(room * sizeof(uint16_t));
   out.octet_at = lines(room * sizeof(uint16_t));
+  out.t_pairs = args.pairs ? lines(2 * slots * source.t_plane) : 0;
+  out.x_pairs = args.pairs && args.dw ? lines(2 * source.t_plane * block) : 0;
   return out;
 }
 
@@ -162,6 +172,7 @@ class UnitGrads {
     carver.take(out.entries, layout_.entries);
     carver.take(out.shuffled, layout_.shuffled);
     carver.take(out.octet_at, layout_.octet_at);
+    carver.take(out.t_pairs, layout_.t_pairs), carver.take(out.x_pairs, layout_.x_pairs);
     return out;
   }
 
@@ -176,7 +187,13 @@ class UnitGrads {
         bool dealt = false;
         zones_.for_octets(part, planned.window, [&](int64_t o, int64_t count) {
           if (!dealt) deal_octets(planned, memory);
-          if (!dealt && args_.dw) xc = source_.x_of(tile, column, x(), memory.own);
+          if (!dealt && args_.dw) {
+            xc = source_.x_of(tile, column, x(), memory.own);
+            if (args_.pairs) {
+              join_rows(xc, law_.granularity, source_.lanes(tile), law_.granularity,
+                        memory.x_pairs);
+            }
+          }
           dealt = true;
           for (int64_t done = 0; done < count; done += size_.chunk) {
             add_chunk(planned, group, column, o + done, std::min(count - done, size_.chunk), part,
@@ -240,36 +257,63 @@ class UnitGrads {
       }
       return;
     }
-    if (args_.dx) {
-      if (!whole) {
-        if (window != memory.window) {
-          for (int64_t j = 0; j < size; ++j) {
-            std::memcpy(memory.window + j * block, window + j * block, sizeof(float) * block);
-          }
-        }
-        window = memory.window;
+    if (args_.dx && !whole) {
+      if (window != memory.window) {
         for (int64_t j = 0; j < size; ++j) {
-          if (!is_read(j)) std::memset(memory.window + j * block, 0, sizeof(float) * block);
+          std::memcpy(memory.window + j * block, window + j * block, sizeof(float) * block);
         }
       }
-      source_.add_dx(tile, column, {memory.t, 1, plane}, window, static_cast<int>(size), memory.dx,
+      window = memory.window;
+      for (int64_t j = 0; j < size; ++j) {
+        if (!is_read(j)) std::memset(memory.window + j * block, 0, sizeof(float) * block);
+      }
+    }
+    const int64_t lanes = source_.lanes(tile);
+    const int steps = static_cast<int>(size);
+    if (args_.pairs) {
+      for (int64_t j = 0; j < size; ++j) round_to_bfloat16(memory.t + j * plane, lanes);
+      if (args_.dx) {
+        const int64_t wide = (lanes + 7) / 8 * 8;
+        uint32_t* words = reinterpret_cast<uint32_t*>(memory.window);
+        join_rows(window, block, size, block, words);
+        join_rows(memory.t, plane, size, wide, memory.t_pairs);
+        source_.add_dx(tile, column, PairFactor{memory.t_pairs, 1, wide}, words, steps / 2,
+                       memory.dx, memory.own);
+      }
+    } else if (args_.dx) {
+      source_.add_dx(tile, column, Factor{memory.t, 1, plane}, window, steps, memory.dx,
                      memory.own);
     }
     if (!args_.dw) return;
-    const int lanes = static_cast<int>(source_.lanes(tile)), valid = source_.valid_of(column);
-    const Factor t{memory.t, plane, 1};
-    if (whole && zones_.inside(part, first, size) == size && valid == block) {
-      multiply<true>(static_cast<int>(size), static_cast<int>(block), t, xc, block, lanes,
-                     args_.dw + first * block, block);
-      return;
+    const bool in_place =
+        whole && zones_.inside(part, first, size) == size && source_.valid_of(column) == block;
+    float* products = in_place ? args_.dw + first * block : memory.products;
+    if (args_.pairs) {
+      const int64_t words = plane / 2;
+      for (int64_t j = 0; j < size; ++j) {
+        join_neighbours(memory.t + j * plane, lanes, memory.t_pairs + j * words);
+      }
+      multiply_dw(in_place, steps, PairFactor{memory.t_pairs, words, 1}, memory.x_pairs,
+                  (lanes + 1) / 2, products);
+    } else {
+      multiply_dw(in_place, steps, Factor{memory.t, plane, 1}, xc, lanes, products);
     }
-    multiply<false>(static_cast<int>(size), static_cast<int>(block), t, xc, block, lanes,
-                    memory.products, block);
+    if (in_place) return;
+    const int valid = source_.valid_of(column);
     for (int64_t j = 0; j < size; ++j) {
       if (!is_read(j)) continue;
       float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
       for (int e = 0; e < valid; ++e) target[e] += memory.products[j * block + e];
     }
+  }
+
+  // products [slots, block] (+)= T [slots, steps] · x_c [steps, block].
+  template <class Element>
+  void multiply_dw(bool add, int slots, const FactorOf<Element>& t, const Element* x, int64_t steps,
+                   float* products) const {
+    const int block = law_.granularity, count = static_cast<int>(steps);
+    if (add) return multiply<true>(slots, block, t, x, block, count, products, block);
+    multiply<false>(slots, block, t, x, block, count, products, block);
   }
 
   // What octet o of a window adds: of a slot those lanes that its taps reach, and no product else.
