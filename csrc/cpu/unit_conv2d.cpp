@@ -111,44 +111,6 @@ UnitConvLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitCo
   return out;
 }
 
-// panel [channels, width] of lines of x, `x_plane` apart; returns the steps of a product with it.
-inline int fill_panel(const float* x, int64_t x_plane, int channels, int width, float* panel) {
-  for (int k = 0; k < channels; ++k) {
-    for (int i = 0; i < width; i += kVector) {
-      store<kVector>(panel + k * width + i, load<kVector>(x + k * x_plane + i));
-    }
-  }
-  return channels;
-}
-
-// The same in words of pairs, [ceil(channels / 2), width].
-inline int fill_panel(const float* x, int64_t x_plane, int channels, int width, uint32_t* panel) {
-  for (int k = 0; k < channels; k += 2) {
-    for (int i = 0; i < width; i += kVector, panel += kVector) {
-      const float* even = x + k * x_plane + i;
-      const Floats<kVector> odd =
-          k + 1 < channels ? load<kVector>(even + x_plane) : Floats<kVector>{};
-      const Pairs<kVector> words = join<kVector>(load<kVector>(even), odd);
-      std::memcpy(panel, &words, sizeof words);
-    }
-  }
-  return (channels + 1) / 2;
-}
-
-// s [slots, columns] = window [slots, channels] · x [channels, columns] with lines of `x_plane` and
-// `s_plane`; columns are whole vectors. A panel of x is copied first: its lines are in as many
-// pages, more than the first translation buffer holds, and are read again for every 6 slots.
-template <class Element>
-inline void multiply_lines(int slots, int64_t columns, const FactorOf<Element>& window,
-                           const float* x, int64_t x_plane, int channels, float* s, int64_t s_plane,
-                           Element* panel) {
-  for (int64_t j = 0; j < columns; j += kPanel) {
-    const int width = static_cast<int>(std::min<int64_t>(columns - j, kPanel));
-    const int steps = fill_panel(x + j, x_plane, channels, width, panel);
-    multiply<false>(slots, width, window, panel, width, steps, s + j, s_plane);
-  }
-}
-
 class UnitConv2d {
  public:
   UnitConv2d(const LayerLaw& law, const UnitConv2dArgs& args)

@@ -31,44 +31,11 @@
 
 #include <vector>
 
-#include "cpu/product.h"
+#include "cpu/unit_grads_memory.h"
 #include "cpu/unit_zones.h"
-#include "cpu/workspace.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
-
-constexpr int64_t kMostChunk = 16;  // octets of slots
-
-struct UnitGradsArgs {
-  Dtype bank_dtype;
-  const void* ring;  // [slots, block]; for dx
-  bool dx;
-  float* dw;  // [slots, block] or null
-  double scale;
-  int threads;
-  void* workspace;
-  bool pairs;
-};
-
-// What the tiles of a Source take: bytes for all threads, and for each.
-struct SourceLayout {
-  int64_t dy, x;    // bytes, for all threads
-  int64_t dx, own;  // bytes, for each thread: its dx, and what else it needs
-  int64_t t_plane;  // floats from a line of T to the next
-  int64_t chunk;    // octets of slots at a time, at most kMostChunk
-};
-
-struct UnitGradsLayout {
-  int64_t dy, x;
-  int64_t dx, own, t, window, products, spill, entries, shuffled, octet_at;
-  int64_t t_pairs, x_pairs;
-  int64_t shared() const { return dy + x; }
-  int64_t of_thread() const {
-    return dx + own + t + window + products + spill + entries + shuffled + octet_at + t_pairs +
-           x_pairs;
-  }
-};
 
 inline bool all_finite(const float* values, int64_t count) {
   uint32_t largest = 0;
@@ -78,34 +45,6 @@ inline bool all_finite(const float* values, int64_t count) {
     largest = largest < exponent ? exponent : largest;
   }
   return largest < 0x7F800000u;
-}
-
-struct UnitGradsMemory {
-  float *dx, *own, *t, *window, *products, *spill;
-  OctetEntry* entries;
-  uint16_t *shuffled, *octet_at;
-  uint32_t *t_pairs, *x_pairs;
-};
-
-inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& plan,
-                                         const UnitGradsArgs& args, const SourceLayout& source) {
-  UnitGradsLayout out{};
-  const int64_t block = law.granularity, room = entries_room(plan.most_octets);
-  const int64_t slots = source.chunk * kOctet;
-  out.dy = lines(source.dy);
-  out.x = args.dw ? lines(source.x) : 0;
-  out.dx = args.dx ? lines(source.dx) : 0;
-  out.own = lines(source.own);
-  out.t = lines(4 * slots * source.t_plane);
-  out.window = args.dx ? lines(4 * slots * block) : 0;
-  out.products = args.dw ? lines(4 * slots * block) : 0;
-  out.spill = args.dw ? lines(4 * kOctet * block) : 0;
-  out.entries = lines(room * sizeof(OctetEntry));
-  out.shuffled = lines(room * sizeof(uint16_t));
-  out.octet_at = lines(room * sizeof(uint16_t));
-  out.t_pairs = args.pairs ? lines(2 * slots * source.t_plane) : 0;
-  out.x_pairs = args.pairs && args.dw ? lines(2 * source.t_plane * block) : 0;
-  return out;
 }
 
 template <class Source>
@@ -268,38 +207,19 @@ class UnitGrads {
         if (!is_read(j)) std::memset(memory.window + j * block, 0, sizeof(float) * block);
       }
     }
-    const int64_t lanes = source_.lanes(tile);
-    const int steps = static_cast<int>(size);
     if (args_.pairs) {
-      for (int64_t j = 0; j < size; ++j) round_to_bfloat16(memory.t + j * plane, lanes);
-      if (args_.dx) {
-        const int64_t wide = (lanes + 7) / 8 * 8;
-        uint32_t* words = reinterpret_cast<uint32_t*>(memory.window);
-        join_rows(window, block, size, block, words);
-        join_rows(memory.t, plane, size, wide, memory.t_pairs);
-        source_.add_dx(tile, column, PairFactor{memory.t_pairs, 1, wide}, words, steps / 2,
-                       memory.dx, memory.own);
-      }
-    } else if (args_.dx) {
-      source_.add_dx(tile, column, Factor{memory.t, 1, plane}, window, steps, memory.dx,
-                     memory.own);
-    }
-    if (!args_.dw) return;
-    const bool in_place =
-        whole && zones_.inside(part, first, size) == size && source_.valid_of(column) == block;
-    float* products = in_place ? args_.dw + first * block : memory.products;
-    if (args_.pairs) {
-      const int64_t words = plane / 2;
       for (int64_t j = 0; j < size; ++j) {
-        join_neighbours(memory.t + j * plane, lanes, memory.t_pairs + j * words);
+        round_to_bfloat16(memory.t + j * plane, source_.lanes(tile));
       }
-      multiply_dw(in_place, steps, PairFactor{memory.t_pairs, words, 1}, memory.x_pairs,
-                  (lanes + 1) / 2, products);
-    } else {
-      multiply_dw(in_place, steps, Factor{memory.t, plane, 1}, xc, lanes, products);
     }
-    if (in_place) return;
+    if (args_.dx) multiply_dx(tile, column, size, window, memory);
+    if (!args_.dw) return;
     const int valid = source_.valid_of(column);
+    if (whole && zones_.inside(part, first, size) == size && valid == block) {
+      multiply_dw<true>(tile, size, xc, memory, args_.dw + first * block);
+      return;
+    }
+    multiply_dw<false>(tile, size, xc, memory, memory.products);
     for (int64_t j = 0; j < size; ++j) {
       if (!is_read(j)) continue;
       float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
@@ -307,13 +227,40 @@ class UnitGrads {
     }
   }
 
-  // products [slots, block] (+)= T [slots, steps] · x_c [steps, block].
-  template <class Element>
-  void multiply_dw(bool add, int slots, const FactorOf<Element>& t, const Element* x, int64_t steps,
+  // dx_c [lanes, block] += Tᵀ · window [slots, block]. With pairs, whose words take the window's
+  // memory, T is what bfloat16 holds.
+  void multiply_dx(int64_t tile, int64_t column, int64_t slots, const float* window,
+                   const UnitGradsMemory& memory) const {
+    const int64_t block = law_.granularity, plane = size_.t_plane;
+    if (!args_.pairs) {
+      source_.add_dx(tile, column, Factor{memory.t, 1, plane}, window, static_cast<int>(slots),
+                     memory.dx, memory.own);
+      return;
+    }
+    const int64_t wide = (source_.lanes(tile) + 7) / 8 * 8;
+    uint32_t* words = reinterpret_cast<uint32_t*>(memory.window);
+    join_rows(window, block, slots, block, words);
+    join_rows(memory.t, plane, slots, wide, memory.t_pairs);
+    source_.add_dx(tile, column, PairFactor{memory.t_pairs, 1, wide}, words,
+                   static_cast<int>(slots / 2), memory.dx, memory.own);
+  }
+
+  // products [slots, block] (+)= T [slots, lanes] · x_c [lanes, block], of which there are pairs.
+  template <bool ADD>
+  void multiply_dw(int64_t tile, int64_t slots, const float* xc, const UnitGradsMemory& memory,
                    float* products) const {
-    const int block = law_.granularity, count = static_cast<int>(steps);
-    if (add) return multiply<true>(slots, block, t, x, block, count, products, block);
-    multiply<false>(slots, block, t, x, block, count, products, block);
+    const int64_t plane = size_.t_plane;
+    const int rows = static_cast<int>(slots), block = law_.granularity;
+    const int lanes = static_cast<int>(source_.lanes(tile));
+    if (!args_.pairs) {
+      multiply<ADD>(rows, block, Factor{memory.t, plane, 1}, xc, block, lanes, products, block);
+      return;
+    }
+    for (int64_t j = 0; j < slots; ++j) {
+      join_neighbours(memory.t + j * plane, lanes, memory.t_pairs + j * plane / 2);
+    }
+    multiply<ADD>(rows, block, PairFactor{memory.t_pairs, plane / 2, 1}, memory.x_pairs, block,
+                  (lanes + 1) / 2, products, block);
   }
 
   // What octet o of a window adds: of a slot those lanes that its taps reach, and no product else.
