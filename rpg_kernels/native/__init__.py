@@ -131,7 +131,12 @@ def multiplies_pairs() -> bool:
         >>> multiplies_pairs() in (True, False)
         True
     """
-    return available() and bool(build_info().get("pairs"))
+    return available() and _has_pairs()
+
+
+@cache
+def _has_pairs() -> bool:
+    return bool(module().build_info()["pairs"])
 
 
 def covers(architectures: list[str], capability: str) -> bool | None:

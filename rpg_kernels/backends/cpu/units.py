@@ -70,9 +70,8 @@ class Units(Family):
         self, op: str, dtype: torch.dtype, bank_dtype: torch.dtype, batch: int, placement: str
     ) -> bool:
         """See ``pairs``; the kernel for few rows knows none."""
-        if self._few(op, parse(placement), batch):
-            return False
-        return pairs(op, dtype, bank_dtype, placement)
+        found = pairs(op, dtype, bank_dtype, placement)
+        return found and not self._few(op, parse(placement), batch)
 
     @staticmethod
     def _few(op: str, p: Placement, batch: int) -> bool:
@@ -118,7 +117,7 @@ def pairs(op: str, dtype: torch.dtype, bank_dtype: torch.dtype | None, placement
         bank_dtype: of the bank, or of its gradient.
         placement: of the weight.
     """
-    if not (native.multiplies_pairs() and dtype == bank_dtype == torch.bfloat16):
+    if not (dtype == bank_dtype == torch.bfloat16 and native.multiplies_pairs()):
         return False
     return op in FORWARD or reads(placement) >= ROUNDED_READS
 

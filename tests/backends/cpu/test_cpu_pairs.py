@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pair_brute
+import processes
 import pytest
 import test_cpu_units
 import torch
@@ -172,12 +173,11 @@ def test_a_bank_that_is_not_aligned() -> None:
         assert got.equal(exact)
 
 
-@pytest.mark.parametrize("columns", [109, 110])
 @pytest.mark.parametrize("kind", test_cpu_units.KINDS, ids=str)
-def test_infinities_stay_where_they_are_in_linear(kind: dict[str, int], columns: int) -> None:
-    for rows, threads, values in (
-        (13, 1, (INFINITY, NAN, -INFINITY)),
-        (301, 2, (-INFINITY, INFINITY, NAN)),
+def test_infinities_stay_where_they_are_in_linear(kind: dict[str, int]) -> None:
+    for rows, columns, threads, values in (
+        (13, 110, 1, (INFINITY, NAN, -INFINITY)),
+        (101, 109, 2, (-INFINITY, INFINITY, NAN)),
     ):
         torch.set_num_threads(threads)
         layer = Layer((rows, columns), 21, dtype=BF16, bias=False, **kind)  # type: ignore[arg-type]
@@ -291,3 +291,26 @@ def test_operators_of_convolutions(number: int, monkeypatch: pytest.MonkeyPatch)
         assert far <= 2**-8 * exact.square().mean().sqrt()
     assert with_pairs.equal(plain) == (number == 0 and bool((with_pairs == plain).all()))
     assert number == 0 or not with_pairs.equal(plain)
+
+
+def check_all() -> None:
+    """The program of the process below, in which another instruction set is chosen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "multiplies_pairs", lambda: True)
+        patch.setattr(units, "ROUNDED_READS", 0)
+        for columns, block in ((64, 32), (109, 32), (255, 128)):
+            test_linear_is_what_pairs_define(2, columns, block)
+        for channels in (31, 64):
+            for stride in (1, 2):
+                test_conv2d_is_what_pairs_define(stride, channels)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_a_processor_with_less(isa: str) -> None:
+    if isa not in native.build_info()["isas"]:
+        pytest.skip(f"{isa} is not compiled in")
+    program = "import test_cpu_pairs as t; t.check_all(); print(t.native.build_info()['isa'])"
+    done = processes.python(program, RPG_KERNELS_ISA=isa)
+    if f"RPG_KERNELS_ISA: got {isa}" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert (done.returncode, done.stdout) == (0, f"{isa}\n"), done.stderr

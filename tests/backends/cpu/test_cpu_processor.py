@@ -87,6 +87,9 @@ def test_what_this_processor_has() -> None:
     assert processor.dense_gain(F32) == 1
     for dtype in (BF16, F16):
         assert processor.dense_gain(dtype) in (1, 2, 4, 16)
+    if native.multiplies_pairs():
+        assert native.build_info()["isa"] == "avx512"
+        assert torch.cpu._is_avx512_bf16_supported()
 
 
 def weight(laps: int | None) -> str:
