@@ -38,7 +38,7 @@
 
 #include "cpu/image_tile.h"
 #include "cpu/kernels.h"
-#include "cpu/product.h"
+#include "cpu/line_panels.h"
 #include "cpu/unit_lines.h"
 #include "cpu/unit_window.h"
 
@@ -85,9 +85,10 @@ ConvTile tile_of(const UnitConv2dArgs& args) {
 // How the workspace is divided; bytes of one thread.
 struct UnitConvLayout {
   ConvTile tile;
-  int64_t together;  // columns whose S are there at once
-  int64_t x, s, y, gathered, panel, window, entries, shuffled;
-  int64_t bytes() const { return x + s + y + gathered + panel + window + entries + shuffled; }
+  int64_t together;       // columns whose S are there at once
+  int64_t column_panels;  // bytes of the panels of one column
+  int64_t panels, x, s, y, gathered, window, entries, shuffled;
+  int64_t bytes() const { return panels + x + s + y + gathered + window + entries + shuffled; }
 };
 
 UnitConvLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitConv2dArgs& args) {
@@ -97,14 +98,14 @@ UnitConvLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitCo
   out.together =
       std::max<int64_t>(1, std::min<int64_t>(kTogetherBytes / s, kMostUses / plan.band.taps));
   out.together = std::min<int64_t>(out.together, plan.band.columns);
-  const int64_t channels =
-      (args.image.channels + law.granularity - 1) / law.granularity * law.granularity;
-  out.x = lines(4 * channels * out.tile.x_plane);
+  const int64_t size = args.pairs ? 2 : 4;  // bytes of an operand's element
+  const int64_t columns = vectors(out.tile.shared ? out.tile.pixels : out.tile.line);
+  out.column_panels = lines(size * law.granularity * columns);
+  out.panels = out.column_panels * (out.tile.shared ? law.run_blocks : plan.band.columns);
+  out.x = lines(4 * law.granularity * out.tile.x_plane);
   out.s = lines(out.together * s);
   out.y = lines(4 * group_size(plan.band, 0) * kOctet * out.tile.y_plane);
   out.gathered = out.tile.shared ? 0 : lines(4 * law.granularity * out.tile.s_plane);
-  const int64_t size = args.pairs ? 2 : 4;  // bytes of an operand's element
-  out.panel = lines(size * law.granularity * kPanel);
   out.window = lines(size * slots * law.granularity);
   out.entries = lines(out.together * entries_room(plan.most_octets) * sizeof(OctetEntry));
   out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));
@@ -129,18 +130,29 @@ class UnitConv2d {
     {
       // S is zero outside of the images, where products are not made.
       const int part = thread_number();
-      std::memset(memory_of(part).x, 0, layout_.bytes());
+      const UnitConvMemory memory = memory_of(part);
+      std::memset(memory.s, 0, layout_.s);
+      std::memset(memory.x, 0, layout_.x);
+      std::memset(memory.gathered, 0, layout_.gathered);
+      Filled filled{};
 #pragma omp for schedule(dynamic)
       for (int64_t tile = 0; tile < groups * tiles_high; ++tile) {
-        add_tile(memory_of(part), tile / tiles_high * args_.lanes, tile % tiles_high * args_.rows);
+        const int64_t image = tile / tiles_high * args_.lanes;
+        const int64_t out_row = tile % tiles_high * args_.rows;
+        if (args_.pairs) {
+          add_tile<uint32_t>(memory, image, out_row, filled);
+        } else {
+          add_tile<float>(memory, image, out_row, filled);
+        }
       }
     }
   }
 
  private:
   struct UnitConvMemory {
+    char* panels;  // of floats or of words of pairs, as what follows
+    void* window;
     float *x, *s, *y, *gathered;
-    void *panel, *window;  // floats, or words of pairs
     OctetEntry* entries;
     uint16_t* shuffled;
   };
@@ -148,11 +160,11 @@ class UnitConv2d {
   UnitConvMemory memory_of(int part) const {
     Carver carver(args_.workspace, part * layout_.bytes());
     UnitConvMemory out{};
+    carver.take(out.panels, layout_.panels);
     carver.take(out.x, layout_.x);
     carver.take(out.s, layout_.s);
     carver.take(out.y, layout_.y);
     carver.take(out.gathered, layout_.gathered);
-    carver.take(out.panel, layout_.panel);
     carver.take(out.window, layout_.window);
     carver.take(out.entries, layout_.entries);
     carver.take(out.shuffled, layout_.shuffled);
@@ -162,6 +174,15 @@ class UnitConv2d {
   // Rows of x that a tile has, counted from its first, and columns: those inside of the images.
   struct Inside {
     int64_t row, rows, column, columns;
+    bool operator==(const Inside& o) const {
+      return row == o.row && rows == o.rows && column == o.column && columns == o.columns;
+    }
+  };
+
+  // Which part of x a thread's tiles have written; the rest of it is zero.
+  struct Filled {
+    Inside in;
+    int64_t images;
   };
 
   Inside inside_of(int64_t out_row) const {
@@ -174,84 +195,120 @@ class UnitConv2d {
     return in;
   }
 
-  void add_tile(const UnitConvMemory& memory, int64_t image, int64_t out_row) const {
+  template <class Element>
+  void add_tile(const UnitConvMemory& memory, int64_t image, int64_t out_row,
+                Filled& filled) const {
     const Inside in = inside_of(out_row);
     const int64_t images = std::min<int64_t>(args_.images - image, args_.lanes);
-    load_x(memory, image, images, out_row, in);
+    if (!(in == filled.in) || images != filled.images) {
+      // What an earlier tile had elsewhere.
+      std::memset(memory.x, 0, layout_.x);
+      std::memset(memory.s, 0, layout_.s);
+      filled = {in, images};
+    }
+    for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) {
+      load_x(memory, block, image, images, out_row, in);
+      fill_block<Element>(memory, block, in);
+    }
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
       for (int64_t first = 0; first < plan_.band.columns; first += layout_.together) {
         const int64_t count = std::min<int64_t>(plan_.band.columns - first, layout_.together);
-        for (int64_t k = 0; k < count; ++k) multiply_unit(memory, group, first + k, k, in);
+        for (int64_t k = 0; k < count; ++k) {
+          multiply_unit<Element>(memory, group, first + k, k, in);
+        }
         add_lines(memory, group, first, static_cast<int>(count));
       }
       write(memory, group, image, images, out_row);
     }
   }
 
-  void load_x(const UnitConvMemory& memory, int64_t image, int64_t images, int64_t out_row,
-              const Inside& in) const {
+  int valid_of(int64_t block) const {
+    return static_cast<int>(
+        std::min<int64_t>(image_.run - block * law_.granularity, law_.granularity));
+  }
+
+  // x [block, rows, columns, L] of a block of channels.
+  void load_x(const UnitConvMemory& memory, int64_t block, int64_t image, int64_t images,
+              int64_t out_row, const Inside& in) const {
     ImageView x{args_.dtype, const_cast<void*>(args_.x), {}};
     for (int i = 0; i < 4; ++i) x.stride[i] = image_.stride[i];
     const int64_t lanes = args_.lanes, row = tile_.columns * lanes;
-    // What an earlier tile had, of other rows or more images.
-    std::memset(memory.x, 0, layout_.x);
     if (!in.rows) return;
     const TilePart part{image,           images,
-                        args_.lanes,     0,
-                        image_.channels, out_row * image_.step[0] - image_.padding[0] + in.row,
+                        args_.lanes,     block * law_.granularity,
+                        valid_of(block), out_row * image_.step[0] - image_.padding[0] + in.row,
                         in.rows,         0,
                         in.columns};
     load_tile(x, part, {tile_.x_plane, row, lanes}, memory.x + in.row * row + in.column * lanes);
   }
 
+  // Where panels of a block of channels begin, or where taps are gathered those of a column.
+  template <class Element>
+  Element* panels_of(const UnitConvMemory& memory, int64_t number) const {
+    return reinterpret_cast<Element*>(memory.panels + number * layout_.column_panels);
+  }
+
+  // Panels of what units multiply of a block of channels, which is loaded.
+  template <class Element>
+  void fill_block(const UnitConvMemory& memory, int64_t block, const Inside& in) const {
+    const int valid = valid_of(block);
+    if (!tile_.shared) {
+      for (int64_t column = block; column < plan_.band.columns; column += law_.run_blocks) {
+        gather(memory, column, valid);
+        fill_panels(memory.gathered, tile_.s_plane, valid, vectors(tile_.line),
+                    panels_of<Element>(memory, column));
+      }
+      return;
+    }
+    Element* panels = panels_of<Element>(memory, block);
+    const int64_t row = tile_.columns * args_.lanes, width = in.columns * args_.lanes;
+    const float* x = memory.x + in.row * row + in.column * args_.lanes;
+    if (tile_.compact) {
+      for (int64_t i = 0; i < in.rows; ++i) {
+        panels = fill_panels(x + i * row, tile_.x_plane, valid, width, panels);
+      }
+    } else if (in.rows) {
+      fill_panels(x, tile_.x_plane, valid, vectors((in.rows - 1) * row + width), panels);
+    }
+  }
+
+  Factor read_window(const UnitWindow& window, int slots, int, float* buffer) const {
+    return {window_rows(ring_, window.base, slots, buffer), law_.granularity, 1};
+  }
+  PairFactor read_window(const UnitWindow& window, int slots, int valid, uint32_t* buffer) const {
+    return window_pairs(ring_, window.base, slots, valid, buffer);
+  }
+
   // S of a unit of column `column`, and its entries, as number `k` of those that are added
-  // together.
+  // together: zeros where pixels are outside of the images.
+  template <class Element>
   void multiply_unit(const UnitConvMemory& memory, uint32_t group, int64_t column, int64_t k,
                      const Inside& in) const {
     const PlannedUnit& planned = plan_.unit_of(group, static_cast<uint32_t>(column));
     unit_entries(plan_.band, planned.unit, planned.window,
                  memory.entries + k * entries_room(plan_.most_octets), memory.shuffled);
     const int slots = static_cast<int>(planned.window.octets * kOctet);
-    const int64_t block = law_.granularity, channel = column % law_.run_blocks * block;
-    const int valid = static_cast<int>(std::min(image_.run - channel, block));
+    const int valid = valid_of(column % law_.run_blocks);
     float* s = memory.s + k * plan_.most_window * kOctet * tile_.s_plane;
-    if (args_.pairs) {
-      const PairFactor window = window_pairs(ring_, planned.window.base, slots, valid,
-                                             static_cast<uint32_t*>(memory.window));
-      multiply_window(memory, column, slots, window, valid, s, in);
-    } else {
-      const Factor window{
-          window_rows(ring_, planned.window.base, slots, static_cast<float*>(memory.window)), block,
-          1};
-      multiply_window(memory, column, slots, window, valid, s, in);
-    }
-  }
-
-  // S [slots, pixels] of a window [slots, valid], zeros where pixels are outside of the images.
-  template <class Element>
-  void multiply_window(const UnitConvMemory& memory, int64_t column, int slots,
-                       const FactorOf<Element>& window, int valid, float* s,
-                       const Inside& in) const {
-    Element* panel = static_cast<Element*>(memory.panel);
+    const Element* panels =
+        panels_of<Element>(memory, tile_.shared ? column % law_.run_blocks : column);
+    const auto window =
+        read_window(planned.window, slots, valid, static_cast<Element*>(memory.window));
     if (!tile_.shared) {
-      gather(memory, column, valid);
-      multiply_lines(slots, vectors(tile_.line), window, memory.gathered, tile_.s_plane, valid, s,
-                     tile_.s_plane, panel);
+      multiply_lines(slots, vectors(tile_.line), window, panels, valid, s, tile_.s_plane);
       clear_outside(s, slots, column, in);
       return;
     }
-    const float* x = memory.x + column % law_.run_blocks * law_.granularity * tile_.x_plane;
     const int64_t row = tile_.columns * args_.lanes, left = in.column * args_.lanes;
     const int64_t width = in.columns * args_.lanes;
     if (tile_.compact) {
       for (int64_t i = in.row; i < in.row + in.rows; ++i) {
-        multiply_lines(slots, width, window, x + i * row + left, tile_.x_plane, valid,
-                       s + i * row + left, tile_.s_plane, panel);
+        panels =
+            multiply_lines(slots, width, window, panels, valid, s + i * row + left, tile_.s_plane);
       }
     } else if (in.rows) {
       const int64_t first = in.row * row + left, size = (in.rows - 1) * row + width;
-      multiply_lines(slots, vectors(size), window, x + first, tile_.x_plane, valid, s + first,
-                     tile_.s_plane, panel);
+      multiply_lines(slots, vectors(size), window, panels, valid, s + first, tile_.s_plane);
       for (int64_t w = 0; w < slots; ++w) {
         float* line = s + w * tile_.s_plane + first;
         for (int64_t i = 1; i < in.rows; ++i) {
@@ -260,23 +317,16 @@ class UnitConv2d {
         std::memset(line + size, 0, sizeof(float) * (vectors(size) - size));
       }
     }
-    for (int64_t w = 0; w < slots; ++w) {  // rows that an earlier tile had
-      float* plane = s + w * tile_.s_plane;
-      std::memset(plane, 0, sizeof(float) * in.row * row);
-      std::memset(plane + (in.row + in.rows) * row, 0,
-                  sizeof(float) * (tile_.rows - in.row - in.rows) * row);
-    }
   }
 
-  // gathered [block, pixels of y]: what the elements of a block read.
+  // gathered [block, pixels of y]: what the elements of a loaded block read at a tap.
   void gather(const UnitConvMemory& memory, int64_t column, int valid) const {
     const int64_t lanes = args_.lanes, row = tile_.columns * lanes;
-    const int64_t first = column % law_.run_blocks * law_.granularity;
     const int64_t tap = column / law_.run_blocks;
     const int64_t offset = tap / image_.kernel_width * image_.dilation[0] * row +
                            tap % image_.kernel_width * image_.dilation[1] * lanes;
     for (int e = 0; e < valid; ++e) {
-      const float* plane = memory.x + (first + e) * tile_.x_plane + offset;
+      const float* plane = memory.x + e * tile_.x_plane + offset;
       float* out = memory.gathered + e * tile_.s_plane;
       for (int64_t i = 0; i < args_.rows; ++i) {
         const float* source = plane + i * image_.step[0] * row;
@@ -327,28 +377,31 @@ class UnitConv2d {
     const int64_t row = tile_.columns * args_.lanes;
     const int taps = static_cast<int>(plan_.band.taps), uses = count * taps;
     const int32_t (*residues)[8] = residues_of(plan_.band);
-    int64_t shift[kMostUses];
+    const float* base[kMostUses];  // slots of a unit's S, shifted by a tap
+    const OctetEntry* entry[kMostUses];
     for (int u = 0; u < uses; ++u) {
-      const int64_t tap = (first + u / taps) / law_.run_blocks * taps + u % taps;
-      shift[u] = tile_.shared ? tap / image_.kernel_width * image_.dilation[0] * row +
-                                    tap % image_.kernel_width * image_.dilation[1] * args_.lanes
-                              : 0;
+      const int64_t k = u / taps;
+      const int64_t tap = (first + k) / law_.run_blocks * taps + u % taps;
+      const int64_t shift = tile_.shared
+                                ? tap / image_.kernel_width * image_.dilation[0] * row +
+                                      tap % image_.kernel_width * image_.dilation[1] * args_.lanes
+                                : 0;
+      base[u] = memory.s + k * plan_.most_window * kOctet * tile_.s_plane + shift;
+      entry[u] = memory.entries + k * room + u % taps * octets;
     }
     for (int64_t o = 0; o < octets; ++o) {
       for (int r = 0; r < 8; ++r) {
         const float* line[kMostUses];
         float sign[kMostUses];
         for (int u = 0; u < uses; ++u) {
-          const int64_t k = u / taps;
-          const OctetEntry e = memory.entries[k * room + u % taps * octets + o];
+          const OctetEntry e = entry[u][o];
           const int64_t slot = kOctet * int64_t{e.octet} + residues[e.pattern][r];
-          line[u] = memory.s + (k * plan_.most_window * kOctet + slot) * tile_.s_plane + shift[u];
+          line[u] = base[u] + slot * tile_.s_plane;
           sign[u] = kSigns[e.signs >> r & 1];
         }
         float* y = memory.y + (o * kOctet + r) * tile_.y_plane;
         for (int64_t i = 0; i < tile_.lines; ++i, y += tile_.line) {
-          add_to_line(line, sign, uses, tile_.line, first > 0, y);
-          for (int u = 0; u < uses; ++u) line[u] += row;
+          add_to_line(line, i * row, sign, uses, tile_.line, first > 0, y);
         }
       }
     }
@@ -392,7 +445,7 @@ class UnitConv2d {
 Workspace unit_conv2d_workspace(const LayerLaw& law, const UnitConv2dArgs& args) {
   const UnitPlan plan(law);
   const UnitConvLayout layout = layout_of(law, plan, args);
-  return {args.threads * layout.bytes() + plan.bytes(), args.threads * layout.x};
+  return {args.threads * layout.bytes() + plan.bytes(), args.threads * (layout.panels + layout.x)};
 }
 
 void unit_conv2d(const LayerLaw& law, const UnitConv2dArgs& args) { UnitConv2d(law, args).run(); }

@@ -164,9 +164,10 @@ class ConvSource {
         }
         return;
       }
-      for (int64_t j = 0; j < g_.width; j += 8) {
-        const int count = up_to_eight(g_.width - j);
-        for (int e = 0; e < valid; e += 8) {
+      // All columns of 8 channels first: rows of channels may lie in the same set of a cache.
+      for (int e = 0; e < valid; e += 8) {
+        for (int64_t j = 0; j < g_.width; j += 8) {
+          const int count = up_to_eight(g_.width - j);
           Floats<8> square[8];
           load_square(source, first + e * g_.stride[1] + j, g_.stride[1], up_to_eight(valid - e),
                       count, square);
@@ -217,8 +218,7 @@ class ConvSource {
       }
       float* out = t + c * t_plane_;
       for (int64_t i = 0; i < height; ++i) {
-        add_to_line(source, sign, count, line, false, out + i * line);
-        for (int u = 0; u < count; ++u) source[u] += row_floats;
+        add_to_line(source, i * row_floats, sign, count, line, false, out + i * line);
       }
       // Between rows that are not compact lies what no pixel is.
       const int64_t gap = (columns_ - g_.width) * args_.lanes;
@@ -255,32 +255,38 @@ class ConvSource {
     const Floats<8> scale = splat<8>(static_cast<float>(args_.scale));
     for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
       const int64_t offset = block * pixels_ * size + place * step + lane * size;
-      for (int64_t j = 0; j < g_.width; j += 8) {
-        const int count = up_to_eight(g_.width - j);
-        for (int e = 0; e < valid; e += 8) {
-          const int channels = up_to_eight(valid - e);
-          Floats<8> square[8] = {};
-          for (int i = 0; i < count; ++i) {
-            for (const float* part : parts) {
-              square[i] += load<8>(part + offset + (j + i) * step + e);
-            }
-            square[i] *= scale;
+      const auto write_square = [&](int64_t j, int e) {
+        const int count = up_to_eight(g_.width - j), channels = up_to_eight(valid - e);
+        Floats<8> square[8] = {};
+        for (int i = 0; i < count; ++i) {
+          for (const float* part : parts) {
+            square[i] += load<8>(part + offset + (j + i) * step + e);
           }
-          if (!last) transpose8(square);
-          const int outer = last ? count : channels, inner = last ? channels : count;
-          for (int i = 0; i < outer; ++i) {
-            const int64_t channel = block * size + e + (last ? 0 : i);
-            void* target =
-                view.element(view.index(image, channel, row_of(tile) + row, j + (last ? i : 0)));
-            if (inner == 8) {
-              store_eight(view.dtype, square[i], target);
-              continue;
-            }
-            alignas(32) float values[8];
-            store<8>(values, square[i]);
-            write_some(view.dtype, values, inner, target);
-          }
+          square[i] *= scale;
         }
+        if (!last) transpose8(square);
+        const int outer = last ? count : channels, inner = last ? channels : count;
+        for (int i = 0; i < outer; ++i) {
+          const int64_t channel = block * size + e + (last ? 0 : i);
+          void* target =
+              view.element(view.index(image, channel, row_of(tile) + row, j + (last ? i : 0)));
+          if (inner == 8) {
+            store_eight(view.dtype, square[i], target);
+            continue;
+          }
+          alignas(32) float values[8];
+          store<8>(values, square[i]);
+          write_some(view.dtype, values, inner, target);
+        }
+      };
+      if (last) {
+        for (int64_t j = 0; j < g_.width; j += 8) {
+          for (int e = 0; e < valid; e += 8) write_square(j, e);
+        }
+        return;
+      }
+      for (int e = 0; e < valid; e += 8) {  // as in pack_x
+        for (int64_t j = 0; j < g_.width; j += 8) write_square(j, e);
       }
     });
   }
