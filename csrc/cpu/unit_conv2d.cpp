@@ -9,23 +9,22 @@
 //
 // A tap is a shift of pixels, so a line is as long as the tile where the stride is 1. Pixels
 // outside of an image are zeros of S, not products: an infinity of the bank stays out of the
-// border. Strided convolutions gather the pixels that a tap reads first,
-// and shift nothing. Lanes are images; with one lane a line runs over
-// columns of one image.
+// border. Strided convolutions gather the pixels that a tap reads first, and shift nothing. Lanes
+// are images; with one lane a line runs over columns of one image.
 //
 // Memory of a thread, for 64 channels, units of 64 rows x 3 taps on 48 slots and images of 32 x 32,
 // one lane, tiles of 32 rows:
 //
-//   x        [C, rows, columns, L]     295 KB  L2; padded by the kernel's reach
-//   S        [together W, pixels]      222 KB  L2, a line of 4.6 KB in L1
-//   y        [8 octets, pixels]        278 KB  L2, a line at a time
-//   gathered [block, pixels]           of strided convolutions
-//   panel    [block, 16]               4 KB    L1
-//   window   [W, block]                12 KB   copied where it is no fp32, or wraps around
-//   entries  [together R T / 8]        96 B
+//   x        [block, rows, columns, L]  295 KB  L2; padded by the kernel's reach; once for a tile
+//   panels   [C / block, panels, block, P] 295 KB  L2, 4 KB of P = 16 pixels at a time in L1
+//   S        [together W, pixels]       222 KB  L2, a line of 4.6 KB in L1
+//   y        [8 octets, pixels]         278 KB  L2, a line at a time
+//   window   [W, block]                 12 KB   copied where it is no fp32, or wraps around
+//   entries  [together R T / 8]         96 B
 //
-// With pairs (pairs.h) a panel is [block / 2, V words] and the window, where it is copied, [W,
-// block / 2] words: half of these numbers. x, S and y are fp32, and words are made with the panel.
+// Strided convolutions have panels for each tap, of what is `gathered` [block, pixels of y] first.
+// With pairs (pairs.h) panels and windows are words of two channels, [.., block / 2, P] and
+// [W, block / 2]: half of these numbers. x, S and y are fp32.
 //
 // Multiplications: W block pixels for each unit, 1 / laps of the dense ones. Additions: R T pixels,
 // each with a load of S; y is read and written once for all taps that are added together.
@@ -39,78 +38,11 @@
 #include "cpu/image_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/line_panels.h"
-#include "cpu/unit_lines.h"
-#include "cpu/unit_window.h"
+#include "cpu/unit_conv2d_tile.h"
 
 namespace rpg::RPG_ISA {
 
 namespace {
-
-constexpr int64_t kTogetherBytes = 256 << 10;  // of S, which several columns have together
-
-// Pixels of a tile, of x and of y.
-struct ConvTile {
-  bool shared;            // taps are shifts of S; otherwise they are gathered
-  bool compact;           // lines of S are multiplied and added row by row, as columns fill vectors
-  int64_t rows, columns;  // of x, with what lies outside
-  int64_t pixels;         // of x, times lanes
-  int64_t line;           // floats of a row of y, of those that are computed
-  int64_t lines;          // that one row of Ŵ has
-  int64_t x_plane, s_plane, y_plane;
-};
-
-ConvTile tile_of(const UnitConv2dArgs& args) {
-  const Image& g = args.image;
-  ConvTile out{};
-  out.shared = g.step[0] == 1 && g.step[1] == 1;
-  out.rows = (args.rows - 1) * g.step[0] + g.dilation[0] * (args.kernel[0] - 1) + 1;
-  out.columns = (g.out_width - 1) * g.step[1] + g.dilation[1] * (args.kernel[1] - 1) + 1;
-  out.pixels = out.rows * out.columns * args.lanes;
-  const int64_t of_row = g.out_width * args.lanes;
-  out.compact = of_row % kVector == 0 && g.width * args.lanes % kVector == 0;
-  if (!out.shared) {
-    out.line = args.rows * of_row, out.lines = 1;
-  } else if (out.compact) {
-    out.line = of_row, out.lines = args.rows;
-  } else {
-    // One line over all rows, with columns between them that are not written in the end.
-    out.line = (args.rows - 1) * out.columns * args.lanes + of_row, out.lines = 1;
-  }
-  out.x_plane = plane_of(out.pixels);
-  out.s_plane = out.shared ? out.x_plane : plane_of(out.line);
-  out.y_plane = plane_of(out.lines * out.line);
-  return out;
-}
-
-// How the workspace is divided; bytes of one thread.
-struct UnitConvLayout {
-  ConvTile tile;
-  int64_t together;       // columns whose S are there at once
-  int64_t column_panels;  // bytes of the panels of one column
-  int64_t panels, x, s, y, gathered, window, entries, shuffled;
-  int64_t bytes() const { return panels + x + s + y + gathered + window + entries + shuffled; }
-};
-
-UnitConvLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitConv2dArgs& args) {
-  UnitConvLayout out{};
-  out.tile = tile_of(args);
-  const int64_t slots = plan.most_window * kOctet, s = 4 * slots * out.tile.s_plane;
-  out.together =
-      std::max<int64_t>(1, std::min<int64_t>(kTogetherBytes / s, kMostUses / plan.band.taps));
-  out.together = std::min<int64_t>(out.together, plan.band.columns);
-  const int64_t size = args.pairs ? 2 : 4;  // bytes of an operand's element
-  const int64_t columns = vectors(out.tile.shared ? out.tile.pixels : out.tile.line);
-  out.column_panels = lines(size * law.granularity * columns);
-  out.panels = out.column_panels * (out.tile.shared ? law.run_blocks : plan.band.columns);
-  out.x = lines(4 * law.granularity * out.tile.x_plane);
-  out.s = lines(out.together * s);
-  out.y = lines(4 * group_size(plan.band, 0) * kOctet * out.tile.y_plane);
-  out.gathered = out.tile.shared ? 0 : lines(4 * law.granularity * out.tile.s_plane);
-  out.window = lines(size * slots * law.granularity);
-  out.entries = lines(out.together * entries_room(plan.most_octets) * sizeof(OctetEntry));
-  out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));
-  return out;
-}
 
 class UnitConv2d {
  public:
@@ -323,8 +255,7 @@ class UnitConv2d {
   void gather(const UnitConvMemory& memory, int64_t column, int valid) const {
     const int64_t lanes = args_.lanes, row = tile_.columns * lanes;
     const int64_t tap = column / law_.run_blocks;
-    const int64_t offset = tap / image_.kernel_width * image_.dilation[0] * row +
-                           tap % image_.kernel_width * image_.dilation[1] * lanes;
+    const int64_t offset = image_.tap_row(tap) * row + image_.tap_column(tap) * lanes;
     for (int e = 0; e < valid; ++e) {
       const float* plane = memory.x + e * tile_.x_plane + offset;
       float* out = memory.gathered + e * tile_.s_plane;
@@ -345,8 +276,8 @@ class UnitConv2d {
   // Zeros of S where a tap reads padding: it is no product.
   void clear_outside(float* s, int slots, int64_t column, const Inside& in) const {
     const int64_t tap = column / law_.run_blocks, lanes = args_.lanes;
-    const int64_t row_shift = tap / image_.kernel_width * image_.dilation[0];
-    const int64_t right = tap % image_.kernel_width * image_.dilation[1];
+    const int64_t row_shift = image_.tap_row(tap);
+    const int64_t right = image_.tap_column(tap);
     struct Span {
       int64_t first, size;
     };
@@ -382,10 +313,8 @@ class UnitConv2d {
     for (int u = 0; u < uses; ++u) {
       const int64_t k = u / taps;
       const int64_t tap = (first + k) / law_.run_blocks * taps + u % taps;
-      const int64_t shift = tile_.shared
-                                ? tap / image_.kernel_width * image_.dilation[0] * row +
-                                      tap % image_.kernel_width * image_.dilation[1] * args_.lanes
-                                : 0;
+      const int64_t shift =
+          tile_.shared ? image_.tap_row(tap) * row + image_.tap_column(tap) * args_.lanes : 0;
       base[u] = memory.s + k * plan_.most_window * kOctet * tile_.s_plane + shift;
       entry[u] = memory.entries + k * room + u % taps * octets;
     }

@@ -72,8 +72,8 @@ class ConvSource {
                  [&](int64_t pixel, int64_t) { std::memset(reached + pixel * lanes, 1, lanes); });
       return;
     }
-    const int64_t row_shift = g_.padding[0] - number / g_.kernel_width * g_.dilation[0];
-    const int64_t right = g_.padding[1] - number % g_.kernel_width * g_.dilation[1];
+    const int64_t row_shift = g_.padding[0] - g_.tap_row(number);
+    const int64_t right = g_.padding[1] - g_.tap_column(number);
     for (int64_t i = 0; i < rows_of(tile); ++i) {
       const int64_t row = row_of(tile) + i + row_shift;
       if (row < 0 || row >= g_.out_height) continue;
@@ -90,10 +90,8 @@ class ConvSource {
     float* out = dx + column % law_.run_blocks * pixels_ * block;
     if (shifts_) return out + q * block;
     const int64_t tap = column / law_.run_blocks, pixel = q / args_.lanes;
-    const int64_t row =
-        pixel / g_.out_width * g_.step[0] - g_.padding[0] + tap / g_.kernel_width * g_.dilation[0];
-    const int64_t x_column =
-        pixel % g_.out_width * g_.step[1] - g_.padding[1] + tap % g_.kernel_width * g_.dilation[1];
+    const int64_t row = pixel / g_.out_width * g_.step[0] - g_.padding[0] + g_.tap_row(tap);
+    const int64_t x_column = pixel % g_.out_width * g_.step[1] - g_.padding[1] + g_.tap_column(tap);
     return out + ((row * g_.width + x_column) * args_.lanes + q % args_.lanes) * block;
   }
 
@@ -327,8 +325,8 @@ class ConvSource {
   template <class Visit>
   void for_pixels(int64_t column, const Visit& visit) const {
     const int64_t tap = column / law_.run_blocks;
-    const int64_t row_shift = tap / g_.kernel_width * g_.dilation[0] - g_.padding[0];
-    const int64_t right = tap % g_.kernel_width * g_.dilation[1] - g_.padding[1];
+    const int64_t row_shift = g_.tap_row(tap) - g_.padding[0];
+    const int64_t right = g_.tap_column(tap) - g_.padding[1];
     for (int64_t i = 0; i < g_.out_height; ++i) {
       const int64_t row = i * g_.step[0] + row_shift;
       if (row < 0 || row >= g_.height) continue;

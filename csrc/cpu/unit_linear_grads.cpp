@@ -116,7 +116,7 @@ class LinearSource {
   }
 
   void write_dx(int64_t tile, int64_t column, const std::vector<float*>& parts) const {
-    const int64_t block = law_.granularity, size = args_.dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t block = law_.granularity, size = element_bytes(args_.dtype);
     const float scale = static_cast<float>(args_.scale);
     const int valid = valid_of(column);
     for (int64_t m = 0; m < rows_of(tile); ++m) {

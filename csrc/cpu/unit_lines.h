@@ -40,15 +40,16 @@ inline void add_vectors(const float* const* line, int64_t offset, const float* s
 // y [floats] (+)= Σ ± line [floats], of lines from `offset` on: whole vectors, four at a time.
 inline void add_to_line(const float* const* line, int64_t offset, const float* sign, int uses,
                         int64_t floats, bool add, float* y) {
+  const int64_t end = vectors(floats);
   int64_t i = 0;
-  for (; i + 4 * kVector <= floats; i += 4 * kVector) {
+  for (; i + 4 * kVector <= end; i += 4 * kVector) {
     add_vectors<4>(line, offset + i, sign, uses, add, y + i);
   }
-  if (i + kVector < floats) {
+  if (i + 2 * kVector <= end) {
     add_vectors<2>(line, offset + i, sign, uses, add, y + i);
     i += 2 * kVector;
   }
-  if (i < floats) add_vectors<1>(line, offset + i, sign, uses, add, y + i);
+  if (i < end) add_vectors<1>(line, offset + i, sign, uses, add, y + i);
 }
 
 }  // namespace
