@@ -61,6 +61,12 @@ void linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
             scale, threads, batch_tile, tiles, address<void>(workspace), nullptr});
 }
 
+// Of kernels that multiply pairs: only where bfloat16 holds all that they are given.
+void check_pairs(bool pairs, Dtype dtype, Dtype bank_dtype) {
+  require(!pairs || (dtype == Dtype::kBfloat16 && bank_dtype == Dtype::kBfloat16),
+          "pairs: wanted activations and a bank in bfloat16");
+}
+
 constexpr int kVector = 16;  // elements that the vectors of every instruction set divide
 
 using Int64Pair = std::array<int64_t, 2>;
@@ -178,8 +184,10 @@ void check_pixels(int64_t rows, int64_t columns, int lanes) {
 UnitConv2dArgs unit_conv2d_args(const LayerLaw& law, const Int64Four& size, const Int64Four& stride,
                                 bool channels_last, const Int64Pair& kernel, bool by_tap,
                                 const Int64Pair& step, const Int64Pair& padding,
-                                const Int64Pair& dilation, int threads, int lanes, int64_t rows) {
+                                const Int64Pair& dilation, int threads, int lanes, int64_t rows,
+                                bool pairs) {
   UnitConv2dArgs args{};
+  args.pairs = pairs;
   args.image = unit_image(law, size, stride, channels_last, kernel, by_tap, step, padding, dilation,
                           threads, lanes);
   const Image& g = args.image;
@@ -196,8 +204,9 @@ UnitConv2dGradsArgs unit_conv2d_grads_args(const LayerLaw& law, const Int64Four&
                                            const Int64Pair& kernel, bool by_tap,
                                            const Int64Pair& step, const Int64Pair& padding,
                                            const Int64Pair& dilation, int threads, int lanes,
-                                           int64_t rows, bool dx, bool dw) {
+                                           int64_t rows, bool dx, bool dw, bool pairs) {
   UnitConv2dGradsArgs args{};
+  args.pairs = pairs;
   args.image = unit_image(law, size, stride, channels_last, kernel, by_tap, step, padding, dilation,
                           threads, lanes);
   const Image& g = args.image;
@@ -216,10 +225,10 @@ WorkspaceBytes unit_conv2d_grads_workspace(const LayerLaw& law, const Int64Four&
                                            const Int64Pair& kernel, bool by_tap,
                                            const Int64Pair& step, const Int64Pair& padding,
                                            const Int64Pair& dilation, int threads, int lanes,
-                                           int64_t rows, bool dx, bool dw) {
+                                           int64_t rows, bool dx, bool dw, bool pairs) {
   const UnitConv2dGradsArgs args =
       unit_conv2d_grads_args(law, size, {1, 1, 1, 1}, false, kernel, by_tap, step, padding,
-                             dilation, threads, lanes, rows, dx, dw);
+                             dilation, threads, lanes, rows, dx, dw, pairs);
   const Workspace bytes = kernels().unit_conv2d_grads_workspace(law, args);
   return {bytes.bytes, bytes.activations};
 }
@@ -229,10 +238,11 @@ void unit_conv2d_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uint
                        const Int64Four& stride, uintptr_t dx, bool channels_last, uintptr_t dw,
                        const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                        const Int64Pair& padding, const Int64Pair& dilation, double scale,
-                       int threads, int lanes, int64_t rows, uintptr_t workspace_address) {
+                       int threads, int lanes, int64_t rows, uintptr_t workspace_address,
+                       bool pairs) {
   UnitConv2dGradsArgs args =
       unit_conv2d_grads_args(law, size, stride, channels_last, kernel, by_tap, step, padding,
-                             dilation, threads, lanes, rows, dx, dw);
+                             dilation, threads, lanes, rows, dx, dw, pairs);
   require(!dx || ring, "ring: wanted for dx");
   require(!dw || x, "x: wanted for dw");
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
@@ -241,15 +251,16 @@ void unit_conv2d_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uint
   args.x = address<const void>(x);
   args.dx = address<void>(dx), args.dw = address<float>(dw);
   args.scale = scale, args.workspace = address<void>(workspace_address);
+  check_pairs(pairs, args.dtype, dx ? args.bank_dtype : args.dtype);
   kernels().unit_conv2d_grads(law, args);
 }
 
 WorkspaceBytes unit_conv2d_workspace(const LayerLaw& law, const Int64Four& size,
                                      const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                                      const Int64Pair& padding, const Int64Pair& dilation,
-                                     int threads, int lanes, int64_t rows) {
+                                     int threads, int lanes, int64_t rows, bool pairs) {
   const UnitConv2dArgs args = unit_conv2d_args(law, size, {1, 1, 1, 1}, false, kernel, by_tap, step,
-                                               padding, dilation, threads, lanes, rows);
+                                               padding, dilation, threads, lanes, rows, pairs);
   const Workspace bytes = kernels().unit_conv2d_workspace(law, args);
   return {bytes.bytes, bytes.activations};
 }
@@ -258,13 +269,14 @@ void unit_conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t 
                  const Int64Four& size, const Int64Four& stride, uintptr_t bias, uintptr_t y,
                  bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                  const Int64Pair& padding, const Int64Pair& dilation, double scale, int threads,
-                 int lanes, int64_t rows, uintptr_t workspace_address) {
+                 int lanes, int64_t rows, uintptr_t workspace_address, bool pairs) {
   UnitConv2dArgs args = unit_conv2d_args(law, size, stride, channels_last, kernel, by_tap, step,
-                                         padding, dilation, threads, lanes, rows);
+                                         padding, dilation, threads, lanes, rows, pairs);
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
   args.dtype = checked_dtype(dtype), args.x = address<const void>(x);
   args.bias = address<const float>(bias), args.y = address<void>(y);
   args.scale = scale, args.workspace = address<void>(workspace_address);
+  check_pairs(pairs, args.dtype, args.bank_dtype);
   kernels().unit_conv2d(law, args);
 }
 
@@ -312,12 +324,13 @@ struct UnitFamily {
   }
   static RunLinearGrads run_grads() { return kernels().unit_linear_grads; }
   static SizeLinearGrads size_grads() { return kernels().unit_linear_grads_workspace; }
-  static void check(const LayerLaw& law, int64_t batch, int lanes) {
+  static void check(const LayerLaw& law, int64_t batch, int lanes, bool pairs) {
     check_units(law, lanes);
+    require(!pairs || lanes > kFewLanes, "pairs: wanted 16 lanes or more");
     require(lanes > kFewLanes ? lanes >= kVector : batch <= lanes && law.granularity % 32 == 0,
             "lanes: wanted 16 to 64, or up to 4 for no larger a batch and blocks of 32 or more");
   }
-  static void check_grads(const LayerLaw& law, int lanes) {
+  static void check_grads(const LayerLaw& law, int lanes, bool) {
     check_units(law, lanes);
     require(lanes >= kVector, "lanes: wanted 16 to 64");
   }
@@ -328,46 +341,54 @@ struct TileFamily {
   static SizeLinear size(int) { return kernels().tile_linear_workspace; }
   static RunLinearGrads run_grads() { return kernels().tile_linear_grads; }
   static SizeLinearGrads size_grads() { return kernels().tile_linear_grads_workspace; }
-  static void check(const LayerLaw& law, int64_t, int lanes) { check_tiles(law, lanes); }
-  static void check_grads(const LayerLaw& law, int lanes) { check_tiles(law, lanes); }
+  static void check(const LayerLaw& law, int64_t, int lanes, bool pairs) {
+    check_grads(law, lanes, pairs);
+  }
+  static void check_grads(const LayerLaw& law, int lanes, bool pairs) {
+    check_tiles(law, lanes);
+    require(!pairs, "pairs: wanted none, of units alone");
+  }
 };
 
 template <class Family>
 LanesLinearArgs lanes_args(const LayerLaw& law, int64_t batch, int64_t columns, int threads,
-                           int lanes) {
+                           int lanes, bool pairs) {
   check_lanes(law, batch, columns, threads);
-  Family::check(law, batch, lanes);
+  Family::check(law, batch, lanes, pairs);
   LanesLinearArgs args{};
+  args.pairs = pairs;
   args.batch = batch, args.columns = columns, args.threads = threads, args.lanes = lanes;
   return args;
 }
 
 template <class Family>
 WorkspaceBytes lanes_linear_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
-                                      int threads, int lanes) {
+                                      int threads, int lanes, bool pairs) {
   const Workspace size =
-      Family::size(lanes)(law, lanes_args<Family>(law, batch, columns, threads, lanes));
+      Family::size(lanes)(law, lanes_args<Family>(law, batch, columns, threads, lanes, pairs));
   return {size.bytes, size.activations};
 }
 
 template <class Family>
 void lanes_linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
                   uintptr_t bias, uintptr_t y, int64_t batch, int64_t columns, double scale,
-                  int threads, int lanes, uintptr_t workspace) {
-  LanesLinearArgs args = lanes_args<Family>(law, batch, columns, threads, lanes);
+                  int threads, int lanes, uintptr_t workspace, bool pairs) {
+  LanesLinearArgs args = lanes_args<Family>(law, batch, columns, threads, lanes, pairs);
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
   args.x_dtype = checked_dtype(x_dtype), args.x = address<const void>(x);
   args.bias = address<const float>(bias), args.y = address<void>(y);
   args.scale = scale, args.workspace = address<void>(workspace);
+  check_pairs(pairs, args.x_dtype, args.bank_dtype);
   Family::run(lanes)(law, args);
 }
 
 template <class Family>
 LanesLinearGradsArgs lanes_grads_args(const LayerLaw& law, int64_t batch, int64_t columns,
-                                      int threads, int lanes, bool dx, bool dw) {
+                                      int threads, int lanes, bool dx, bool dw, bool pairs) {
   check_lanes(law, batch, columns, threads);
-  Family::check_grads(law, lanes);
+  Family::check_grads(law, lanes, pairs);
   LanesLinearGradsArgs args{};
+  args.pairs = pairs;
   args.batch = batch, args.columns = columns, args.threads = threads, args.lanes = lanes;
   // Only whether they are there counts for the size of the workspace.
   args.dx = dx ? &args : nullptr, args.dw = dw ? reinterpret_cast<float*>(&args) : nullptr;
@@ -376,24 +397,26 @@ LanesLinearGradsArgs lanes_grads_args(const LayerLaw& law, int64_t batch, int64_
 
 template <class Family>
 WorkspaceBytes lanes_linear_grads_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
-                                            int threads, int lanes, bool dx, bool dw) {
+                                            int threads, int lanes, bool dx, bool dw, bool pairs) {
   const Workspace size = Family::size_grads()(
-      law, lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw));
+      law, lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw, pairs));
   return {size.bytes, size.activations};
 }
 
 template <class Family>
 void lanes_linear_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
                         uintptr_t x, int dtype, uintptr_t dx, uintptr_t dw, int64_t batch,
-                        int64_t columns, double scale, int threads, int lanes,
-                        uintptr_t workspace) {
-  LanesLinearGradsArgs args = lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw);
+                        int64_t columns, double scale, int threads, int lanes, uintptr_t workspace,
+                        bool pairs) {
+  LanesLinearGradsArgs args =
+      lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw, pairs);
   require(!dx || ring, "ring: wanted for dx");
   require(!dw || x, "x: wanted for dw");
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
   args.dtype = checked_dtype(dtype), args.dy = address<const void>(dy);
   args.x = address<const void>(x), args.dx = address<void>(dx), args.dw = address<float>(dw);
   args.scale = scale, args.workspace = address<void>(workspace);
+  check_pairs(pairs, args.dtype, dx ? args.bank_dtype : args.dtype);
   Family::run_grads()(law, args);
 }
 
@@ -404,16 +427,18 @@ void bind_family(py::class_<LayerLaw>& law, const std::string& name) {
     law.def((name + rest).c_str(), function, Release(), arguments...);
   };
   define("_workspace", &lanes_linear_workspace<Family>, py::arg("batch"), py::arg("columns"),
-         py::arg("threads"), py::arg("lanes"));
+         py::arg("threads"), py::arg("lanes"), py::arg("pairs") = false);
   define("", &lanes_linear<Family>, py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
          py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"),
-         py::arg("scale"), py::arg("threads"), py::arg("lanes"), py::arg("workspace"));
+         py::arg("scale"), py::arg("threads"), py::arg("lanes"), py::arg("workspace"),
+         py::arg("pairs") = false);
   define("_grads_workspace", &lanes_linear_grads_workspace<Family>, py::arg("batch"),
-         py::arg("columns"), py::arg("threads"), py::arg("lanes"), py::arg("dx"), py::arg("dw"));
+         py::arg("columns"), py::arg("threads"), py::arg("lanes"), py::arg("dx"), py::arg("dw"),
+         py::arg("pairs") = false);
   define("_grads", &lanes_linear_grads<Family>, py::arg("ring"), py::arg("bank_dtype"),
          py::arg("dy"), py::arg("x"), py::arg("dtype"), py::arg("dx"), py::arg("dw"),
          py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("threads"),
-         py::arg("lanes"), py::arg("workspace"));
+         py::arg("lanes"), py::arg("workspace"), py::arg("pairs") = false);
 }
 
 }  // namespace
@@ -430,22 +455,25 @@ void bind_linear(py::class_<LayerLaw>& law) {
   bind_family<TileFamily>(law, "tile_linear");
   law.def("unit_conv2d_workspace", &unit_conv2d_workspace, Release(), py::arg("size"),
           py::arg("kernel"), py::arg("by_tap"), py::arg("step"), py::arg("padding"),
-          py::arg("dilation"), py::arg("threads"), py::arg("lanes"), py::arg("rows"));
+          py::arg("dilation"), py::arg("threads"), py::arg("lanes"), py::arg("rows"),
+          py::arg("pairs") = false);
   law.def("unit_conv2d", &unit_conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"),
           py::arg("x"), py::arg("dtype"), py::arg("size"), py::arg("stride"), py::arg("bias"),
           py::arg("y"), py::arg("channels_last"), py::arg("kernel"), py::arg("by_tap"),
           py::arg("step"), py::arg("padding"), py::arg("dilation"), py::arg("scale"),
-          py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"));
+          py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"),
+          py::arg("pairs") = false);
   law.def("unit_conv2d_grads_workspace", &unit_conv2d_grads_workspace, Release(), py::arg("size"),
           py::arg("kernel"), py::arg("by_tap"), py::arg("step"), py::arg("padding"),
           py::arg("dilation"), py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("dx"),
-          py::arg("dw"));
+          py::arg("dw"), py::arg("pairs") = false);
   law.def("unit_conv2d_grads", &unit_conv2d_grads, Release(), py::arg("ring"),
           py::arg("bank_dtype"), py::arg("dy"), py::arg("dy_stride"), py::arg("x"),
           py::arg("dtype"), py::arg("size"), py::arg("stride"), py::arg("dx"),
           py::arg("channels_last"), py::arg("dw"), py::arg("kernel"), py::arg("by_tap"),
           py::arg("step"), py::arg("padding"), py::arg("dilation"), py::arg("scale"),
-          py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"));
+          py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"),
+          py::arg("pairs") = false);
   law.def("conv2d_workspace", &conv2d_workspace, Release(), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
   law.def("conv2d", &conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),

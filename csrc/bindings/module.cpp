@@ -193,6 +193,7 @@ py::dict build_info() {
   for (int i = 0, count = compiled_isas(names); i < count; ++i) isas.append(names[i]);
   info["isas"] = isas;
   info["isa"] = kernels().isa;
+  info["pairs"] = multiplies_pairs();
   info["cuda"] = RPG_CUDA_VERSION;
   info["cuda_architectures"] = RPG_CUDA_ARCHITECTURES;
 #if defined(RPG_HAVE_SIMT)

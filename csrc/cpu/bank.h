@@ -14,7 +14,7 @@ struct Ring {
   int64_t slots;
   int block;
   const char* slot(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }
-  int64_t row_bytes() const { return int64_t{block} * (dtype == Dtype::kFloat32 ? 4 : 2); }
+  int64_t row_bytes() const { return int64_t{block} * element_bytes(dtype); }
 };
 
 // Rows of `count` slots from `first` on, around the end of the ring: the ring's own where it is

@@ -82,4 +82,12 @@ const Kernels& kernels() {
   return chosen;
 }
 
+bool multiplies_pairs() {
+#if defined(RPG_HAVE_AVX512)
+  return !std::strcmp(kernels().isa, "avx512") && has_avx512_bf16();
+#else
+  return false;
+#endif
+}
+
 }  // namespace rpg

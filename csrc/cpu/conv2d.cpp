@@ -80,8 +80,8 @@ class Pixels {
   }
 
   PixelOffsets offsets(int64_t tap) const {
-    const int64_t row_offset = tap / g_.kernel_width * g_.dilation[0];
-    const int64_t column_offset = tap % g_.kernel_width * g_.dilation[1];
+    const int64_t row_offset = g_.tap_row(tap);
+    const int64_t column_offset = g_.tap_column(tap);
     PixelOffsets out;
     for (int l = 0; l < kLanes; ++l) out.lane[l] = -1;
     for (int l = 0; l < rows_; ++l) {

@@ -20,6 +20,9 @@ struct Image {
   bool by_tap;
   int64_t run, run_blocks;  // elements and blocks of a run
   int64_t first;
+  // Where a tap lies, in rows and columns of x from the first tap on.
+  int64_t tap_row(int64_t tap) const { return tap / kernel_width * dilation[0]; }
+  int64_t tap_column(int64_t tap) const { return tap % kernel_width * dilation[1]; }
 };
 
 // y = scale · conv2d(x, G ring) + bias: `linear` over output pixels, dealt to `parts` threads each

@@ -35,7 +35,7 @@ class RingWindow {
   RingWindow(Dtype dtype, const void* ring, uint32_t slots, uint32_t base, int valid)
       : dtype_(dtype),
         valid_(valid),
-        bytes_(BLOCK * (dtype == Dtype::kFloat32 ? 4 : 2)),
+        bytes_(BLOCK * element_bytes(dtype)),
         before_end_(static_cast<int64_t>(slots) - base) {
     part_[0] = static_cast<const char*>(ring) + base * bytes_;
     part_[1] = part_[0] - slots * bytes_;

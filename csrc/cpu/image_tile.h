@@ -15,11 +15,9 @@ struct ImageView {
   void* data;
   int64_t stride[4];
   const void* element(int64_t i) const {
-    return static_cast<const char*>(data) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
+    return static_cast<const char*>(data) + i * element_bytes(dtype);
   }
-  void* element(int64_t i) {
-    return static_cast<char*>(data) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
-  }
+  void* element(int64_t i) { return static_cast<char*>(data) + i * element_bytes(dtype); }
   int64_t index(int64_t image, int64_t channel, int64_t row, int64_t column) const {
     return image * stride[0] + channel * stride[1] + row * stride[2] + column * stride[3];
   }

@@ -15,6 +15,15 @@ inline bool has_avx512() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512cd");
 }
+
+// Products of pairs of bfloat16; older compilers do not know the name.
+inline bool has_avx512_bf16() {
+#if __GNUC__ >= 11 || __clang_major__ >= 12
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
 #endif
 
 }  // namespace rpg

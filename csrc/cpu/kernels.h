@@ -80,5 +80,7 @@ RPG_DECLARE_KERNELS(avx512)
 // The instruction sets compiled in, best first, and the one in use: the first that the machine has.
 int compiled_isas(const char* (&names)[3]);
 const Kernels& kernels();
+// Whether these have an instruction of the machine for pairs (pairs.h).
+bool multiplies_pairs();
 
 }  // namespace rpg

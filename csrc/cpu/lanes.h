@@ -17,7 +17,7 @@ struct Activations {
   Dtype dtype;
   const void* data;
   const void* element(int64_t i) const {
-    return static_cast<const char*>(data) + i * (dtype == Dtype::kFloat32 ? 4 : 2);
+    return static_cast<const char*>(data) + i * element_bytes(dtype);
   }
 };
 
@@ -162,7 +162,7 @@ struct Stored {
 inline void store_lanes(const Stored& out, const float* const* sums, int count, int lanes,
                         int64_t row, int64_t rows, int64_t m0, int64_t batch) {
   const Floats<8> scale = splat<8>(out.scale);
-  const int64_t size = out.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t size = element_bytes(out.dtype);
   for (int64_t n = 0; n < rows; n += 8) {
     const int valid = static_cast<int>(std::min<int64_t>(rows - n, 8));
     alignas(32) float bias[8] = {};

@@ -23,6 +23,7 @@ struct LanesLinearArgs {
   int threads;
   int lanes;        // rows of x at a time
   void* workspace;  // as many bytes as the kernel says, aligned to 64
+  bool pairs;       // products of pairs (pairs.h): x and the bank are bfloat16; of units
 };
 
 // dx [batch, K] = scale · dy [batch, N] · (G ring), and
@@ -42,6 +43,7 @@ struct LanesLinearGradsArgs {
   int threads;
   int lanes;
   void* workspace;  // as many bytes as the kernel says, aligned to 64
+  bool pairs;       // products of pairs (pairs.h): dy, x and the bank are bfloat16; of units
 };
 
 }  // namespace rpg

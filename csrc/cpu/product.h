@@ -3,11 +3,13 @@
 //
 // Sums stay in registers: MR NV of them beside NV vectors of B and an element of A for each row,
 // 6 x 2 + 3 of 16 with AVX2, 6 x 4 + 5 of 32 with AVX-512. Each step of k loads NV vectors of B and
-// MR elements of A for MR NV multiply-adds. All fp32; steps of k are added in order.
+// MR elements of A for MR NV multiply-adds. Steps of k are added in order, in fp32.
+//
+// Operands are fp32, or words of pairs (pairs.h), of which a step is two steps of bfloat16.
 
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/pairs.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
@@ -22,32 +24,54 @@ constexpr int kVector = 4, kProductVectors = 2;
 constexpr int kPanel = kVector * kProductVectors;  // columns of C that are multiplied at once
 
 // Where operands of a product lie: element (r, k) of A at a + r a_row + k a_step, and so on.
-struct Factor {
-  const float* data;
+template <class Element>
+struct FactorOf {
+  const Element* data;
   int64_t row;
   int64_t step;
 };
+using Factor = FactorOf<float>;
+using PairFactor = FactorOf<uint32_t>;
 
-template <int MR, int NV, bool ADD>
-inline void multiply_rows(const Factor& a, const float* b, int64_t b_step, int steps, float* c,
-                          int64_t c_row) {
+// What a step of a product loads of either operand, and how it is added to a sum.
+inline Floats<kVector> load_line(const float* b) { return load<kVector>(b); }
+inline Pairs<kVector> load_line(const uint32_t* b) { return load_words<kVector>(b); }
+inline Floats<kVector> splat_of(const float* a) { return splat<kVector>(*a); }
+inline Pairs<kVector> splat_of(const uint32_t* a) {
+  return static_cast<int32_t>(*a) - Pairs<kVector>{};
+}
+
+template <bool DOT>
+inline void add_step(Floats<kVector>& sum, const Floats<kVector>& a, const Floats<kVector>& b) {
+  sum += a * b;
+}
+
+template <bool DOT>
+inline void add_step(Floats<kVector>& sum, const Pairs<kVector>& a, const Pairs<kVector>& b) {
+  add_pairs<kVector, DOT>(sum, a, b);
+}
+
+template <int MR, int NV, bool ADD, bool DOT, class Element>
+inline void multiply_rows(const FactorOf<Element>& a, const Element* b, int64_t b_step, int steps,
+                          float* c, int64_t c_row) {
   typedef Floats<kVector> Vector;
+  typedef decltype(load_line(b)) Line;
   Vector sum[MR][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) sum[r][v] = Vector{};
   }
-  const float* ak = a.data;
+  const Element* ak = a.data;
   for (int k = 0; k < steps; ++k, ak += a.step, b += b_step) {
-    Vector bk[NV];
+    Line bk[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bk[v] = load<kVector>(b + v * kVector);
+    for (int v = 0; v < NV; ++v) bk[v] = load_line(b + v * kVector);
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
-      const Vector element = splat<kVector>(ak[r * a.row]);
+      const Line element = splat_of(ak + r * a.row);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[r][v] += element * bk[v];
+      for (int v = 0; v < NV; ++v) add_step<DOT>(sum[r][v], element, bk[v]);
     }
   }
 #pragma GCC unroll 8
@@ -62,9 +86,9 @@ inline void multiply_rows(const Factor& a, const float* b, int64_t b_step, int s
 
 // The same of any number of rows. `soon` is memory that is read after this product: a line of it is
 // asked for with each row.
-template <int NV, bool ADD>
-inline void multiply_panel(int rows, Factor a, const float* b, int64_t b_step, int steps, float* c,
-                           int64_t c_row, const char*& soon) {
+template <int NV, bool ADD, bool DOT, class Element>
+inline void multiply_panel(int rows, FactorOf<Element> a, const Element* b, int64_t b_step,
+                           int steps, float* c, int64_t c_row, const char*& soon) {
   constexpr int kRows = NV == 1 ? 8 : 6;
   for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, c += kRows * c_row) {
     if (soon) {
@@ -72,34 +96,52 @@ inline void multiply_panel(int rows, Factor a, const float* b, int64_t b_step, i
       for (int i = 0; i < kRows; ++i) __builtin_prefetch(soon + 64 * i, 0, 2);
       soon += 64 * kRows;
     }
-    multiply_rows<kRows, NV, ADD>(a, b, b_step, steps, c, c_row);
+    multiply_rows<kRows, NV, ADD, DOT>(a, b, b_step, steps, c, c_row);
   }
   if (rows >= 4) {
-    multiply_rows<4, NV, ADD>(a, b, b_step, steps, c, c_row);
+    multiply_rows<4, NV, ADD, DOT>(a, b, b_step, steps, c, c_row);
     rows -= 4, a.data += 4 * a.row, c += 4 * c_row;
   }
   if (rows >= 2) {
-    multiply_rows<2, NV, ADD>(a, b, b_step, steps, c, c_row);
+    multiply_rows<2, NV, ADD, DOT>(a, b, b_step, steps, c, c_row);
     rows -= 2, a.data += 2 * a.row, c += 2 * c_row;
   }
-  if (rows) multiply_rows<1, NV, ADD>(a, b, b_step, steps, c, c_row);
+  if (rows) multiply_rows<1, NV, ADD, DOT>(a, b, b_step, steps, c, c_row);
 }
 
-// C [rows, columns] (+)= A [rows, steps] · B [steps, columns]; columns a multiple of V. Panels of B
-// one after the other, each with all rows.
-template <bool ADD>
-inline void multiply(int rows, int columns, const Factor& a, const float* b, int64_t b_step,
-                     int steps, float* c, int64_t c_row, const void* next = nullptr) {
+// Panels of B one after the other, each with all rows.
+template <bool ADD, bool DOT, class Element>
+inline void multiply_panels(int rows, int columns, const FactorOf<Element>& a, const Element* b,
+                            int64_t b_step, int steps, float* c, int64_t c_row, const void* next) {
   const char* soon = static_cast<const char*>(next);
   int j = 0;
   for (; j + kPanel <= columns; j += kPanel) {
-    multiply_panel<kProductVectors, ADD>(rows, a, b + j, b_step, steps, c + j, c_row, soon);
+    multiply_panel<kProductVectors, ADD, DOT>(rows, a, b + j, b_step, steps, c + j, c_row, soon);
   }
   if (kProductVectors > 2 && columns - j >= 2 * kVector) {
-    multiply_panel<2, ADD>(rows, a, b + j, b_step, steps, c + j, c_row, soon);
+    multiply_panel<2, ADD, DOT>(rows, a, b + j, b_step, steps, c + j, c_row, soon);
     j += 2 * kVector;
   }
-  if (j < columns) multiply_panel<1, ADD>(rows, a, b + j, b_step, steps, c + j, c_row, soon);
+  if (j < columns) multiply_panel<1, ADD, DOT>(rows, a, b + j, b_step, steps, c + j, c_row, soon);
+}
+
+// C [rows, columns] (+)= A [rows, steps] · B [steps, columns]; columns a multiple of V.
+template <bool ADD>
+inline void multiply(int rows, int columns, const Factor& a, const float* b, int64_t b_step,
+                     int steps, float* c, int64_t c_row, const void* next = nullptr) {
+  multiply_panels<ADD, false>(rows, columns, a, b, b_step, steps, c, c_row, next);
+}
+
+// The same of words of pairs: a step is two of bfloat16.
+template <bool ADD>
+inline void multiply(int rows, int columns, const PairFactor& a, const uint32_t* b, int64_t b_step,
+                     int steps, float* c, int64_t c_row, const void* next = nullptr) {
+#if defined(RPG_DOT_PRODUCTS)
+  if (has_dot_products()) {
+    return multiply_panels<ADD, true>(rows, columns, a, b, b_step, steps, c, c_row, next);
+  }
+#endif
+  multiply_panels<ADD, false>(rows, columns, a, b, b_step, steps, c, c_row, next);
 }
 
 }  // namespace

@@ -218,7 +218,7 @@ class TileLinearGrads {
     if (!args_.dx) return;
     const float scale = static_cast<float>(args_.scale);
     const int valid = valid_of(block);
-    const int64_t size = args_.dtype == Dtype::kFloat32 ? 4 : 2, width = law_.granularity;
+    const int64_t size = element_bytes(args_.dtype), width = law_.granularity;
     for (int64_t m = 0; m < batch; ++m) {
       const float* dx = dx_ + (block * args_.lanes + m) * width;
       float out[128];

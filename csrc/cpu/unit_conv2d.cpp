@@ -9,20 +9,22 @@
 //
 // A tap is a shift of pixels, so a line is as long as the tile where the stride is 1. Pixels
 // outside of an image are zeros of S, not products: an infinity of the bank stays out of the
-// border. Strided convolutions gather the pixels that a tap reads first,
-// and shift nothing. Lanes are images; with one lane a line runs over
-// columns of one image.
+// border. Strided convolutions gather the pixels that a tap reads first, and shift nothing. Lanes
+// are images; with one lane a line runs over columns of one image.
 //
 // Memory of a thread, for 64 channels, units of 64 rows x 3 taps on 48 slots and images of 32 x 32,
 // one lane, tiles of 32 rows:
 //
-//   x        [C, rows, columns, L]     295 KB  L2; padded by the kernel's reach
-//   S        [together W, pixels]      222 KB  L2, a line of 4.6 KB in L1
-//   y        [8 octets, pixels]        278 KB  L2, a line at a time
-//   gathered [block, pixels]           of strided convolutions
-//   panel    [block, 16]               4 KB    L1
-//   window   [W, block]                12 KB   copied where it is no fp32, or wraps around
-//   entries  [together R T / 8]        96 B
+//   x        [block, rows, columns, L]  295 KB  L2; padded by the kernel's reach; once for a tile
+//   panels   [C / block, panels, block, P] 295 KB  L2, 4 KB of P = 16 pixels at a time in L1
+//   S        [together W, pixels]       222 KB  L2, a line of 4.6 KB in L1
+//   y        [8 octets, pixels]         278 KB  L2, a line at a time
+//   window   [W, block]                 12 KB   copied where it is no fp32, or wraps around
+//   entries  [together R T / 8]         96 B
+//
+// Strided convolutions have panels for each tap, of what is `gathered` [block, pixels of y] first.
+// With pairs (pairs.h) panels and windows are words of two channels, [.., block / 2, P] and
+// [W, block / 2]: half of these numbers. x, S and y are fp32.
 //
 // Multiplications: W block pixels for each unit, 1 / laps of the dense ones. Additions: R T pixels,
 // each with a load of S; y is read and written once for all taps that are added together.
@@ -35,93 +37,12 @@
 
 #include "cpu/image_tile.h"
 #include "cpu/kernels.h"
-#include "cpu/product.h"
-#include "cpu/unit_lines.h"
-#include "cpu/unit_window.h"
+#include "cpu/line_panels.h"
+#include "cpu/unit_conv2d_tile.h"
 
 namespace rpg::RPG_ISA {
 
 namespace {
-
-constexpr int64_t kTogetherBytes = 256 << 10;  // of S, which several columns have together
-
-// Pixels of a tile, of x and of y.
-struct ConvTile {
-  bool shared;            // taps are shifts of S; otherwise they are gathered
-  bool compact;           // lines of S are multiplied and added row by row, as columns fill vectors
-  int64_t rows, columns;  // of x, with what lies outside
-  int64_t pixels;         // of x, times lanes
-  int64_t line;           // floats of a row of y, of those that are computed
-  int64_t lines;          // that one row of Ŵ has
-  int64_t x_plane, s_plane, y_plane;
-};
-
-ConvTile tile_of(const UnitConv2dArgs& args) {
-  const Image& g = args.image;
-  ConvTile out{};
-  out.shared = g.step[0] == 1 && g.step[1] == 1;
-  out.rows = (args.rows - 1) * g.step[0] + g.dilation[0] * (args.kernel[0] - 1) + 1;
-  out.columns = (g.out_width - 1) * g.step[1] + g.dilation[1] * (args.kernel[1] - 1) + 1;
-  out.pixels = out.rows * out.columns * args.lanes;
-  const int64_t of_row = g.out_width * args.lanes;
-  out.compact = of_row % kVector == 0 && g.width * args.lanes % kVector == 0;
-  if (!out.shared) {
-    out.line = args.rows * of_row, out.lines = 1;
-  } else if (out.compact) {
-    out.line = of_row, out.lines = args.rows;
-  } else {
-    // One line over all rows, with columns between them that are not written in the end.
-    out.line = (args.rows - 1) * out.columns * args.lanes + of_row, out.lines = 1;
-  }
-  out.x_plane = plane_of(out.pixels);
-  out.s_plane = out.shared ? out.x_plane : plane_of(out.line);
-  out.y_plane = plane_of(out.lines * out.line);
-  return out;
-}
-
-// How the workspace is divided; bytes of one thread.
-struct UnitConvLayout {
-  ConvTile tile;
-  int64_t together;  // columns whose S are there at once
-  int64_t x, s, y, gathered, panel, window, entries, shuffled;
-  int64_t bytes() const { return x + s + y + gathered + panel + window + entries + shuffled; }
-};
-
-UnitConvLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const UnitConv2dArgs& args) {
-  UnitConvLayout out{};
-  out.tile = tile_of(args);
-  const int64_t slots = plan.most_window * kOctet, s = 4 * slots * out.tile.s_plane;
-  out.together =
-      std::max<int64_t>(1, std::min<int64_t>(kTogetherBytes / s, kMostUses / plan.band.taps));
-  out.together = std::min<int64_t>(out.together, plan.band.columns);
-  const int64_t channels =
-      (args.image.channels + law.granularity - 1) / law.granularity * law.granularity;
-  out.x = lines(4 * channels * out.tile.x_plane);
-  out.s = lines(out.together * s);
-  out.y = lines(4 * group_size(plan.band, 0) * kOctet * out.tile.y_plane);
-  out.gathered = out.tile.shared ? 0 : lines(4 * law.granularity * out.tile.s_plane);
-  out.panel = lines(4 * law.granularity * kPanel);
-  out.window = lines(4 * slots * law.granularity);
-  out.entries = lines(out.together * entries_room(plan.most_octets) * sizeof(OctetEntry));
-  out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));
-  return out;
-}
-
-// s [slots, columns] = window [slots, steps] · x [steps, columns] with lines of `x_plane` and
-// `s_plane`; columns are whole vectors. A panel of x is copied first: its lines are in as many
-// pages, more than the first translation buffer holds, and are read again for every 6 slots.
-inline void multiply_lines(int slots, int64_t columns, const Factor& window, const float* x,
-                           int64_t x_plane, int steps, float* s, int64_t s_plane, float* panel) {
-  for (int64_t j = 0; j < columns; j += kPanel) {
-    const int width = static_cast<int>(std::min<int64_t>(columns - j, kPanel));
-    for (int k = 0; k < steps; ++k) {
-      for (int i = 0; i < width; i += kVector) {
-        store<kVector>(panel + k * width + i, load<kVector>(x + k * x_plane + j + i));
-      }
-    }
-    multiply<false>(slots, width, window, panel, width, steps, s + j, s_plane);
-  }
-}
 
 class UnitConv2d {
  public:
@@ -141,17 +62,29 @@ class UnitConv2d {
     {
       // S is zero outside of the images, where products are not made.
       const int part = thread_number();
-      std::memset(memory_of(part).x, 0, layout_.bytes());
+      const UnitConvMemory memory = memory_of(part);
+      std::memset(memory.s, 0, layout_.s);
+      std::memset(memory.x, 0, layout_.x);
+      std::memset(memory.gathered, 0, layout_.gathered);
+      Filled filled{};
 #pragma omp for schedule(dynamic)
       for (int64_t tile = 0; tile < groups * tiles_high; ++tile) {
-        add_tile(memory_of(part), tile / tiles_high * args_.lanes, tile % tiles_high * args_.rows);
+        const int64_t image = tile / tiles_high * args_.lanes;
+        const int64_t out_row = tile % tiles_high * args_.rows;
+        if (args_.pairs) {
+          add_tile<uint32_t>(memory, image, out_row, filled);
+        } else {
+          add_tile<float>(memory, image, out_row, filled);
+        }
       }
     }
   }
 
  private:
   struct UnitConvMemory {
-    float *x, *s, *y, *gathered, *panel, *window;
+    char* panels;  // of floats or of words of pairs, as what follows
+    void* window;
+    float *x, *s, *y, *gathered;
     OctetEntry* entries;
     uint16_t* shuffled;
   };
@@ -159,11 +92,11 @@ class UnitConv2d {
   UnitConvMemory memory_of(int part) const {
     Carver carver(args_.workspace, part * layout_.bytes());
     UnitConvMemory out{};
+    carver.take(out.panels, layout_.panels);
     carver.take(out.x, layout_.x);
     carver.take(out.s, layout_.s);
     carver.take(out.y, layout_.y);
     carver.take(out.gathered, layout_.gathered);
-    carver.take(out.panel, layout_.panel);
     carver.take(out.window, layout_.window);
     carver.take(out.entries, layout_.entries);
     carver.take(out.shuffled, layout_.shuffled);
@@ -173,6 +106,15 @@ class UnitConv2d {
   // Rows of x that a tile has, counted from its first, and columns: those inside of the images.
   struct Inside {
     int64_t row, rows, column, columns;
+    bool operator==(const Inside& o) const {
+      return row == o.row && rows == o.rows && column == o.column && columns == o.columns;
+    }
+  };
+
+  // Which part of x a thread's tiles have written; the rest of it is zero.
+  struct Filled {
+    Inside in;
+    int64_t images;
   };
 
   Inside inside_of(int64_t out_row) const {
@@ -185,68 +127,120 @@ class UnitConv2d {
     return in;
   }
 
-  void add_tile(const UnitConvMemory& memory, int64_t image, int64_t out_row) const {
+  template <class Element>
+  void add_tile(const UnitConvMemory& memory, int64_t image, int64_t out_row,
+                Filled& filled) const {
     const Inside in = inside_of(out_row);
     const int64_t images = std::min<int64_t>(args_.images - image, args_.lanes);
-    load_x(memory, image, images, out_row, in);
+    if (!(in == filled.in) || images != filled.images) {
+      // What an earlier tile had elsewhere.
+      std::memset(memory.x, 0, layout_.x);
+      std::memset(memory.s, 0, layout_.s);
+      filled = {in, images};
+    }
+    for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) {
+      load_x(memory, block, image, images, out_row, in);
+      fill_block<Element>(memory, block, in);
+    }
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
       for (int64_t first = 0; first < plan_.band.columns; first += layout_.together) {
         const int64_t count = std::min<int64_t>(plan_.band.columns - first, layout_.together);
-        for (int64_t k = 0; k < count; ++k) multiply_unit(memory, group, first + k, k, in);
+        for (int64_t k = 0; k < count; ++k) {
+          multiply_unit<Element>(memory, group, first + k, k, in);
+        }
         add_lines(memory, group, first, static_cast<int>(count));
       }
       write(memory, group, image, images, out_row);
     }
   }
 
-  void load_x(const UnitConvMemory& memory, int64_t image, int64_t images, int64_t out_row,
-              const Inside& in) const {
+  int valid_of(int64_t block) const {
+    return static_cast<int>(
+        std::min<int64_t>(image_.run - block * law_.granularity, law_.granularity));
+  }
+
+  // x [block, rows, columns, L] of a block of channels.
+  void load_x(const UnitConvMemory& memory, int64_t block, int64_t image, int64_t images,
+              int64_t out_row, const Inside& in) const {
     ImageView x{args_.dtype, const_cast<void*>(args_.x), {}};
     for (int i = 0; i < 4; ++i) x.stride[i] = image_.stride[i];
     const int64_t lanes = args_.lanes, row = tile_.columns * lanes;
-    // What an earlier tile had, of other rows or more images.
-    std::memset(memory.x, 0, layout_.x);
     if (!in.rows) return;
     const TilePart part{image,           images,
-                        args_.lanes,     0,
-                        image_.channels, out_row * image_.step[0] - image_.padding[0] + in.row,
+                        args_.lanes,     block * law_.granularity,
+                        valid_of(block), out_row * image_.step[0] - image_.padding[0] + in.row,
                         in.rows,         0,
                         in.columns};
     load_tile(x, part, {tile_.x_plane, row, lanes}, memory.x + in.row * row + in.column * lanes);
   }
 
+  // Where panels of a block of channels begin, or where taps are gathered those of a column.
+  template <class Element>
+  Element* panels_of(const UnitConvMemory& memory, int64_t number) const {
+    return reinterpret_cast<Element*>(memory.panels + number * layout_.column_panels);
+  }
+
+  // Panels of what units multiply of a block of channels, which is loaded.
+  template <class Element>
+  void fill_block(const UnitConvMemory& memory, int64_t block, const Inside& in) const {
+    const int valid = valid_of(block);
+    if (!tile_.shared) {
+      for (int64_t column = block; column < plan_.band.columns; column += law_.run_blocks) {
+        gather(memory, column, valid);
+        fill_panels(memory.gathered, tile_.s_plane, valid, vectors(tile_.line),
+                    panels_of<Element>(memory, column));
+      }
+      return;
+    }
+    Element* panels = panels_of<Element>(memory, block);
+    const int64_t row = tile_.columns * args_.lanes, width = in.columns * args_.lanes;
+    const float* x = memory.x + in.row * row + in.column * args_.lanes;
+    if (tile_.compact) {
+      for (int64_t i = 0; i < in.rows; ++i) {
+        panels = fill_panels(x + i * row, tile_.x_plane, valid, width, panels);
+      }
+    } else if (in.rows) {
+      fill_panels(x, tile_.x_plane, valid, vectors((in.rows - 1) * row + width), panels);
+    }
+  }
+
+  Factor read_window(const UnitWindow& window, int slots, int, float* buffer) const {
+    return {window_rows(ring_, window.base, slots, buffer), law_.granularity, 1};
+  }
+  PairFactor read_window(const UnitWindow& window, int slots, int valid, uint32_t* buffer) const {
+    return window_pairs(ring_, window.base, slots, valid, buffer);
+  }
+
   // S of a unit of column `column`, and its entries, as number `k` of those that are added
-  // together.
+  // together: zeros where pixels are outside of the images.
+  template <class Element>
   void multiply_unit(const UnitConvMemory& memory, uint32_t group, int64_t column, int64_t k,
                      const Inside& in) const {
     const PlannedUnit& planned = plan_.unit_of(group, static_cast<uint32_t>(column));
     unit_entries(plan_.band, planned.unit, planned.window,
                  memory.entries + k * entries_room(plan_.most_octets), memory.shuffled);
     const int slots = static_cast<int>(planned.window.octets * kOctet);
-    const float* window = window_rows(ring_, planned.window.base, slots, memory.window);
-    const int64_t block = law_.granularity, channel = column % law_.run_blocks * block;
-    const int valid = static_cast<int>(std::min(image_.run - channel, block));
+    const int valid = valid_of(column % law_.run_blocks);
     float* s = memory.s + k * plan_.most_window * kOctet * tile_.s_plane;
-    const Factor a{window, block, 1};
+    const Element* panels =
+        panels_of<Element>(memory, tile_.shared ? column % law_.run_blocks : column);
+    const auto window =
+        read_window(planned.window, slots, valid, static_cast<Element*>(memory.window));
     if (!tile_.shared) {
-      gather(memory, column, valid);
-      multiply_lines(slots, vectors(tile_.line), a, memory.gathered, tile_.s_plane, valid, s,
-                     tile_.s_plane, memory.panel);
+      multiply_lines(slots, vectors(tile_.line), window, panels, valid, s, tile_.s_plane);
       clear_outside(s, slots, column, in);
       return;
     }
-    const float* x = memory.x + channel * tile_.x_plane;
     const int64_t row = tile_.columns * args_.lanes, left = in.column * args_.lanes;
     const int64_t width = in.columns * args_.lanes;
     if (tile_.compact) {
       for (int64_t i = in.row; i < in.row + in.rows; ++i) {
-        multiply_lines(slots, width, a, x + i * row + left, tile_.x_plane, valid,
-                       s + i * row + left, tile_.s_plane, memory.panel);
+        panels =
+            multiply_lines(slots, width, window, panels, valid, s + i * row + left, tile_.s_plane);
       }
     } else if (in.rows) {
       const int64_t first = in.row * row + left, size = (in.rows - 1) * row + width;
-      multiply_lines(slots, vectors(size), a, x + first, tile_.x_plane, valid, s + first,
-                     tile_.s_plane, memory.panel);
+      multiply_lines(slots, vectors(size), window, panels, valid, s + first, tile_.s_plane);
       for (int64_t w = 0; w < slots; ++w) {
         float* line = s + w * tile_.s_plane + first;
         for (int64_t i = 1; i < in.rows; ++i) {
@@ -255,23 +249,15 @@ class UnitConv2d {
         std::memset(line + size, 0, sizeof(float) * (vectors(size) - size));
       }
     }
-    for (int64_t w = 0; w < slots; ++w) {  // rows that an earlier tile had
-      float* plane = s + w * tile_.s_plane;
-      std::memset(plane, 0, sizeof(float) * in.row * row);
-      std::memset(plane + (in.row + in.rows) * row, 0,
-                  sizeof(float) * (tile_.rows - in.row - in.rows) * row);
-    }
   }
 
-  // gathered [block, pixels of y]: what the elements of a block read.
+  // gathered [block, pixels of y]: what the elements of a loaded block read at a tap.
   void gather(const UnitConvMemory& memory, int64_t column, int valid) const {
     const int64_t lanes = args_.lanes, row = tile_.columns * lanes;
-    const int64_t first = column % law_.run_blocks * law_.granularity;
     const int64_t tap = column / law_.run_blocks;
-    const int64_t offset = tap / image_.kernel_width * image_.dilation[0] * row +
-                           tap % image_.kernel_width * image_.dilation[1] * lanes;
+    const int64_t offset = image_.tap_row(tap) * row + image_.tap_column(tap) * lanes;
     for (int e = 0; e < valid; ++e) {
-      const float* plane = memory.x + (first + e) * tile_.x_plane + offset;
+      const float* plane = memory.x + e * tile_.x_plane + offset;
       float* out = memory.gathered + e * tile_.s_plane;
       for (int64_t i = 0; i < args_.rows; ++i) {
         const float* source = plane + i * image_.step[0] * row;
@@ -290,8 +276,8 @@ class UnitConv2d {
   // Zeros of S where a tap reads padding: it is no product.
   void clear_outside(float* s, int slots, int64_t column, const Inside& in) const {
     const int64_t tap = column / law_.run_blocks, lanes = args_.lanes;
-    const int64_t row_shift = tap / image_.kernel_width * image_.dilation[0];
-    const int64_t right = tap % image_.kernel_width * image_.dilation[1];
+    const int64_t row_shift = image_.tap_row(tap);
+    const int64_t right = image_.tap_column(tap);
     struct Span {
       int64_t first, size;
     };
@@ -322,28 +308,29 @@ class UnitConv2d {
     const int64_t row = tile_.columns * args_.lanes;
     const int taps = static_cast<int>(plan_.band.taps), uses = count * taps;
     const int32_t (*residues)[8] = residues_of(plan_.band);
-    int64_t shift[kMostUses];
+    const float* base[kMostUses];  // slots of a unit's S, shifted by a tap
+    const OctetEntry* entry[kMostUses];
     for (int u = 0; u < uses; ++u) {
-      const int64_t tap = (first + u / taps) / law_.run_blocks * taps + u % taps;
-      shift[u] = tile_.shared ? tap / image_.kernel_width * image_.dilation[0] * row +
-                                    tap % image_.kernel_width * image_.dilation[1] * args_.lanes
-                              : 0;
+      const int64_t k = u / taps;
+      const int64_t tap = (first + k) / law_.run_blocks * taps + u % taps;
+      const int64_t shift =
+          tile_.shared ? image_.tap_row(tap) * row + image_.tap_column(tap) * args_.lanes : 0;
+      base[u] = memory.s + k * plan_.most_window * kOctet * tile_.s_plane + shift;
+      entry[u] = memory.entries + k * room + u % taps * octets;
     }
     for (int64_t o = 0; o < octets; ++o) {
       for (int r = 0; r < 8; ++r) {
         const float* line[kMostUses];
         float sign[kMostUses];
         for (int u = 0; u < uses; ++u) {
-          const int64_t k = u / taps;
-          const OctetEntry e = memory.entries[k * room + u % taps * octets + o];
+          const OctetEntry e = entry[u][o];
           const int64_t slot = kOctet * int64_t{e.octet} + residues[e.pattern][r];
-          line[u] = memory.s + (k * plan_.most_window * kOctet + slot) * tile_.s_plane + shift[u];
+          line[u] = base[u] + slot * tile_.s_plane;
           sign[u] = kSigns[e.signs >> r & 1];
         }
         float* y = memory.y + (o * kOctet + r) * tile_.y_plane;
         for (int64_t i = 0; i < tile_.lines; ++i, y += tile_.line) {
-          add_to_line(line, sign, uses, tile_.line, first > 0, y);
-          for (int u = 0; u < uses; ++u) line[u] += row;
+          add_to_line(line, i * row, sign, uses, tile_.line, first > 0, y);
         }
       }
     }
@@ -387,7 +374,7 @@ class UnitConv2d {
 Workspace unit_conv2d_workspace(const LayerLaw& law, const UnitConv2dArgs& args) {
   const UnitPlan plan(law);
   const UnitConvLayout layout = layout_of(law, plan, args);
-  return {args.threads * layout.bytes() + plan.bytes(), args.threads * layout.x};
+  return {args.threads * layout.bytes() + plan.bytes(), args.threads * (layout.panels + layout.x)};
 }
 
 void unit_conv2d(const LayerLaw& law, const UnitConv2dArgs& args) { UnitConv2d(law, args).run(); }

@@ -23,6 +23,7 @@ struct UnitConv2dArgs {
   int lanes;        // images at a time: 1, or a multiple of 8
   int64_t rows;     // of the output at a time
   void* workspace;  // as many bytes as the kernel says, aligned to 64
+  bool pairs;       // products of pairs (pairs.h): x and the bank are bfloat16
 };
 
 // dx [images, C, height, width] and dw [slots, block] of dy [images, N, out_height, out_width]; dw
@@ -44,6 +45,7 @@ struct UnitConv2dGradsArgs {
   int lanes;        // images at a time: 1, or a multiple of 8
   int64_t rows;     // of x at a time; all of them where the convolution has a stride
   void* workspace;  // as many bytes as the kernel says, aligned to 64
+  bool pairs;       // products of pairs (pairs.h): dy, x and the bank are bfloat16
 };
 
 }  // namespace rpg

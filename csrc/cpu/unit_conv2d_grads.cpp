@@ -13,6 +13,7 @@
 //   dx        the same                    74 KB  for each thread, as what follows
 //   T         [48, pixels]                55 KB  L2
 //   own       [2, pixels of y, block]     x and dx of one tap, of strided convolutions
+//   T and x   [48, pixels / 2] and [pixels / 2, block] words, with pairs: 28 and 37 KB
 //
 // Multiplications: W block pixels for each unit and gradient, 1 / laps of the dense ones.
 // Additions: one for each row, tap and pixel, with a load of dy; a line of T is written once.
@@ -71,8 +72,8 @@ class ConvSource {
                  [&](int64_t pixel, int64_t) { std::memset(reached + pixel * lanes, 1, lanes); });
       return;
     }
-    const int64_t row_shift = g_.padding[0] - number / g_.kernel_width * g_.dilation[0];
-    const int64_t right = g_.padding[1] - number % g_.kernel_width * g_.dilation[1];
+    const int64_t row_shift = g_.padding[0] - g_.tap_row(number);
+    const int64_t right = g_.padding[1] - g_.tap_column(number);
     for (int64_t i = 0; i < rows_of(tile); ++i) {
       const int64_t row = row_of(tile) + i + row_shift;
       if (row < 0 || row >= g_.out_height) continue;
@@ -89,10 +90,8 @@ class ConvSource {
     float* out = dx + column % law_.run_blocks * pixels_ * block;
     if (shifts_) return out + q * block;
     const int64_t tap = column / law_.run_blocks, pixel = q / args_.lanes;
-    const int64_t row =
-        pixel / g_.out_width * g_.step[0] - g_.padding[0] + tap / g_.kernel_width * g_.dilation[0];
-    const int64_t x_column =
-        pixel % g_.out_width * g_.step[1] - g_.padding[1] + tap % g_.kernel_width * g_.dilation[1];
+    const int64_t row = pixel / g_.out_width * g_.step[0] - g_.padding[0] + g_.tap_row(tap);
+    const int64_t x_column = pixel % g_.out_width * g_.step[1] - g_.padding[1] + g_.tap_column(tap);
     return out + ((row * g_.width + x_column) * args_.lanes + q % args_.lanes) * block;
   }
 
@@ -163,9 +162,10 @@ class ConvSource {
         }
         return;
       }
-      for (int64_t j = 0; j < g_.width; j += 8) {
-        const int count = up_to_eight(g_.width - j);
-        for (int e = 0; e < valid; e += 8) {
+      // All columns of 8 channels first: rows of channels may lie in the same set of a cache.
+      for (int e = 0; e < valid; e += 8) {
+        for (int64_t j = 0; j < g_.width; j += 8) {
+          const int count = up_to_eight(g_.width - j);
           Floats<8> square[8];
           load_square(source, first + e * g_.stride[1] + j, g_.stride[1], up_to_eight(valid - e),
                       count, square);
@@ -216,8 +216,7 @@ class ConvSource {
       }
       float* out = t + c * t_plane_;
       for (int64_t i = 0; i < height; ++i) {
-        add_to_line(source, sign, count, line, false, out + i * line);
-        for (int u = 0; u < count; ++u) source[u] += row_floats;
+        add_to_line(source, i * row_floats, sign, count, line, false, out + i * line);
       }
       // Between rows that are not compact lies what no pixel is.
       const int64_t gap = (columns_ - g_.width) * args_.lanes;
@@ -227,13 +226,14 @@ class ConvSource {
     }
   }
 
-  void add_dx(int64_t tile, int64_t column, const Factor& t, const float* window, int slots,
-              float* dx, float* own) const {
+  template <class Element>
+  void add_dx(int64_t tile, int64_t column, const FactorOf<Element>& t, const Element* window,
+              int steps, float* dx, float* own) const {
     const int block = law_.granularity, rows = static_cast<int>(lanes(tile));
     float* out = dx + column % law_.run_blocks * pixels_ * block;
-    if (shifts_) return multiply<true>(rows, block, t, window, block, slots, out, block);
+    if (shifts_) return multiply<true>(rows, block, t, window, block, steps, out, block);
     float* products = own + lanes(tile) * block;
-    multiply<false>(rows, block, t, window, block, slots, products, block);
+    multiply<false>(rows, block, t, window, block, steps, products, block);
     for_pixels(column, [&](int64_t pixel, int64_t in) {
       const int64_t size = args_.lanes * block;
       for (int64_t i = 0; i < size; i += 8) {
@@ -253,32 +253,38 @@ class ConvSource {
     const Floats<8> scale = splat<8>(static_cast<float>(args_.scale));
     for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
       const int64_t offset = block * pixels_ * size + place * step + lane * size;
-      for (int64_t j = 0; j < g_.width; j += 8) {
-        const int count = up_to_eight(g_.width - j);
-        for (int e = 0; e < valid; e += 8) {
-          const int channels = up_to_eight(valid - e);
-          Floats<8> square[8] = {};
-          for (int i = 0; i < count; ++i) {
-            for (const float* part : parts) {
-              square[i] += load<8>(part + offset + (j + i) * step + e);
-            }
-            square[i] *= scale;
+      const auto write_square = [&](int64_t j, int e) {
+        const int count = up_to_eight(g_.width - j), channels = up_to_eight(valid - e);
+        Floats<8> square[8] = {};
+        for (int i = 0; i < count; ++i) {
+          for (const float* part : parts) {
+            square[i] += load<8>(part + offset + (j + i) * step + e);
           }
-          if (!last) transpose8(square);
-          const int outer = last ? count : channels, inner = last ? channels : count;
-          for (int i = 0; i < outer; ++i) {
-            const int64_t channel = block * size + e + (last ? 0 : i);
-            void* target =
-                view.element(view.index(image, channel, row_of(tile) + row, j + (last ? i : 0)));
-            if (inner == 8) {
-              store_eight(view.dtype, square[i], target);
-              continue;
-            }
-            alignas(32) float values[8];
-            store<8>(values, square[i]);
-            write_some(view.dtype, values, inner, target);
-          }
+          square[i] *= scale;
         }
+        if (!last) transpose8(square);
+        const int outer = last ? count : channels, inner = last ? channels : count;
+        for (int i = 0; i < outer; ++i) {
+          const int64_t channel = block * size + e + (last ? 0 : i);
+          void* target =
+              view.element(view.index(image, channel, row_of(tile) + row, j + (last ? i : 0)));
+          if (inner == 8) {
+            store_eight(view.dtype, square[i], target);
+            continue;
+          }
+          alignas(32) float values[8];
+          store<8>(values, square[i]);
+          write_some(view.dtype, values, inner, target);
+        }
+      };
+      if (last) {
+        for (int64_t j = 0; j < g_.width; j += 8) {
+          for (int e = 0; e < valid; e += 8) write_square(j, e);
+        }
+        return;
+      }
+      for (int e = 0; e < valid; e += 8) {  // as in pack_x
+        for (int64_t j = 0; j < g_.width; j += 8) write_square(j, e);
       }
     });
   }
@@ -319,8 +325,8 @@ class ConvSource {
   template <class Visit>
   void for_pixels(int64_t column, const Visit& visit) const {
     const int64_t tap = column / law_.run_blocks;
-    const int64_t row_shift = tap / g_.kernel_width * g_.dilation[0] - g_.padding[0];
-    const int64_t right = tap % g_.kernel_width * g_.dilation[1] - g_.padding[1];
+    const int64_t row_shift = g_.tap_row(tap) - g_.padding[0];
+    const int64_t right = g_.tap_column(tap) - g_.padding[1];
     for (int64_t i = 0; i < g_.out_height; ++i) {
       const int64_t row = i * g_.step[0] + row_shift;
       if (row < 0 || row >= g_.height) continue;
@@ -345,7 +351,7 @@ class ConvSource {
 
 UnitGradsArgs grads_args(const UnitConv2dGradsArgs& args) {
   return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
-          args.scale,      args.threads, args.workspace};
+          args.scale,      args.threads, args.workspace,     args.pairs};
 }
 
 }  // namespace

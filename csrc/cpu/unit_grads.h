@@ -21,47 +21,21 @@
 // what it meets may be infinite. Where something is not finite, such products are left out one by
 // one (`add_reached`), from the first tile on that has an infinity or NaN in dy or x.
 //
+// With pairs (pairs.h) T is rounded to bfloat16 before it is multiplied, in words of two slots for
+// dx and of two lanes for dw; x and the window are joined to words as well. Products that are left
+// out one by one are of fp32.
+//
 // A Source says what lanes are: where dy, x and dx of a tile lie, and how lines of dy are added.
 
 #pragma once
 
 #include <vector>
 
-#include "cpu/product.h"
+#include "cpu/unit_grads_memory.h"
 #include "cpu/unit_zones.h"
-#include "cpu/workspace.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
-
-constexpr int64_t kMostChunk = 16;  // octets of slots
-
-struct UnitGradsArgs {
-  Dtype bank_dtype;
-  const void* ring;  // [slots, block]; for dx
-  bool dx;
-  float* dw;  // [slots, block] or null
-  double scale;
-  int threads;
-  void* workspace;
-};
-
-// What the tiles of a Source take: bytes for all threads, and for each.
-struct SourceLayout {
-  int64_t dy, x;    // bytes, for all threads
-  int64_t dx, own;  // bytes, for each thread: its dx, and what else it needs
-  int64_t t_plane;  // floats from a line of T to the next
-  int64_t chunk;    // octets of slots at a time, at most kMostChunk
-};
-
-struct UnitGradsLayout {
-  int64_t dy, x;
-  int64_t dx, own, t, window, products, spill, entries, shuffled, octet_at;
-  int64_t shared() const { return dy + x; }
-  int64_t of_thread() const {
-    return dx + own + t + window + products + spill + entries + shuffled + octet_at;
-  }
-};
 
 inline bool all_finite(const float* values, int64_t count) {
   uint32_t largest = 0;
@@ -71,31 +45,6 @@ inline bool all_finite(const float* values, int64_t count) {
     largest = largest < exponent ? exponent : largest;
   }
   return largest < 0x7F800000u;
-}
-
-struct UnitGradsMemory {
-  float *dx, *own, *t, *window, *products, *spill;
-  OctetEntry* entries;
-  uint16_t *shuffled, *octet_at;
-};
-
-inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& plan,
-                                         const UnitGradsArgs& args, const SourceLayout& source) {
-  UnitGradsLayout out{};
-  const int64_t block = law.granularity, room = entries_room(plan.most_octets);
-  const int64_t slots = source.chunk * kOctet;
-  out.dy = lines(source.dy);
-  out.x = args.dw ? lines(source.x) : 0;
-  out.dx = args.dx ? lines(source.dx) : 0;
-  out.own = lines(source.own);
-  out.t = lines(4 * slots * source.t_plane);
-  out.window = args.dx ? lines(4 * slots * block) : 0;
-  out.products = args.dw ? lines(4 * slots * block) : 0;
-  out.spill = args.dw ? lines(4 * kOctet * block) : 0;
-  out.entries = lines(room * sizeof(OctetEntry));
-  out.shuffled = lines(room * sizeof(uint16_t));
-  out.octet_at = lines(room * sizeof(uint16_t));
-  return out;
 }
 
 template <class Source>
@@ -162,6 +111,7 @@ class UnitGrads {
     carver.take(out.entries, layout_.entries);
     carver.take(out.shuffled, layout_.shuffled);
     carver.take(out.octet_at, layout_.octet_at);
+    carver.take(out.t_pairs, layout_.t_pairs), carver.take(out.x_pairs, layout_.x_pairs);
     return out;
   }
 
@@ -176,7 +126,13 @@ class UnitGrads {
         bool dealt = false;
         zones_.for_octets(part, planned.window, [&](int64_t o, int64_t count) {
           if (!dealt) deal_octets(planned, memory);
-          if (!dealt && args_.dw) xc = source_.x_of(tile, column, x(), memory.own);
+          if (!dealt && args_.dw) {
+            xc = source_.x_of(tile, column, x(), memory.own);
+            if (args_.pairs) {
+              join_rows(xc, law_.granularity, source_.lanes(tile), law_.granularity,
+                        memory.x_pairs);
+            }
+          }
           dealt = true;
           for (int64_t done = 0; done < count; done += size_.chunk) {
             add_chunk(planned, group, column, o + done, std::min(count - done, size_.chunk), part,
@@ -240,36 +196,71 @@ class UnitGrads {
       }
       return;
     }
-    if (args_.dx) {
-      if (!whole) {
-        if (window != memory.window) {
-          for (int64_t j = 0; j < size; ++j) {
-            std::memcpy(memory.window + j * block, window + j * block, sizeof(float) * block);
-          }
-        }
-        window = memory.window;
+    if (args_.dx && !whole) {
+      if (window != memory.window) {
         for (int64_t j = 0; j < size; ++j) {
-          if (!is_read(j)) std::memset(memory.window + j * block, 0, sizeof(float) * block);
+          std::memcpy(memory.window + j * block, window + j * block, sizeof(float) * block);
         }
       }
-      source_.add_dx(tile, column, {memory.t, 1, plane}, window, static_cast<int>(size), memory.dx,
-                     memory.own);
+      window = memory.window;
+      for (int64_t j = 0; j < size; ++j) {
+        if (!is_read(j)) std::memset(memory.window + j * block, 0, sizeof(float) * block);
+      }
     }
+    if (args_.pairs) {
+      for (int64_t j = 0; j < size; ++j) {
+        round_to_bfloat16(memory.t + j * plane, source_.lanes(tile));
+      }
+    }
+    if (args_.dx) multiply_dx(tile, column, size, window, memory);
     if (!args_.dw) return;
-    const int lanes = static_cast<int>(source_.lanes(tile)), valid = source_.valid_of(column);
-    const Factor t{memory.t, plane, 1};
+    const int valid = source_.valid_of(column);
     if (whole && zones_.inside(part, first, size) == size && valid == block) {
-      multiply<true>(static_cast<int>(size), static_cast<int>(block), t, xc, block, lanes,
-                     args_.dw + first * block, block);
+      multiply_dw<true>(tile, size, xc, memory, args_.dw + first * block);
       return;
     }
-    multiply<false>(static_cast<int>(size), static_cast<int>(block), t, xc, block, lanes,
-                    memory.products, block);
+    multiply_dw<false>(tile, size, xc, memory, memory.products);
     for (int64_t j = 0; j < size; ++j) {
       if (!is_read(j)) continue;
       float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
       for (int e = 0; e < valid; ++e) target[e] += memory.products[j * block + e];
     }
+  }
+
+  // dx_c [lanes, block] += Tᵀ · window [slots, block]. With pairs, whose words take the window's
+  // memory, T is what bfloat16 holds.
+  void multiply_dx(int64_t tile, int64_t column, int64_t slots, const float* window,
+                   const UnitGradsMemory& memory) const {
+    const int64_t block = law_.granularity, plane = size_.t_plane;
+    if (!args_.pairs) {
+      source_.add_dx(tile, column, Factor{memory.t, 1, plane}, window, static_cast<int>(slots),
+                     memory.dx, memory.own);
+      return;
+    }
+    const int64_t wide = (source_.lanes(tile) + 7) / 8 * 8;
+    uint32_t* words = reinterpret_cast<uint32_t*>(memory.window);
+    join_rows(window, block, slots, block, words);
+    join_rows(memory.t, plane, slots, wide, memory.t_pairs);
+    source_.add_dx(tile, column, PairFactor{memory.t_pairs, 1, wide}, words,
+                   static_cast<int>(slots / 2), memory.dx, memory.own);
+  }
+
+  // products [slots, block] (+)= T [slots, lanes] · x_c [lanes, block], of which there are pairs.
+  template <bool ADD>
+  void multiply_dw(int64_t tile, int64_t slots, const float* xc, const UnitGradsMemory& memory,
+                   float* products) const {
+    const int64_t plane = size_.t_plane;
+    const int rows = static_cast<int>(slots), block = law_.granularity;
+    const int lanes = static_cast<int>(source_.lanes(tile));
+    if (!args_.pairs) {
+      multiply<ADD>(rows, block, Factor{memory.t, plane, 1}, xc, block, lanes, products, block);
+      return;
+    }
+    for (int64_t j = 0; j < slots; ++j) {
+      join_neighbours(memory.t + j * plane, lanes, memory.t_pairs + j * plane / 2);
+    }
+    multiply<ADD>(rows, block, PairFactor{memory.t_pairs, plane / 2, 1}, memory.x_pairs, block,
+                  (lanes + 1) / 2, products, block);
   }
 
   // What octet o of a window adds: of a slot those lanes that its taps reach, and no product else.

@@ -15,6 +15,9 @@
 //   window               [W, block]           64 KB   copied where it is no fp32, or wraps around
 //   entries              [kTogether, R / 8]   2 KB    L1
 //
+// With pairs (pairs.h) x_b is [block / 2, L] words and the window, where it is copied, [W, block /
+// 2]: half of these numbers. S and y are fp32.
+//
 // Multiplications: W block L for each unit, 1 / laps of the dense ones. Additions: R L, each with a
 // load from L2.
 //
@@ -48,10 +51,11 @@ UnitLinearLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const Lane
   out.by_tiles = tiles >= args.threads;
   const int64_t columns = out.by_tiles ? plan.band.columns : plan.band.columns / args.threads + 1;
   const int64_t rows = kOctet * (out.by_tiles ? plan.most_octets : int64_t{plan.band.octets});
-  out.x = lines(4 * columns * block * lanes);
+  const int64_t size = args.pairs ? 2 : 4;  // bytes of an operand's element
+  out.x = lines(size * columns * block * lanes);
   out.s = lines(4 * kTogether * plan.most_window * kOctet * lanes);
   out.y = lines(4 * rows * lanes);
-  out.window = lines(4 * plan.most_window * kOctet * block);
+  out.window = lines(size * plan.most_window * kOctet * block);
   out.entries = lines(kTogether * entries_room(plan.most_octets) * sizeof(OctetEntry));
   out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));
   return out;
@@ -110,7 +114,8 @@ class UnitLinear {
 
  private:
   struct UnitLinearMemory {
-    float *x, *s, *y, *window;
+    void *x, *window;  // floats, or words of pairs
+    float *s, *y;
     OctetEntry* entries;
     uint16_t* shuffled;
   };
@@ -134,8 +139,15 @@ class UnitLinear {
   void pack(const UnitLinearMemory& memory, int64_t tile, int64_t low, int64_t high) const {
     const int64_t first = low * law_.granularity;
     const int64_t columns = std::min(args_.columns, high * law_.granularity) - first;
-    pack_lanes({args_.x_dtype, args_.x}, tile * args_.lanes * args_.columns + first, args_.columns,
-               rows_of(tile), columns, lanes_of(tile), memory.x);
+    const Activations x{args_.x_dtype, args_.x};
+    const int64_t element = tile * args_.lanes * args_.columns + first;
+    if (args_.pairs) {
+      pack_lane_pairs(x, element, args_.columns, rows_of(tile), columns, lanes_of(tile),
+                      static_cast<uint32_t*>(memory.x));
+      return;
+    }
+    pack_lanes(x, element, args_.columns, rows_of(tile), columns, lanes_of(tile),
+               static_cast<float*>(memory.x));
   }
 
   void whole_tile(int part, int64_t tile) const {
@@ -193,14 +205,24 @@ class UnitLinear {
         OctetEntry* entries = memory.entries + g * room;
         unit_entries(plan_.band, planned.unit, planned.window, entries, memory.shuffled);
         const int rows = static_cast<int>(planned.window.octets * kOctet);
-        const float* window = window_rows(ring_, planned.window.base, rows, memory.window);
         float* products = memory.s + g * s_size;
         const int valid = static_cast<int>(std::min(args_.columns - column * block, block));
         const void* next =
             column + 1 < high ? ring_.slot(plan_.unit_of(group, column + 1).window.base) : nullptr;
-        multiply<false>(rows, static_cast<int>(lanes), {window, block, 1},
-                        memory.x + (column - low) * block * lanes, lanes, valid, products, lanes,
-                        next);
+        const int64_t place = (column - low) * block * lanes;
+        if (args_.pairs) {
+          const PairFactor window = window_pairs(ring_, planned.window.base, rows, valid,
+                                                 static_cast<uint32_t*>(memory.window));
+          multiply<false>(rows, static_cast<int>(lanes), window,
+                          static_cast<const uint32_t*>(memory.x) + place / 2, lanes,
+                          (valid + 1) / 2, products, lanes, next);
+        } else {
+          const float* window =
+              window_rows(ring_, planned.window.base, rows, static_cast<float*>(memory.window));
+          multiply<false>(rows, static_cast<int>(lanes), {window, block, 1},
+                          static_cast<const float*>(memory.x) + place, lanes, valid, products,
+                          lanes, next);
+        }
         entry[g] = entries, s[g] = products;
       }
       const int64_t octets = group_size(plan_.band, group);

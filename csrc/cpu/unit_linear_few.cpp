@@ -291,7 +291,7 @@ class UnitLinearFew {
   // This part's share of the rows, of which every part has summed some columns.
   void write(int part) const {
     const int64_t octets = plan_.band.octets, columns = plan_.band.columns, lanes = args_.lanes;
-    const int64_t threads = args_.threads, size = args_.x_dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t threads = args_.threads, size = element_bytes(args_.x_dtype);
     std::vector<const float*> sums;
     for (int64_t peer = 0; peer < threads; ++peer) {
       if (columns * peer / threads < columns * (peer + 1) / threads) {

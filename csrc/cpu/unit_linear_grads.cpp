@@ -11,6 +11,8 @@
 //   window                  [8 kMostChunk, block] 32 KB  copied where it is no fp32 or not whole
 //   products for dw         [8 kMostChunk, block] 32 KB  where they cannot be added in place
 //   entries, shuffled, uses [R / 8]              1 KB    L1
+//   T in pairs              [8 kMostChunk, L / 2] words, 16 KB
+//   x in pairs              [L / 2, block]       words, 8 KB
 
 #include "cpu/lanes_linear.h"
 #include "cpu/unit_grads.h"
@@ -105,15 +107,16 @@ class LinearSource {
     }
   }
 
-  void add_dx(int64_t tile, int64_t column, const Factor& t, const float* window, int slots,
-              float* dx, float*) const {
+  template <class Element>
+  void add_dx(int64_t tile, int64_t column, const FactorOf<Element>& t, const Element* window,
+              int steps, float* dx, float*) const {
     const int block = law_.granularity;
-    multiply<true>(static_cast<int>(lanes(tile)), block, t, window, block, slots,
+    multiply<true>(static_cast<int>(lanes(tile)), block, t, window, block, steps,
                    dx + column * lanes(tile) * block, block);
   }
 
   void write_dx(int64_t tile, int64_t column, const std::vector<float*>& parts) const {
-    const int64_t block = law_.granularity, size = args_.dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t block = law_.granularity, size = element_bytes(args_.dtype);
     const float scale = static_cast<float>(args_.scale);
     const int valid = valid_of(column);
     for (int64_t m = 0; m < rows_of(tile); ++m) {
@@ -142,7 +145,7 @@ class LinearSource {
 
 UnitGradsArgs grads_args(const LanesLinearGradsArgs& args) {
   return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
-          args.scale,      args.threads, args.workspace};
+          args.scale,      args.threads, args.workspace,     args.pairs};
 }
 
 }  // namespace

@@ -20,31 +20,36 @@ inline int64_t plane_of(int64_t pixels) {
   return plane / 16 % 2 ? plane : plane + 16;
 }
 
-// y [floats] (+)= Σ ± line [floats]: whole vectors, four at a time.
-inline void add_to_line(const float* const* line, const float* sign, int uses, int64_t floats,
+// N vectors of y (+)= Σ ± line.
+template <int N>
+inline void add_vectors(const float* const* line, int64_t offset, const float* sign, int uses,
                         bool add, float* y) {
   typedef Floats<kVector> Vector;
-  constexpr int kStep = 4;
+  Vector sum[N];
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) sum[v] = add ? load<kVector>(y + v * kVector) : Vector{};
+  for (int u = 0; u < uses; ++u) {
+    const Vector factor = splat<kVector>(sign[u]);
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) sum[v] += factor * load<kVector>(line[u] + offset + v * kVector);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) store<kVector>(y + v * kVector, sum[v]);
+}
+
+// y [floats] (+)= Σ ± line [floats], of lines from `offset` on: whole vectors, four at a time.
+inline void add_to_line(const float* const* line, int64_t offset, const float* sign, int uses,
+                        int64_t floats, bool add, float* y) {
+  const int64_t end = vectors(floats);
   int64_t i = 0;
-  for (; i + kStep * kVector <= floats; i += kStep * kVector) {
-    Vector sum[kStep];
-#pragma GCC unroll 4
-    for (int v = 0; v < kStep; ++v) sum[v] = add ? load<kVector>(y + i + v * kVector) : Vector{};
-    for (int u = 0; u < uses; ++u) {
-      const Vector factor = splat<kVector>(sign[u]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kStep; ++v) sum[v] += factor * load<kVector>(line[u] + i + v * kVector);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kStep; ++v) store<kVector>(y + i + v * kVector, sum[v]);
+  for (; i + 4 * kVector <= end; i += 4 * kVector) {
+    add_vectors<4>(line, offset + i, sign, uses, add, y + i);
   }
-  for (; i < floats; i += kVector) {
-    Vector sum = add ? load<kVector>(y + i) : Vector{};
-    for (int u = 0; u < uses; ++u) {
-      sum += splat<kVector>(sign[u]) * load<kVector>(line[u] + i);
-    }
-    store<kVector>(y + i, sum);
+  if (i + 2 * kVector <= end) {
+    add_vectors<2>(line, offset + i, sign, uses, add, y + i);
+    i += 2 * kVector;
   }
+  if (i < end) add_vectors<1>(line, offset + i, sign, uses, add, y + i);
 }
 
 }  // namespace

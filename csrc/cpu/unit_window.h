@@ -33,6 +33,28 @@ inline int thread_number() {
 #endif
 }
 
+// Pairs of the first `valid` elements of slots of a bank in bfloat16, in rows of block / 2 words:
+// the bank's own where it has them in one piece and no half of a word is to be left out, otherwise
+// in `buffer` [count, block / 2], where an odd last element is beside a zero.
+inline PairFactor window_pairs(const Ring& ring, int64_t first, int64_t count, int valid,
+                               uint32_t* buffer) {
+  const int64_t bytes = ring.row_bytes(), words = ring.block / 2;
+  const char* data = static_cast<const char*>(ring.data);
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0;
+  if (aligned && first + count <= ring.slots && valid % 2 == 0) {
+    return {reinterpret_cast<const uint32_t*>(data + first * bytes), words, 1};
+  }
+  char* out = reinterpret_cast<char*>(buffer);
+  for (int64_t done = 0; done < count;) {
+    const int64_t size = std::min(count - done, ring.slots - first);
+    std::memcpy(out + done * bytes, data + first * bytes, size * bytes);
+    done += size;
+    first = 0;
+  }
+  for (int64_t i = 0; valid % 2 && i < count; ++i) std::memset(out + i * bytes + 2 * valid, 0, 2);
+  return {buffer, words, 1};
+}
+
 // A unit with its window.
 struct PlannedUnit {
   Unit unit;

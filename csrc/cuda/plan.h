@@ -31,8 +31,6 @@ static inline Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band 
   return out;
 }
 
-static inline int element_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 static inline int round_up(int64_t x, int step) {
   return static_cast<int>((x + step - 1) / step * step);
 }

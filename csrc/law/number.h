@@ -16,6 +16,10 @@ enum class Dtype : int { kFloat64 = 0, kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3
 
 namespace {  // compiled once per instruction set, see law/ring.h
 
+RPG_LAW int element_bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
 RPG_LAW float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -124,6 +124,21 @@ def build_info() -> dict[str, Any]:
     return {**info, "note": note} if note else info
 
 
+def multiplies_pairs() -> bool:
+    """Whether this processor has an instruction for pairs of bfloat16, and the module uses it.
+
+    Example:
+        >>> multiplies_pairs() in (True, False)
+        True
+    """
+    return available() and _has_pairs()
+
+
+@cache
+def _has_pairs() -> bool:
+    return bool(module().build_info()["pairs"])
+
+
 def covers(architectures: list[str], capability: str) -> bool | None:
     """Whether code for some of CMAKE_CUDA_ARCHITECTURES runs on a GPU; None cannot be told.
 

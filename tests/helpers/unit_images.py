@@ -58,7 +58,7 @@ class Convolution:
         step = alignment(Placement(g, layer, 0, shape, scale, taps=taps).matrix.block, laps)
         self.p = Placement(g, layer, start // step * step, shape, scale, taps=taps)
         self.spec, self.law = self.p.to_json(), native.layer_law(self.p.law)
-        self.how = (stride, padding, dilation)
+        self.how, self.pairs = (stride, padding, dilation), False
         out = conv_output(size, shape[2:], *self.how)
         self.bank = torch.randn(slots, granularity, generator=made).to(bank_dtype)
         self.x = torch.randn(batch, shape[1], *size, generator=made).to(dtype)
@@ -76,7 +76,8 @@ class Convolution:
         x, bias = self.x, None if self.bias is None else self.bias.float()
         how = (self.p.shape[2:], self.p.matrix.by_tap, *self.how)
         y = empty_image(x, self.dy.shape).fill_(float("nan"))
-        memory = Guarded(self.law.unit_conv2d_workspace(x.shape, *how, threads, lanes, rows)[0])
+        size = self.law.unit_conv2d_workspace(x.shape, *how, threads, lanes, rows, self.pairs)
+        memory = Guarded(size[0])
         self.law.unit_conv2d(
             *_typed(self.bank),
             *_typed(x),
@@ -91,6 +92,7 @@ class Convolution:
             lanes,
             rows,
             memory.address,
+            self.pairs,
         )
         memory.check(str(self))
         return y
@@ -103,7 +105,8 @@ class Convolution:
         how = (self.p.shape[2:], self.p.matrix.by_tap, *self.how)
         made_dx = empty_image(dy, x.shape).fill_(float("nan"))
         made_dw = torch.zeros(self.bank.shape)
-        size = self.law.unit_conv2d_grads_workspace(x.shape, *how, threads, lanes, rows, dx, dw)
+        tile = (threads, lanes, rows)
+        size = self.law.unit_conv2d_grads_workspace(x.shape, *how, *tile, dx, dw, self.pairs)
         memory = Guarded(size[0])
         self.law.unit_conv2d_grads(
             *(_typed(self.bank) if dx else (0, 1)),
@@ -122,6 +125,7 @@ class Convolution:
             lanes,
             rows,
             memory.address,
+            self.pairs,
         )
         memory.check(str(self))
         return [made_dx] * dx + [made_dw] * dw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,12 +24,14 @@ class Lanes:
         threads: that share it.
         workspace: bytes in all.
         scratch: of them, what the scratch limit counts: all but copies of activations.
+        pairs: products are of pairs of bfloat16.
     """
 
     lanes: int
     threads: int
     workspace: int
     scratch: int
+    pairs: bool = False
 
 
 class Family(ABC):
@@ -53,7 +56,14 @@ class Family(ABC):
         """Whether a call is faster here than with other compiled kernels."""
 
     @abstractmethod
-    def faster(self, op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
+    def faster(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        batch: int,
+        placement: str,
+        bank_dtype: torch.dtype | None = None,
+    ) -> bool:
         """Whether a call is faster here than in the reference."""
 
     @abstractmethod
@@ -64,17 +74,23 @@ class Family(ABC):
     def what(self, placement: str) -> str:
         """What these kernels do with a weight."""
 
-    def steps(self, op: str, placement: str, batch: int) -> Lanes | None:
+    def pairs(
+        self, op: str, dtype: torch.dtype, bank_dtype: torch.dtype, batch: int, placement: str
+    ) -> bool:
+        """Whether a call multiplies pairs of bfloat16, if they fit the scratch limit."""
+        return False
+
+    def steps(self, op: str, placement: str, batch: int, pairs: bool = False) -> Lanes | None:
         """The most lanes that the scratch limit allows; None where none do."""
         limit = settings.scratch_bytes("cpu")
-        choices = _choices(self, op, placement, batch, native.threads())
+        choices = _choices(self, op, placement, batch, native.threads(), pairs)
         return next((step for step in choices if step.scratch <= limit), None)
 
     def smallest(self, op: str, placement: str, batch: int) -> int:
         """Scratch in bytes of the smallest steps."""
         return min(s.scratch for s in _choices(self, op, placement, batch, native.threads()))
 
-    def check(self, op: str, placement: str, batch: int) -> Lanes:
+    def check(self, op: str, placement: str, batch: int, pairs: bool = False) -> Lanes:
         """The steps of a call.
 
         Raises:
@@ -83,7 +99,7 @@ class Family(ABC):
         reason = self.unsupported(op, placement)
         if reason:
             raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
-        step = self.steps(op, placement, batch)
+        step = self.steps(op, placement, batch, pairs)
         if step is None:
             raise RuntimeError(
                 f"scratch_limit: got {settings.scratch_bytes('cpu')} bytes, wanted at least "
@@ -95,21 +111,22 @@ class Family(ABC):
 
 @lru_cache(maxsize=4096)
 def _choices(
-    family: Family, op: str, placement: str, batch: int, threads: int
+    family: Family, op: str, placement: str, batch: int, threads: int, pairs: bool = False
 ) -> tuple[Lanes, ...]:
-    """From the most lanes to the least, then with fewer threads."""
+    """From the most lanes to the least, with pairs before without, then with fewer threads."""
     p, batch = parse(placement), max(batch, 1)  # of an empty batch, what one row takes
     law = native.layer_law(p.law)
     out = []
     while True:
-        for lanes in family.lanes(op, p, batch):
-            size = (batch, p.shape[1], threads, lanes)
-            if op == "linear":
-                total, activations = getattr(law, f"{family.name}_workspace")(*size)
-            else:
-                wanted = (op != "linear_bank_grad", op != "linear_input_grad")
-                total, activations = getattr(law, f"{family.name}_grads_workspace")(*size, *wanted)
-            out.append(Lanes(lanes, threads, total, total - activations))
+        of_lanes = family.lanes(op, p, batch)
+        for paired, lanes in itertools.product((True, False) if pairs else (False,), of_lanes):
+            size: tuple[int, ...] = (batch, p.shape[1], threads, lanes)
+            name = f"{family.name}_workspace"
+            if op != "linear":
+                size += (op != "linear_bank_grad", op != "linear_input_grad")
+                name = f"{family.name}_grads_workspace"
+            total, activations = getattr(law, name)(*size, pairs=paired)
+            out.append(Lanes(lanes, threads, total, total - activations, paired))
         if threads == 1:
             return tuple(out)
         threads = -(-threads // 2)

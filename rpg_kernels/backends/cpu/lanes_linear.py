@@ -26,7 +26,8 @@ def linear(family: Family, x: Tensor, bank: Tensor, bias: Tensor | None, placeme
     p = parse(placement)
     y = x.new_empty((*x.shape[:-1], p.shape[0]))
     batch = y.numel() // p.shape[0]
-    step = family.check("linear", placement, batch)
+    pairs = family.pairs("linear", x.dtype, bank.dtype, batch, placement)
+    step = family.check("linear", placement, batch, pairs)
     if not batch:
         return y
     x, bank = x.contiguous(), bank.contiguous()
@@ -43,6 +44,7 @@ def linear(family: Family, x: Tensor, bank: Tensor, bias: Tensor | None, placeme
         step.threads,
         step.lanes,
         memory.data_ptr(),
+        step.pairs,
     )
     return y
 
@@ -55,7 +57,7 @@ def linear_input_grad(family: Family, dy: Tensor, bank: Tensor, placement: str) 
     """
     p = parse(placement)
     dx = dy.new_empty((*dy.shape[:-1], p.shape[1]))
-    _run(family, "linear_input_grad", placement, dy, None, bank, dx, None)
+    _run(family, "linear_input_grad", placement, dy, None, bank, dx, None, bank.dtype)
     return dx
 
 
@@ -68,7 +70,7 @@ def linear_bank_grad(
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     dw = _zeros(dy, parse(placement))
-    _run(family, "linear_bank_grad", placement, dy, x, None, None, dw)
+    _run(family, "linear_bank_grad", placement, dy, x, None, None, dw, dtype)
     return dw.to(dtype)
 
 
@@ -82,7 +84,7 @@ def linear_grads(
     """
     p = parse(placement)
     dx, dw = dy.new_empty((*dy.shape[:-1], p.shape[1])), _zeros(dy, p)
-    _run(family, "linear_grads", placement, dy, x, bank, dx, dw)
+    _run(family, "linear_grads", placement, dy, x, bank, dx, dw, dtype)
     return dx, dw.to(dtype)
 
 
@@ -99,11 +101,14 @@ def _run(
     bank: Tensor | None,
     dx: Tensor | None,
     dw: Tensor | None,
+    bank_dtype: torch.dtype,
 ) -> None:
     """Fill dx, which takes a bank, and add to dw, which takes x."""
     p = parse(placement)
     batch = dy.numel() // p.shape[0]
-    step = family.check(op, placement, batch)
+    step = family.check(
+        op, placement, batch, family.pairs(op, dy.dtype, bank_dtype, batch, placement)
+    )
     if not batch:
         return
     dy = dy.contiguous()
@@ -123,6 +128,7 @@ def _run(
         step.threads,
         step.lanes,
         memory.data_ptr(),
+        step.pairs,
     )
 
 

@@ -133,12 +133,20 @@ def _family(
     return (fitting or able)[0]
 
 
-def faster(op: str, dtype: torch.dtype, batch: int, placement: str, groups: int = 1) -> bool:
+def faster(
+    op: str,
+    dtype: torch.dtype,
+    batch: int,
+    placement: str,
+    groups: int = 1,
+    bank_dtype: torch.dtype | None = None,
+) -> bool:
     """Whether a call is faster here than in the reference (measured: docs/cpu.md).
 
     Args:
         op, dtype, batch, placement: as for ``family``.
         groups: of a convolution.
+        bank_dtype: of the bank that a forward reads; None where it is not known.
     """
     if op in LOOKUPS:
         return not unsupported_lookup(placement)
@@ -148,7 +156,7 @@ def faster(op: str, dtype: torch.dtype, batch: int, placement: str, groups: int 
     if taken is None:
         return factored.faster(op, dtype, batch, placement)
     fits = taken.steps(op, placement, batch) is not None
-    return fits and taken.faster(op, dtype, batch, placement)
+    return fits and taken.faster(op, dtype, batch, placement, bank_dtype)
 
 
 def convolves_units(op: str, placement: str) -> bool:
@@ -205,7 +213,8 @@ class Cpu(Backend):
             return False
         if convolves_units(call.op, call.placement):
             return unit_conv2d.faster(call)
-        return faster(call.op, call.dtype, call.rows, call.placement, call.groups)
+        bank_dtype = None if call.bank is None else call.bank.dtype
+        return faster(call.op, call.dtype, call.rows, call.placement, call.groups, bank_dtype)
 
     def multiplications(self, call: Call) -> int | None:
         """See ``multiplications.of_row``."""

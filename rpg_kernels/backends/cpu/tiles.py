@@ -48,7 +48,14 @@ class Tiles(Family):
         """Where no other kernels do."""
         return True
 
-    def faster(self, op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
+    def faster(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        batch: int,
+        placement: str,
+        bank_dtype: torch.dtype | None = None,
+    ) -> bool:
         """Unless dense products have instructions that these have not."""
         return batch <= LOW_BATCH or dense_gain(dtype) == 1
 

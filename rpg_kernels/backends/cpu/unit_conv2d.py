@@ -6,6 +6,7 @@ are images, or with one lane the columns of an image.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,6 @@ from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cpu import units
 from rpg_kernels.backends.cpu.memory import workspace
-from rpg_kernels.backends.cpu.processor import dense_gain
 from rpg_kernels.law.geometry import conv_output
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.law.unit import OCTET, UnitLaw
@@ -73,7 +73,9 @@ def unsupported_stride(placement: str, stride: Sequence[int]) -> str:
 
 def faster(call: Call) -> bool:
     """Whether a call is faster here than in the reference, which unpacks the weight."""
-    shares = units.reads(call.placement) >= units.GAIN * dense_gain(call.dtype)
+    bank_dtype = None if call.bank is None else call.bank.dtype
+    least = units.least_reads(call.op, call.dtype, bank_dtype, call.placement)
+    shares = units.reads(call.placement) >= least
     if not call.rows or not (shares or call.rows <= FEW_PIXELS):
         return False
     geometry = tuples(*call.geometry[:3])
@@ -114,6 +116,7 @@ class Tile:
         threads: that share the tiles.
         workspace: bytes in all.
         scratch: of them, what the scratch limit counts: all but copies of activations.
+        pairs: products are of pairs of bfloat16.
     """
 
     lanes: int
@@ -121,9 +124,12 @@ class Tile:
     threads: int
     workspace: int
     scratch: int
+    pairs: bool = False
 
 
-def tile(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> Tile | None:
+def tile(
+    op: str, placement: str, size: Sequence[int], geometry: Geometry, pairs: bool = False
+) -> Tile | None:
     """The largest tile that the scratch limit allows; None where none is allowed.
 
     Args:
@@ -131,15 +137,21 @@ def tile(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> Ti
         placement: of the weight.
         size: of x, ``[B, C, H, W]``.
         geometry: stride, padding and dilation.
+        pairs: whether products of pairs are wanted, if they fit.
     """
     limit = settings.scratch_bytes("cpu")
-    choices = _choices(op, placement, tuple(size), geometry, native.threads())
+    choices = _choices(op, placement, tuple(size), geometry, native.threads(), pairs)
     return next((choice for choice in choices if choice.scratch <= limit), None)
 
 
 @lru_cache(maxsize=1024)
 def _choices(
-    op: str, placement: str, size: tuple[int, ...], geometry: Geometry, threads: int
+    op: str,
+    placement: str,
+    size: tuple[int, ...],
+    geometry: Geometry,
+    threads: int,
+    pairs: bool = False,
 ) -> tuple[Tile, ...]:
     """From the fastest on. The last takes no more than that of any larger images, of which alone
     ``_size_of_x`` knows."""
@@ -148,15 +160,21 @@ def _choices(
     lanes = [1] if width >= WIDE or images <= LANES // 2 else [LANES, 1]
     out: list[Tile] = []
     while True:
-        for of_images in lanes:
-            out += _of_lanes(op, p, size, geometry, threads, of_images)
+        for paired, of_images in itertools.product((True, False) if pairs else (False,), lanes):
+            out += _of_lanes(op, p, size, geometry, threads, of_images, paired)
         if threads == 1:
             return tuple(out)
         threads = -(-threads // 2)
 
 
 def _of_lanes(
-    op: str, p: Placement, size: tuple[int, ...], geometry: Geometry, threads: int, lanes: int
+    op: str,
+    p: Placement,
+    size: tuple[int, ...],
+    geometry: Geometry,
+    threads: int,
+    lanes: int,
+    pairs: bool,
 ) -> list[Tile]:
     law: Any = native.layer_law(p.law)
     kernel, (stride, _padding, dilation) = p.shape[2:], geometry
@@ -177,17 +195,19 @@ def _of_lanes(
     while True:
         how = (size, kernel, p.matrix.by_tap, *geometry, threads, lanes, rows)
         if forward:
-            total, activations = law.unit_conv2d_workspace(*how)
+            total, activations = law.unit_conv2d_workspace(*how, pairs=pairs)
         else:
             wanted = (op != "conv2d_bank_grad", op != "conv2d_input_grad")
-            total, activations = law.unit_conv2d_grads_workspace(*how, *wanted)
-        out.append(Tile(lanes, rows, threads, total, total - activations))
+            total, activations = law.unit_conv2d_grads_workspace(*how, *wanted, pairs=pairs)
+        out.append(Tile(lanes, rows, threads, total, total - activations, pairs))
         if rows == 1 or strided:
             return out
         rows = -(-rows // 2)
 
 
-def check(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> Tile:
+def check(
+    op: str, placement: str, size: Sequence[int], geometry: Geometry, pairs: bool = False
+) -> Tile:
     """The tile of a call.
 
     Raises:
@@ -196,7 +216,7 @@ def check(op: str, placement: str, size: Sequence[int], geometry: Geometry) -> T
     reason = unsupported(op, placement) or unsupported_stride(placement, geometry[0])
     if reason:
         raise RuntimeError(f"backend: got 'cpu' for {op}, which cannot run: {reason}")
-    chosen = tile(op, placement, size, geometry)
+    chosen = tile(op, placement, size, geometry, pairs)
     if chosen is None:
         choices = _choices(op, placement, tuple(size), geometry, native.threads())
         least = min((choice.scratch for choice in choices), default="smaller images, not more")
@@ -225,7 +245,8 @@ def conv2d(
     p = parse(placement)
     kernel = p.shape[2:]
     y = empty_image(x, (x.shape[0], p.shape[0], *conv_output(x.shape[2:], kernel, *geometry)))
-    how = check("conv2d", placement, _positive(x.shape), geometry)
+    pairs = units.pairs("conv2d", x.dtype, bank.dtype, placement)
+    how = check("conv2d", placement, _positive(x.shape), geometry, pairs)
     if not y.numel() or not x.numel():
         y.zero_()
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
@@ -248,6 +269,7 @@ def conv2d(
         how.lanes,
         how.rows,
         memory.data_ptr(),
+        how.pairs,
     )
     return y
 
@@ -261,7 +283,7 @@ def conv2d_input_grad(
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     dx = empty_image(dy, input_size)
-    _run("conv2d_input_grad", placement, geometry, dy, dx, bank.contiguous(), dx, None)
+    _run("conv2d_input_grad", placement, geometry, dy, dx, bank.contiguous(), dx, None, bank.dtype)
     return dx
 
 
@@ -275,7 +297,7 @@ def conv2d_bank_grad(
     """
     g = parse(placement).generator
     dw = dy.new_zeros((g.slots, g.granularity), dtype=torch.float32)
-    _run("conv2d_bank_grad", placement, geometry, dy, x, None, None, dw)
+    _run("conv2d_bank_grad", placement, geometry, dy, x, None, None, dw, dtype)
     return dw.to(dtype)
 
 
@@ -290,7 +312,7 @@ def conv2d_grads(
     g = parse(placement).generator
     dx = empty_image(dy, x.shape)
     dw = dy.new_zeros((g.slots, g.granularity), dtype=torch.float32)
-    _run(BOTH, placement, geometry, dy, x, bank.contiguous(), dx, dw)
+    _run(BOTH, placement, geometry, dy, x, bank.contiguous(), dx, dw, dtype)
     return dx, dw.to(dtype)
 
 
@@ -303,10 +325,12 @@ def _run(
     bank: Tensor | None,
     dx: Tensor | None,
     dw: Tensor | None,
+    bank_dtype: torch.dtype,
 ) -> None:
     """Fill dx, which takes a bank, and add to dw; x has the shape of the input."""
     p = parse(placement)
-    how = check(op, placement, _positive(x.shape), geometry)
+    pairs = units.pairs(op, dy.dtype, bank_dtype, placement)
+    how = check(op, placement, _positive(x.shape), geometry, pairs)
     if not dy.numel() or not x.numel():
         if dx is not None:
             dx.zero_()
@@ -331,6 +355,7 @@ def _run(
         how.lanes,
         how.rows,
         memory.data_ptr(),
+        how.pairs,
     )
 
 

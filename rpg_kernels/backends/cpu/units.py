@@ -7,8 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rpg_kernels import native
 from rpg_kernels.backends.cpu.lanes import PRODUCTS, Family
-from rpg_kernels.backends.cpu.processor import dense_gain
+from rpg_kernels.backends.cpu.processor import DOT_GAIN, dense_gain
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.law.unit import OCTET, UnitLaw
 
@@ -18,6 +19,13 @@ FEW_BLOCK = 32  # that this takes
 # Up to so many rows of x the bank's traffic decides; beyond them sharing must pay for additions,
 # and for dense products in 16 bits where the processor has instructions for them.
 SMALL_BATCH, GAIN = 32, 1.5
+# By how much pairs make the forward faster where the processor multiplies them: a prediction. They
+# halve the products, and neither the additions nor the copies.
+PAIRS_GAIN = 1.5
+# Backward the sums of so many rows, rounded to bfloat16 as pairs want them, cost what rounding the
+# weight does, within 1 %; those of fewer cost more (docs/decisions.md).
+ROUNDED_READS = 3.5
+FORWARD = ("linear", "conv2d")
 _MOST_LANES, _LEAST_LANES = 64, 16
 
 
@@ -53,18 +61,39 @@ class Units(Family):
 
     def lanes(self, op: str, p: Placement, batch: int) -> list[int]:
         """Powers of two; up to ``FEW`` rows all of them."""
-        if op == "linear" and batch <= FEW and p.matrix.block % FEW_BLOCK == 0:
+        if self._few(op, p, batch):
             return [1 << (batch - 1).bit_length()]
         most = min(_MOST_LANES, max(_LEAST_LANES, 1 << (batch - 1).bit_length()))
         return [most >> i for i in range((most // _LEAST_LANES).bit_length())]
+
+    def pairs(
+        self, op: str, dtype: torch.dtype, bank_dtype: torch.dtype, batch: int, placement: str
+    ) -> bool:
+        """See ``pairs``; the kernel for few rows knows none."""
+        found = pairs(op, dtype, bank_dtype, placement)
+        return found and not self._few(op, parse(placement), batch)
+
+    @staticmethod
+    def _few(op: str, p: Placement, batch: int) -> bool:
+        """Whether the kernel for few rows runs a call."""
+        return op == "linear" and batch <= FEW and p.matrix.block % FEW_BLOCK == 0
 
     def suits(self, op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
         """Where rows share enough, or the batch is small."""
         return batch <= SMALL_BATCH or reads(placement) >= GAIN
 
-    def faster(self, op: str, dtype: torch.dtype, batch: int, placement: str) -> bool:
+    def faster(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        batch: int,
+        placement: str,
+        bank_dtype: torch.dtype | None = None,
+    ) -> bool:
         """Where rows share more than dense products in 16 bits are faster."""
-        return batch <= SMALL_BATCH or reads(placement) >= GAIN * dense_gain(dtype)
+        if batch <= SMALL_BATCH:
+            return True
+        return reads(placement) >= least_reads(op, dtype, bank_dtype, placement)
 
     def multiplications(self, op: str, placement: str) -> int:
         """See ``multiplications``."""
@@ -77,6 +106,30 @@ class Units(Family):
 
 
 UNITS = Units()
+
+
+def pairs(op: str, dtype: torch.dtype, bank_dtype: torch.dtype | None, placement: str) -> bool:
+    """Whether a call multiplies pairs: in bfloat16 where the processor has an instruction for them.
+
+    Args:
+        op: operator name.
+        dtype: of the activations.
+        bank_dtype: of the bank, or of its gradient.
+        placement: of the weight.
+    """
+    if not (dtype == bank_dtype == torch.bfloat16 and native.multiplies_pairs()):
+        return False
+    return op in FORWARD or reads(placement) >= ROUNDED_READS
+
+
+def least_reads(
+    op: str, dtype: torch.dtype, bank_dtype: torch.dtype | None, placement: str
+) -> float:
+    """How many rows must share a product, beyond small batches."""
+    gain = dense_gain(dtype)
+    # Where dense products are those of tiles (AMX), additions count more than any product.
+    ours = gain == DOT_GAIN and pairs(op, dtype, bank_dtype, placement)
+    return GAIN * gain / (PAIRS_GAIN if ours else 1.0)
 
 
 @lru_cache(maxsize=4096)

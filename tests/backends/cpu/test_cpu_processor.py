@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rpg_kernels import native
+from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cpu import processor, rules
 from rpg_kernels.backends.cpu.tiles import TILES
 from rpg_kernels.backends.cpu.units import UNITS, reads
@@ -86,6 +87,9 @@ def test_what_this_processor_has() -> None:
     assert processor.dense_gain(F32) == 1
     for dtype in (BF16, F16):
         assert processor.dense_gain(dtype) in (1, 2, 4, 16)
+    if native.multiplies_pairs():
+        assert native.build_info()["isa"] == "avx512"
+        assert torch.cpu._is_avx512_bf16_supported()
 
 
 def weight(laps: int | None) -> str:
@@ -119,3 +123,42 @@ def test_dispatch_follows(machine: Machine) -> None:
             assert rules.faster(op, BF16, 100, weight(4)) == (gain <= 2)
             assert rules.faster(op, F32, 100, weight(None))
             assert rules.faster(op, F32, 100, weight(4))
+
+
+@pytest.mark.parametrize("name", ["AVX512-BF16", "AVX512-FP16 on Windows", "AMX", "nothing"])
+def test_pairs_move_the_rule_where_dense_products_are_dot_products(
+    name: str, machine: Machine
+) -> None:
+    has, kind, gain, _ = PROCESSORS[name]
+    machine.be(has, kind)
+    for multiplies in (True, False):
+        machine.patch.setattr(native, "multiplies_pairs", lambda multiplies=multiplies: multiplies)
+        for laps in (1, 2, 3, 4, 16, 64):
+            spec = weight(laps)
+            shared = reads(spec)
+            alone, moved = shared >= 1.5 * gain, shared >= 2
+            # Forward, of activations and a bank in bfloat16; anything else as without pairs.
+            wanted = moved if multiplies and gain == 2 else alone
+            assert UNITS.faster("linear", BF16, 33, spec, BF16) == wanted
+            assert UNITS.faster("linear", BF16, 33, spec, F32) == alone
+            assert UNITS.faster("linear", BF16, 33, spec) == alone
+            assert UNITS.faster("linear_input_grad", BF16, 33, spec, BF16) == alone
+            assert UNITS.faster("linear", BF16, 32, spec, BF16)
+            assert UNITS.faster("linear", F32, 33, spec, F32) == (shared >= 1.5)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "native")
+def test_dispatch_knows_the_dtype_of_the_bank(machine: Machine) -> None:
+    machine.be(AVX512_BF16)
+    machine.patch.setattr(native, "multiplies_pairs", lambda: True)
+    image = Placement(Generator(1024, 64, "vector", laps=2), 0, 0, (4096, 64, 1, 1), 1.0).to_json()
+    geometry = ((1, 1), (0, 0), (1, 1), 1)
+    for bank_dtype in (BF16, F32):
+        bank, wanted = torch.empty(1024, 64, dtype=bank_dtype), bank_dtype == BF16
+        call = Call("linear", torch.empty(100, 64, dtype=BF16), weight(2), bank)
+        assert rules.Cpu().preferred(call) == wanted
+        x = torch.empty(2, 64, 9, 9, dtype=BF16)
+        assert rules.Cpu().preferred(Call("conv2d", x, image, bank, geometry)) == wanted
+        dy = torch.empty(2, 4096, 9, 9, dtype=BF16)
+        call = Call("conv2d_input_grad", dy, image, bank, geometry)
+        assert not rules.Cpu().preferred(call)

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "law/number.h"
 
 using namespace rpg;
 
@@ -118,11 +119,28 @@ void require(bool holds, const char* message) {
   std::exit(1);
 }
 
-void compare(const FloatVector& got, const FloatVector& wanted, bool same, const char* message) {
+void compare(const FloatVector& got, const FloatVector& wanted, bool same, const char* message,
+             float unit = 1e-3f) {
   for (size_t i = 0; i < got.size(); ++i) {
     const float far = got[i] - wanted[i];
-    require(same ? far == 0 : far < 1e-3f && far > -1e-3f, message);
+    require(same ? far == 0 : far < unit && far > -unit, message);
   }
+}
+
+constexpr float kHalfUnit = 0.06f;  // by which results in bfloat16 may be apart
+
+// The numbers as bfloat16, in the first half of the memory; and back.
+FloatVector as_halves(FloatVector values) {
+  std::vector<uint16_t> halves;
+  for (float value : values) halves.push_back(Bfloat16::store(value));
+  std::memcpy(values.data(), halves.data(), 2 * halves.size());
+  return values;
+}
+
+void read_halves(FloatVector& values) {
+  std::vector<uint16_t> halves(values.size());
+  std::memcpy(halves.data(), values.data(), 2 * halves.size());
+  for (size_t i = 0; i < values.size(); ++i) values[i] = Bfloat16::load(halves[i]);
 }
 
 class Workspaces {
@@ -184,20 +202,22 @@ const LanesFamily kUnits{"unit_linear",
 
 // Forward and gradients; the gradients together, or dx before dw.
 Results lanes_layer(const LanesFamily& family, const LayerLaw& law, int threads, int64_t batch,
-                    int lanes, bool together) {
-  const int64_t columns = (law.blocks - 1) * law.granularity + 4;
-  const FloatVector ring = numbers(int64_t{law.slots} * law.granularity, 1);
-  const FloatVector x = numbers(batch * columns, 2), dy = numbers(batch * law.rows, 3);
+                    int lanes, bool together, bool pairs) {
+  const int64_t columns = (law.blocks - 1) * law.granularity + (pairs ? 5 : 4);
+  const auto stored = [pairs](FloatVector values) { return pairs ? as_halves(values) : values; };
+  const FloatVector ring = stored(numbers(int64_t{law.slots} * law.granularity, 1));
+  const FloatVector x = stored(numbers(batch * columns, 2));
+  const FloatVector dy = stored(numbers(batch * law.rows, 3));
   const FloatVector bias = numbers(law.rows, 4);
   Results out{FloatVector(dy.size()), FloatVector(x.size()), FloatVector(ring.size())};
   Workspaces workspaces;
-  const Dtype fp32 = Dtype::kFloat32;
-  LanesLinearArgs forward{fp32,  ring.data(), fp32,   x.data(), bias.data(), out.y.data(),
-                          batch, columns,     kScale, threads,  lanes,       nullptr};
+  const Dtype dtype = pairs ? Dtype::kBfloat16 : Dtype::kFloat32;
+  LanesLinearArgs forward{dtype,   ring.data(), dtype,   x.data(), bias.data(), out.y.data(), batch,
+                          columns, kScale,      threads, lanes,    nullptr,     pairs};
   forward.workspace = workspaces.get(family.size(law, forward));
   family.run(law, forward);
   LanesLinearGradsArgs both{};
-  both.bank_dtype = both.dtype = fp32, both.ring = ring.data();
+  both.bank_dtype = both.dtype = dtype, both.ring = ring.data(), both.pairs = pairs;
   both.dy = dy.data(), both.x = x.data();
   both.batch = batch, both.columns = columns, both.scale = kScale;
   both.threads = threads, both.lanes = lanes;
@@ -208,19 +228,21 @@ Results lanes_layer(const LanesFamily& family, const LayerLaw& law, int threads,
     grads.workspace = workspaces.get(family.grads_size(law, grads));
     family.run_grads(law, grads);
   }
+  if (pairs) read_halves(out.y), read_halves(out.dx);
   return out;
 }
 
-int compare_lanes(const LanesFamily& family, const LayerLaw& law) {
+int compare_lanes(const LanesFamily& family, const LayerLaw& law, bool pairs = false) {
+  const float unit = pairs ? kHalfUnit : 1e-3f;
   int calls = 0;
   for (int64_t batch : {3, 33}) {  // with 16 lanes once, and three times
-    const Results one = lanes_layer(family, law, 1, batch, 16, true);
+    const Results one = lanes_layer(family, law, 1, batch, 16, true, pairs);
     for (int threads : {2, 3, 4}) {
       for (bool together : {true, false}) {
-        const Results many = lanes_layer(family, law, threads, batch, 16, together);
+        const Results many = lanes_layer(family, law, threads, batch, 16, together, pairs);
         if (barriers) {
-          compare(many.y, one.y, family.same, family.name);
-          compare(many.dx, one.dx, family.same, family.name);
+          compare(many.y, one.y, family.same, family.name, unit);
+          compare(many.dx, one.dx, family.same, family.name, unit);
           compare(many.dw, one.dw, false, family.name);
         }
         calls += together ? 2 : 3;
@@ -233,13 +255,16 @@ int compare_lanes(const LanesFamily& family, const LayerLaw& law) {
 // A kernel of 3 x 3 taps over images of the unit law, whose last block of channels has four;
 // forward and gradients, which are made together, or dx before dw.
 Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lanes, int64_t rows,
-                         bool together) {
-  const int64_t images = 3, height = 6, width = 5, channels = law.granularity + 4;
+                         bool together, bool pairs) {
+  const int64_t images = 3, height = 6, width = 5;
+  const int64_t channels = law.granularity + (pairs ? 5 : 4);
   const int64_t out_height = (height - 1) / step + 1, out_width = (width - 1) / step + 1;
   const int64_t pixels = out_height * out_width;
-  const FloatVector ring = numbers(int64_t{law.slots} * law.granularity, 1);
-  const FloatVector x = numbers(images * channels * height * width, 2);
-  const FloatVector dy = numbers(images * law.rows * pixels, 3), bias = numbers(law.rows, 4);
+  const auto stored = [pairs](FloatVector values) { return pairs ? as_halves(values) : values; };
+  const FloatVector ring = stored(numbers(int64_t{law.slots} * law.granularity, 1));
+  const FloatVector x = stored(numbers(images * channels * height * width, 2));
+  const FloatVector dy = stored(numbers(images * law.rows * pixels, 3));
+  const FloatVector bias = numbers(law.rows, 4);
   Results out{FloatVector(dy.size()), FloatVector(x.size()), FloatVector(ring.size())};
   Image image{};
   image.channels = channels, image.height = height, image.width = width;
@@ -255,7 +280,8 @@ Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lan
   image.run = channels, image.run_blocks = 2;
   Workspaces workspaces;
   UnitConv2dArgs forward{};
-  forward.bank_dtype = forward.dtype = Dtype::kFloat32;
+  forward.bank_dtype = forward.dtype = pairs ? Dtype::kBfloat16 : Dtype::kFloat32;
+  forward.pairs = pairs;
   forward.ring = ring.data(), forward.x = x.data(), forward.bias = bias.data();
   forward.y = out.y.data(), forward.image = image, forward.images = images;
   forward.kernel[0] = forward.kernel[1] = 3;
@@ -264,7 +290,7 @@ Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lan
   forward.workspace = workspaces.get(baseline::unit_conv2d_workspace(law, forward));
   baseline::unit_conv2d(law, forward);
   UnitConv2dGradsArgs both{};
-  both.bank_dtype = both.dtype = Dtype::kFloat32;
+  both.bank_dtype = both.dtype = forward.dtype, both.pairs = pairs;
   both.ring = ring.data(), both.dy = dy.data(), both.x = x.data();
   both.dy_stride[0] = law.rows * pixels, both.dy_stride[1] = pixels;
   both.dy_stride[2] = out_width, both.dy_stride[3] = 1;
@@ -279,20 +305,21 @@ Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lan
     grads.workspace = workspaces.get(baseline::unit_conv2d_grads_workspace(law, grads));
     baseline::unit_conv2d_grads(law, grads);
   }
+  if (pairs) read_halves(out.y), read_halves(out.dx);
   return out;
 }
 
-int compare_unit_convolutions(const LayerLaw& law, int64_t step) {
+int compare_unit_convolutions(const LayerLaw& law, int64_t step, bool pairs) {
   int calls = 0;
   for (int lanes : {1, 8}) {
     const int64_t rows = lanes == 1 ? 2 : 4;
-    const Results one = unit_convolution(law, step, 1, lanes, rows, true);
+    const Results one = unit_convolution(law, step, 1, lanes, rows, true, pairs);
     for (int threads : {2, 3, 4}) {
       const bool together = threads != 3;
-      const Results many = unit_convolution(law, step, threads, lanes, rows, together);
+      const Results many = unit_convolution(law, step, threads, lanes, rows, together, pairs);
       if (barriers) {
         compare(many.y, one.y, true, "unit_conv2d");
-        compare(many.dx, one.dx, false, "unit_conv2d_grads, dx");
+        compare(many.dx, one.dx, false, "unit_conv2d_grads, dx", pairs ? kHalfUnit : 1e-3f);
         compare(many.dw, one.dw, false, "unit_conv2d_grads, dw");
       }
       calls += together ? 2 : 3;
@@ -373,13 +400,13 @@ int main(int argc, char**) {
   for (uint32_t groups : {1, 3}) {
     const LayerLaw linear =
         make_unit_law(5, 1, 100, 3, 16, 123, 40, signs, true, 4, 1, 3, groups, groups);
-    calls += compare_lanes(kUnits, linear);
+    for (bool pairs : {false, true}) calls += compare_lanes(kUnits, linear, pairs);
     const LayerLaw shifted =
         make_unit_law(5, 1, 28, 18, 16, 123, 40, signs, true, 4, 3, 2, groups, groups);
-    calls += compare_unit_convolutions(shifted, 1);
+    for (bool pairs : {false, true}) calls += compare_unit_convolutions(shifted, 1, pairs);
     const LayerLaw gathered =
         make_unit_law(5, 1, 28, 18, 16, 123, 40, signs, true, 4, 1, 2, groups, groups);
-    calls += compare_unit_convolutions(gathered, 2);
+    for (bool pairs : {false, true}) calls += compare_unit_convolutions(gathered, 2, pairs);
   }
   for (int64_t rows : {70, 1100}) {
     for (int windows : {0, 1, 4}) {  // laps; 0: law 1

@@ -1,0 +1,73 @@
+// What the gradients of the unit law (unit_grads.h) are given, and how their workspace is divided:
+// bytes for all threads, then for each of them; every piece begins with a cache line.
+
+#pragma once
+
+#include "cpu/unit_window.h"
+#include "cpu/workspace.h"
+
+namespace rpg {
+namespace {  // compiled once per instruction set, see law/ring.h
+
+constexpr int64_t kMostChunk = 16;  // octets of slots
+
+struct UnitGradsArgs {
+  Dtype bank_dtype;
+  const void* ring;  // [slots, block]; for dx
+  bool dx;
+  float* dw;  // [slots, block] or null
+  double scale;
+  int threads;
+  void* workspace;
+  bool pairs;
+};
+
+// What the tiles of a Source take: bytes for all threads, and for each.
+struct SourceLayout {
+  int64_t dy, x;    // bytes, for all threads
+  int64_t dx, own;  // bytes, for each thread: its dx, and what else it needs
+  int64_t t_plane;  // floats from a line of T to the next
+  int64_t chunk;    // octets of slots at a time, at most kMostChunk
+};
+
+struct UnitGradsLayout {
+  int64_t dy, x;
+  int64_t dx, own, t, window, products, spill, entries, shuffled, octet_at;
+  int64_t t_pairs, x_pairs;
+  int64_t shared() const { return dy + x; }
+  int64_t of_thread() const {
+    return dx + own + t + window + products + spill + entries + shuffled + octet_at + t_pairs +
+           x_pairs;
+  }
+};
+
+struct UnitGradsMemory {
+  float *dx, *own, *t, *window, *products, *spill;
+  OctetEntry* entries;
+  uint16_t *shuffled, *octet_at;
+  uint32_t *t_pairs, *x_pairs;
+};
+
+inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& plan,
+                                         const UnitGradsArgs& args, const SourceLayout& source) {
+  UnitGradsLayout out{};
+  const int64_t block = law.granularity, room = entries_room(plan.most_octets);
+  const int64_t slots = source.chunk * kOctet;
+  out.dy = lines(source.dy);
+  out.x = args.dw ? lines(source.x) : 0;
+  out.dx = args.dx ? lines(source.dx) : 0;
+  out.own = lines(source.own);
+  out.t = lines(4 * slots * source.t_plane);
+  out.window = args.dx ? lines(4 * slots * block) : 0;
+  out.products = args.dw ? lines(4 * slots * block) : 0;
+  out.spill = args.dw ? lines(4 * kOctet * block) : 0;
+  out.entries = lines(room * sizeof(OctetEntry));
+  out.shuffled = lines(room * sizeof(uint16_t));
+  out.octet_at = lines(room * sizeof(uint16_t));
+  out.t_pairs = args.pairs ? lines(2 * slots * source.t_plane) : 0;
+  out.x_pairs = args.pairs && args.dw ? lines(2 * source.t_plane * block) : 0;
+  return out;
+}
+
+}  // namespace
+}  // namespace rpg
