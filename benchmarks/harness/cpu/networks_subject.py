@@ -15,6 +15,7 @@ from benchmarks.harness.cpu.grid import FORWARD, TRAINING
 from benchmarks.harness.cpu.networks import Point
 from benchmarks.harness.cpu.opponents import HIGHEST, MEDIUM, Job
 from rpg_kernels import materialize
+from rpg_kernels.backends.cpu.processor import dense_gain
 from rpg_kernels.nn import Conv2d
 
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels-last"
@@ -116,8 +117,12 @@ def ways(model: nn.Module, point: Point, data: Data, *dtypes: str) -> list[Way]:
 
 
 def dense(model: nn.Module, point: Point, data: Data) -> list[Way]:
-    """Every way of a dense model: fp32 beside bf16 too, and weights that oneDNN has packed."""
-    found = ways(model, point, data, "fp32", point.dtype)
+    """Every way of a dense model: fp32 beside bf16 too, and weights that oneDNN has packed.
+
+    In bf16 only where the processor has instructions for it: emulated, it takes many times as long.
+    """
+    able = point.dtype == "fp32" or dense_gain(torch.bfloat16) > 1
+    found = ways(model, point, data, "fp32", *([point.dtype] if able else []))
     if point.what != TRAINING and _convolves(point):
         packed = _Packed(mkldnn.to_mkldnn(copy.deepcopy(model).eval()))
         found.append(_PackedWay(packed, point, data, "fp32"))
