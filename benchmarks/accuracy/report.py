@@ -152,10 +152,12 @@ def heading(runs: Sequence[Record]) -> list[str]:
 def all_rows(shown: Found, found: Found | None = None) -> list[str]:
     """One line for each row that is shown, compared with those that were found.
 
-    Differences are from the paper's map of the same size; where none was run, from the whole ring.
+    Differences are from the paper's map of the same size, or from the whole ring where that has
+    too few seeds.
     """
     found = shown if found is None else found
-    has_map = any(summary.element_wise(one, found) for one in shown.values())
+    maps = [summary.element_wise(one, found) for one in shown.values()]
+    has_map = any(one is not None and one.accuracy.count >= ENOUGH for one in maps)
     other, name = (
         (summary.element_wise, "element-wise") if has_map else (summary.whole_ring, "whole ring")
     )

@@ -30,19 +30,21 @@ class Line:
 
 
 _FOUR, _SIXTEEN, _RING = BANKS
+_LARGE = Bank(20_000_000, 4)
 _STEP, _CONV = "resnet18-cifar", networks.conv_name(256, 8)
 WINS = (
     Line("ResNet-18, 32x32 images, training step, batch 32", _STEP, "fp32", 32, TRAINING, _FOUR),
-    Line("the same, more laps and a smaller bank", _STEP, "fp32", 32, TRAINING, networks.NINE),
-    Line("its 3x3 convolution of 256 channels, training", _CONV, "fp32", 32, TRAINING, _FOUR),
+    Line("ResNet-18, more laps and a smaller bank", _STEP, "fp32", 32, TRAINING, networks.NINE),
+    Line("3x3 convolution of 256 channels, training, batch 32", _CONV, "fp32", 32, TRAINING, _FOUR),
     Line("linear 4096x4096, training, batch 256", _LINEAR, "bf16", 256, TRAINING, _FOUR),
     Line("linear 4096x4096, training, batch 1024", _LINEAR, "bf16", 1024, TRAINING, _SIXTEEN),
     Line("linear 4096x4096, forward, batch 1", _LINEAR, "bf16", 1, "forward", _FOUR),
 )
 LOSSES = (
     Line("ResNet-18, whole ring, training step, batch 32", _STEP, "fp32", 32, TRAINING, _RING),
-    Line("linear 4096x4096, the same, batch 256", _LINEAR, "bf16", 256, TRAINING, _RING),
+    Line("linear 4096x4096, whole ring, training", _LINEAR, "bf16", 256, TRAINING, _RING),
     Line("linear 1024x1024, training, batch 1", "vit-l.proj", "bf16", 1, TRAINING, _FOUR),
+    Line("linear 4096x4096, training, batch 1", _LINEAR, "bf16", 1, TRAINING, _LARGE),
     Line("linear 4096x4096, whole ring, forward, batch 1", _LINEAR, "bf16", 1, "forward", _RING),
 )  # fmt: skip
 
@@ -62,10 +64,10 @@ def _heading(results: Path) -> Iterator[str]:
         for path, record in newest(results, load)[:1]:
             first, *_ = table.heading(record)
             lacks = record["lacks"]
-            yield (
-                f"{first}; {record['clock']} time ([file]({{up}}benchmarks/results/{path.name}))"
-                + (f"; no {', '.join(lacks)}." if lacks else ".")
-            )
+            of = "Networks" if load is networks_run.load else "Linear layers"
+            file = f"[file]({{up}}benchmarks/results/{path.name})"
+            without = f"; no {', '.join(lacks)}." if lacks else "."
+            yield f"{of}: {first}; {record['clock']} time ({file}){without}"
     yield ""
 
 

@@ -1,6 +1,6 @@
 // Lines of pixels cut into panels: the columns that a product takes at once, line after line, so
 // that what is multiplied together lies together. Whole lines are in as many pages, more than the
-// first translation buffer holds, and would be read again for every 6 slots of every unit.
+// first translation buffer holds, and would be read again for every 6 or 8 slots of every unit.
 
 #pragma once
 

@@ -1,5 +1,6 @@
-// unit_conv2d: y = scale · conv2d(x, G ring) + bias for the unit law, any kernel, stride, padding
-// and dilation; neither Ŵ nor a matrix of patches is ever in memory.
+// unit_conv2d: y = scale · conv2d(x, G ring) + bias for the unit law, whose taps have blocks of
+// their own: any kernel, padding and dilation, and any stride with units of one tap. Ŵ is never in
+// memory; of strided convolutions the patches of one tile are.
 //
 // A unit, R rows at T taps of a block of channels, reads W slots of a window, `laps` times each. So
 // with x_c [block, pixels of x], for a tile of rows of the output and L images ("lanes"):
@@ -12,15 +13,16 @@
 // border. Strided convolutions gather the pixels that a tap reads first, and shift nothing. Lanes
 // are images; with one lane a line runs over columns of one image.
 //
-// Memory of a thread, for 64 channels, units of 64 rows x 3 taps on 48 slots and images of 32 x 32,
-// one lane, tiles of 32 rows:
+// Memory of a thread with AVX2 (P = 16; 64 with AVX-512), for 64 channels, 4 laps, units of 64 rows
+// x 3 taps on 48 slots, images of 32 x 32, one lane, tiles of 32 rows; together 1.1 MB, of which a
+// unit works on S and y:
 //
-//   x        [block, rows, columns, L]  295 KB  L2; padded by the kernel's reach; once for a tile
-//   panels   [C / block, panels, block, P] 295 KB  L2, 4 KB of P = 16 pixels at a time in L1
-//   S        [together W, pixels]       222 KB  L2, a line of 4.6 KB in L1
-//   y        [8 octets, pixels]         278 KB  L2, a line at a time
-//   window   [W, block]                 12 KB   copied where it is no fp32, or wraps around
-//   entries  [together R T / 8]         96 B
+//   x        [block, rows, columns, L]  299 KB  a block at a time; padded by the kernel's reach
+//   panels   [C / block, panels, block, P] 297 KB  once for a tile; 4 KB at a time in L1
+//   S        [together W, pixels]       262 KB  room for 56 slots; a line of 4.6 KB in L1
+//   y        [8 octets, pixels]         266 KB  a line at a time
+//   window   [W, block]                 14 KB   copied where it is no fp32, or wraps around
+//   entries  [together R T / 8]         256 B   and as many numbers, shuffled
 //
 // Strided convolutions have panels for each tap, of what is `gathered` [block, pixels of y] first.
 // With pairs (pairs.h) panels and windows are words of two channels, [.., block / 2, P] and
@@ -60,7 +62,7 @@ class UnitConv2d {
     const int64_t groups = (args_.images + args_.lanes - 1) / args_.lanes;
 #pragma omp parallel num_threads(args_.threads)
     {
-      // S is zero outside of the images, where products are not made.
+      // Without a stride S stays zero outside of the images, where products are not made.
       const int part = thread_number();
       const UnitConvMemory memory = memory_of(part);
       std::memset(memory.s, 0, layout_.s);
@@ -103,7 +105,8 @@ class UnitConv2d {
     return out;
   }
 
-  // Rows of x that a tile has, counted from its first, and columns: those inside of the images.
+  // The part of a tile of x that lies inside of the images: its first row and rows, its first
+  // column and columns, counted from the corner of the tile.
   struct Inside {
     int64_t row, rows, column, columns;
     bool operator==(const Inside& o) const {
@@ -111,7 +114,7 @@ class UnitConv2d {
     }
   };
 
-  // Which part of x a thread's tiles have written; the rest of it is zero.
+  // Which part of x, and without a stride of S, a thread's tiles have written; the rest is zero.
   struct Filled {
     Inside in;
     int64_t images;
@@ -374,7 +377,8 @@ class UnitConv2d {
 Workspace unit_conv2d_workspace(const LayerLaw& law, const UnitConv2dArgs& args) {
   const UnitPlan plan(law);
   const UnitConvLayout layout = layout_of(law, plan, args);
-  return {args.threads * layout.bytes() + plan.bytes(), args.threads * (layout.panels + layout.x)};
+  return {args.threads * layout.bytes() + plan.bytes(),
+          args.threads * (layout.panels + layout.x + layout.gathered)};
 }
 
 void unit_conv2d(const LayerLaw& law, const UnitConv2dArgs& args) { UnitConv2d(law, args).run(); }

@@ -12,7 +12,7 @@
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
 
-constexpr int64_t kTogetherBytes = 256 << 10;  // of S, which several columns have together
+constexpr int64_t kTogetherBytes = 256 << 10;  // of S, up to which columns are added together
 
 // Pixels of a tile, of x and of y.
 struct ConvTile {
@@ -52,7 +52,7 @@ inline ConvTile tile_of(const UnitConv2dArgs& args) {
 struct UnitConvLayout {
   ConvTile tile;
   int64_t together;       // columns whose S are there at once
-  int64_t column_panels;  // bytes of the panels of one column
+  int64_t column_panels;  // bytes of the panels of a block, or where taps are gathered of a column
   int64_t panels, x, s, y, gathered, window, entries, shuffled;
   int64_t bytes() const { return panels + x + s + y + gathered + window + entries + shuffled; }
 };

@@ -57,7 +57,8 @@ def measured(record: Any) -> Iterator[str]:
         f"is at most {rounds.QUIET:.0%} of it."
     )
     if record["disturbed"]:
-        yield f"Not kept: {len(record['disturbed'])} rows."
+        names = f": {'; '.join(record['disturbed'])}" if len(record["disturbed"]) < 20 else ""
+        yield f"Not kept: {len(record['disturbed'])} rows{names}."
     yield ""
 
 
