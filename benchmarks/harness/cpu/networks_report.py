@@ -31,8 +31,11 @@ def tables(results: Path) -> list[str]:
 def tables_of(path: Path, record: Any) -> list[str]:
     """The tables of one file: networks, and single convolutions."""
     text = [*heading(path, record), *measured(record)]
-    layers = [row for row in record["results"] if row["case"].startswith("conv")]
-    whole = [row for row in record["results"] if row not in layers]
+    # What was disturbed and measured again comes last in the file.
+    points = record["options"]["points"]
+    rows = sorted(record["results"], key=lambda row: points.index(row["point"]))
+    layers = [row for row in rows if row["case"].startswith("conv")]
+    whole = [row for row in rows if row not in layers]
     if whole:
         text += [*table.markdown(_NETWORKS, map(_network, whole)), ""]
     weighed = [row for row in whole if row["memory"]]
