@@ -317,7 +317,7 @@ def test_tables_show_wins_and_losses(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "A processor without AVX-512.",
         "Load average 7.0 when it began, wall time 1.50 times process time.",
         "a row is kept where the standard error of the median is at most 8% of it.",
-        "Not kept: 1 rows.",
+        "Not kept: 1 rows: a.",
         "tiny.linear, 300x130, bf16:",
         "| forward, 1 | 4 laps, 2M | 400 us | torch fp32 | 1 ms | 2.5x | 2.40 to 2.50 | 250% |",
         "| training, 5 | 4 laps, 2M | 2 ms | torch fp32 | 1 ms | 0.50x | 0.49 to 0.52 | 50% | 40",
