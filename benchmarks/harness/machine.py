@@ -178,8 +178,8 @@ def now() -> str:
 
 
 def command() -> str:
-    """The command line that is running."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line that is running, without folders of this machine."""
+    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

@@ -19,8 +19,8 @@ from benchmarks.harness.cpu import networks_subject as subject
 from benchmarks.harness.cpu import rounds, schema
 from benchmarks.harness.cpu.grid import TRAINING, Bank
 from benchmarks.harness.cpu.networks import Point
+from benchmarks.harness.cpu.run import check, continued
 from benchmarks.harness.timing import cpu_headline
-from rpg_kernels import _checks
 
 SECONDS = 20.0
 DENSE, PUBLISHED, OURS = "dense", "published", "rpg-kernels"
@@ -59,18 +59,11 @@ def run(
         OSError: ``out`` cannot be written; it is tried before anything is measured.
     """
     threads = 1 if threads is None else threads
-    _checks.integer("threads", threads, 1, 4096)
-    _checks.integer("seed", seed, 0, 2**63 - 1)
     seconds = SECONDS if seconds is None else seconds
-    if not 0 <= seconds < math.inf:
-        raise _checks.fail("seconds", repr(seconds), "a number from 0")
-    busy = machine.busy_reasons(machine.load(), [], [], threads)
-    if busy and threads > 1:
-        raise _checks.fail("threads", threads, f"1 on a machine that is busy: {busy[0]}")
-    harness.check_writable(out)
+    check(threads, seconds, seed, out)
     show = show or harness.to_stderr
     with harness.torch_settings(threads), torch.random.fork_rng():
-        record = _continued(out, _record(points, seconds, seed, commit))
+        record = continued(out, _record(points, seconds, seed, commit), load)
         done = {row["point"] for row in record["results"]} - {
             name.partition(":")[0] for name in record["disturbed"]
         }
@@ -107,24 +100,6 @@ def _record(points: Sequence[Point], seconds: float, seed: int, commit: str | No
         "missing": {},
         "results": [],
     }
-
-
-def _continued(out: Path | None, record: Record) -> Record:
-    """The record with what ``out`` holds of the same sources, machine and options."""
-    try:
-        held = None if out is None or not out.exists() else load(out)
-    except (OSError, ValueError):
-        held = None  # something else, which will be replaced
-
-    def identity(one: Record) -> tuple[Any, ...]:
-        environment = {k: v for k, v in one["environment"].items() if k != "commit"}
-        return environment, one["options"]["seconds"], one["options"]["seed"]
-
-    if held is None or identity(held) != identity(record):
-        return record
-    named = dict.fromkeys((*held["options"]["points"], *record["options"]["points"]))
-    record["options"]["points"] = list(named)
-    return record | {key: held[key] for key in ("created", "load", "disturbed", "results")}
 
 
 def _measure(record: Record, point: Point) -> None:

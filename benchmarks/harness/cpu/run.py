@@ -60,18 +60,11 @@ def run(
         OSError: ``out`` cannot be written; it is tried before anything is measured.
     """
     threads = 1 if threads is None else threads
-    _checks.integer("threads", threads, 1, 4096)
-    _checks.integer("seed", seed, 0, 2**63 - 1)
     seconds = SECONDS if seconds is None else seconds
-    if not 0 <= seconds < math.inf:
-        raise _checks.fail("seconds", repr(seconds), "a number from 0")
-    busy = machine.busy_reasons(machine.load(), [], [], threads)
-    if busy and threads > 1:
-        raise _checks.fail("threads", threads, f"1 on a machine that is busy: {busy[0]}")
-    harness.check_writable(out)
+    check(threads, seconds, seed, out)
     show = show or harness.to_stderr
     with harness.torch_settings(threads):
-        record = _continued(out, _record(points, seconds, seed, commit))
+        record = continued(out, _record(points, seconds, seed, commit), load)
         todo = [point for point in points if _lacks(record, point)]
         if len(todo) < len(points):
             show(f"continues {out}, which has {len(points) - len(todo)} of {len(points)} points")
@@ -86,6 +79,23 @@ def run(
         finally:
             _save(record, out)
     return record
+
+
+def check(threads: int, seconds: float, seed: int, out: Path | None) -> None:
+    """Refuse options of a run before anything is measured.
+
+    Raises:
+        ValueError: a number that is out of range; several threads on a machine that is busy.
+        OSError: ``out`` cannot be written.
+    """
+    _checks.integer("threads", threads, 1, 4096)
+    _checks.integer("seed", seed, 0, 2**63 - 1)
+    if not 0 <= seconds < math.inf:
+        raise _checks.fail("seconds", repr(seconds), "a number from 0")
+    busy = machine.busy_reasons(machine.load(), [], [], threads)
+    if busy and threads > 1:
+        raise _checks.fail("threads", threads, f"1 on a machine that is busy: {busy[0]}")
+    harness.check_writable(out)
 
 
 def _record(points: Sequence[Point], seconds: float, seed: int, commit: str | None) -> Record:
@@ -107,8 +117,14 @@ def _record(points: Sequence[Point], seconds: float, seed: int, commit: str | No
     }
 
 
-def _continued(out: Path | None, record: Record) -> Record:
-    """The record with what ``out`` holds of the same sources, machine and options."""
+def continued(out: Path | None, record: Record, load: Callable[[Path], Record | None]) -> Record:
+    """The record with what ``out`` holds of the same sources, machine and options.
+
+    Args:
+        out: the file, which may not be there or may hold something else.
+        record: of a run that begins.
+        load: reads a file of this format; None for another.
+    """
     try:
         held = None if out is None or not out.exists() else load(out)
     except (OSError, ValueError):
@@ -118,7 +134,7 @@ def _continued(out: Path | None, record: Record) -> Record:
     named = dict.fromkeys((*held["options"]["points"], *record["options"]["points"]))
     record["options"]["points"] = list(named)
     kept = ("created", "rates", "matrix_per_s", "load", "disturbed", "results")
-    return record | {key: held[key] for key in kept}
+    return record | {key: held[key] for key in kept if key in held}
 
 
 def _identity(record: Record) -> tuple[Any, ...]:
