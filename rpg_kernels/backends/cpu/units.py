@@ -22,9 +22,9 @@ SMALL_BATCH, GAIN = 32, 1.5
 # By how much pairs make the forward faster where the processor multiplies them: a prediction. They
 # halve the products, and neither the additions nor the copies.
 PAIRS_GAIN = 1.5
-# Backward the sums of so many rows, rounded to bfloat16 as pairs want them, cost what rounding the
-# weight does, within 1 %; those of fewer cost more (docs/decisions.md).
-ROUNDED_READS = 3.5
+# Backward the sums of so many rows, rounded to bfloat16 as pairs want them, cost no more than
+# rounding the weight does; those of fewer do (docs/decisions.md).
+ROUNDED_READS = 8
 FORWARD = ("linear", "conv2d")
 _MOST_LANES, _LEAST_LANES = 64, 16
 

@@ -218,7 +218,7 @@ def test_infinities_stay_where_they_are_in_conv2d(channels: int, stride: int) ->
 def test_what_multiplies_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls whose activations and bank are bfloat16; backward those whose sums are of many rows."""
     monkeypatch.undo()
-    low, full = (Layer((999, 64), 20, laps=laps).spec for laps in (2, 4))
+    low, full = (Layer((999, 64), 20, laps=laps).spec for laps in (4, 16))
     assert units.reads(low) < units.ROUNDED_READS < units.reads(full)
     monkeypatch.setattr(native, "multiplies_pairs", lambda: True)
     for op in lanes.PRODUCTS:
