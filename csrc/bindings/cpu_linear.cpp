@@ -192,8 +192,9 @@ UnitConv2dArgs unit_conv2d_args(const LayerLaw& law, const Int64Four& size, cons
                           threads, lanes);
   const Image& g = args.image;
   require(rows >= 1 && rows <= g.out_height, "rows: wanted 1 to the height of the output");
-  check_pixels((rows - 1) * g.step[0] + g.dilation[0] * (kernel[0] - 1) + 1,
-               (g.out_width - 1) * g.step[1] + g.dilation[1] * (kernel[1] - 1) + 1, lanes);
+  // At least what a phase of a tile has (cpu/unit_conv2d_tile.h).
+  check_pixels(rows + g.dilation[0] * (kernel[0] - 1),
+               g.out_width + g.dilation[1] * (kernel[1] - 1) / g.step[1], lanes);
   args.images = size[0], args.kernel[0] = kernel[0], args.kernel[1] = kernel[1];
   args.threads = threads, args.lanes = lanes, args.rows = rows;
   return args;

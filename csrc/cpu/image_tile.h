@@ -82,8 +82,32 @@ inline void for_squares(const ImageView& view, const TilePart& part, const TileL
 
 inline int up_to_eight(int64_t count) { return static_cast<int>(std::min<int64_t>(count, 8)); }
 
-// tile = a part of a view. Where lanes or columns end within 8, zeros are written behind them, of a
-// single lane before the next row is.
+// tile = a part of a view, where neither its columns nor its channels are contiguous: `some`
+// columns are read with what lies between them, and picked out. Nothing else is written.
+inline void load_apart(const ImageView& view, const TilePart& part, const TileLayoutOf& layout,
+                       float* tile) {
+  constexpr int64_t kRead = 256;
+  float values[kRead];
+  const int64_t step = view.stride[3], some = (kRead - 1) / std::max<int64_t>(step, 1) + 1;
+  for (int64_t channel = 0; channel < part.channels; ++channel) {
+    for (int64_t row = 0; row < part.rows; ++row) {
+      for (int64_t lane = 0; lane < part.images; ++lane) {
+        const int64_t first =
+            view.index(part.image + lane, part.channel + channel, part.row + row, part.column);
+        float* out = tile + channel * layout.channel + row * layout.row + lane;
+        for (int64_t j = 0; j < part.columns; j += some) {
+          const int64_t count = std::min(some, part.columns - j);
+          read_some(view.dtype, view.element(first + j * step),
+                    static_cast<int>((count - 1) * step + 1), values);
+          for (int64_t i = 0; i < count; ++i) out[(j + i) * layout.column] = values[i * step];
+        }
+      }
+    }
+  }
+}
+
+// tile = a part of a view. Where lanes or columns end within 8, zeros may be written behind them,
+// of a single lane before the next row is.
 inline void load_tile(const ImageView& view, const TilePart& part, const TileLayoutOf& layout,
                       float* tile) {
   if (part.lanes == 1 && view.stride[3] == 1) {
@@ -98,25 +122,14 @@ inline void load_tile(const ImageView& view, const TilePart& part, const TileLay
     return;
   }
   const Squares squares = squares_of(view, part, layout);
+  if (squares.u_view != 1) return load_apart(view, part, layout, tile);
   for_squares(view, part, layout, squares,
               [&](int64_t u, int64_t v, int64_t view_index, int64_t tile_index) {
                 const int rows = up_to_eight(squares.v_count - v),
                           columns = up_to_eight(squares.u_count - u);
                 Floats<8> square[8];
-                if (squares.u_view == 1) {
-                  load_square({view.dtype, view.data}, view_index, squares.v_view, rows, columns,
-                              square);
-                } else {
-                  alignas(32) float values[8][8] = {};
-                  for (int i = 0; i < rows; ++i) {
-                    for (int j = 0; j < columns; ++j) {
-                      read_some(view.dtype,
-                                view.element(view_index + i * squares.v_view + j * squares.u_view),
-                                1, &values[i][j]);
-                    }
-                  }
-                  for (int i = 0; i < 8; ++i) square[i] = load<8>(values[i]);
-                }
+                load_square({view.dtype, view.data}, view_index, squares.v_view, rows, columns,
+                            square);
                 transpose8(square);
                 for (int j = 0; j < columns; ++j)
                   store<8>(tile + tile_index + j * squares.u_tile, square[j]);

@@ -1,6 +1,6 @@
 // unit_conv2d: y = scale · conv2d(x, G ring) + bias for the unit law, whose taps have blocks of
-// their own: any kernel, padding and dilation, and any stride with units of one tap. Ŵ is never in
-// memory; of strided convolutions the patches of one tile are.
+// their own: any kernel, padding and dilation, and any stride with units of one tap. Neither Ŵ nor
+// patches of x are ever in memory.
 //
 // A unit, R rows at T taps of a block of channels, reads W slots of a window, `laps` times each. So
 // with x_c [block, pixels of x], for a tile of rows of the output and L images ("lanes"):
@@ -8,9 +8,10 @@
 //   S [W, pixels]        = window [W, block] · x_c                  product.h
 //   y [n, pixels of y]  += ± S [slot(n, tap), pixels + shift(tap)]  T lines for each row
 //
-// A tap is a shift of pixels, so a line is as long as the tile where the stride is 1. Pixels
-// outside of an image are zeros of S, not products: an infinity of the bank stays out of the
-// border. Strided convolutions gather the pixels that a tap reads first, and shift nothing. Lanes
+// A tap is a shift of pixels, so a line is as long as the tile. Of strided convolutions it is one
+// among the pixels of its *phase* (unit_conv2d_tile.h): with a stride of 2 those of odd or even
+// rows and columns. A pixel of x is in one phase, so it is loaded once for all taps. Pixels outside
+// of an image are zeros of S, not products: an infinity of the bank stays out of the border. Lanes
 // are images; with one lane a line runs over columns of one image.
 //
 // Memory of a thread with AVX2 (P = 16; 64 with AVX-512), for 64 channels, 4 laps, units of 64 rows
@@ -18,13 +19,12 @@
 // unit works on S and y:
 //
 //   x        [block, rows, columns, L]  299 KB  a block at a time; padded by the kernel's reach
-//   panels   [C / block, panels, block, P] 297 KB  once for a tile; 4 KB at a time in L1
+//   panels   [C / block, phases, panels, block, P] 297 KB  once for a tile; 4 KB at a time in L1
 //   S        [together W, pixels]       262 KB  room for 56 slots; a line of 4.6 KB in L1
 //   y        [8 octets, pixels]         266 KB  a line at a time
 //   window   [W, block]                 14 KB   copied where it is no fp32, or wraps around
 //   entries  [together R T / 8]         256 B   and as many numbers, shuffled
 //
-// Strided convolutions have panels for each tap, of what is `gathered` [block, pixels of y] first.
 // With pairs (pairs.h) panels and windows are words of two channels, [.., block / 2, P] and
 // [W, block / 2]: half of these numbers. x, S and y are fp32.
 //
@@ -34,8 +34,6 @@
 // A thread does whole tiles of images; results do not depend on the number of threads.
 
 #include "cpu/unit_conv2d.h"
-
-#include <vector>
 
 #include "cpu/image_tile.h"
 #include "cpu/kernels.h"
@@ -62,13 +60,10 @@ class UnitConv2d {
     const int64_t groups = (args_.images + args_.lanes - 1) / args_.lanes;
 #pragma omp parallel num_threads(args_.threads)
     {
-      // Without a stride S stays zero outside of the images, where products are not made.
-      const int part = thread_number();
-      const UnitConvMemory memory = memory_of(part);
-      std::memset(memory.s, 0, layout_.s);
+      const UnitConvMemory memory = memory_of(thread_number());
       std::memset(memory.x, 0, layout_.x);
-      std::memset(memory.gathered, 0, layout_.gathered);
-      Filled filled{};
+      std::memset(memory.s, 0, layout_.s);
+      Inside filled[kMostUses] = {};
 #pragma omp for schedule(dynamic)
       for (int64_t tile = 0; tile < groups * tiles_high; ++tile) {
         const int64_t image = tile / tiles_high * args_.lanes;
@@ -86,7 +81,7 @@ class UnitConv2d {
   struct UnitConvMemory {
     char* panels;  // of floats or of words of pairs, as what follows
     void* window;
-    float *x, *s, *y, *gathered;
+    float *x, *s, *y;
     OctetEntry* entries;
     uint16_t* shuffled;
   };
@@ -98,58 +93,50 @@ class UnitConv2d {
     carver.take(out.x, layout_.x);
     carver.take(out.s, layout_.s);
     carver.take(out.y, layout_.y);
-    carver.take(out.gathered, layout_.gathered);
     carver.take(out.window, layout_.window);
     carver.take(out.entries, layout_.entries);
     carver.take(out.shuffled, layout_.shuffled);
     return out;
   }
 
-  // The part of a tile of x that lies inside of the images: its first row and rows, its first
-  // column and columns, counted from the corner of the tile.
+  // The part of a phase of x that lies inside of the images, counted from the corner of the tile.
   struct Inside {
-    int64_t row, rows, column, columns;
-    bool operator==(const Inside& o) const {
-      return row == o.row && rows == o.rows && column == o.column && columns == o.columns;
-    }
+    Span rows, columns;
+    bool operator==(const Inside& o) const { return rows == o.rows && columns == o.columns; }
   };
 
-  // Which part of x, and without a stride of S, a thread's tiles have written; the rest is zero.
-  struct Filled {
-    Inside in;
-    int64_t images;
-  };
-
-  Inside inside_of(int64_t out_row) const {
-    Inside in{};
+  // Of phase `number` of those of a block, for a tile from a row of y on.
+  Inside inside_of(int64_t number, int64_t out_row) const {
     const int64_t top = out_row * image_.step[0] - image_.padding[0];
-    in.row = std::min(std::max<int64_t>(-top, 0), tile_.rows);
-    in.rows = std::max<int64_t>(std::min(image_.height - top, tile_.rows) - in.row, 0);
-    in.column = std::min(image_.padding[1], tile_.columns);
-    in.columns = std::min(image_.width, tile_.columns - in.column);
+    const int64_t high = number / tile_.wide.count(), wide = number % tile_.wide.count();
+    Inside in{inside(tile_.high, high, top, args_.rows, image_.height),
+              inside(tile_.wide, wide, -image_.padding[1], image_.out_width, image_.width)};
+    if (!in.columns.count) in.rows.count = 0;
     return in;
   }
 
+  int64_t phase_of(int64_t tap) const {
+    return tile_.high.of(tap / image_.kernel_width) * tile_.wide.count() +
+           tile_.wide.of(tap % image_.kernel_width);
+  }
+
+  // `filled`: of each S, where it may hold something else than zeros.
   template <class Element>
   void add_tile(const UnitConvMemory& memory, int64_t image, int64_t out_row,
-                Filled& filled) const {
-    const Inside in = inside_of(out_row);
+                Inside* filled) const {
     const int64_t images = std::min<int64_t>(args_.images - image, args_.lanes);
-    if (!(in == filled.in) || images != filled.images) {
-      // What an earlier tile had elsewhere.
-      std::memset(memory.x, 0, layout_.x);
-      std::memset(memory.s, 0, layout_.s);
-      filled = {in, images};
-    }
     for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) {
-      load_x(memory, block, image, images, out_row, in);
-      fill_block<Element>(memory, block, in);
+      for (int64_t phase = 0; phase < tile_.phases(); ++phase) {
+        const Inside in = inside_of(phase, out_row);
+        load_x(memory, block, phase, image, images, out_row, in);
+        fill_phase(memory, block, in, panels_of<Element>(memory, block, phase));
+      }
     }
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
       for (int64_t first = 0; first < plan_.band.columns; first += layout_.together) {
         const int64_t count = std::min<int64_t>(plan_.band.columns - first, layout_.together);
         for (int64_t k = 0; k < count; ++k) {
-          multiply_unit<Element>(memory, group, first + k, k, in);
+          multiply_unit<Element>(memory, group, first + k, k, out_row, filled[k]);
         }
         add_lines(memory, group, first, static_cast<int>(count));
       }
@@ -162,48 +149,48 @@ class UnitConv2d {
         std::min<int64_t>(image_.run - block * law_.granularity, law_.granularity));
   }
 
-  // x [block, rows, columns, L] of a block of channels.
-  void load_x(const UnitConvMemory& memory, int64_t block, int64_t image, int64_t images,
-              int64_t out_row, const Inside& in) const {
+  // x [block, rows, columns, L] of a phase of a block of channels.
+  void load_x(const UnitConvMemory& memory, int64_t block, int64_t phase, int64_t image,
+              int64_t images, int64_t out_row, const Inside& in) const {
+    if (!in.rows.count) return;
     ImageView x{args_.dtype, const_cast<void*>(args_.x), {}};
     for (int i = 0; i < 4; ++i) x.stride[i] = image_.stride[i];
     const int64_t lanes = args_.lanes, row = tile_.columns * lanes;
-    if (!in.rows) return;
-    const TilePart part{image,           images,
-                        args_.lanes,     block * law_.granularity,
-                        valid_of(block), out_row * image_.step[0] - image_.padding[0] + in.row,
-                        in.rows,         0,
-                        in.columns};
-    load_tile(x, part, {tile_.x_plane, row, lanes}, memory.x + in.row * row + in.column * lanes);
+    const int64_t high = phase / tile_.wide.count(), wide = phase % tile_.wide.count();
+    // Of the first pixel inside, from which on rows and columns of the view are a stride apart.
+    const int64_t x_row =
+        (out_row + in.rows.first) * image_.step[0] - image_.padding[0] + high * image_.dilation[0];
+    const int64_t x_column =
+        in.columns.first * image_.step[1] - image_.padding[1] + wide * image_.dilation[1];
+    x.data = x.element(x.index(0, 0, x_row, x_column));
+    x.stride[2] *= image_.step[0], x.stride[3] *= image_.step[1];
+    const TilePart part{image,           images, args_.lanes,   block * law_.granularity,
+                        valid_of(block), 0,      in.rows.count, 0,
+                        in.columns.count};
+    load_tile(x, part, {tile_.x_plane, row, lanes},
+              memory.x + in.rows.first * row + in.columns.first * lanes);
   }
 
-  // Where panels of a block of channels begin, or where taps are gathered those of a column.
+  // Where panels of a phase of a block of channels begin.
   template <class Element>
-  Element* panels_of(const UnitConvMemory& memory, int64_t number) const {
-    return reinterpret_cast<Element*>(memory.panels + number * layout_.column_panels);
+  Element* panels_of(const UnitConvMemory& memory, int64_t block, int64_t phase) const {
+    return reinterpret_cast<Element*>(memory.panels +
+                                      (block * tile_.phases() + phase) * layout_.phase_panels);
   }
 
-  // Panels of what units multiply of a block of channels, which is loaded.
+  // Panels of a phase of a block of channels, which is loaded.
   template <class Element>
-  void fill_block(const UnitConvMemory& memory, int64_t block, const Inside& in) const {
+  void fill_phase(const UnitConvMemory& memory, int64_t block, const Inside& in,
+                  Element* panels) const {
     const int valid = valid_of(block);
-    if (!tile_.shared) {
-      for (int64_t column = block; column < plan_.band.columns; column += law_.run_blocks) {
-        gather(memory, column, valid);
-        fill_panels(memory.gathered, tile_.s_plane, valid, vectors(tile_.line),
-                    panels_of<Element>(memory, column));
-      }
-      return;
-    }
-    Element* panels = panels_of<Element>(memory, block);
-    const int64_t row = tile_.columns * args_.lanes, width = in.columns * args_.lanes;
-    const float* x = memory.x + in.row * row + in.column * args_.lanes;
+    const int64_t row = tile_.columns * args_.lanes, width = in.columns.count * args_.lanes;
+    const float* x = memory.x + in.rows.first * row + in.columns.first * args_.lanes;
     if (tile_.compact) {
-      for (int64_t i = 0; i < in.rows; ++i) {
+      for (int64_t i = 0; i < in.rows.count; ++i) {
         panels = fill_panels(x + i * row, tile_.x_plane, valid, width, panels);
       }
-    } else if (in.rows) {
-      fill_panels(x, tile_.x_plane, valid, vectors((in.rows - 1) * row + width), panels);
+    } else if (in.rows.count) {
+      fill_panels(x, tile_.x_plane, valid, vectors((in.rows.count - 1) * row + width), panels);
     }
   }
 
@@ -218,89 +205,39 @@ class UnitConv2d {
   // together: zeros where pixels are outside of the images.
   template <class Element>
   void multiply_unit(const UnitConvMemory& memory, uint32_t group, int64_t column, int64_t k,
-                     const Inside& in) const {
+                     int64_t out_row, Inside& filled) const {
     const PlannedUnit& planned = plan_.unit_of(group, static_cast<uint32_t>(column));
     unit_entries(plan_.band, planned.unit, planned.window,
                  memory.entries + k * entries_room(plan_.most_octets), memory.shuffled);
+    const int64_t block = column % law_.run_blocks;
+    const int64_t phase = phase_of(column / law_.run_blocks * plan_.band.taps);
     const int slots = static_cast<int>(planned.window.octets * kOctet);
-    const int valid = valid_of(column % law_.run_blocks);
-    float* s = memory.s + k * plan_.most_window * kOctet * tile_.s_plane;
-    const Element* panels =
-        panels_of<Element>(memory, tile_.shared ? column % law_.run_blocks : column);
+    const int valid = valid_of(block);
+    const int64_t room = plan_.most_window * kOctet * tile_.x_plane;
+    float* s = memory.s + k * room;
+    const Inside in = inside_of(phase, out_row);
+    if (!(in == filled)) {
+      std::memset(s, 0, sizeof(float) * room);
+      filled = in;
+    }
+    const Element* panels = panels_of<Element>(memory, block, phase);
     const auto window =
         read_window(planned.window, slots, valid, static_cast<Element*>(memory.window));
-    if (!tile_.shared) {
-      multiply_lines(slots, vectors(tile_.line), window, panels, valid, s, tile_.s_plane);
-      clear_outside(s, slots, column, in);
-      return;
-    }
-    const int64_t row = tile_.columns * args_.lanes, left = in.column * args_.lanes;
-    const int64_t width = in.columns * args_.lanes;
+    const int64_t row = tile_.columns * args_.lanes, width = in.columns.count * args_.lanes;
+    s += in.rows.first * row + in.columns.first * args_.lanes;
     if (tile_.compact) {
-      for (int64_t i = in.row; i < in.row + in.rows; ++i) {
-        panels =
-            multiply_lines(slots, width, window, panels, valid, s + i * row + left, tile_.s_plane);
+      for (int64_t i = 0; i < in.rows.count; ++i) {
+        panels = multiply_lines(slots, width, window, panels, valid, s + i * row, tile_.x_plane);
       }
-    } else if (in.rows) {
-      const int64_t first = in.row * row + left, size = (in.rows - 1) * row + width;
-      multiply_lines(slots, vectors(size), window, panels, valid, s + first, tile_.s_plane);
+    } else if (in.rows.count) {
+      const int64_t size = (in.rows.count - 1) * row + width;
+      multiply_lines(slots, vectors(size), window, panels, valid, s, tile_.x_plane);
       for (int64_t w = 0; w < slots; ++w) {
-        float* line = s + w * tile_.s_plane + first;
-        for (int64_t i = 1; i < in.rows; ++i) {
+        float* line = s + w * tile_.x_plane;
+        for (int64_t i = 1; i < in.rows.count; ++i) {
           std::memset(line + i * row - (row - width), 0, sizeof(float) * (row - width));
         }
         std::memset(line + size, 0, sizeof(float) * (vectors(size) - size));
-      }
-    }
-  }
-
-  // gathered [block, pixels of y]: what the elements of a loaded block read at a tap.
-  void gather(const UnitConvMemory& memory, int64_t column, int valid) const {
-    const int64_t lanes = args_.lanes, row = tile_.columns * lanes;
-    const int64_t tap = column / law_.run_blocks;
-    const int64_t offset = image_.tap_row(tap) * row + image_.tap_column(tap) * lanes;
-    for (int e = 0; e < valid; ++e) {
-      const float* plane = memory.x + e * tile_.x_plane + offset;
-      float* out = memory.gathered + e * tile_.s_plane;
-      for (int64_t i = 0; i < args_.rows; ++i) {
-        const float* source = plane + i * image_.step[0] * row;
-        if (image_.step[1] == 1) {
-          std::memcpy(out, source, sizeof(float) * image_.out_width * lanes);
-          out += image_.out_width * lanes;
-          continue;
-        }
-        for (int64_t j = 0; j < image_.out_width; ++j, out += lanes) {
-          std::memcpy(out, source + j * image_.step[1] * lanes, sizeof(float) * lanes);
-        }
-      }
-    }
-  }
-
-  // Zeros of S where a tap reads padding: it is no product.
-  void clear_outside(float* s, int slots, int64_t column, const Inside& in) const {
-    const int64_t tap = column / law_.run_blocks, lanes = args_.lanes;
-    const int64_t row_shift = image_.tap_row(tap);
-    const int64_t right = image_.tap_column(tap);
-    struct Span {
-      int64_t first, size;
-    };
-    std::vector<Span> outside;
-    for (int64_t i = 0; i < args_.rows; ++i) {
-      const int64_t row = i * image_.step[0] + row_shift, first = i * image_.out_width;
-      if (row < in.row || row >= in.row + in.rows) {
-        outside.push_back({first * lanes, image_.out_width * lanes});
-        continue;
-      }
-      for (int64_t j = 0; j < image_.out_width; ++j) {
-        const int64_t place = j * image_.step[1] + right;
-        if (place < in.column || place >= in.column + in.columns) {
-          outside.push_back({(first + j) * lanes, lanes});
-        }
-      }
-    }
-    for (int w = 0; w < slots; ++w) {
-      for (const Span& span : outside) {
-        std::memset(s + w * tile_.s_plane + span.first, 0, sizeof(float) * span.size);
       }
     }
   }
@@ -316,9 +253,9 @@ class UnitConv2d {
     for (int u = 0; u < uses; ++u) {
       const int64_t k = u / taps;
       const int64_t tap = (first + k) / law_.run_blocks * taps + u % taps;
-      const int64_t shift =
-          tile_.shared ? image_.tap_row(tap) * row + image_.tap_column(tap) * args_.lanes : 0;
-      base[u] = memory.s + k * plan_.most_window * kOctet * tile_.s_plane + shift;
+      const int64_t shift = tile_.high.shift(tap / image_.kernel_width) * row +
+                            tile_.wide.shift(tap % image_.kernel_width) * args_.lanes;
+      base[u] = memory.s + k * plan_.most_window * kOctet * tile_.x_plane + shift;
       entry[u] = memory.entries + k * room + u % taps * octets;
     }
     for (int64_t o = 0; o < octets; ++o) {
@@ -328,7 +265,7 @@ class UnitConv2d {
         for (int u = 0; u < uses; ++u) {
           const OctetEntry e = entry[u][o];
           const int64_t slot = kOctet * int64_t{e.octet} + residues[e.pattern][r];
-          line[u] = base[u] + slot * tile_.s_plane;
+          line[u] = base[u] + slot * tile_.x_plane;
           sign[u] = kSigns[e.signs >> r & 1];
         }
         float* y = memory.y + (o * kOctet + r) * tile_.y_plane;
@@ -357,8 +294,7 @@ class UnitConv2d {
                         std::min(image_.out_height - out_row, args_.rows),
                         0,
                         image_.out_width};
-    const bool wide = tile_.shared && !tile_.compact;
-    const int64_t row = (wide ? tile_.columns : image_.out_width) * lanes;
+    const int64_t row = (tile_.compact ? image_.out_width : tile_.columns) * lanes;
     store_tile(memory.y, {tile_.y_plane, row, lanes}, part, y, static_cast<float>(args_.scale),
                args_.bias ? args_.bias + channel : nullptr);
   }
@@ -377,8 +313,7 @@ class UnitConv2d {
 Workspace unit_conv2d_workspace(const LayerLaw& law, const UnitConv2dArgs& args) {
   const UnitPlan plan(law);
   const UnitConvLayout layout = layout_of(law, plan, args);
-  return {args.threads * layout.bytes() + plan.bytes(),
-          args.threads * (layout.panels + layout.x + layout.gathered)};
+  return {args.threads * layout.bytes() + plan.bytes(), args.threads * (layout.panels + layout.x)};
 }
 
 void unit_conv2d(const LayerLaw& law, const UnitConv2dArgs& args) { UnitConv2d(law, args).run(); }

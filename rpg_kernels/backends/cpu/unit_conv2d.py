@@ -182,14 +182,14 @@ def _of_lanes(
     out_height, out_width = conv_output(size[2:], kernel, *geometry)
     forward = op == "conv2d"
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    wide = (out_width - 1) * stride[1] + reach[1] + 1 if forward else width + reach[1]
-    step = stride[0] if forward else 1
+    # Of a convolution with a stride, what a phase of x has (csrc/cpu/unit_conv2d_tile.h).
+    wide = out_width + reach[1] // stride[1] if forward else width + reach[1]
     whole = out_height if forward else height
     strided = not forward and max(stride) > 1
-    rows = whole if strided else max(1, min(whole, _PIXELS[op] // (wide * lanes) // step))
+    rows = whole if strided else max(1, min(whole, _PIXELS[op] // (wide * lanes)))
     if forward:  # a thread does whole tiles: there should be one for each
         rows = min(rows, max(1, whole // -(-threads // -(-size[0] // lanes))))
-    if (rows * step + reach[0]) * wide * lanes > _MOST_PIXELS:
+    if (rows + reach[0]) * wide * lanes > _MOST_PIXELS:
         return []
     out = []
     while True:
