@@ -20,6 +20,8 @@
 //
 //   x        [block, rows, columns, L]  299 KB  a block at a time; padded by the kernel's reach
 //   panels   [C / block, phases, panels, block, P] 297 KB  once for a tile; 4 KB at a time in L1
+//   products [W, pixels]                        where rows of x do not fill panels: S before zeros
+//                                               are put between rows
 //   S        [together W, pixels]       262 KB  room for 56 slots; a line of 4.6 KB in L1
 //   y        [8 octets, pixels]         266 KB  a line at a time
 //   window   [W, block]                 14 KB   copied where it is no fp32, or wraps around
@@ -61,9 +63,8 @@ class UnitConv2d {
 #pragma omp parallel num_threads(args_.threads)
     {
       const UnitConvMemory memory = memory_of(thread_number());
-      std::memset(memory.x, 0, layout_.x);
-      std::memset(memory.s, 0, layout_.s);
-      Inside filled[kMostUses] = {};
+      Inside filled[kMostUses];
+      for (Inside& in : filled) in = {{-1, 0}, {-1, 0}};
 #pragma omp for schedule(dynamic)
       for (int64_t tile = 0; tile < groups * tiles_high; ++tile) {
         const int64_t image = tile / tiles_high * args_.lanes;
@@ -81,7 +82,7 @@ class UnitConv2d {
   struct UnitConvMemory {
     char* panels;  // of floats or of words of pairs, as what follows
     void* window;
-    float *x, *s, *y;
+    float *x, *products, *s, *y;
     OctetEntry* entries;
     uint16_t* shuffled;
   };
@@ -91,6 +92,7 @@ class UnitConv2d {
     UnitConvMemory out{};
     carver.take(out.panels, layout_.panels);
     carver.take(out.x, layout_.x);
+    carver.take(out.products, layout_.products);
     carver.take(out.s, layout_.s);
     carver.take(out.y, layout_.y);
     carver.take(out.window, layout_.window);
@@ -120,7 +122,11 @@ class UnitConv2d {
            tile_.wide.of(tap % image_.kernel_width);
   }
 
-  // `filled`: of each S, where it may hold something else than zeros.
+  int64_t pixels_of(const Inside& in) const {
+    return in.rows.count * in.columns.count * args_.lanes;
+  }
+
+  // `filled`: of each S, outside of which part it is zero.
   template <class Element>
   void add_tile(const UnitConvMemory& memory, int64_t image, int64_t out_row,
                 Inside* filled) const {
@@ -129,7 +135,8 @@ class UnitConv2d {
       for (int64_t phase = 0; phase < tile_.phases(); ++phase) {
         const Inside in = inside_of(phase, out_row);
         load_x(memory, block, phase, image, images, out_row, in);
-        fill_phase(memory, block, in, panels_of<Element>(memory, block, phase));
+        fill_panels(memory.x, tile_.plane, valid_of(block), vectors(pixels_of(in)),
+                    panels_of<Element>(memory, block, phase));
       }
     }
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
@@ -149,13 +156,13 @@ class UnitConv2d {
         std::min<int64_t>(image_.run - block * law_.granularity, law_.granularity));
   }
 
-  // x [block, rows, columns, L] of a phase of a block of channels.
+  // x [block, rows, columns, L] of a phase of a block of channels, as far as it is inside.
   void load_x(const UnitConvMemory& memory, int64_t block, int64_t phase, int64_t image,
               int64_t images, int64_t out_row, const Inside& in) const {
     if (!in.rows.count) return;
     ImageView x{args_.dtype, const_cast<void*>(args_.x), {}};
     for (int i = 0; i < 4; ++i) x.stride[i] = image_.stride[i];
-    const int64_t lanes = args_.lanes, row = tile_.columns * lanes;
+    const int64_t lanes = args_.lanes;
     const int64_t high = phase / tile_.wide.count(), wide = phase % tile_.wide.count();
     // Of the first pixel inside, from which on rows and columns of the view are a stride apart.
     const int64_t x_row =
@@ -167,8 +174,7 @@ class UnitConv2d {
     const TilePart part{image,           images, args_.lanes,   block * law_.granularity,
                         valid_of(block), 0,      in.rows.count, 0,
                         in.columns.count};
-    load_tile(x, part, {tile_.x_plane, row, lanes},
-              memory.x + in.rows.first * row + in.columns.first * lanes);
+    load_tile(x, part, {tile_.plane, in.columns.count * lanes, lanes}, memory.x);
   }
 
   // Where panels of a phase of a block of channels begin.
@@ -176,22 +182,6 @@ class UnitConv2d {
   Element* panels_of(const UnitConvMemory& memory, int64_t block, int64_t phase) const {
     return reinterpret_cast<Element*>(memory.panels +
                                       (block * tile_.phases() + phase) * layout_.phase_panels);
-  }
-
-  // Panels of a phase of a block of channels, which is loaded.
-  template <class Element>
-  void fill_phase(const UnitConvMemory& memory, int64_t block, const Inside& in,
-                  Element* panels) const {
-    const int valid = valid_of(block);
-    const int64_t row = tile_.columns * args_.lanes, width = in.columns.count * args_.lanes;
-    const float* x = memory.x + in.rows.first * row + in.columns.first * args_.lanes;
-    if (tile_.compact) {
-      for (int64_t i = 0; i < in.rows.count; ++i) {
-        panels = fill_panels(x + i * row, tile_.x_plane, valid, width, panels);
-      }
-    } else if (in.rows.count) {
-      fill_panels(x, tile_.x_plane, valid, vectors((in.rows.count - 1) * row + width), panels);
-    }
   }
 
   Factor read_window(const UnitWindow& window, int slots, int, float* buffer) const {
@@ -213,7 +203,7 @@ class UnitConv2d {
     const int64_t phase = phase_of(column / law_.run_blocks * plan_.band.taps);
     const int slots = static_cast<int>(planned.window.octets * kOctet);
     const int valid = valid_of(block);
-    const int64_t room = plan_.most_window * kOctet * tile_.x_plane;
+    const int64_t room = plan_.most_window * kOctet * tile_.plane;
     float* s = memory.s + k * room;
     const Inside in = inside_of(phase, out_row);
     if (!(in == filled)) {
@@ -225,20 +215,14 @@ class UnitConv2d {
         read_window(planned.window, slots, valid, static_cast<Element*>(memory.window));
     const int64_t row = tile_.columns * args_.lanes, width = in.columns.count * args_.lanes;
     s += in.rows.first * row + in.columns.first * args_.lanes;
-    if (tile_.compact) {
-      for (int64_t i = 0; i < in.rows.count; ++i) {
-        panels = multiply_lines(slots, width, window, panels, valid, s + i * row, tile_.x_plane);
-      }
-    } else if (in.rows.count) {
-      const int64_t size = (in.rows.count - 1) * row + width;
-      multiply_lines(slots, vectors(size), window, panels, valid, s, tile_.x_plane);
-      for (int64_t w = 0; w < slots; ++w) {
-        float* line = s + w * tile_.x_plane;
-        for (int64_t i = 1; i < in.rows.count; ++i) {
-          std::memset(line + i * row - (row - width), 0, sizeof(float) * (row - width));
-        }
-        std::memset(line + size, 0, sizeof(float) * (vectors(size) - size));
-      }
+    if (!tile_.direct) {
+      const int64_t all = vectors(pixels_of(in));
+      multiply_lines(slots, all, window, panels, valid, memory.products, tile_.plane);
+      copy_lines(memory.products, slots, tile_.plane, in.rows.count, width, row, s);
+      return;
+    }
+    for (int64_t i = 0; i < in.rows.count; ++i) {
+      panels = multiply_lines(slots, width, window, panels, valid, s + i * row, tile_.plane);
     }
   }
 
@@ -255,7 +239,7 @@ class UnitConv2d {
       const int64_t tap = (first + k) / law_.run_blocks * taps + u % taps;
       const int64_t shift = tile_.high.shift(tap / image_.kernel_width) * row +
                             tile_.wide.shift(tap % image_.kernel_width) * args_.lanes;
-      base[u] = memory.s + k * plan_.most_window * kOctet * tile_.x_plane + shift;
+      base[u] = memory.s + k * plan_.most_window * kOctet * tile_.plane + shift;
       entry[u] = memory.entries + k * room + u % taps * octets;
     }
     for (int64_t o = 0; o < octets; ++o) {
@@ -265,7 +249,7 @@ class UnitConv2d {
         for (int u = 0; u < uses; ++u) {
           const OctetEntry e = entry[u][o];
           const int64_t slot = kOctet * int64_t{e.octet} + residues[e.pattern][r];
-          line[u] = base[u] + slot * tile_.x_plane;
+          line[u] = base[u] + slot * tile_.plane;
           sign[u] = kSigns[e.signs >> r & 1];
         }
         float* y = memory.y + (o * kOctet + r) * tile_.y_plane;

@@ -56,12 +56,13 @@ inline Span inside(const Phases& phases, int64_t phase, int64_t origin, int64_t 
 // Pixels of a tile, of x and of y.
 struct ConvTile {
   Phases high, wide;
-  bool compact;           // lines of S are multiplied and added row by row, as columns fill vectors
-  int64_t rows, columns;  // of a phase of x, with what lies outside
-  int64_t pixels;         // of a phase of x, times lanes
-  int64_t line;           // floats of a row of y, of those that are computed
-  int64_t lines;          // that one row of Ŵ has
-  int64_t x_plane, y_plane;  // S has planes as x has
+  bool compact;            // y has no gaps between rows, as they fill vectors
+  bool direct;             // rows of x fill panels, so that products are made where S wants them
+  int64_t rows, columns;   // of a phase of x, with what lies outside: those of S
+  int64_t pixels;          // of it, times lanes
+  int64_t line;            // floats of a row of y, of those that are computed
+  int64_t lines;           // that one row of Ŵ has
+  int64_t plane, y_plane;  // of x and S, and of y
 
   int64_t phases() const { return high.count() * wide.count(); }
 };
@@ -75,9 +76,10 @@ inline ConvTile tile_of(const UnitConv2dArgs& args) {
   out.pixels = out.rows * out.columns * args.lanes;
   const int64_t of_row = g.out_width * args.lanes;
   out.compact = of_row % kVector == 0;
+  out.direct = true;
   for (int64_t phase = 0; phase < out.wide.count(); ++phase) {
     const Span span = inside(out.wide, phase, -g.padding[1], g.out_width, g.width);
-    out.compact = out.compact && span.count * args.lanes % kVector == 0;
+    out.direct = out.direct && span.count * args.lanes % kPanel == 0;
   }
   if (out.compact) {
     out.line = of_row, out.lines = args.rows;
@@ -85,7 +87,7 @@ inline ConvTile tile_of(const UnitConv2dArgs& args) {
     // One line over all rows, with columns between them that are not written in the end.
     out.line = (args.rows - 1) * out.columns * args.lanes + of_row, out.lines = 1;
   }
-  out.x_plane = plane_of(out.pixels);
+  out.plane = plane_of(out.pixels);
   out.y_plane = plane_of(out.lines * out.line);
   return out;
 }
@@ -95,22 +97,23 @@ struct UnitConvLayout {
   ConvTile tile;
   int64_t together;      // columns whose S are there at once
   int64_t phase_panels;  // bytes of the panels of a phase of a block
-  int64_t panels, x, s, y, window, entries, shuffled;
-  int64_t bytes() const { return panels + x + s + y + window + entries + shuffled; }
+  int64_t panels, x, products, s, y, window, entries, shuffled;
+  int64_t bytes() const { return panels + x + products + s + y + window + entries + shuffled; }
 };
 
 inline UnitConvLayout layout_of(const LayerLaw& law, const UnitPlan& plan,
                                 const UnitConv2dArgs& args) {
   UnitConvLayout out{};
   out.tile = tile_of(args);
-  const int64_t slots = plan.most_window * kOctet, s = 4 * slots * out.tile.x_plane;
+  const int64_t slots = plan.most_window * kOctet, s = 4 * slots * out.tile.plane;
   out.together =
       std::max<int64_t>(1, std::min<int64_t>(kTogetherBytes / s, kMostUses / plan.band.taps));
   out.together = std::min<int64_t>(out.together, plan.band.columns);
   const int64_t size = args.pairs ? 2 : 4;  // bytes of an operand's element
   out.phase_panels = lines(size * law.granularity * vectors(out.tile.pixels));
   out.panels = out.phase_panels * out.tile.phases() * law.run_blocks;
-  out.x = lines(4 * law.granularity * out.tile.x_plane);
+  out.x = lines(4 * law.granularity * out.tile.plane);
+  out.products = out.tile.direct ? 0 : lines(s);
   out.s = lines(out.together * s);
   out.y = lines(4 * group_size(plan.band, 0) * kOctet * out.tile.y_plane);
   out.window = lines(size * slots * law.granularity);

@@ -52,5 +52,28 @@ inline void add_to_line(const float* const* line, int64_t offset, const float* s
   if (i < end) add_vectors<1>(line, offset + i, sign, uses, add, y + i);
 }
 
+// Lines of rows of `width` floats without gaps, as lines of rows `row` floats apart: of `source`
+// and `out` [lines, rows], both with lines `plane` apart. What follows a row within its last vector
+// becomes zero: a gap, the row that is copied next, or what lies behind the last.
+inline void copy_lines(const float* source, int64_t lines, int64_t plane, int64_t rows,
+                       int64_t width, int64_t row, float* out) {
+  typedef typename FloatsOf<kVector>::integers Mask;
+  const int64_t whole = width / kVector * kVector;
+  Mask rest;
+  for (int l = 0; l < kVector; ++l) rest[l] = l < width - whole ? -1 : 0;
+  for (int64_t line = 0; line < lines; ++line, source += plane, out += plane) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* from = source + i * width;
+      float* to = out + i * row;
+      for (int64_t j = 0; j < whole; j += kVector) store<kVector>(to + j, load<kVector>(from + j));
+      if (whole == width) continue;
+      Mask last;
+      std::memcpy(&last, from + whole, sizeof last);
+      last &= rest;
+      std::memcpy(to + whole, &last, sizeof last);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace rpg
