@@ -45,11 +45,10 @@ inline void add_to_line(const float* const* line, int64_t offset, const float* s
   for (; i + 4 * kVector <= end; i += 4 * kVector) {
     add_vectors<4>(line, offset + i, sign, uses, add, y + i);
   }
-  if (i + 2 * kVector <= end) {
-    add_vectors<2>(line, offset + i, sign, uses, add, y + i);
-    i += 2 * kVector;
-  }
-  if (i < end) add_vectors<1>(line, offset + i, sign, uses, add, y + i);
+  const int64_t rest = (end - i) / kVector;
+  if (rest == 3) add_vectors<3>(line, offset + i, sign, uses, add, y + i);
+  if (rest == 2) add_vectors<2>(line, offset + i, sign, uses, add, y + i);
+  if (rest == 1) add_vectors<1>(line, offset + i, sign, uses, add, y + i);
 }
 
 // Lines of rows of `width` floats without gaps, as lines of rows `row` floats apart: of `source`
