@@ -19,6 +19,8 @@ NAMESPACE = "rpg_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 AUTOCAST = ("cpu", "cuda")  # devices
 CHECKS: dict[str, Callable[..., Any]] = {}  # of an operator's arguments, less the back end
+_RUNS: dict[str, Callable[..., Any]] = {}  # what an operator does below autograd and all modes
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
 def define(
@@ -64,6 +66,7 @@ def define(
         check(*args[:-1])
         return fake(*args[:-1])
 
+    _RUNS[name] = checked
     LIBRARY.impl(name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=LIBRARY)
 
@@ -84,7 +87,6 @@ def differentiate(
     ``torch.library.register_autograd`` does the same, but refuses ``torch.func.grad`` and what is
     made of it. Its arguments are those of these two functions.
     """
-    operator = getattr(torch.ops.rpg_kernels, name).default
 
     class Derivative(torch.autograd.Function):
         """The operator, with the keys that it was called with as a last argument."""
@@ -94,9 +96,9 @@ def differentiate(
             # Transforms further out are differentiated too, which the mode of `forward` forbids.
             if torch._C._are_functorch_transforms_active():
                 with torch.enable_grad():
-                    result = _below_autograd(operator, args[-1], args[:-1])
+                    result = _below_autograd(name, args[-1], args[:-1])
             else:
-                result = _below_autograd(operator, args[-1], args[:-1])
+                result = _below_autograd(name, args[-1], args[:-1])
             setup_context(ctx, args[:-1], result)
             return result
 
@@ -106,7 +108,7 @@ def differentiate(
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return _below_autograd(operator, keyset, args)
+            return _below_autograd(name, keyset, args)
         if not torch._C._are_functorch_transforms_active():
             return Derivative.apply(*args, keyset)  # type: ignore[no-untyped-call]
         # The dispatcher goes from one transform to the next by itself, as for torch's own
@@ -122,9 +124,14 @@ def differentiate(
     LIBRARY.impl(name, run, "Autograd", with_keyset=True)
 
 
-def _below_autograd(operator: Any, keyset: torch._C.DispatchKeySet, args: Sequence[Any]) -> Any:
+def _below_autograd(name: str, keyset: torch._C.DispatchKeySet, args: Sequence[Any]) -> Any:
+    keys = keyset & torch._C._after_autograd_keyset
     with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        # Where nothing looks on, the way through the dispatcher would only take time: of a small
+        # product as much as the kernel.
+        if keys.highestPriorityTypeId() in _DEVICES:
+            return _RUNS[name](*args)
+        return getattr(torch.ops.rpg_kernels, name).default.redispatch(keys, *args)
 
 
 def autocast(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,8 +56,15 @@ class Case:
 
     def missing(self) -> str:
         """Why it cannot be measured here, or ""."""
-        found = not self.package or importlib.util.find_spec(self.package) is not None
-        return "" if found else f"{self.package} is not installed"
+        if not self.package:
+            return ""
+        if importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        try:
+            importlib.import_module(self.package)
+        except Exception as error:  # whatever the package, or one that it needs, does at its import
+            return f"{self.package} cannot be imported: {error}"
+        return ""
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Random samples, and the classes or tokens that they are trained on."""
