@@ -27,7 +27,7 @@ struct LanesLinearArgs {
 };
 
 // dx [batch, K] = scale · dy [batch, N] · (G ring), and
-// dw [slots, block] = scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]), which is zero before; all
+// dw [slots, block] += scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]); all
 // contiguous.
 struct LanesLinearGradsArgs {
   Dtype bank_dtype;

@@ -1,6 +1,5 @@
 // tile_linear_grads: dx [batch, K] = scale · dy [batch, N] · (G ring) and
-// dw [slots, block] = scale · Gᵀ · (dyᵀ x), where rows share no products; either or both. dw is
-// zero before.
+// dw [slots, block] += scale · Gᵀ · (dyᵀ x), where rows share no products; either or both.
 //
 // Dense products with tiles of Ŵ (tile.h), R rows of a few blocks. For L rows of the batch:
 //

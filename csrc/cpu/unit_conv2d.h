@@ -26,8 +26,8 @@ struct UnitConv2dArgs {
   bool pairs;       // products of pairs (pairs.h): x and the bank are bfloat16
 };
 
-// dx [images, C, height, width] and dw [slots, block] of dy [images, N, out_height, out_width]; dw
-// is zero before.
+// dx [images, C, height, width] of dy [images, N, out_height, out_width], and what is added to dw
+// [slots, block].
 struct UnitConv2dGradsArgs {
   Dtype bank_dtype;
   const void* ring;  // [slots, block]; for dx

@@ -1,6 +1,5 @@
-// unit_conv2d_grads: dx = scale · (input gradient of dy) and dw [slots, block] = scale · Gᵀ ·
-// (weight gradient of dy and x), for convolutions of the unit law; either or both. dw is zero
-// before.
+// unit_conv2d_grads: dx = scale · (input gradient of dy) and dw [slots, block] += scale · Gᵀ ·
+// (weight gradient of dy and x), for convolutions of the unit law; either or both.
 //
 // The mirror of unit_conv2d.cpp; what it does is in unit_grads.h, and lanes are pixels: of x where
 // the stride is 1, so that a tap is a shift of dy and rows and taps that read a slot share its
@@ -35,7 +34,11 @@ constexpr int64_t kLinesBytes = 256 << 10;  // of T
 class ConvSource {
  public:
   ConvSource(const LayerLaw& law, const UnitPlan& plan, const UnitConv2dGradsArgs& args)
-      : law_(law), plan_(plan), args_(args), g_(args.image) {
+      : law_(law),
+        plan_(plan),
+        args_(args),
+        g_(args.image),
+        scales_(scales_of(args.scale, args.pairs)) {
     const int64_t lanes = args.lanes;
     shifts_ = g_.step[0] == 1 && g_.step[1] == 1;
     if (shifts_) {
@@ -135,6 +138,7 @@ class ConvSource {
                         last - column};
     load_tile(view, part, {dy_plane_, dy_columns_ * lanes, lanes},
               out + ((row - top) * dy_columns_ + column - left) * lanes);
+    multiply_all(scales_.before, kOctet * dy_plane_, out);
     see(out, kOctet * dy_plane_);
   }
 
@@ -250,7 +254,7 @@ class ConvSource {
     ImageView view{args_.dtype, args_.dx, {g_.channels * area, area, g_.width, 1}};
     if (last)
       view = {args_.dtype, args_.dx, {g_.channels * area, 1, g_.width * g_.channels, g_.channels}};
-    const Floats<8> scale = splat<8>(static_cast<float>(args_.scale));
+    const Floats<8> after = splat<8>(scales_.after);
     for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
       const int64_t offset = block * pixels_ * size + place * step + lane * size;
       const auto write_square = [&](int64_t j, int e) {
@@ -260,7 +264,7 @@ class ConvSource {
           for (const float* part : parts) {
             square[i] += load<8>(part + offset + (j + i) * step + e);
           }
-          square[i] *= scale;
+          square[i] *= after;
         }
         if (!last) transpose8(square);
         const int outer = last ? count : channels, inner = last ? channels : count;
@@ -342,6 +346,7 @@ class ConvSource {
   const UnitPlan& plan_;
   const UnitConv2dGradsArgs& args_;
   const Image& g_;
+  Scales scales_;
   mutable std::atomic<bool> careful_{false};
   bool shifts_;      // taps are shifts of dy
   bool compact_;     // rows of T follow each other without a gap
@@ -350,8 +355,9 @@ class ConvSource {
 };
 
 UnitGradsArgs grads_args(const UnitConv2dGradsArgs& args) {
+  const float after = scales_of(args.scale, args.pairs).after;
   return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
-          args.scale,      args.threads, args.workspace,     args.pairs};
+          after,           args.threads, args.workspace,     args.pairs};
 }
 
 }  // namespace

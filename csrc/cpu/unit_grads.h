@@ -4,7 +4,7 @@
 // A unit, R rows at some taps of a block of channels, reads W slots of a window, `laps` times each.
 // For P lanes (rows of the batch, or pixels), with x_c and dx_c [P, block]:
 //
-//   T [W, P]         = Σ ± dy [row, lanes shifted by the tap]   of what reads the slot
+//   T [W, P]         = Σ ± dy [row, lanes shifted by the tap]   of what reads the slot, dy scaled
 //   dx_c [P, block] += Tᵀ · window [W, block]                   product.h
 //   dw [W, block]   += T · x_c
 //
@@ -25,7 +25,8 @@
 // dx and of two lanes for dw; x and the window are joined to words as well. Products that are left
 // out one by one are of fp32.
 //
-// A Source says what lanes are: where dy, x and dx of a tile lie, and how lines of dy are added.
+// A Source says what lanes are: where dy, x and dx of a tile lie, and how lines of dy are added. It
+// multiplies dy, or with pairs dx, with the layer's scale.
 
 #pragma once
 
@@ -47,6 +48,11 @@ inline bool all_finite(const float* values, int64_t count) {
   return largest < 0x7F800000u;
 }
 
+inline void multiply_all(float factor, int64_t count, float* values) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) values[i] *= factor;
+}
+
 template <class Source>
 class UnitGrads {
  public:
@@ -64,7 +70,6 @@ class UnitGrads {
 
   void run() {
     const int zones = zones_.count();
-    const float scale = static_cast<float>(args_.scale);
 #pragma omp parallel num_threads(zones)
     {
 #pragma omp for schedule(static)
@@ -85,13 +90,9 @@ class UnitGrads {
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) write_dx(tile, block);
       }
-#pragma omp for schedule(static)
-      for (int part = 0; part < zones; ++part) {
-        if (args_.dw) zones_.scale(part, scale, args_.dw, law_.granularity);
-      }
     }
     for (int part = 0; args_.dw && part < zones; ++part) {
-      zones_.add_spill(part, memory_of(part).spill, scale, args_.dw, law_.granularity);
+      zones_.add_spill(part, memory_of(part).spill, args_.dw, law_.granularity);
     }
   }
 
@@ -215,7 +216,7 @@ class UnitGrads {
     if (args_.dx) multiply_dx(tile, column, size, window, memory);
     if (!args_.dw) return;
     const int valid = source_.valid_of(column);
-    if (whole && zones_.inside(part, first, size) == size && valid == block) {
+    if (!args_.pairs && whole && zones_.inside(part, first, size) == size && valid == block) {
       multiply_dw<true>(tile, size, xc, memory, args_.dw + first * block);
       return;
     }
@@ -223,7 +224,8 @@ class UnitGrads {
     for (int64_t j = 0; j < size; ++j) {
       if (!is_read(j)) continue;
       float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
-      for (int e = 0; e < valid; ++e) target[e] += memory.products[j * block + e];
+      const float* products = memory.products + j * block;
+      for (int e = 0; e < valid; ++e) target[e] += args_.scale_after * products[e];
     }
   }
 
@@ -290,7 +292,7 @@ class UnitGrads {
         float* dx = args_.dx ? source_.dx_row(column, q, memory.dx) : nullptr;
         for (int e = 0; e < valid; ++e) {
           if (dx) dx[e] += t[q] * window[e];
-          if (dw) dw[e] += t[q] * xc[q * block + e];
+          if (dw) dw[e] += args_.scale_after * t[q] * xc[q * block + e];
         }
       }
     }

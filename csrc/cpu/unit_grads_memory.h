@@ -15,12 +15,23 @@ struct UnitGradsArgs {
   Dtype bank_dtype;
   const void* ring;  // [slots, block]; for dx
   bool dx;
-  float* dw;  // [slots, block] or null
-  double scale;
+  float* dw;          // [slots, block] or null
+  float scale_after;  // a factor of what is added to dw
   int threads;
   void* workspace;
   bool pairs;
 };
+
+// The layer's scale as a factor of dy, so that it costs nothing and dw may hold what other layers
+// have added; with pairs, which round sums of dy, as one of what these sums give.
+struct Scales {
+  float before, after;
+};
+
+inline Scales scales_of(double scale, bool pairs) {
+  const float value = static_cast<float>(scale);
+  return {pairs ? 1.f : value, pairs ? value : 1.f};
+}
 
 // What the tiles of a Source take: bytes for all threads, and for each.
 struct SourceLayout {

@@ -1,5 +1,5 @@
 // unit_linear_grads: dx [batch, K] = scale · dy [batch, N] · (G ring) and
-// dw [slots, block] = scale · Gᵀ · (dyᵀ x), for the unit law; either or both. dw is zero before.
+// dw [slots, block] += scale · Gᵀ · (dyᵀ x), for the unit law; either or both.
 //
 // The mirror of unit_linear.cpp; what it does is in unit_grads.h, and lanes are rows of the batch.
 // Memory, for units of 1024 rows on 256 slots of 64, 64 lanes, 4096 rows and columns:
@@ -47,7 +47,7 @@ void sum_octet(const OctetEntry* entry, const uint16_t* octets, int count, const
 class LinearSource {
  public:
   LinearSource(const LayerLaw& law, const UnitPlan& plan, const LanesLinearGradsArgs& args)
-      : law_(law), plan_(plan), args_(args) {}
+      : law_(law), plan_(plan), args_(args), scales_(scales_of(args.scale, args.pairs)) {}
 
   SourceLayout layout() const {
     const int64_t of_row = 4 * args_.lanes, columns = law_.blocks * law_.granularity;
@@ -76,6 +76,7 @@ class LinearSource {
     const int64_t row = octet * kOctet, columns = std::min<int64_t>(law_.rows - row, kOctet);
     pack_lanes({args_.dtype, args_.dy}, tile * args_.lanes * law_.rows + row, law_.rows,
                rows_of(tile), columns, static_cast<int>(lanes(tile)), dy + row * lanes(tile));
+    multiply_all(scales_.before, kOctet * lanes(tile), dy + row * lanes(tile));
   }
 
   void pack_x(int64_t tile, int64_t column, float* x) const {
@@ -117,7 +118,6 @@ class LinearSource {
 
   void write_dx(int64_t tile, int64_t column, const std::vector<float*>& parts) const {
     const int64_t block = law_.granularity, size = element_bytes(args_.dtype);
-    const float scale = static_cast<float>(args_.scale);
     const int valid = valid_of(column);
     for (int64_t m = 0; m < rows_of(tile); ++m) {
       float out[128];
@@ -126,7 +126,7 @@ class LinearSource {
         const float* dx = part + (column * lanes(tile) + m) * block;
         for (int e = 0; e < valid; ++e) out[e] += dx[e];
       }
-      for (int e = 0; e < valid; ++e) out[e] *= scale;
+      for (int e = 0; e < valid; ++e) out[e] *= scales_.after;
       void* target = static_cast<char*>(args_.dx) +
                      ((tile * args_.lanes + m) * args_.columns + column * block) * size;
       write_some(args_.dtype, out, valid, target);
@@ -141,11 +141,13 @@ class LinearSource {
   const LayerLaw& law_;
   const UnitPlan& plan_;
   const LanesLinearGradsArgs& args_;
+  Scales scales_;
 };
 
 UnitGradsArgs grads_args(const LanesLinearGradsArgs& args) {
+  const float after = scales_of(args.scale, args.pairs).after;
   return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
-          args.scale,      args.threads, args.workspace,     args.pairs};
+          after,           args.threads, args.workspace,     args.pairs};
 }
 
 }  // namespace

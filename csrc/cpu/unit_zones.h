@@ -21,7 +21,6 @@ class UnitZones {
     const int64_t uses = int64_t{plan.band.octets} * law.blocks + plan.band.offset;
     const int64_t read = (uses + laps - 1) / laps * kOctet, rest = read % slots_,
                   passes = read / slots_;
-    slots_read_ = std::min(read, slots_);
     begin_.push_back(0);
     for (int part = 1; part < threads; ++part) {
       const int64_t wanted = read * part / threads;
@@ -64,18 +63,10 @@ class UnitZones {
     return spill + (place - begin_[zone + 1] + slots_) % slots_ * block;
   }
 
-  // Multiplies what a zone holds of dw with `scale`.
-  void scale(int zone, float scale, float* dw, int64_t block) const {
-    for (int64_t place = begin_[zone]; place < std::min(begin_[zone + 1], slots_read_); ++place) {
-      float* out = dw + (base_ + place) % slots_ * block;
-      for (int64_t e = 0; e < block; ++e) out[e] *= scale;
-    }
-  }
-
-  void add_spill(int zone, const float* spill, float scale, float* dw, int64_t block) const {
+  void add_spill(int zone, const float* spill, float* dw, int64_t block) const {
     for (int64_t j = 0; j < kOctet; ++j) {
       float* out = dw + (base_ + begin_[zone + 1] + j) % slots_ * block;
-      for (int64_t e = 0; e < block; ++e) out[e] += scale * spill[j * block + e];
+      for (int64_t e = 0; e < block; ++e) out[e] += spill[j * block + e];
     }
   }
 
@@ -84,7 +75,6 @@ class UnitZones {
 
   int64_t base_, slots_;
   std::vector<int64_t> begin_;
-  int64_t slots_read_ = 0;  // of the ring, from the first on
 };
 
 }  // namespace

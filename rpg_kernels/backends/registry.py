@@ -83,10 +83,16 @@ class Backend(ABC):
         function: Callable[..., Tensor] = getattr(_beside(type(self).__module__, call.op), call.op)
         return function
 
+    def adds(self, call: Call) -> bool:
+        """Whether what runs a bank gradient takes an argument ``total``, ``[slots, granularity]``
+        in float32, adds to it and makes no tensor of that size."""
+        return False
+
     def both_grads(self, call: Call) -> Callable[..., tuple[Tensor, Tensor]] | None:
         """What makes dx and dw of a layer at once, for less than two operators: a function of (dy,
-        bank, table, x, placement, dtype), before whose last argument a convolution has stride,
-        padding, dilation and groups. ``call`` is the input gradient's. None: there is none."""
+        bank, table, x, placement, dtype, total=None), before whose ``dtype`` a convolution has
+        stride, padding, dilation and groups. It adds to a ``total`` instead of making dw, as in
+        ``adds``. ``call`` is the input gradient's. None: there is none."""
         return None
 
     def multiplications(self, call: Call) -> int | None:

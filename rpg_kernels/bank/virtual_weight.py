@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rpg_kernels import _checks, settings
+from rpg_kernels import _bank_sums, _checks, settings
 from rpg_kernels._tensors import refuse_forward_mode
 from rpg_kernels.bank.tensor_like import TensorLike
 from rpg_kernels.law.generator import Generator, TableGenerator
@@ -223,7 +223,7 @@ class VirtualWeight(TensorLike):
         values = self.bank.read()
         if self.frozen or (self.root is not None and self.root.frozen):
             values = values.detach()
-        return values, self.bank.table
+        return _bank_sums.values(values), self.bank.table
 
     def to_json(self) -> str:
         """The placement as one line of JSON, law version included; the bank's values are not."""

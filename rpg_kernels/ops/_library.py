@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from rpg_kernels import _checks
+from rpg_kernels import _bank_sums, _checks
 from rpg_kernels._tensors import DTYPES, LOW_PRECISION, refuse_forward_mode
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
@@ -132,6 +132,31 @@ def _below_autograd(name: str, keyset: torch._C.DispatchKeySet, args: Sequence[A
         if keys.highestPriorityTypeId() in _DEVICES:
             return _RUNS[name](*args)
         return getattr(torch.ops.rpg_kernels, name).default.redispatch(keys, *args)
+
+
+def bank_grad(name: str, operands: Sequence[Any], backend: str, node: Any) -> Tensor | None:
+    """A bank gradient by its operator; None where it was added to what all layers add to.
+
+    Args:
+        name: of the operator.
+        operands: its arguments, less the back end.
+        backend: that is forced, or "".
+        node: of the bank, see ``_bank_sums``.
+    """
+    total = _bank_sums.sum_of(node)
+    if total is not None:
+        made = call(name, operands, backend)
+        chosen = dispatch.choose(made)
+        if chosen.adds(made):
+            refuse_forward_mode()
+            CHECKS[name](*operands)
+            chosen.operator(made)(*operands, total=total)
+            return None
+    grad: Tensor = getattr(torch.ops.rpg_kernels, name)(*operands, backend)
+    if total is None:
+        return grad
+    total.add_(grad)
+    return None
 
 
 def autocast(name: str) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
-from rpg_kernels._tensors import empty_image
+from rpg_kernels._bank_sums import node_of, sum_of
+from rpg_kernels._tensors import empty_image, refuse_forward_mode
 from rpg_kernels.backends import dispatch
 from rpg_kernels.law.geometry import conv_output
 from rpg_kernels.law.placement import Placement, parse
@@ -221,9 +222,16 @@ def _fake_grads(
 
 
 def _grads(
-    dy: Tensor, bank: Tensor, table: Tensor | None, x: Tensor, placement: str, *how: Any
-) -> tuple[Tensor, Tensor]:
-    """At once where the back end can, otherwise one after the other."""
+    dy: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    x: Tensor,
+    placement: str,
+    *how: Any,
+    node: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """At once where the back end can, otherwise one after the other. No dw where it was added to
+    what all layers add to, which a node of the bank says."""
     *geometry, dtype, backend = how
     input_grad = (dy, bank, table, x.shape, placement, *geometry)
     bank_grad = (dy, x, table, placement, *geometry, dtype)
@@ -232,9 +240,11 @@ def _grads(
         lib.call("conv2d_bank_grad", bank_grad, backend),
     )
     if both is not None:
-        return both(dy, bank, table, x, placement, *geometry, dtype)
+        total = sum_of(node)
+        dx, dw = both(dy, bank, table, x, placement, *geometry, dtype, total=total)
+        return dx, dw if total is None else None
     dx = _op.conv2d_input_grad(*input_grad, backend)
-    return dx, _op.conv2d_bank_grad(*bank_grad, backend)
+    return dx, lib.bank_grad("conv2d_bank_grad", bank_grad, backend, node)
 
 
 lib.define(
@@ -251,6 +261,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     needs_x, needs_bank, _, needs_bias, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if needs_bank else None, bank if needs_x else None, table)
     ctx.input_size, ctx.bank_dtype = x.shape, bank.dtype
+    ctx.node = node_of(bank) if needs_bank else None
     ctx.bias_dtype = bias.dtype if needs_bias else None
 
 
@@ -259,11 +270,18 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     how = (ctx.placement, *ctx.geometry)
     dx = dbank = dbias = None
     if bank is not None and x is not None:
-        dx, dbank = _op.conv2d_grads(dy, bank, table, x, *how, ctx.bank_dtype, ctx.backend)
+        of_both = (dy, bank, table, x, *how, ctx.bank_dtype)
+        if sum_of(ctx.node) is None:
+            dx, dbank = _op.conv2d_grads(*of_both, ctx.backend)
+        else:
+            refuse_forward_mode()
+            _check_grads(*of_both)
+            dx, dbank = _grads(*of_both, ctx.backend, node=ctx.node)
     elif bank is not None:
         dx = _op.conv2d_input_grad(dy, bank, table, ctx.input_size, *how, ctx.backend)
     elif x is not None:
-        dbank = _op.conv2d_bank_grad(dy, x, table, *how, ctx.bank_dtype, ctx.backend)
+        operands = (dy, x, table, *how, ctx.bank_dtype)
+        dbank = lib.bank_grad("conv2d_bank_grad", operands, ctx.backend, ctx.node)
     if ctx.bias_dtype is not None:
         dbias = dy.sum((0, 2, 3)).to(ctx.bias_dtype)
     return dx, dbank, None, dbias, None, None, None, None, None, None
@@ -273,7 +291,7 @@ def _setup_input_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     dy, bank, table, _, ctx.placement, *ctx.geometry, ctx.backend = inputs
     needs_dy, needs_bank, *_ = ctx.needs_input_grad
     ctx.save_for_backward(dy if needs_bank else None, bank if needs_dy else None, table)
-    ctx.bank_dtype = bank.dtype
+    ctx.bank_dtype, ctx.node = bank.dtype, node_of(bank) if needs_bank else None
 
 
 def _backward_input_grad(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
@@ -283,7 +301,8 @@ def _backward_input_grad(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     if bank is not None:
         ddy = _op.conv2d(ddx, bank, table, None, *how, ctx.backend)
     if dy is not None:
-        dbank = _op.conv2d_bank_grad(dy, ddx, table, *how, ctx.bank_dtype, ctx.backend)
+        operands = (dy, ddx, table, *how, ctx.bank_dtype)
+        dbank = lib.bank_grad("conv2d_bank_grad", operands, ctx.backend, ctx.node)
     return ddy, dbank, None, None, None, None, None, None, None, None
 
 

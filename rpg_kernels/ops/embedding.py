@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
+from rpg_kernels._bank_sums import node_of
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.ops import _library as lib
 
@@ -99,12 +100,13 @@ _op = torch.ops.rpg_kernels
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     bank, table, indices, ctx.placement, ctx.backend = inputs
     ctx.save_for_backward(indices, table)
-    ctx.bank_dtype = bank.dtype
+    ctx.bank_dtype, ctx.node = bank.dtype, node_of(bank)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     indices, table = ctx.saved_tensors
-    dbank = _op.embedding_bank_grad(dy, indices, table, ctx.placement, ctx.bank_dtype, ctx.backend)
+    operands = (dy, indices, table, ctx.placement, ctx.bank_dtype)
+    dbank = lib.bank_grad("embedding_bank_grad", operands, ctx.backend, ctx.node)
     return dbank, None, None, None, None
 
 

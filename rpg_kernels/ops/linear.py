@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
+from rpg_kernels._bank_sums import node_of, sum_of
+from rpg_kernels._tensors import refuse_forward_mode
 from rpg_kernels.backends import dispatch
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.ops import _library as lib
@@ -127,16 +129,21 @@ def _grads(
     placement: str,
     dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """At once where the back end can, otherwise one after the other."""
+    node: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """At once where the back end can, otherwise one after the other. No dw where it was added to
+    what all layers add to, which a node of the bank says."""
+    bank_grad = (dy, x, table, placement, dtype)
     both = dispatch.both_grads(
         lib.call("linear_input_grad", (dy, bank, table, placement), backend),
-        lib.call("linear_bank_grad", (dy, x, table, placement, dtype), backend),
+        lib.call("linear_bank_grad", bank_grad, backend),
     )
     if both is not None:
-        return both(dy, bank, table, x, placement, dtype)
+        total = sum_of(node)
+        dx, dw = both(dy, bank, table, x, placement, dtype, total=total)
+        return dx, dw if total is None else None
     dx = _op.linear_input_grad(dy, bank, table, placement, backend)
-    return dx, _op.linear_bank_grad(dy, x, table, placement, dtype, backend)
+    return dx, lib.bank_grad("linear_bank_grad", bank_grad, backend, node)
 
 
 lib.define(
@@ -152,7 +159,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bank, table, bias, ctx.placement, ctx.backend = inputs
     needs_x, needs_bank, _, needs_bias, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if needs_bank else None, bank if needs_x else None, table)
-    ctx.bank_dtype = bank.dtype
+    ctx.bank_dtype, ctx.node = bank.dtype, node_of(bank) if needs_bank else None
     ctx.bias_dtype = bias.dtype if needs_bias else None
 
 
@@ -161,11 +168,17 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbank = dbias = None
     of_bank = (ctx.placement, ctx.bank_dtype, ctx.backend)
     if bank is not None and x is not None:
-        dx, dbank = _op.linear_grads(dy, bank, table, x, *of_bank)
+        if sum_of(ctx.node) is None:
+            dx, dbank = _op.linear_grads(dy, bank, table, x, *of_bank)
+        else:
+            refuse_forward_mode()
+            _check_grads(dy, bank, table, x, ctx.placement, ctx.bank_dtype)
+            dx, dbank = _grads(dy, bank, table, x, *of_bank, ctx.node)
     elif bank is not None:
         dx = _op.linear_input_grad(dy, bank, table, ctx.placement, ctx.backend)
     elif x is not None:
-        dbank = _op.linear_bank_grad(dy, x, table, *of_bank)
+        operands = (dy, x, table, ctx.placement, ctx.bank_dtype)
+        dbank = lib.bank_grad("linear_bank_grad", operands, ctx.backend, ctx.node)
     if ctx.bias_dtype is not None:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
     return dx, dbank, None, dbias, None, None

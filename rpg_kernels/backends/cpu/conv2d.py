@@ -107,16 +107,17 @@ def conv2d_bank_grad(
     dilation: Sequence[int],
     groups: int,
     dtype: torch.dtype,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]`` of ``dtype``.
+    """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]`` of ``dtype``, or
+    ``total``, which it is added to.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, groups, or too little scratch.
     """
     rules.check_weight("conv2d_bank_grad", placement, groups)
-    return unit_conv2d.conv2d_bank_grad(
-        dy, x, placement, unit_conv2d.tuples(stride, padding, dilation), dtype
-    )
+    geometry = unit_conv2d.tuples(stride, padding, dilation)
+    return unit_conv2d.conv2d_bank_grad(dy, x, placement, geometry, dtype, total)
 
 
 def conv2d_grads(
@@ -130,12 +131,13 @@ def conv2d_grads(
     dilation: Sequence[int],
     groups: int,
     dtype: torch.dtype,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients, (dx, dw), of law 3.
+    """Both gradients, (dx, dw), of law 3; or ``total`` for dw, which it is added to.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, groups, or too little scratch.
     """
     rules.check_weight("conv2d_input_grad", placement, groups)
     geometry = unit_conv2d.tuples(stride, padding, dilation)
-    return unit_conv2d.conv2d_grads(dy, bank, x, placement, geometry, dtype)
+    return unit_conv2d.conv2d_grads(dy, bank, x, placement, geometry, dtype, total)

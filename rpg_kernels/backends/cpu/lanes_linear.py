@@ -62,33 +62,48 @@ def linear_input_grad(family: Family, dy: Tensor, bank: Tensor, placement: str) 
 
 
 def linear_bank_grad(
-    family: Family, dy: Tensor, x: Tensor, placement: str, dtype: torch.dtype
+    family: Family,
+    dy: Tensor,
+    x: Tensor,
+    placement: str,
+    dtype: torch.dtype,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]`` of ``dtype``, summed in fp32.
+    """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]`` of ``dtype``, summed in fp32;
+    or ``total``, which it is added to.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
-    dw = _zeros(dy, parse(placement))
+    dw = bank_sum(dy, parse(placement), total)
     _run(family, "linear_bank_grad", placement, dy, x, None, None, dw, dtype)
-    return dw.to(dtype)
+    return dw.to(dtype) if total is None else total
 
 
 def linear_grads(
-    family: Family, dy: Tensor, bank: Tensor, x: Tensor, placement: str, dtype: torch.dtype
+    family: Family,
+    dy: Tensor,
+    bank: Tensor,
+    x: Tensor,
+    placement: str,
+    dtype: torch.dtype,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients, (dx, dw), with what they have in common made once.
+    """Both gradients, (dx, dw), with what they have in common made once; or ``total`` for dw.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     p = parse(placement)
-    dx, dw = dy.new_empty((*dy.shape[:-1], p.shape[1])), _zeros(dy, p)
+    dx, dw = dy.new_empty((*dy.shape[:-1], p.shape[1])), bank_sum(dy, p, total)
     _run(family, "linear_grads", placement, dy, x, bank, dx, dw, dtype)
-    return dx, dw.to(dtype)
+    return dx, dw.to(dtype) if total is None else total
 
 
-def _zeros(dy: Tensor, p: Placement) -> Tensor:
+def bank_sum(dy: Tensor, p: Placement, total: Tensor | None) -> Tensor:
+    """What kernels add a bank gradient to, fp32 ``[slots, granularity]``: ``total``, or zeros."""
+    if total is not None:
+        return total
     return dy.new_zeros((p.generator.slots, p.generator.granularity), dtype=torch.float32)
 
 

@@ -51,27 +51,39 @@ def linear_input_grad(dy: Tensor, bank: Tensor, table: Tensor | None, placement:
 
 
 def linear_bank_grad(
-    dy: Tensor, x: Tensor, table: Tensor | None, placement: str, dtype: torch.dtype
+    dy: Tensor,
+    x: Tensor,
+    table: Tensor | None,
+    placement: str,
+    dtype: torch.dtype,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]`` of ``dtype``, summed in fp32.
+    """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]`` of ``dtype``, summed in fp32;
+    or ``total``, which it is added to.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     taken = _of_gradient("linear_bank_grad", dy, placement)
-    return lanes_linear.linear_bank_grad(taken, dy, x, placement, dtype)
+    return lanes_linear.linear_bank_grad(taken, dy, x, placement, dtype, total)
 
 
 def linear_grads(
-    dy: Tensor, bank: Tensor, table: Tensor | None, x: Tensor, placement: str, dtype: torch.dtype
+    dy: Tensor,
+    bank: Tensor,
+    table: Tensor | None,
+    x: Tensor,
+    placement: str,
+    dtype: torch.dtype,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients, (dx, dw), where the same kernels make them.
+    """Both gradients, (dx, dw), where the same kernels make them; or ``total`` for dw.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     taken = _of_gradient("linear_input_grad", dy, placement)
-    return lanes_linear.linear_grads(taken, dy, bank, x, placement, dtype)
+    return lanes_linear.linear_grads(taken, dy, bank, x, placement, dtype, total)
 
 
 def _of_gradient(op: str, dy: Tensor, placement: str) -> Family:

@@ -230,6 +230,10 @@ class Cpu(Backend):
             return None if of_row is None else call.rows * of_row
         return call.rows * taken.multiplications(call.op, call.placement)
 
+    def adds(self, call: Call) -> bool:
+        """Of products; not of float64, which these kernels do not take."""
+        return call.op in ("linear_bank_grad", "conv2d_bank_grad")
+
     def both_grads(self, call: Call) -> Callable[..., tuple[Tensor, Tensor]] | None:
         """``linear_grads`` or ``conv2d_grads`` where the same kernels make both.
 

@@ -19,6 +19,7 @@ from rpg_kernels import native, settings
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cpu import units
+from rpg_kernels.backends.cpu.lanes_linear import bank_sum
 from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.geometry import conv_output
 from rpg_kernels.law.placement import Placement, parse
@@ -288,32 +289,42 @@ def conv2d_input_grad(
 
 
 def conv2d_bank_grad(
-    dy: Tensor, x: Tensor, placement: str, geometry: Geometry, dtype: torch.dtype
+    dy: Tensor,
+    x: Tensor,
+    placement: str,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]`` of ``dtype``.
+    """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]`` of ``dtype``, or
+    ``total``, which it is added to.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
-    g = parse(placement).generator
-    dw = dy.new_zeros((g.slots, g.granularity), dtype=torch.float32)
+    dw = bank_sum(dy, parse(placement), total)
     _run("conv2d_bank_grad", placement, geometry, dy, x, None, None, dw, dtype)
-    return dw.to(dtype)
+    return dw.to(dtype) if total is None else total
 
 
 def conv2d_grads(
-    dy: Tensor, bank: Tensor, x: Tensor, placement: str, geometry: Geometry, dtype: torch.dtype
+    dy: Tensor,
+    bank: Tensor,
+    x: Tensor,
+    placement: str,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients, (dx, dw): what rows and taps that read one slot add is summed once.
+    """Both gradients, (dx, dw): what rows and taps that read one slot add is summed once. Or
+    ``total`` for dw.
 
     Raises:
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
-    g = parse(placement).generator
-    dx = empty_image(dy, x.shape)
-    dw = dy.new_zeros((g.slots, g.granularity), dtype=torch.float32)
+    dx, dw = empty_image(dy, x.shape), bank_sum(dy, parse(placement), total)
     _run(BOTH, placement, geometry, dy, x, bank.contiguous(), dx, dw, dtype)
-    return dx, dw.to(dtype)
+    return dx, dw.to(dtype) if total is None else total
 
 
 def _run(
