@@ -90,6 +90,15 @@ MUTANTS = (
         _RACE,
     ),
     Mutant(
+        "half a tile reads entries beyond the last block",
+        "weights.py",
+        "b = tl.minimum(b, low + last)",
+        "b = tl.minimum(b, low + last + 1)",
+        "linear.py",
+        "test_bank_gradient_of_the_largest_tile and 128",
+        _BOUNDS,
+    ),
+    Mutant(
         "an embedding's bank gradient without atomics",
         "embedding.py",
         _ADD,
