@@ -56,6 +56,7 @@ class Launches:
         """Within a session of ttsem, which asks torch and Triton less than the kernels do."""
         from rpg_kernels.backends.triton import law
 
+        mlir.enable_generic_printing()  # the form that ttsem reads, for good
         with (
             mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
             mock.patch.object(law, "ThreadPoolExecutor", return_value=SameThread()),
@@ -68,13 +69,11 @@ class Launches:
             yield
 
     def _text_of(self, record: harness.LaunchRecord, stage: str, target: Any) -> str:
-        """The kernel in Triton's intermediate form: ttsem's own way ends in machine code, which
-        takes most of the time, and which the files aot*.py see to."""
+        """The kernel in Triton's intermediate form: ttsem's own way goes on to machine code, which
+        takes a third of the time, and which the files aot*.py see to."""
         how = harness._specialize(record.fn, record.args, record.kwargs, target)
         key = (record.fn, *(repr(getattr(part, "__dict__", part)) for part in how))
         if key not in self._texts:
-            with contextlib.suppress(RuntimeError):  # it is switched on already
-                mlir.enable_generic_printing()
             self._texts[key] = mlir.to_generic(harness._stage_text(record, stage, target), None)
         return self._texts[key]
 
