@@ -17,6 +17,9 @@ MICRO := --benchmark-timer=time.process_time --benchmark-max-time=0.2 --benchmar
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The environment of `make triton-check`, which has versions of its own.
+CHECK := .venv-triton
+CHECKER := tools/triton_check
 NATIVE := CMakeLists.txt tools/build_backend.py $(wildcard cmake/* csrc/*/*)
 INPUTS := pyproject.toml setup.py constraints-dev.txt rpg_kernels/_version.py $(NATIVE)
 
@@ -24,11 +27,11 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench report gpu-check FORCE
+.PHONY: help demo test lint bench report gpu-check triton-check FORCE
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## install, train on real images, compare and draw (ARGS="--data PATH" for CIFAR-10)
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -39,7 +42,8 @@ test: $(VENV)/.dev ## run the tests and doctests (ARGS="-x -k law"; TESTS=tests/
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy rpg_kernels benchmarks/harness benchmarks/accuracy examples/demo
+	$(BIN)/python -m mypy rpg_kernels benchmarks/harness benchmarks/accuracy examples/demo \
+		tools/triton_check
 	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*/* tests/*/*/*.cpp)
 
 bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)
@@ -55,6 +59,9 @@ report: $(VENV)/.dev ## write tables and plots from benchmarks/results (ARGS=--c
 # Installs nothing: for a machine without a network, whose python3 has torch and pytest.
 gpu-check: ## everything that needs a GPU, in seven minutes (OUT=DIR; ARGS="--parts tests micro")
 	PYTHONPATH=. $(or $(PYTHON),python3) -m tools.gpu_check --out '$(or $(OUT),build/gpu-check)' $(ARGS)
+
+triton-check: $(CHECK)/.ready ## the Triton kernels without a GPU: bf16, races, bounds (ARGS="linear.py mutants")
+	$(CHECK)/bin/python -m tools.triton_check $(ARGS)
 
 # .venv is made anew when it cannot be trusted: it is missing, its interpreter is gone, an
 # installation into it was interrupted, the checkout was copied or moved (scripts and the editable
@@ -98,6 +105,14 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.created $(INPUTS)
 	@rm $(VENV)/.installing
 	@$(BIN)/python -c "from rpg_kernels import native; native.available() or \
 		print('Without the native module:', native.why_not())"
+	@touch $@
+
+$(CHECK)/.ready: $(VENV)/.created $(wildcard $(CHECKER)/*.txt)
+	@echo 'Installing ttsem, Triton and PyTorch into $(CHECK); the first time this downloads PyTorch'
+	$(BIN)/python -m venv --clear $(CHECK)
+	$(CHECK)/bin/python -m pip --disable-pip-version-check install --quiet -r $(CHECKER)/requirements.txt
+	$(CHECK)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		--ignore-requires-python -r $(CHECKER)/requirements-alone.txt
 	@touch $@
 
 FORCE:

@@ -130,7 +130,10 @@ def _scatter_columns(
     SCRAMBLE: tl.constexpr,
 ):
     """See scatter."""
-    b, e = _span(step, low, (first + length - 1) // G, G, BLOCK_K)
+    last = (first + length - 1) // G
+    b, e = _span(step, low, last, G, BLOCK_K)
+    if G >= BLOCK_K:  # the right half of the last tile may lie beyond the last block
+        b = tl.minimum(b, low + last)
     offsets, sign = locate(
         law_ptr, entry_ptr, entry_stride, n, b, e, row0, blocks, low,
         G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,

@@ -18,7 +18,15 @@ FILES = [
     ("conv2d.py",),
     ("unit.py",),
     ("window.py",),
-    ("embedding.py", "law.py", "precision.py", "reference.py", "surroundings.py", "unpack.py"),
+    (
+        "embedding.py",
+        "large_tiles.py",
+        "law.py",
+        "precision.py",
+        "reference.py",
+        "surroundings.py",
+        "unpack.py",
+    ),
 ]
 AHEAD = [
     ("aot.py", "aot_embedding.py"),

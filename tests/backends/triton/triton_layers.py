@@ -89,10 +89,12 @@ def close(got: Tensor, exact: Tensor, dtype: torch.dtype, what: object) -> None:
     assert error < TOLERANCE[dtype], what
 
 
-def check_linear(one: Layer, limit: int, *, ordered: bool, config: Config | None) -> None:
-    """Forward and both gradients of a batch of 9, with a limit of scratch."""
+def check_linear(
+    one: Layer, limit: int, *, ordered: bool, config: Config | None, m: int = 9
+) -> None:
+    """Forward and both gradients of a batch of m, with a limit of scratch."""
     w, dtype = one.weight, one.dtype
-    x, dy = (torch.randn(9, size).to(dtype) for size in reversed(w.shape))
+    x, dy = (torch.randn(m, size).to(dtype) for size in reversed(w.shape))
     bank, spec, a, d = one.bank.to(DEVICE), one.spec, x.to(DEVICE), dy.to(DEVICE)
     with rpg.scratch_limit(limit):
         y = linear.linear(a, bank, None, None, spec, config)

@@ -261,7 +261,7 @@ def test_linear(seed: int) -> None:
 )
 def test_conv2d(shape: tuple[int, ...], taps: int, groups: int, g: int, reflect: str) -> None:
     generator = Generator(70, g, reflect, laps=9, window=8)
-    one = layers.layer(generator, shape, torch.float32, taps)
+    one = layers.layer(generator, shape, DTYPES[shape[0] % len(DTYPES)], taps)
     layers.check_conv2d(one, groups, 1 << 20 if reflect == "vector" else 0)
 
 
