@@ -21,7 +21,6 @@ import torch
 
 import rpg_kernels as rpg
 from rpg_kernels import native
-from rpg_kernels.law.window import WINDOW_LAW
 from tools.reports import shared_banks as banks
 from tools.reports.cuda_counts import INTEGERS, Case, column_loop, per_weight
 from tools.reports.cuda_sass import (
@@ -73,7 +72,7 @@ def case_of(name: str, fill: str = "windows") -> Case:
     kernel, batch = name.split("_kernel<")[0], batch_of(name)
     p = plan(kernel, 14336, 4096, batch, code_of(name), fill)
     made = FILLS[p.fill]
-    return Case(batch, fill=made, rows=p.gathered_rows if made == "gather" else p.rows)
+    return Case(batch, fill=made, rows=p.rows)
 
 
 def code_of(name: str) -> int:
@@ -82,7 +81,7 @@ def code_of(name: str) -> int:
 
 
 def shared_bytes(name: str) -> str:
-    """What a CTA has of a 14336 x 4096 layer on an H200, windows 256 x 4."""
+    """What a CTA has of a 14336 x 4096 layer of 4 laps on an H200."""
     if name.startswith(("unpack", "pack", "ladder")):
         return "1024" if name.startswith("unpack") else "0"
     kernel = name.split("_kernel<")[0]
@@ -91,11 +90,10 @@ def shared_bytes(name: str) -> str:
 
 
 def plan(kernel: str, rows: int, columns: int, batch: int, code: int, fill: str) -> Any:
-    """The plan of a layer that begins with a whole cell."""
+    """The plan of a layer of 4 laps, or of law 1."""
     simt = native._load()[0].simt  # type: ignore[union-attr]
     slots = {"windows": 16384, "ring": 704, "gather": 32768}[fill]
-    windows = {"window": 256, "laps": 4, "law": WINDOW_LAW} if fill == "windows" else {}
-    generator = rpg.Generator(slots, 64, "vector", **windows)
+    generator = rpg.Generator(slots, 64, "vector", laps=4 if fill == "windows" else None)
     bank = rpg.ParameterBank.from_generator(generator, device="meta")
     law = native.layer_law(bank.place((rows, columns)).placement.law)
     return getattr(simt, f"plan_{kernel}")(law, code, batch, columns, *banks.H200)

@@ -17,12 +17,11 @@ FILES = [
     ("linear.py",),
     ("conv2d.py",),
     ("unit.py",),
-    ("window.py",),
     ("embedding.py", "law.py", "precision.py", "reference.py", "surroundings.py", "unpack.py"),
 ]
 AHEAD = [
     ("aot.py", "aot_embedding.py"),
-    ("aot_conv2d.py", "aot_unit.py", "aot_window.py"),
+    ("aot_conv2d.py", "aot_unit.py"),
     ("aot_every.py",),
 ]
 
