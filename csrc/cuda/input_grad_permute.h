@@ -117,16 +117,22 @@ RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& mem
 }
 
 // P of a tile, whose entries are visible after the next barrier: row i of a tile that reads no
-// windows is term i.
-// Blocks of a window that no row of the tile reads become zeros: 0 times what they hold need not be
+// windows is term i. `places` are those of the column's window. Where it has as many terms, in all
+// of its laps, as the tile has rows, each row fills one of them; otherwise what no row fills is
+// made zeros, and so are blocks of the window that no row reads: 0 times what they hold need not be
 // 0. All threads call it; it ends with a barrier.
 template <int BATCH>
-RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, const Stage& stage,
-                           const InputGradMma& memory) {
+RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, int places,
+                           const Stage& stage, const InputGradMma& memory) {
   const bool windows = args.tiling.fill == Fill::kWindows;
-  const int places = windows ? args.tiling.places : 0;
-  clear<BATCH>(args, memory, windows ? 0 : tile.rows, args.plane);
-  for (int i = thread(); i < places; i += kThreads) memory.flag[i] = 0;
+  const int laps = static_cast<int>(args.layer.unit.by_laps.divisor), room = args.tiling.places;
+  const bool gaps = windows && (places != room || places * laps != tile.rows);
+  if (gaps) {
+    clear<BATCH>(args, memory, 0, args.plane);
+    for (int i = thread(); i < room; i += kThreads) memory.flag[i] = 0;
+  } else if (!windows) {
+    clear<BATCH>(args, memory, tile.rows, args.plane);
+  }
   sync();
   RPG_LOOP
   for (int i = thread(); i < tile.rows; i += kThreads) {
@@ -134,13 +140,13 @@ RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, co
     const int place = place_of(entry);
     const int term = windows ? lap_of(entry) * args.terms_per_lap + place : i;
     put<BATCH>(args, memory, i * kSlotBytes<BATCH>, term * kSlotBytes<BATCH>, entry);
-    if (windows) memory.flag[place] = 1;
+    if (gaps) memory.flag[place] = 1;
   }
   sync();
-  if (!windows) return;
+  if (!gaps) return;
   const int chunks = args.bank.row_bytes / 16;
   RPG_LOOP
-  for (int i = thread(); i < places; i += kThreads) {
+  for (int i = thread(); i < room; i += kThreads) {
     if (memory.flag[i]) continue;
     for (int c = 0; c < chunks; ++c) stage.blocks[i * chunks + c] = {0, 0, 0, 0};
   }

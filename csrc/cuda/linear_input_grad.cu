@@ -152,7 +152,7 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
       sum_terms<BATCH>(args, tile, places, stage, dy);
       input_grad_products<BATCH>(args, tile, places, stage, dy, sums);
     } else {
-      put_rows<BATCH>(args, tile, stage, dy);
+      put_rows<BATCH>(args, tile, places, stage, dy);
       input_grad_products<Math, BATCH>(args, tile, share, stage, dy, sums);
     }
     if (windows) find_next_units(layer, tile, range, units, b);

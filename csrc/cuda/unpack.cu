@@ -149,12 +149,12 @@ pack_kernel(RPG_ARGS PackKernelArgs args) {
       const uint32_t p = shuffle(own_use.p, group + k);
       const bool valid = shuffle(own_use.valid, group + k);
       if (!valid) continue;
-      const RowAndColumn at = at_position(layer, p);
+      const RowAndColumn place = at_position(layer, p);
       const int w = layer.reflect == Reflect::kElement ? e0 / 32 : 0;
       const uint32_t word = layer.reflect == Reflect::kNone ? 0 : sign_word(layer, w, p);
-      const int column = at.b * BLOCK + e0, left = layer.columns - column;
+      const int column = place.b * BLOCK + e0, left = layer.columns - column;
       const Bits* values =
-          static_cast<const Bits*>(args.dense) + int64_t{at.n} * layer.columns + column;
+          static_cast<const Bits*>(args.dense) + int64_t{place.n} * layer.columns + column;
       Vector<Bits, kLaneElements> bits{};
       if (aligned) {
         if (left > 0) bits = load<Vector<Bits, kLaneElements>>(values);

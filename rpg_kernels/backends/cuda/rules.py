@@ -238,15 +238,15 @@ def why_slower(
     laid_out, reason = plan(op, placement, dtype, batch, target, copied(bank, dtype))
     if laid_out is None:
         return reason
+    p = parse(placement)
+    signs = getattr(p.generator, "reflect", "") == "element"
+    if isinstance(p.law, UnitLaw) and laid_out.fill in (RING, GATHERED) and not signs:
+        return (
+            f"windows of {p.law.laps} laps do not fit the {target.shared_bytes} bytes of shared "
+            "memory, or hold no fewer blocks than a tile has rows: the CUDA kernels would evaluate "
+            "the law for each block, predicted to be slower"
+        )
     if laid_out.fill == GATHERED:
-        p = parse(placement)
-        signs = getattr(p.generator, "reflect", "") == "element"
-        if isinstance(p.law, UnitLaw) and not signs:
-            return (
-                f"windows of {p.law.laps} laps do not fit the {target.shared_bytes} bytes of "
-                "shared memory, or hold no fewer blocks than a tile has rows: the CUDA kernels "
-                "would gather this weight block by block, predicted to be slower"
-            )
         most = 0 if dtype == torch.float32 or signs else MAX_BATCH_GATHERED[op]
         if batch > most:
             upto = f" beyond batches of {most}" if most else ""

@@ -117,7 +117,7 @@ def test_unread_slots_and_padding_may_hold_anything() -> None:
 
 
 def test_same_bits_every_time_and_close_for_other_threads() -> None:
-    bank = brute.unit_bank(64 * 500, 64, window=64, laps=4, init_std=1.0)
+    bank = rpg.ParameterBank(64 * 500, 64, init_std=1.0)
     weight = bank.place((5000, 200))
     x, dy, before = torch.randn(20, 200), torch.randn(20, 5000), torch.get_num_threads()
     results = []

@@ -21,7 +21,6 @@ from tools.reports import cuda_sass as sass
 ROOT = Path(__file__).parents[3]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-BUDGET = 2.2  # lane-instructions for a weight at batches up to 16
 POINTS: dict[str, Any] = {
     f"law {number}, {name}": entry
     for number in (1, 3)
@@ -101,8 +100,9 @@ def test_products_keep_to_their_instructions(op: str, architecture: str, built: 
         kernel = kernels[name]
         body = report.column_loop(kernel).body
         parts = report.per_weight(kernel, report.case_of(name))
-        assert sum(parts.values()) <= BUDGET
-        assert sum(parts.values()) - parts["entries"] <= report.LOOP_BUDGET
+        whole, without_entries = report.BUDGETS[op]
+        assert sum(parts.values()) <= whole
+        assert sum(parts.values()) - parts["entries"] <= without_entries
         if op == "linear":  # the other one's entries are what it multiplies with
             assert parts["entries"] <= report.TABLE_BUDGET
         # Wide accesses: operands, the bank, sums of 4 rows for each of a thread's 4.
@@ -110,7 +110,7 @@ def test_products_keep_to_their_instructions(op: str, architecture: str, built: 
         assert kernel.count(report.KINDS["LDGSTS.128"], body) >= 4
         if op == "linear" and batch > 1:
             assert kernel.count(report.KINDS["LDS.128"], body) >= batch
-        if same_compiler:
+        if same_compiler and architecture in report.COUNTED:
             row = report.weight_row(name, architecture, kernel)
             assert row in page, "run python -m tools.reports.cuda_report"
 

@@ -85,7 +85,8 @@ def test_the_compiled_back_ends(backend: str, laps: int | None, dtype: torch.dty
     if backend == "cpu":
         operators = {"linear", "linear_input_grad", "linear_bank_grad", "conv2d"}
         operators |= {"embedding", "embedding_bank_grad"}
-        kernel = calls.drawn(rng, (5, 32, 2, 2), granularity=32, reflect="none", laps=laps)
+        taps = (2, 2) if laps is None else (1, 1)  # units of one tap, for any stride
+        kernel = calls.drawn(rng, (5, 32, *taps), granularity=32, reflect="none", laps=laps)
         weights.append(kernel)
     else:
         operators = {"linear", "linear_input_grad", "unpack", "pack"}
