@@ -232,7 +232,7 @@ def shared_wavefronts(op: str, batch: int, case: Case) -> float:
             sums = (case.places + case.rows) / 8 * 2 * planes
         return blocks + 8 * 2 * planes + sums + 2 * case.rows / 32
     if batch == 1:  # dy read, P written with conflicts, and read by the four warps of a part
-        return blocks + case.rows / 32 * (1 + 2.7) + 4 * 2 * case.places / 16
+        return blocks + case.rows / 32 * (1 + 1.6) + 4 * 2 * case.places / 16
     return blocks + 2 * planes * case.rows / 8 + 4 * planes * case.rows / 8
 
 

@@ -163,9 +163,9 @@ def _unit(axes: Any, colours: dict[str, str], slots: list[list[int]]) -> None:
     for part in range(LAW.laps):
         rows = f"rows {part * count} to {(part + 1) * count - 1} of column 0"
         axes.text(64, 7 - 17 * part, rows, ha="right", color=colours["faint"])
-    about = f"unit: its rows read each slot of one window {LAW.laps} times, which are its laps"
+    about = f"unit: its rows read each slot of one window {LAW.laps} times"
     axes.text(32, -25, about, ha="center")
-    about = "8 rows, an octet, read 8 neighbouring slots, an octet of the ring"
+    about = "8 rows, an octet, read 8 neighbouring slots"
     axes.text(32, -30.5, about, ha="center", color=colours["faint"])
 
 
