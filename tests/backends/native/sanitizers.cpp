@@ -428,8 +428,8 @@ int main(int argc, char**) {
         calls += compare_lanes(kTiles, law);
         // Several tiles side by side, of which threads take turns, and the last is narrow.
         if (!slots) continue;
-        calls += compare_lanes(kTiles,
-                               make_layer_law(5, 1, rows, 19, block, slots, 17, reflect, true));
+        calls +=
+            compare_lanes(kTiles, make_layer_law(5, 1, rows, 19, block, slots, 17, reflect, true));
         for (int batch_tile : {1, 4, 16}) {
           const int64_t batch = batch_tile + 2;
           const FloatVector one = linear_layer(law, 1, batch, batch_tile, 1);
