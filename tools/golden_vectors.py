@@ -1,6 +1,6 @@
 """Writes the golden vectors of a packing law: the values that must never change.
 
-    python tools/golden_vectors.py [--law 1|2|3] [--out FILE] [--new-law]
+    python tools/golden_vectors.py [--law 1|3] [--out FILE] [--new-law]
 
 New configurations are added to the file. One that is there already with other values is refused:
 a law that gives other values is a new law version, with a file of its own. ``--new-law`` overwrites
@@ -22,10 +22,8 @@ import torch
 
 from rpg_kernels.law.ring import LAW_VERSION, LayerLaw, keys
 from rpg_kernels.law.unit import UNIT_LAW, UnitLaw
-from rpg_kernels.law.window import WINDOW_LAW, WindowLaw, alignment
 
 FOLDER = Path(__file__).parents[1] / "tests" / "golden"
-RING = 2**64 - 1  # the layer number whose keys scramble windows
 # name -> seed, layer, rows, blocks, granularity, slots, start, reflect, permute
 POINTS: dict[str, tuple[Any, ...]] = {
     "single position": (0, 0, 1, 1, 64, 1, 0, "vector", True),
@@ -75,61 +73,6 @@ WHOLE: dict[str, tuple[Any, ...]] = {
     "whole, 50257 x 12": (2, 7, 50257, 12, 64, 31250, 77, "vector", True),
     "whole, 100003 x 1": (1, 1, 100003, 1, 64, 9973, 0, "vector", True),
     "whole, 128256 x 16": (0, 0, 128256, 16, 64, 31250, 0, "vector", True),
-}
-
-# name -> the same, window, laps; slots, start and window in blocks of the layer
-WINDOW_POINTS: dict[str, tuple[Any, ...]] = {
-    "single position": (0, 0, 1, 1, 64, 64, 0, "vector", True, 64, 1),
-    "one row": (9, 2, 1, 4096, 64, 704, 700, "vector", True, 256, 4),
-    "one block": (9, 3, 20011, 1, 64, 31250, 31232, "vector", True, 256, 16),
-    "worked example": (2, 1, 100, 20, 64, 704, 448, "vector", True, 256, 2),
-    "12 x 12, smallest ring": (2, 0, 12, 12, 64, 64, 8, "element", True, 64, 1),
-    "63 x 5": (2, 2, 63, 5, 16, 300, 32, "element", True, 64, 3),
-    "less than a cell": (2, 3, 64, 9, 64, 704, 1024, "vector", True, 256, 4),
-    "ends inside the cell before": (2, 3, 64, 9, 64, 704, 1088, "vector", True, 512, 4),
-    "997 x 13": (2, 4, 997, 13, 64, 4096, 64, "vector", True, 256, 4),
-    "4096 rows": (3, 4, 4096, 64, 64, 31250, 12352, "vector", True, 256, 4),
-    "4097 rows": (3, 5, 4097, 3, 64, 1000, 64, "vector", True, 128, 8),
-    "5000 rows": (3, 6, 5000, 9, 64, 704, 448, "vector", True, 128, 16),
-    "8191 rows": (3, 7, 8191, 2, 64, 704, 64, "element", True, 64, 2),
-    "14336 rows": (3, 8, 14336, 64, 64, 31250, 0, "vector", True, 256, 16),
-    "50257 x 12": (3, 9, 50257, 12, 64, 31250, 64, "vector", True, 512, 8),
-    "128256 x 16": (3, 10, 128256, 16, 64, 31250, 262144, "vector", True, 1024, 16),
-    "convolution 512 x 4608": (0, 7, 512, 72, 64, 704, 64, "vector", True, 128, 8),
-    "7 laps": (5, 0, 640, 36, 64, 1000, 640, "element", True, 128, 7),
-    "64 laps": (5, 1, 2048, 36, 64, 704, 128, "vector", True, 64, 64),
-    "cells of no power of two": (5, 2, 1000, 37, 64, 777, 192, "vector", True, 64, 5),
-    "window 32768": (5, 3, 4096, 40, 64, 40000, 4096, "vector", True, 32768, 3),
-    "blocks of 8, slots of 64": (11, 0, 40, 137, 8, 5632, 160, "element", True, 2048, 3),
-    "blocks of 1, slots of 128": (11, 1, 256, 147, 1, 90112, 192, "element", True, 8192, 2),
-    "largest window": (11, 2, 32768, 200, 1, 5120000, 64, "element", True, 2**22, 1),
-    "granularity 128": (11, 3, 640, 24, 128, 15625, 64, "element", True, 256, 4),
-    "no reflection": (11, 4, 640, 24, 64, 333, 64, "none", True, 128, 4),
-    "no permutation": (11, 5, 640, 24, 64, 333, 64, "vector", False, 128, 3),
-    "no generating matrix": (11, 6, 640, 24, 64, 333, 64, "none", False, 128, 4),
-    "largest seed": (2**63 - 1, 12345, 960, 40, 64, 704, 64, "element", True, 256, 4),
-    "largest ring": (6, 6, 5000, 40, 64, 2**31 - 1, 2**31 - 64, "vector", True, 256, 4),
-    "laps beyond 2^29": (6, 7, 5000, 9, 64, 704, 2**37 - 64, "vector", True, 256, 4),
-    "start below 2^61": (6, 8, 5000, 9, 2, 704, 2**61 - 64, "element", True, 256, 4),
-    "start at 2^62": (6, 9, 14336, 3, 1, 5000, 2**62, "element", True, 512, 3),
-    "2^31 positions": (6, 0, 2**25, 64, 64, 31250, 64, "vector", True, 256, 4),
-    "bands": (6, 1, 2**33, 3, 64, 31250, 64, "element", True, 256, 4),
-    "bands that cut units": (6, 1, 2**33, 3, 64, 31250, 64, "vector", True, 256, 7),
-    "bands, no permutation": (6, 2, 2**33, 3, 64, 31250, 64, "vector", False, 256, 4),
-    "bands of one row": (6, 3, 5, 2**31 - 1, 64, 2**31 - 1, 2**31 - 4, "vector", True, 256, 4),
-    "bands, last one short": (6, 4, 2**28 + 5007, 11, 64, 704, 64, "vector", True, 128, 16),
-}
-WINDOW_WHOLE: dict[str, tuple[Any, ...]] = {
-    "whole, 100 x 20": (2, 1, 100, 20, 64, 704, 448, "vector", True, 256, 2),
-    "whole, 1003 x 64": (2, 5, 1003, 64, 64, 704, 64, "element", True, 256, 16),
-    "whole, 4096 x 64": (3, 4, 4096, 64, 64, 31250, 12352, "vector", True, 256, 4),
-    "whole, 5000 x 9": (3, 6, 5000, 9, 64, 704, 448, "vector", True, 128, 16),
-    "whole, 8191 x 2": (3, 7, 8191, 2, 64, 704, 64, "element", True, 64, 2),
-    "whole, 14336 x 16": (3, 8, 14336, 16, 64, 31250, 0, "vector", True, 256, 16),
-    "whole, 20011 x 1": (9, 3, 20011, 1, 64, 31250, 31232, "vector", True, 256, 16),
-    "whole, 640 x 36, 7 laps": (5, 0, 640, 36, 64, 1000, 640, "element", True, 128, 7),
-    "whole, blocks of 8": (11, 0, 40, 137, 8, 5632, 160, "element", True, 2048, 3),
-    "whole, 50257 x 12": (3, 9, 50257, 12, 64, 31250, 64, "vector", True, 512, 8),
 }
 
 # name -> the nine of law 1, laps, window, runs, taps; start in uses, slots in blocks of the layer
@@ -194,23 +137,16 @@ UNIT_WHOLE: dict[str, tuple[Any, ...]] = {
     "whole, ring of 7 slots": (2, 2, 63, 5, 16, 7, 33, "element", True, 3, None, 1, 1),
     "whole, 131072 x 3": (5, 4, 131072, 3, 64, 40000, 4096, "vector", True, 4, 4096, 1, 1),
 }
-KINDS: dict[int, type[LayerLaw]] = {
-    LAW_VERSION: LayerLaw,
-    WINDOW_LAW: WindowLaw,
-    UNIT_LAW: UnitLaw,
-}
+KINDS: dict[int, type[LayerLaw]] = {LAW_VERSION: LayerLaw, UNIT_LAW: UnitLaw}
 
 
 def points(layer: LayerLaw, count: int = 10) -> list[list[int]]:
-    """Corners, edges of bands, strips and groups, and some positions between, always the same."""
+    """Corners, edges of bands and groups, and some positions between, always the same."""
     rows, blocks = layer.rows, layer.blocks
     draw = random.Random(rows * 1000003 + blocks)
     band = 1 << (max(1, 2**31 // blocks).bit_length() - 1)
     edges = [(0, 0), (rows - 1, blocks - 1), (0, blocks - 1), (rows - 1, 0), (rows // 2, 0)]
     cuts = [band - 1, band]
-    if isinstance(layer, WindowLaw):
-        strip = 1 << (min(rows, 4096).bit_length() - 1)
-        cuts += [strip - 1, strip, rows // strip * strip - 1, rows // strip * strip]
     if isinstance(layer, UnitLaw):
         size, larger = divmod(layer.octets(0), layer.groups(0))
         first = 8 * (size + (larger > 0))  # row of the second group
@@ -232,10 +168,6 @@ def at_points(kind: type[LayerLaw], config: tuple[Any, ...]) -> dict[str, Any]:
         "points": where,
         "slots": layer.slot(n, b).tolist(),
     }
-    if isinstance(layer, WindowLaw):
-        assert layer.start % alignment(layer.rows) == 0
-        record["ring keys"] = list(keys(layer.seed, RING, 0, 128, 6))
-        record["addresses"] = [address(layer, *position) for position in where]
     if isinstance(layer, UnitLaw):
         assert layer.start % layer.laps == 0
         record["groups"] = layer.groups(0)
@@ -248,13 +180,6 @@ def at_points(kind: type[LayerLaw], config: tuple[Any, ...]) -> dict[str, Any]:
             hex(sum(bit << e for e, bit in enumerate(block))) for block in negative.tolist()
         ]
     return record
-
-
-def address(layer: WindowLaw, n: int, b: int) -> int:
-    """Where a position lies on the address line."""
-    band, row = divmod(n, layer.rows_per_band)
-    p = layer.order(torch.tensor([row]), torch.tensor([b]), band)
-    return layer.first(band) + int(layer.address(p, band))
 
 
 def use_of(layer: UnitLaw, n: int, b: int) -> int:
@@ -290,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit status: 1 when an entry would change."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--law", type=int, choices=list(KINDS), default=LAW_VERSION)
-    parser.add_argument("--out", type=Path, help="law1.json, law2.json ... in tests/golden")
+    parser.add_argument("--out", type=Path, help="law1.json or law3.json in tests/golden")
     parser.add_argument("--new-law", action="store_true", help="overwrite entries that differ")
     args = parser.parse_args(arguments)
 
@@ -298,7 +223,6 @@ def main(arguments: list[str] | None = None) -> int:
     kind = KINDS[args.law]
     at, all_of = {
         LAW_VERSION: (POINTS, WHOLE),
-        WINDOW_LAW: (WINDOW_POINTS, WINDOW_WHOLE),
         UNIT_LAW: (UNIT_POINTS, UNIT_WHOLE),
     }[args.law]
     old = json.loads(out.read_text())["entries"] if out.exists() else {}

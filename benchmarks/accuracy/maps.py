@@ -58,7 +58,6 @@ def law(ring: Ring, shape: tuple[int, ...], layer: int, start: int) -> Entries:
         window=row.window,
         laps=row.laps,
         seed=ring.seed,
-        law=row.law,
     )
     placement, end = place(generator, layer, start, shape, taps=row.taps)
     return Entries(*explicit_map(placement), end)

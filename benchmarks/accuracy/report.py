@@ -28,11 +28,9 @@ from benchmarks.harness.table import NOT_MEASURED, markdown
 
 Found = Mapping[str, Summary]
 # What a reader of the README chooses between; the page beside the results has every row.
-CHOICES = ("dense", "rpg 17x g1 element", "rpg 17x g64 vector",
-           "rpg 17x g64 vector, windows 256 x 4", "rpg 17x g64 vector, windows 64 x 4",
-           "rpg 17x g64 vector, windows 256 x 16", "hashed 17x", "unsigned 17x", "narrow 17x",
-           "rpg 4x g1 element", "rpg 4x g64 vector", "rpg 4x g64 vector, windows 256 x 4",
-           "narrow 4x", "hashed 4x", "unsigned 4x")  # fmt: skip
+CHOICES = ("dense", "rpg 17x g1 element", "rpg 17x g64 vector", "hashed 17x", "unsigned 17x",
+           "narrow 17x", "rpg 4x g1 element", "rpg 4x g64 vector", "narrow 4x", "hashed 4x",
+           "unsigned 4x")  # fmt: skip
 # How a bank is trained.
 TRAINED = ("rpg 17x g64 vector", *(f"rpg 17x g64 vector, {setting}" for setting in (
            "init_std 1", "bank lr x 0.3", "bank lr x 3", "bank decay 0", "bank decay x 10",

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from rpg_kernels.bank.config import PAPER_INIT_STD
-from rpg_kernels.law.window import WINDOW_LAW
 
 GRANULARITIES = (1, 8, 16, 64, 128)
 REFLECT = ("element", "vector", "none")
@@ -26,8 +25,8 @@ class Row:
             has no more trainable numbers than a shared one of this compression.
         granularity, reflect, permute: of the packing law.
         init_std, scale: of the bank and of the layers, as in ``RPGConfig``.
-        window, laps, taps, law: of generator and placement; None for the whole ring, and for what
-            the law chooses.
+        window, laps, taps: of generator and placement; None for the whole ring, and for what the
+            law chooses.
         lr: factor on the recipe's learning rate.
         bank_lr, bank_decay: factors on the bank's learning rate and weight decay.
     """
@@ -41,7 +40,6 @@ class Row:
     window: int | None = None
     laps: int | None = None
     taps: int | None = None
-    law: int | None = None
     init_std: float = PAPER_INIT_STD
     scale: str = "fan_out"
     lr: float = 1.0
@@ -85,24 +83,6 @@ def _design(compression: float) -> list[Row]:
     ]
 
 
-def window_name(compression: float, granularity: int, reflect: str, window: int, laps: int) -> str:
-    """Name of a row with windows.
-
-    Example:
-        >>> window_name(17, 64, "vector", 256, 4)
-        'rpg 17x g64 vector, windows 256 x 4'
-    """
-    return f"{law_name(compression, granularity, reflect)}, windows {window} x {laps}"
-
-
-def _windows(
-    compression: float, window: int, laps: int, granularity: int = 64, reflect: str = "vector"
-) -> Row:
-    name = window_name(compression, granularity, reflect, window, laps)
-    kept: dict[str, Any] = {"granularity": granularity, "reflect": reflect, "law": WINDOW_LAW}
-    return Row(name, LAW, compression, window=window, laps=laps, **kept)
-
-
 def unit_name(compression: float, laps: int, window: int | None, taps: int | None) -> str:
     """Name of a row of the unit law.
 
@@ -140,22 +120,6 @@ DECIDING = (
     _law(17, 128, "vector"),
     _law(4, 1, "element"),
     _law(4, 64, "vector"),
-)
-# Windows of the sizes that fit first-level caches and shared memory, read often and seldom.
-WINDOWS = (
-    _windows(17, 256, 16),
-    _windows(17, 128, 16),
-    _windows(17, 64, 16),
-    _windows(17, 256, 4),
-    _windows(17, 128, 4),
-    _windows(17, 64, 4),
-    _windows(17, 512, 16),
-    _windows(4, 256, 4),
-    _windows(4, 64, 4),
-    _windows(17, 256, 16, reflect="element"),
-    _windows(17, 64, 16, reflect="element"),
-    _windows(17, 256, 1),
-    _windows(17, 512, 4),
 )
 # The unit law as it chooses, with larger windows, and with units of one tap.
 UNITS = (
@@ -216,7 +180,7 @@ def _unique(tiers: Iterable[Sequence[Row]]) -> Iterator[tuple[Row, ...]]:
         yield fresh
 
 
-TIERS = tuple(_unique((DECIDING, WINDOWS, UNITS, SUPPORTING, FURTHER)))
+TIERS = tuple(_unique((DECIDING, UNITS, SUPPORTING, FURTHER)))
 ROWS = {row.name: row for tier in TIERS for row in tier}
 
 

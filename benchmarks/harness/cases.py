@@ -18,8 +18,7 @@ import torch
 from rpg_kernels import _checks
 from rpg_kernels.bank.config import ring_of
 from rpg_kernels.law.generator import Generator
-from rpg_kernels.law.ring import LAW_VERSION, REFLECT
-from rpg_kernels.law.window import WINDOW_LAW
+from rpg_kernels.law.ring import REFLECT
 
 DOFS = (45_000, 2_000_000, 20_000_000)
 GRANULARITIES = (1, 16, 64)
@@ -81,9 +80,9 @@ class Case:
         granularity: elements of a slot.
         reflect: ``"element"``, ``"vector"`` or ``"none"``.
         dtype: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"amp"`` for bf16 beside an fp32 bank.
-        window: slots of a window of the bank, of law 2, which the CUDA kernels read; None reads the
-            whole ring.
-        laps: times that a unit reads each slot of its window; None with a whole ring.
+        window: slots of a window of the bank that the law aims at; None for its own choice, and
+            with a whole ring.
+        laps: times that a unit reads each slot of its window; None reads the whole ring.
 
     Example:
         >>> case = select(["resnet34.layer4.conv3x3/32"])[0]
@@ -113,14 +112,12 @@ class Case:
     def generator(self) -> Generator:
         """Of the bank."""
         slots, granularity = ring_of(self.dof, self.granularity)
-        whole = self.window is None and self.laps is None
         return Generator(
             slots=slots,
             granularity=granularity,
             reflect=self.reflect,
             window=self.window,
             laps=self.laps,
-            law=LAW_VERSION if whole else WINDOW_LAW,
         )
 
     @property
@@ -215,7 +212,9 @@ def bank_of(fields: Mapping[str, Any]) -> str:
         '2M g64 vector fp32 w256x4'
     """
     words = f"{short(fields['dof'])} g{fields['granularity']} {fields['reflect']} {fields['dtype']}"
-    return words + (f" w{fields['window']}x{fields['laps']}" if fields["window"] else "")
+    if fields["window"]:
+        return f"{words} w{fields['window']}x{fields['laps']}"
+    return f"{words} x{fields['laps']}" if fields["laps"] else words
 
 
 def _resnet() -> Iterable[Layer]:

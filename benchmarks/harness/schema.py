@@ -154,8 +154,10 @@ RESULT = {
     "dof": integer("degrees of freedom asked for; the bank rounds down to whole slots"),
     "granularity": integer("elements of a slot"),
     "reflect": text("signs", *REFLECT),
-    "window": integer("slots of a window; null: the whole ring", nullable=True),
-    "laps": integer("of windows; null: the whole ring", nullable=True),
+    "window": integer(
+        "slots of a window; null: the law's choice, or the whole ring", nullable=True
+    ),
+    "laps": integer("uses of a slot in a unit; null: the whole ring", nullable=True),
     "impl": text("implementation"),
     "chosen": Field("bool", "ours, and what the dispatch table chooses for the forward"),
     "status": text("how it went", *STATUSES),

@@ -22,10 +22,9 @@ Dtype checked_dtype(int dtype) {
 
 void check_product(const LayerLaw& law, int64_t batch, int threads, int batch_tile, int tiles) {
   const int block = law.granularity;
-  require(!law.taps, "law: wanted 1 or 2, not the unit law");
+  require(!law.taps, "law: wanted 1, not the unit law");
   require(block == 32 || block == 64, "granularity: wanted blocks of 32 or 64 elements");
   require(law.reflect != Reflect::kElement, "reflect: wanted none or vector");
-  require(law.window <= 1u << 15, "window: wanted at most 2^15 blocks");
   require(batch >= 1 && batch <= INT64_MAX / 8 / law.rows / block, "batch: out of range");
   require(threads >= 1, "threads: wanted at least 1");
   require(batch_tile == 1 || batch_tile == 4 || batch_tile == 8 || batch_tile == 16,

@@ -8,9 +8,8 @@ void bind_cuda(py::module_& m) {
   py::class_<Plan>(m, "Plan", "How a launch is laid out.")
       .def_readonly("fill", &Plan::fill)
       .def_readonly("rows", &Plan::rows)
-      .def_readonly("filled_tiles", &Plan::filled_tiles)
+      .def_readonly("parts", &Plan::parts)
       .def_readonly("tiles", &Plan::tiles)
-      .def_readonly("gathered_rows", &Plan::gathered_rows)
       .def_readonly("places", &Plan::places)
       .def_readonly("stages", &Plan::stages)
       .def_readonly("splits", &Plan::splits)
@@ -25,6 +24,7 @@ void bind_cuda(py::module_& m) {
   bind_plan<cuda::plan_linear_bank_grad>(cuda, "plan_linear_bank_grad");
   bind<cuda::linear, cuda::linear_input_grad, cuda::linear_bank_grad>(cuda);
   bind_unpack<cuda::unpack, cuda::pack>(cuda);
+  bind_law<cuda::law>(cuda);
 }
 
 }  // namespace rpg

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/module.h"
+#include "cuda/law.h"
 #include "cuda/linear.h"
 #include "cuda/unpack.h"
 
@@ -16,12 +17,17 @@ namespace {
 
 constexpr int64_t kInt32 = INT32_MAX;
 
-void check_law(const LayerLaw& law) {
+void check_blocks(const LayerLaw& law) {
   const int block = law.granularity;
-  require(!law.taps, "law: wanted 1 or 2, not the unit law");
+  require(law.taps <= 1 && (!law.taps || law.run_blocks == law.blocks),
+          "taps, run_blocks: wanted a matrix, not a convolution");
   require(block == 32 || block == 64, "granularity: wanted blocks of 32 or 64 elements");
+}
+
+void check_law(const LayerLaw& law) {
+  check_blocks(law);
   require(bands_of(law) == 1, "rows: wanted a layer of at most 2^31 blocks");
-  require(law.rows * law.blocks <= kInt32 && law.blocks * block <= kInt32,
+  require(law.rows * law.blocks <= kInt32 && law.blocks * law.granularity <= kInt32,
           "rows: wanted fewer than 2^31 blocks, and elements of a row");
 }
 
@@ -98,17 +104,11 @@ void linear_bank_grad(const LayerLaw& law, const Plan& plan, int dtype, uintptr_
              address<unsigned>(counters), address<void>(stream)});
 }
 
-void check_blocks(const LayerLaw& law, int64_t columns) {
-  const int block = law.granularity;
-  require(!law.taps, "law: wanted 1 or 2, not the unit law");
-  require(block == 32 || block == 64, "granularity: wanted blocks of 32 or 64 elements");
-  check_columns(law, columns);
-}
-
 template <void (*UNPACK)(const LayerLaw&, const CudaUnpackArgs&)>
 void unpack(const LayerLaw& law, int dtype, uintptr_t ring, uintptr_t out, int64_t columns,
             double scale, uintptr_t stream) {
-  check_blocks(law, columns);
+  check_blocks(law);
+  check_columns(law, columns);
   require(ring % 16 == 0, "ring: wanted an address that is a multiple of 16");
   UNPACK(law, {checked_dtype(dtype), address<const void>(ring), address<void>(out), columns, scale,
                address<void>(stream)});
@@ -117,7 +117,8 @@ void unpack(const LayerLaw& law, int dtype, uintptr_t ring, uintptr_t out, int64
 template <void (*PACK)(const LayerLaw&, const CudaPackArgs&)>
 void pack(const LayerLaw& law, int dtype, uintptr_t dense, uintptr_t grad, int64_t columns,
           double scale, uintptr_t stream) {
-  check_blocks(law, columns);
+  check_blocks(law);
+  check_columns(law, columns);
   PACK(law, {checked_dtype(dtype), address<const void>(dense), address<float>(grad), columns, scale,
              address<void>(stream)});
 }
@@ -131,6 +132,22 @@ void bind_unpack(py::module_& m) {
   m.def("pack", &pack<PACK>, py::call_guard<py::gil_scoped_release>(), py::arg("law"),
         py::arg("dtype"), py::arg("dense"), py::arg("grad"), py::arg("columns"), py::arg("scale"),
         py::arg("stream"));
+}
+
+// Evaluates positions of one band on the device of the stream; all are device addresses.
+template <void (*LAW)(const LayerLaw&, const CudaLawArgs&)>
+void law(const LayerLaw& law, int64_t band, uintptr_t n, uintptr_t b, int64_t count,
+         uintptr_t slots, uintptr_t words, uintptr_t stream) {
+  require(band >= 0 && band < bands_of(law), "band: outside the layer");
+  LAW(law, {band, address<const int64_t>(n), address<const int64_t>(b), count,
+            address<int64_t>(slots), address<int64_t>(words), address<void>(stream)});
+}
+
+template <void (*LAW)(const LayerLaw&, const CudaLawArgs&)>
+void bind_law(py::module_& m) {
+  m.def("law", &law<LAW>, py::arg("law"), py::arg("band"), py::arg("n"), py::arg("b"),
+        py::arg("count"), py::arg("slots"), py::arg("words"), py::arg("stream"),
+        "Slots and sign words of positions of one band, int64 numbers in the device's memory.");
 }
 
 template <PlanOf PLAN>

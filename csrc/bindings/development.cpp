@@ -60,6 +60,7 @@ void bind_development(py::module_& m) {
   bind_plan<simt::plan_linear_bank_grad>(simt, "plan_linear_bank_grad");
   bind<simt::linear, simt::linear_input_grad, simt::linear_bank_grad>(simt);
   bind_unpack<simt::unpack, simt::pack>(simt);
+  bind_law<simt::law>(simt);
   bind_ladder<simt::ladder_linear>(simt);
   simt.def("accesses_of", &accesses_of, py::arg("body"));
 }

@@ -9,9 +9,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "cuda/law.h"
 #include "law/unit.h"
-#include "law/window.h"
 
 namespace py = pybind11;
 
@@ -32,24 +30,11 @@ void check_address(int64_t address, int64_t uses) {
 }
 
 LayerLaw checked_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks, int granularity,
-                     int64_t slots, int64_t start, int reflect, bool permute, int64_t window,
-                     int64_t laps, int64_t address) {
+                     int64_t slots, int64_t start, int reflect, bool permute) {
   check_layer(rows, blocks, granularity, slots, reflect);
   require(start >= 0 && start < slots, "start: wanted 0 to slots - 1");
-  LayerLaw law =
-      make_layer_law(seed, layer, rows, blocks, granularity, static_cast<uint32_t>(slots),
-                     static_cast<uint32_t>(start), static_cast<Reflect>(reflect), permute);
-  if (window) {
-    require(
-        window >= kMinWindow && window <= kMaxWindow && !(window & (window - 1)) && window <= slots,
-        "window: wanted a power of two of at least 64 blocks, at most the ring");
-    require(laps >= 1 && laps <= kMaxLaps, "laps: wanted 1 to 64");
-    check_address(address, rows * blocks);
-    law.window = static_cast<uint32_t>(window);
-    law.laps = static_cast<uint32_t>(laps);
-    law.address = static_cast<uint64_t>(address);
-  }
-  return law;
+  return make_layer_law(seed, layer, rows, blocks, granularity, static_cast<uint32_t>(slots),
+                        static_cast<uint32_t>(start), static_cast<Reflect>(reflect), permute);
 }
 
 // Octets of `rows` rows, of which the last may have fewer.
@@ -145,12 +130,7 @@ void permutation(const LayerLaw& law, int64_t band, bool inverse, uintptr_t q, i
   require(band >= 0 && band < bands_of(law), "band: outside the layer");
   const int64_t rows = law.rows - band * law.rows_per_band;
   int64_t size = (rows < law.rows_per_band ? rows : law.rows_per_band) * law.blocks;
-  if (law.window) {
-    const int64_t units = make_window_band(law, band).units;
-    size = units ? units : 1;
-  } else if (law.taps) {
-    size = law.blocks / law.taps;
-  }
+  if (law.taps) size = law.blocks / law.taps;
   const int64_t* positions = address<const int64_t>(q);
   for (int64_t i = 0; i < count; ++i) {
     require(positions[i] >= 0 && positions[i] < size, "q: outside the band");
@@ -213,8 +193,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<LayerLaw> law(m, "LayerLaw", "The packing law of one layer.");
   law.def(py::init(&checked_law), py::arg("seed"), py::arg("layer"), py::arg("rows"),
           py::arg("blocks"), py::arg("granularity"), py::arg("slots"), py::arg("start"),
-          py::arg("reflect"), py::arg("permute"), py::arg("window") = 0, py::arg("laps") = 0,
-          py::arg("address") = 0)
+          py::arg("reflect"), py::arg("permute"))
       .def(py::init(&checked_unit_law), py::arg("seed"), py::arg("layer"), py::arg("rows"),
            py::arg("blocks"), py::arg("granularity"), py::arg("slots"), py::arg("reflect"),
            py::arg("permute"), py::arg("laps"), py::arg("address"), py::arg("taps"),
@@ -251,20 +230,6 @@ PYBIND11_MODULE(_native, m) {
       py::arg("write"), py::arg("passes"), py::arg("threads"),
       "Reads `passes` times, or reads and writes, a buffer of [threads, count] 64-bit words, each "
       "row by a thread of its own.");
-
-  m.def(
-      "cuda_law",
-      [](const LayerLaw& law, int64_t band, uintptr_t n, uintptr_t b, int64_t count,
-         uintptr_t slots_out, uintptr_t words_out, uintptr_t stream) {
-        require(!law.taps, "law: wanted 1 or 2, not the unit law");
-        require(band >= 0 && band < bands_of(law), "band: outside the layer");
-        cuda::law(law, band, address<const int64_t>(n), address<const int64_t>(b), count,
-                  address<int64_t>(slots_out), address<int64_t>(words_out), address<void>(stream));
-      },
-      py::call_guard<py::gil_scoped_release>(), py::arg("law"), py::arg("band"), py::arg("n"),
-      py::arg("b"), py::arg("count"), py::arg("slots"), py::arg("words"), py::arg("stream"),
-      "Slots and sign words of positions of one band, evaluated on the device of the stream; n, b "
-      "and the results are device addresses of int64 numbers.");
 }
 
 }  // namespace rpg

@@ -1,22 +1,17 @@
 // conv2d: y [B, N, H', W'] = scale · conv2d(x [B, C, H, W], Ŵ) + bias, Ŵ = G ring never in memory,
 // and no matrix of patches either.
 //
-// It is `linear` over output pixels (linear.cpp): per column of blocks and window S = window · x_b
-// once, then an addition for each row. x_b [block, 16 pixels] is gathered from the image just
-// before a column uses it, 4 KB per tile, and results go from the sums into the image. Both
+// It is `linear` over output pixels (linear.cpp): per column of blocks S = ring · x_b once,
+// then an addition for each row. x_b [block, 16 pixels] is gathered from the image just before a
+// column uses it, 4 KB per tile, and results go from the sums into the image. Both
 // are functions of their own, so that the instances of the product do not multiply.
 //
 // Plan, for 16 pixels and one column of N rows and 64 elements, in vectors of 16 floats: products
-// 64 N / laps, additions N (each two loads and a store), gathering 64 loads and stores where
+// 64 min(N, slots), additions N (each two loads and a store), gathering 64 loads and stores where
 // pixels lie side by side, up to three times as many where they span rows of the image, 64 loads
-// and 256 shuffles where channels do, and 1024 scalar moves otherwise (strides). With N = 256 and 4
-// laps 4096 + 256 + about 128: products are what takes time, a quarter of a dense convolution's. A
-// 1x1 from 64 to 256 at 56 x 56 is 51 M products dense, 13 M here: at one vector per cycle 0.8 M
-// cycles, 0.3 ms at 2.6 GHz, and 4 MB of image in and out beside it.
-//
-// Pixels are dealt to threads, tiles of 16 in order: a part computes all of its rows by itself, so
-// results do not depend on how many there are. Of few pixels columns are dealt instead, as in
-// `linear`.
+// and 256 shuffles where channels do, and 1024 scalar moves otherwise (strides). With N = 256 and a
+// ring of 64 slots 4096 + 256 + about 128: products are what takes time, a quarter of a dense
+// convolution's.
 
 #include "cpu/conv2d.h"
 

@@ -1,10 +1,10 @@
 // The products that a factored layer is made of, and the sums that go with them.
 //
-// A column of blocks reads rows w of a window: Ŵ[n, b] = ± window[slot(n)]. So with BATCH rows of x
+// A column of blocks reads slots w of the ring: Ŵ[n, b] = ± ring[slot(n)]. So with BATCH rows of x
 //
-//   S[w] = window[w] · x_b        y[n] += ± S[slot(n)]
+//   S[w] = ring[w] · x_b        y[n] += ± S[slot(n)]
 //
-// and the multiplications are those of the window, not of the rows that read it. Layouts: S [slots,
+// and the multiplications are those of the ring, not of the rows that read it. Layouts: S [slots,
 // BATCH]; y [rows, BATCH]; x_b [block, BATCH] ("by element") when BATCH is 8 or 16, [BATCH, block]
 // ("by row") when it is 1 or 4. All fp32. Multiplications per slot and batch row: `block`.
 // Additions per position: one vector of BATCH lanes, a load of S and of y beside it.
@@ -20,31 +20,24 @@ namespace {  // compiled once per instruction set, see law/ring.h
 constexpr bool by_row(int batch) { return batch <= 4; }
 
 // The parts of an entry: the slot that a position reads, and in its highest bit the sign.
-template <class Entry>
-struct EntryOf {
-  static constexpr int kShift = 8 * sizeof(Entry) - 1;
-  static inline uint32_t slot(Entry e) { return e & static_cast<Entry>((Entry{1} << kShift) - 1); }
-  static inline uint32_t sign(Entry e) { return static_cast<uint32_t>(e >> kShift) << 31; }
-};
+inline uint32_t slot_of(uint32_t entry) { return entry & 0x7FFFFFFFu; }
+inline uint32_t sign_of(uint32_t entry) { return entry & 0x80000000u; }
 
-// A window of the ring: its blocks from slot `base` on, around the end of the ring.
+// The blocks of the ring.
 template <int BLOCK>
-class RingWindow {
+class RingBlocks {
  public:
   // ring [slots, BLOCK]; of each block `valid` elements count.
-  RingWindow(Dtype dtype, const void* ring, uint32_t slots, uint32_t base, int valid)
+  RingBlocks(Dtype dtype, const void* ring, int valid)
       : dtype_(dtype),
         valid_(valid),
         bytes_(BLOCK * element_bytes(dtype)),
-        before_end_(static_cast<int64_t>(slots) - base) {
-    part_[0] = static_cast<const char*>(ring) + base * bytes_;
-    part_[1] = part_[0] - slots * bytes_;
-  }
+        ring_(static_cast<const char*>(ring)) {}
 
   // Block `slot` as fp32 with zeros behind the valid elements: itself if it is that already, or
   // converted into `buffer` [BLOCK].
   const float* block(int64_t slot, float* buffer) const {
-    const char* stored = part_[slot >= before_end_] + slot * bytes_;
+    const char* stored = ring_ + slot * bytes_;
     if (dtype_ == Dtype::kFloat32 && valid_ == BLOCK) return reinterpret_cast<const float*>(stored);
     switch (dtype_) {
       case Dtype::kBfloat16: convert<Bfloat16>(stored, buffer); break;
@@ -68,8 +61,7 @@ class RingWindow {
   Dtype dtype_;
   int valid_;
   int64_t bytes_;
-  int64_t before_end_;
-  const char* part_[2];
+  const char* ring_;
 };
 
 // out[r] = block r · x_b for COUNT blocks given by their addresses.
@@ -105,15 +97,15 @@ inline void products(const float* const (&block)[COUNT], const float* x, float* 
 // Blocks that one call of `products` takes.
 constexpr int product_rows(int batch) { return by_row(batch) ? 16 / batch : kProductRows; }
 
-// S[w] = window[w] · x_b for the first `slots` slots.
+// S[w] = ring[w] · x_b for all slots.
 template <int BLOCK, int BATCH>
-inline void window_products(const RingWindow<BLOCK>& window, int slots, const float* x, float* s) {
+inline void slot_products(const RingBlocks<BLOCK>& ring, int slots, const float* x, float* s) {
   constexpr int kRows = product_rows(BATCH);
   alignas(64) float buffer[kRows][BLOCK];
   for (int w = 0; w < slots; w += kRows) {
     const int count = slots - w < kRows ? slots - w : kRows;
     const float* block[kRows];
-    for (int r = 0; r < kRows; ++r) block[r] = window.block(w + (r < count ? r : 0), buffer[r]);
+    for (int r = 0; r < kRows; ++r) block[r] = ring.block(w + (r < count ? r : 0), buffer[r]);
     if (count == kRows) {
       products<BLOCK, BATCH>(block, x, s + int64_t{w} * BATCH);
     } else {
@@ -125,29 +117,26 @@ inline void window_products(const RingWindow<BLOCK>& window, int slots, const fl
 }
 
 // y[i] += ± S[slot(i)]. With BATCH 1, S holds all negatives behind the values: [2, slots].
-template <int BATCH, class Entry>
-inline void add_products(const Entry* entry, int count, const float* s, int slots, float* y) {
-  using Read = EntryOf<Entry>;
+template <int BATCH>
+inline void add_products(const uint32_t* entry, int count, const float* s, int slots, float* y) {
   if constexpr (BATCH == 1) {
 #pragma omp simd
     for (int i = 0; i < count; ++i) {
-      y[i] += s[static_cast<int>(Read::slot(entry[i])) +
-                static_cast<int>(entry[i] >> Read::kShift) * slots];
+      y[i] += s[static_cast<int>(slot_of(entry[i])) + static_cast<int>(entry[i] >> 31) * slots];
     }
   } else {
     for (int i = 0; i < count; ++i) {
-      const Floats<BATCH> read = load<BATCH>(s + int64_t{Read::slot(entry[i])} * BATCH);
+      const Floats<BATCH> read = load<BATCH>(s + int64_t{slot_of(entry[i])} * BATCH);
       store<BATCH>(y + i * BATCH,
-                   load<BATCH>(y + i * BATCH) + flip_all<BATCH>(read, Read::sign(entry[i])));
+                   load<BATCH>(y + i * BATCH) + flip_all<BATCH>(read, sign_of(entry[i])));
     }
   }
 }
 
 // y[i] += ± block(slot(i)) · x_b, block by block.
-template <int BLOCK, int BATCH, class Entry>
-inline void direct_products(const Entry* entry, int count, const RingWindow<BLOCK>& window,
+template <int BLOCK, int BATCH>
+inline void direct_products(const uint32_t* entry, int count, const RingBlocks<BLOCK>& ring,
                             const float* x, float* y) {
-  using Read = EntryOf<Entry>;
   constexpr int kRows = product_rows(BATCH);
   alignas(64) float buffer[kRows][BLOCK];
   alignas(64) float out[kRows * BATCH];
@@ -155,11 +144,11 @@ inline void direct_products(const Entry* entry, int count, const RingWindow<BLOC
     const int size = count - i < kRows ? count - i : kRows;
     const float* block[kRows];
     for (int r = 0; r < kRows; ++r) {
-      block[r] = window.block(Read::slot(entry[i + (r < size ? r : 0)]), buffer[r]);
+      block[r] = ring.block(slot_of(entry[i + (r < size ? r : 0)]), buffer[r]);
     }
     products<BLOCK, BATCH>(block, x, out);
     for (int r = 0; r < size; ++r) {
-      const uint32_t sign = Read::sign(entry[i + r]);
+      const uint32_t sign = sign_of(entry[i + r]);
       if constexpr (BATCH == 1) {
         y[i + r] += as_float(as_bits(out[r]) ^ sign);
       } else {

@@ -1,5 +1,5 @@
-// The laws on lists of positions: slots, sign words, and the bare permutation (of the window law:
-// of units; of the unit law: of columns) and its inverse.
+// The laws on lists of positions: slots, sign words, and the bare permutation (of the unit law: of
+// columns) and its inverse.
 //
 // A list is split evenly over threads and evaluated kLanes positions at a time, all of one band.
 
@@ -14,9 +14,6 @@ constexpr int kLanes = 64;
 // The position of row n of the band and block b, which the law's functions take.
 uint32_t position_at(const LayerLaw& law, const BandLaw&, uint32_t n, uint32_t b) {
   return n * static_cast<uint32_t>(law.blocks) + b;
-}
-uint32_t position_at(const LayerLaw&, const WindowBand& band, uint32_t n, uint32_t b) {
-  return order(band, n, b);
 }
 uint32_t position_at(const LayerLaw&, const UnitBand& band, uint32_t n, uint32_t b) {
   return position_in_units(band, n, b);

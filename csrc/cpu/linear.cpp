@@ -1,14 +1,12 @@
 // linear: y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias, Ŵ = G ring never in memory.
 //
 // Strips of rows, column of blocks by column of blocks (walk.h). A piece of a column that has more
-// rows than its window has slots is factored (factor.h): S = window · x_b once, then a sum for each
+// rows than the ring has slots is factored (factor.h): S = ring · x_b once, then a sum for each
 // row; otherwise each row has its own product. Sums of a strip are kept in fp32 beside the batch,
 // [rows, BATCH], and written once.
 //
-// Per position (a row of a block, BLOCK weights): a table entry of 2 or 4 bytes, a vector of BATCH
-// sums read and written, and of the window's bytes and products what `laps` rows of the column
-// share. For 4096 rows, 256 slots of 64, batch 1: 64 KB of window and 4096 entries against 1 MB of
-// dense fp32 weights.
+// Per position (a row of a block, BLOCK weights): a table entry of 4 bytes, a vector of BATCH sums
+// read and written, and of the ring's bytes and products what the rows of the column share.
 //
 // Columns are dealt to `threads` parts in order. Strips that several parts worked on are summed in
 // the order of parts, so results depend on their number, in rounding, and on nothing else.
@@ -19,7 +17,9 @@
 
 #include "cpu/batch.h"
 #include "cpu/conv2d.h"
+#include "cpu/factor.h"
 #include "cpu/instance.h"
+#include "cpu/walk.h"
 
 namespace rpg::RPG_ISA {
 
@@ -32,7 +32,7 @@ inline int64_t strip_rows(int batch_tile, int tiles) { return kSums / (batch_til
 // Floats of a cache line: S and the sums begin at multiples of it.
 constexpr int64_t kLineFloats = 16;
 constexpr int64_t kLineBytes = 4 * kLineFloats;
-// Slots that S has room for beyond those of the window. Nothing is written there; the size of the
+// Slots that S has room for beyond those of the ring. Nothing is written there; the size of the
 // workspace, which callers ask for, has always had them.
 constexpr int64_t kSpareSlots = 16;
 
@@ -47,15 +47,13 @@ struct LinearLayout {
   int64_t bytes_per_part() const { return entries + 4 * (s + 2 * sums); }
 };
 
-template <class Walk>
 LinearLayout linear_layout(const LayerLaw& law, const std::vector<Strip>& strips,
                            const LinearArgs& args) {
   const int batch_tile = args.batch_tile, tiles = args.tiles;
   LinearLayout out{};
   for (const Strip& strip : strips) out.height = std::max(out.height, strip.height);
-  out.entries =
-      round_up(Walk::kEntries * static_cast<int64_t>(sizeof(typename Walk::Entry)), kLineBytes);
-  const int64_t slots = law.window ? law.window : law.slots;
+  out.entries = round_up(Walk::kEntries * static_cast<int64_t>(sizeof(uint32_t)), kLineBytes);
+  const int64_t slots = law.slots;
   // At batch 1, S holds all negatives behind the values (add_products).
   out.s = slots < out.height ? (slots + kSpareSlots) * (batch_tile == 1 ? 2 : batch_tile) : 0;
   out.s = round_up(out.s, kLineFloats);
@@ -65,16 +63,14 @@ LinearLayout linear_layout(const LayerLaw& law, const std::vector<Strip>& strips
   return out;
 }
 
-template <int BLOCK, int BATCH, class Walk>
+template <int BLOCK, int BATCH>
 class Linear {
-  using Entry = typename Walk::Entry;
-
  public:
   Linear(const LayerLaw& law, const LinearArgs& args)
       : law_(law),
         args_(args),
-        strips_(strips_of<Walk>(law, strip_rows(BATCH, args.tiles))),
-        layout_(linear_layout<Walk>(law, strips_, args)),
+        strips_(strips_of(law, strip_rows(BATCH, args.tiles))),
+        layout_(linear_layout(law, strips_, args)),
         x_(static_cast<float*>(args.workspace)) {
     for (int part = 0; part <= args.threads; ++part) {
       split_.push_back(column_split(strips_, law.blocks, part, args.threads));
@@ -115,7 +111,7 @@ class Linear {
   int64_t end_of(const Strip& strip) const { return strip.first + strip.height * law_.blocks; }
 
   void work(int part, int64_t m0, int64_t rows) const {
-    Entry* entry = reinterpret_cast<Entry*>(part_memory(part));
+    uint32_t* entry = reinterpret_cast<uint32_t*>(part_memory(part));
     float* s = reinterpret_cast<float*>(part_memory(part) + layout_.entries);
     const int64_t begin = split_[part], end = split_[part + 1];
     const Image* const image = args_.image;
@@ -130,11 +126,11 @@ class Linear {
       std::memset(sums_of_strip, 0, sizeof(float) * layout_.sums);
       const int64_t first = (low - strip.first) / strip.height;
       const int64_t last = (high - strip.first) / strip.height;
-      walk.walk(strip, first, last, entry, [&](const Piece<Entry>& piece) {
+      walk.walk(strip, first, last, entry, [&](const Piece& piece) {
         const int64_t left = image ? image->run - piece.block % image->run_blocks * BLOCK
                                    : args_.columns - piece.block * BLOCK;
-        const RingWindow<BLOCK> window(args_.bank_dtype, args_.ring, law_.slots, piece.base,
-                                       static_cast<int>(left < BLOCK ? left : BLOCK));
+        const RingBlocks<BLOCK> ring(args_.bank_dtype, args_.ring,
+                                     static_cast<int>(left < BLOCK ? left : BLOCK));
         if (image && piece.block != gathered) {
           gathered = piece.block;
           for (int tile = 0; tile < x_tiles.count(); ++tile) {
@@ -144,7 +140,7 @@ class Linear {
         }
         for (int tile = 0; tile < x_tiles.count(); ++tile) {
           float* y = sums_of_strip + (tile * layout_.height + piece.row) * BATCH;
-          add(piece, window, x_tiles.block_of(tile, image ? 0 : piece.block), s, y);
+          add(piece, ring, x_tiles.block_of(tile, image ? 0 : piece.block), s, y);
         }
       });
       if (low == strip.first && high == end_of(strip)) {
@@ -153,17 +149,18 @@ class Linear {
     }
   }
 
-  void add(const Piece<Entry>& piece, const RingWindow<BLOCK>& window, const float* x, float* s,
+  void add(const Piece& piece, const RingBlocks<BLOCK>& ring, const float* x, float* s,
            float* y) const {
-    if (piece.slots >= piece.count) {
-      direct_products<BLOCK, BATCH>(piece.entry, piece.count, window, x, y);
+    if (law_.slots >= static_cast<uint32_t>(piece.count)) {
+      direct_products<BLOCK, BATCH>(piece.entry, piece.count, ring, x, y);
       return;
     }
-    window_products<BLOCK, BATCH>(window, piece.slots, x, s);
+    const int slots = static_cast<int>(law_.slots);
+    slot_products<BLOCK, BATCH>(ring, slots, x, s);
     if (BATCH == 1) {
-      for (int w = 0; w < piece.slots; ++w) s[piece.slots + w] = -s[w];
+      for (int w = 0; w < slots; ++w) s[slots + w] = -s[w];
     }
-    add_products<BATCH>(piece.entry, piece.count, s, piece.slots, y);
+    add_products<BATCH>(piece.entry, piece.count, s, slots, y);
   }
 
   // Rows [begin, end) of a strip, from the sums of several parts.
@@ -209,18 +206,13 @@ class Linear {
   float* x_;                    // [tiles, blocks, BLOCK · BATCH]
 };
 
-template <class Walk>
-Workspace workspace(const LayerLaw& law, const LinearArgs& args) {
-  const auto strips = strips_of<Walk>(law, strip_rows(args.batch_tile, args.tiles));
-  const LinearLayout layout = linear_layout<Walk>(law, strips, args);
-  const int64_t activations = 4 * layout.x;
-  return {activations + args.threads * layout.bytes_per_part(), activations};
-}
-
 }  // namespace
 
 Workspace linear_workspace(const LayerLaw& law, const LinearArgs& args) {
-  return law.window ? workspace<WindowWalk>(law, args) : workspace<RingWalk>(law, args);
+  const auto strips = strips_of(law, strip_rows(args.batch_tile, args.tiles));
+  const LinearLayout layout = linear_layout(law, strips, args);
+  const int64_t activations = 4 * layout.x;
+  return {activations + args.threads * layout.bytes_per_part(), activations};
 }
 
 void linear(const LayerLaw& law, const LinearArgs& args) { run_instance<Linear>(law, args); }

@@ -7,7 +7,6 @@
 #include <memory>
 
 #include "law/unit.h"
-#include "law/window.h"
 
 namespace rpg {
 
@@ -53,7 +52,6 @@ inline int64_t positions_of(const Region& region) {
 // The law of one band, whichever it is: of these members the layer's law sets one.
 struct AnyBand {
   BandLaw ring;
-  WindowBand window;
   UnitBand unit;
 };
 
@@ -62,8 +60,6 @@ template <class Function>
 inline void with_band(const LayerLaw& law, const AnyBand& band, const Function& function) {
   if (law.taps) {
     function(band.unit);
-  } else if (law.window) {
-    function(band.window);
   } else {
     function(band.ring);
   }
@@ -73,8 +69,6 @@ inline AnyBand make_any_band(const LayerLaw& law, int64_t band) {
   AnyBand out{};
   if (law.taps) {
     out.unit = make_unit_band(law, band);
-  } else if (law.window) {
-    out.window = make_window_band(law, band);
   } else {
     out.ring = make_band_law(law, band);
   }
@@ -87,7 +81,7 @@ inline Region merged(const LayerLaw& law, Region region) {
   if (region.count == region.run_blocks) {
     region.count = region.run_blocks = law.blocks;
     region.runs = 1;
-    if (!region.lookup && bands_of(law) == 1 && !law.window && !law.taps) {
+    if (!region.lookup && bands_of(law) == 1 && !law.taps) {
       region.low = region.first_row * law.blocks;
       region.count = region.rows * law.blocks;
       region.first_row = 0;
@@ -187,9 +181,8 @@ class OctetRow {
       word[l] = law.permute ? hash_word(q[l], law.octet_key[0], law.octet_key[1]) : 0;
     }
     for (int j = 0; law.permute && j < kShuffleRounds; ++j) {
-      const uint32_t k0 = law.round_key[2 * j], k1 = law.round_key[2 * j + 1];
       for (uint32_t l = 0; l < kChunk; ++l) {
-        i[l] = shuffle_round(i[l], size, hash_word(unit[l], k0, k1));
+        i[l] = shuffle_round(i[l], size, round_of(law, unit[l], size, j));
       }
     }
     for (uint32_t l = 0; l < kChunk; ++l) {
@@ -250,11 +243,7 @@ class Cursor {
     for (int l = filled; l < LANES; ++l) p[l] = slot[l] = 0;
     if (law_.taps) return filled;  // whose slots are there
     for (int l = 0; l < LANES; ++l) slot[l] = p[l];
-    if (law_.window) {
-      slots_of(band_law_.window, slot);
-    } else {
-      slots_of(band_law_.ring, slot);
-    }
+    slots_of(band_law_.ring, slot);
     return filled;
   }
 
@@ -274,12 +263,8 @@ class Cursor {
       return;
     }
     const int64_t b = run_ * region_.run_blocks + region_.low + column_;
-    uint32_t first = static_cast<uint32_t>(row * law_.blocks + b), step = 1;
-    if (law_.window) {  // a row of a strip: its columns lie the strip's height apart
-      first = order(band_law_.window, row, static_cast<uint32_t>(b));
-      step = strip_height(row, band_law_.window.rows);
-    }
-    for (uint32_t k = 0; k < count; ++k) p[k] = first + k * step;
+    const uint32_t first = static_cast<uint32_t>(row * law_.blocks + b);
+    for (uint32_t k = 0; k < count; ++k) p[k] = first + k;
   }
 
   const LayerLaw& law_;

@@ -24,20 +24,6 @@ struct OctetEntry {
   uint8_t signs;    // bit r: row r reads the negative
 };
 
-// The window of a unit: `octets` octets from slot `base` on, around the end of the ring. Its first
-// octet has been used `used` times by other units.
-struct UnitWindow {
-  uint32_t base;
-  uint32_t octets;
-  uint32_t used;
-};
-
-inline UnitWindow window_of(const UnitBand& law, const Unit& unit) {
-  const uint32_t first = divide(unit.use, law.by_laps), laps = law.by_laps.divisor;
-  const uint32_t used = unit.use - first * laps;
-  return {slot_of_use(law, unit.use, 0), (used + unit.size + laps - 1) / laps, used};
-}
-
 namespace octet {
 
 // Of the word of an octet, the bits that say how it is read: 31 to 29, 2 to 0, 5 and 4.

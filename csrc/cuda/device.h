@@ -56,10 +56,6 @@ class Shared {
   __device__ __forceinline__ T* span(int i, int) const { return data_ + i; }
   // Returns the array that begins with element i.
   __device__ __forceinline__ Shared tail(int i) const { return Shared(data_ + i); }
-  // Returns the array that begins after so many bytes, which are whole elements.
-  __device__ __forceinline__ Shared tail_at_byte(int bytes) const {
-    return Shared(reinterpret_cast<T*>(reinterpret_cast<char*>(data_) + bytes));
-  }
 
  private:
   __device__ __forceinline__ explicit Shared(T* data) : data_(data) {}
@@ -155,12 +151,6 @@ RPG_FUNCTION T* kept(T* x) {
   return x;
 }
 
-RPG_FUNCTION uint32_t reversed(uint32_t bits) { return __brev(bits); }
-// Returns byte i of x in both halves.
-RPG_FUNCTION uint32_t byte_twice(uint32_t x, int i) {
-  return __byte_perm(x, 0, 0x4040 + i * 0x101);
-}
-
 RPG_FUNCTION float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 static inline void check(cudaError_t status, const char* action) {
@@ -168,6 +158,12 @@ static inline void check(cudaError_t status, const char* action) {
   cudaGetLastError();  // so that the next launch is not blamed
   throw std::runtime_error(std::string("CUDA could not ") + action + ": " +
                            cudaGetErrorString(status));
+}
+
+// Throws where there is no GPU.
+static inline void find_device() {
+  int devices = 0;
+  check(cudaGetDeviceCount(&devices), "find a device");
 }
 
 template <class Args>

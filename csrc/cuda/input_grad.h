@@ -22,7 +22,7 @@ struct InputGradKernelArgs {
   int splits;
   int terms_per_lap;  // P has room for so many terms in each lap; in fp32: T has so many in all.
   int plane;          // P has room for so many terms in all, for each 8 rows of dy.
-  int terms, dy_at, entry, sums, last;  // as in InputGradPlan
+  int terms, dy_at, entry, flag, sums, last;  // as in InputGradPlan
 };
 
 // Where P or T (`terms`) and what goes with it begin in shared memory, in bytes, and how large P or
@@ -30,13 +30,8 @@ struct InputGradKernelArgs {
 struct InputGradPlan {
   StageLayout layout;
   int terms_per_lap, plane;
-  int terms, dy_at, entry, sums, last, bytes;
+  int terms, dy_at, entry, flag, sums, last, bytes;
 };
-
-// The most rows that a tile of any kind has.
-RPG_LAW int most_rows(const Tiling& tiling) {
-  return tiling.rows > tiling.gathered_rows ? tiling.rows : tiling.gathered_rows;
-}
 
 // Sums of parts: [part, m, element], two rows of which are on different banks where 4 lanes write.
 constexpr int kSumPitch = 64 + 4;

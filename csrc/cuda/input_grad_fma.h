@@ -3,10 +3,10 @@
 //   T[place, m]   += ± dy[row, m]                 for the rows that read a place
 //   dx[m, column]  = Σ_place T[place, m] block(place)
 //
-// The tile's dy stays in registers, kRows · BATCH of a thread. Rows that read one window in one lap
-// read different places, so a lap's terms are added without atomics, with a barrier between laps:
-// the order of additions is that of the law. Rows of a ring that fits have no such order: there T
-// is row by row.
+// The tile's dy stays in registers, kRows · BATCH of a thread. Rows of a window's one lap read
+// different places, so a lap's terms are added without atomics, with a barrier between laps: the
+// order of additions is that of the law. Rows of a ring that fits have no such order: there T is
+// row by row.
 
 #pragma once
 
@@ -27,14 +27,13 @@ struct FmaShape {
 constexpr int kPitch = kThreads + 16;
 
 // T holds places, or rows where the ring is whole.
-RPG_HOST InputGradPlan fma_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
-                                int batch_tile) {
+RPG_HOST InputGradPlan fma_plan(const Layer&, const Tiling& tiling, int row_bytes, int batch_tile) {
   InputGradPlan out{};
-  out.layout = stage_layout(layer, tiling, row_bytes);
+  out.layout = stage_layout(tiling, row_bytes);
   out.terms_per_lap = tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
   out.terms = out.layout.end;
   out.entry = out.terms + 4 * batch_tile * out.terms_per_lap;
-  out.sums = out.entry + 4 * kMaxRows;
+  out.sums = out.entry + round_up(4 * tiling.rows, kAlign);
   out.last = out.sums + 4 * 2 * kPitch * batch_tile;
   out.bytes = out.last + kAlign;
   return out;
@@ -52,7 +51,7 @@ RPG_FUNCTION InputGradFma<BATCH> fma_shared(const InputGradKernelArgs& args, con
                                             int m0) {
   InputGradFma<BATCH> out;
   out.t = Shared<float>(args.terms, BATCH * args.terms_per_lap);
-  out.entry = Shared<uint32_t>(args.entry, kMaxRows);
+  out.entry = Shared<uint32_t>(args.entry, args.tiling.rows);
   const float* const dy = static_cast<const float*>(args.dy) + tile.row;
   RPG_UNROLL
   for (int k = 0; k < FmaShape<BATCH>::kRows; ++k) {
@@ -83,7 +82,7 @@ RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, i
       const int i = thread() + k * kThreads;
       if (i >= tile.rows || lap_of(memory.entry[i]) != lap) continue;
       const float sign = sign_of(memory.entry[i]);
-      const int term = tile.fill == Fill::kRing ? i : place_of(memory.entry[i]);
+      const int term = args.tiling.fill == Fill::kRing ? i : place_of(memory.entry[i]);
       RPG_UNROLL
       for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
         float* const target =
@@ -119,25 +118,15 @@ RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile
   sync();
 }
 
-// Makes T of column b, whose stage holds `places`.
+// Makes T of a column, whose entries are visible after the next barrier and whose stage holds
+// `places`. All threads call it; it ends with a barrier.
 template <int BATCH>
-RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
-                            const ColumnReads& column, const EntryLane& lane, int b, int places,
+RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile, int places,
                             const Stage& stage, const InputGradFma<BATCH>& memory) {
   using DyVectors = FmaShape<BATCH>;
-  const Layer& layer = args.layer;
-  int laps = 1;
-  if (tile.fill == Fill::kWindows) {
-    window_entries<false>(layer, tile, column, lane, memory.entry);
-    laps = static_cast<int>(column.windows[column.windows[0].count].lap);
-    // Columns end inside laps.
-    if (layer.law.offset & (layer.law.scramble.window - 1)) {
-      clear_unread<BATCH>(args, tile, places, memory, stage);
-    }
-  } else {
-    row_entries<Entries::kLaps>(layer, tile, b, stage, memory.entry);
-  }
-  const int terms = tile.fill == Fill::kRing ? tile.rows : places;
+  const Fill fill = args.tiling.fill;
+  if (fill == Fill::kWindows) clear_unread<BATCH>(args, tile, places, memory, stage);
+  const int terms = fill == Fill::kRing ? tile.rows : places;
   for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
     RPG_LOOP
     for (int i = thread(); i < terms * DyVectors::kVectorRows; i += kThreads) {
@@ -145,6 +134,7 @@ RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile,
     }
   }
   sync();
+  const int laps = fill == Fill::kWindows ? static_cast<int>(args.layer.unit.by_laps.divisor) : 1;
   add_terms<BATCH>(args, tile, laps, memory);
 }
 
@@ -155,7 +145,7 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
                                       const Stage& stage, const InputGradFma<BATCH>& memory,
                                       const Shared<float>& sums) {
   using DyVectors = FmaShape<BATCH>;
-  const bool ring = tile.fill == Fill::kRing;
+  const bool ring = args.tiling.fill == Fill::kRing;
   const int pairs = args.layer.block / 2, pair = thread() % pairs, parts = kThreads / pairs;
   const int chunk = pair / 2, rest = 2 * pair % 4, chunks = args.bank.row_bytes / 16;
   const int terms = ring ? tile.rows : places;

@@ -73,23 +73,23 @@ template <int BATCH>
 using WarpSums = float[2][(BATCH + 7) / 8][4];
 
 // c += blocks of 16 slots times LAPS laps of P; `a` are the blocks, the first slot is at byte
-// slot_offset + step_offset of its lap. At batch 1 lanes with `valid` have a lap.
+// slot_offset of its lap. At batch 1 lanes with `valid` have a lap.
 template <class Math, int BATCH, int LAPS>
 RPG_FUNCTION void multiply_laps(const InputGradMma& memory, const Operand<BATCH, LAPS>& operand,
                                 bool valid, const uint32_t (&a)[4], int slot_offset,
-                                int step_offset, WarpSums<BATCH>& c) {
+                                WarpSums<BATCH>& c) {
   if constexpr (BATCH == 1) {
     uint32_t b[2] = {0, 0};
     if (valid) {
-      b[0] = load<uint32_t>(memory.p.span(operand.offset[0] + slot_offset + step_offset, 4));
-      b[1] = load<uint32_t>(memory.p.span(operand.offset[0] + slot_offset + step_offset + 16, 4));
+      b[0] = load<uint32_t>(memory.p.span(operand.offset[0] + slot_offset, 4));
+      b[1] = load<uint32_t>(memory.p.span(operand.offset[0] + slot_offset + 16, 4));
     }
     multiply(Math{}, {c[0][0], a, b});
   } else {
     RPG_UNROLL
     for (int i = 0; i < operand.kReads; ++i) {
       uint32_t b[4];
-      load_transposed(b, memory.p.span(operand.offset[i] + slot_offset + step_offset, 16));
+      load_transposed(b, memory.p.span(operand.offset[i] + slot_offset, 16));
       if constexpr (BATCH == 8) {
         multiply(Math{}, {c[0][0], a, b});
         if (2 * i + 1 < LAPS) multiply(Math{}, {c[1][0], a, b + 2});
@@ -101,56 +101,31 @@ RPG_FUNCTION void multiply_laps(const InputGradMma& memory, const Operand<BATCH,
   }
 }
 
-// c += blocks times LAPS laps of P, for all slots of a window that are this warp's. WINDOW: how
-// many slots it has, if that is known. `blocks` are the window's.
-template <class Math, int BATCH, int LAPS, int BLOCK, int WINDOW = 0>
-RPG_FUNCTION void multiply_slots(const InputGradKernelArgs& args, const InputGradMma& memory,
-                                 const Shared<uint4>& blocks, const Share& share, int lap, int end,
-                                 WarpSums<BATCH>& c) {
-  constexpr int kStep = 16 * kWarps / (BLOCK / 16);
-  const auto laps = operand<BATCH, LAPS>(args, share, lap);
-  const int window = WINDOW ? WINDOW : static_cast<int>(args.layer.law.scramble.window);
-  const int steps = window / kStep;
-  const bool valid = lap + thread() % kWarp / 4 < end;
-  const Shared<uint4> first = blocks.tail(16 * share.part * (BLOCK / 8));
-  const auto step = [&](int i, int ahead) {
-    const Shared<uint4> blocks = first.tail(i * kStep * (BLOCK / 8));
-    uint32_t a[4];
-    load_transposed(a, blocks.span(share.stage_chunk + ahead * kStep * (BLOCK / 8), 1));
-    const int slot_offset = (16 * share.part + i * kStep) * kSlotBytes<BATCH>;
-    multiply_laps<Math, BATCH, LAPS>(memory, laps, valid, a, slot_offset,
-                                     ahead * kStep * kSlotBytes<BATCH>, c);
-  };
-  int i = 0;
-  RPG_LOOP
-  for (; i + 4 <= steps; i += 4) {
-    RPG_UNROLL
-    for (int ahead = 0; ahead < 4; ++ahead) step(i, ahead);
-  }
-  RPG_LOOP
-  for (; i < steps; ++i) step(i, 0);
-}
-
+// c += blocks times LAPS laps of P from `lap` on, for the places of a window that are this warp's.
 template <class Math, int BATCH, int LAPS>
 RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGradMma& memory,
-                                  const Shared<uint4>& blocks, const Share& share, int lap, int end,
+                                  const Stage& stage, const Share& share, int lap, int laps,
                                   WarpSums<BATCH>& c) {
-  if (args.layer.block == 64) {
-    multiply_slots<Math, BATCH, LAPS, 64>(args, memory, blocks, share, lap, end, c);
-  } else {
-    multiply_slots<Math, BATCH, LAPS, 32>(args, memory, blocks, share, lap, end, c);
+  const auto of_laps = operand<BATCH, LAPS>(args, share, lap);
+  const bool valid = lap + thread() % kWarp / 4 < laps;
+  const int places = args.tiling.places, chunks = args.layer.block / 8;
+  RPG_LOOP
+  for (int first = 16 * share.part; first < places; first += 16 * share.parts) {
+    uint32_t a[4];
+    load_transposed(a, stage.blocks.span(share.stage_chunk + first * chunks, 1));
+    multiply_laps<Math, BATCH, LAPS>(memory, of_laps, valid, a, first * kSlotBytes<BATCH>, c);
   }
 }
 
-// Makes dx of the column: sums[part, m, e]. PLAIN: the tile is of the most common kind (stage.h).
-template <class Math, int BATCH, bool PLAIN>
+// Makes dx of the column: sums[part, m, e].
+template <class Math, int BATCH>
 RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile,
-                                      const ColumnReads& column, const Share& share,
-                                      const Stage& stage, const InputGradMma& memory,
-                                      const Shared<float>& sums) {
+                                      const Share& share, const Stage& stage,
+                                      const InputGradMma& memory, const Shared<float>& sums) {
   constexpr int kPlanes = (BATCH + 7) / 8;
   const Layer& layer = args.layer;
   const int lane = thread() % kWarp, chunks = layer.block / 8;
+  const bool windows = args.tiling.fill == Fill::kWindows;
   WarpSums<BATCH> c = {};
   // At batch 1, of elements g and g + 8: columns are laps, and those of laps that are not there may
   // be 0 times infinity.
@@ -164,33 +139,23 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
       c[0][0][2 * half] = c[0][0][2 * half + 1] = 0;
     }
   };
-  if (PLAIN) {  // four laps
-    multiply_slots<Math, BATCH, BATCH == 1 ? 1 : 4, 64, 256>(args, memory, stage.blocks, share, 0,
-                                                             4, c);
-    if constexpr (BATCH == 1) add_laps(4);
-  } else if (tile.fill == Fill::kWindows) {
-    const int window = static_cast<int>(layer.law.scramble.window);
-    const int windows = static_cast<int>(column.windows[0].count);
-    RPG_LOOP
-    for (int i = 0; i < windows; ++i) {
-      int lap = static_cast<int>(column.windows[i].lap);
-      const int end = static_cast<int>(column.windows[i + 1].lap);
-      const Shared<uint4> blocks = stage.blocks.tail(i * window * chunks);
-      if constexpr (BATCH == 1) {
-        RPG_LOOP
-        for (; lap < end; lap += 8) {
-          multiply_window<Math, BATCH, 1>(args, memory, blocks, share, lap, end, c);
-          add_laps(end - lap);
-        }
-      } else {
-        RPG_LOOP
-        for (; lap + 4 <= end; lap += 4) {
-          multiply_window<Math, BATCH, 4>(args, memory, blocks, share, lap, end, c);
-        }
-        RPG_LOOP
-        for (; lap < end; ++lap) {
-          multiply_window<Math, BATCH, 1>(args, memory, blocks, share, lap, end, c);
-        }
+  if (windows) {
+    const int laps = static_cast<int>(layer.unit.by_laps.divisor);
+    int lap = 0;
+    if constexpr (BATCH == 1) {
+      RPG_LOOP
+      for (; lap < laps; lap += 8) {
+        multiply_window<Math, BATCH, 1>(args, memory, stage, share, lap, laps, c);
+        add_laps(laps - lap);
+      }
+    } else {
+      RPG_LOOP
+      for (; lap + 4 <= laps; lap += 4) {
+        multiply_window<Math, BATCH, 4>(args, memory, stage, share, lap, laps, c);
+      }
+      RPG_LOOP
+      for (; lap < laps; ++lap) {
+        multiply_window<Math, BATCH, 1>(args, memory, stage, share, lap, laps, c);
       }
     }
   } else {
@@ -198,14 +163,15 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
     RPG_LOOP
     for (int first = 16 * share.part; first < tile.rows; first += 16 * share.parts) {
       const int row = first + share.slot, i = row < tile.rows ? row : tile.rows - 1;  // times zeros
+      const int place = place_of(memory.entry[i]);
       uint32_t a[4];
-      load_transposed(a, stage.blocks.span(chunk_at(memory.flag[i], share.chunk, chunks), 1));
-      multiply_laps<Math, BATCH, 1>(memory, row_lap, lane < 4, a, first * kSlotBytes<BATCH>, 0, c);
+      load_transposed(a, stage.blocks.span(chunk_at(place, share.chunk, chunks), 1));
+      multiply_laps<Math, BATCH, 1>(memory, row_lap, lane < 4, a, first * kSlotBytes<BATCH>, c);
     }
   }
   const Shared<float> target = sums.tail(share.sum_offset);
   if constexpr (BATCH == 1) {
-    if (!PLAIN && tile.fill != Fill::kWindows) add_laps(1);
+    if (!windows) add_laps(1);
     RPG_UNROLL
     for (int half = 0; half < 2; ++half) {
       float sum = total[half];

@@ -2,9 +2,11 @@
 //
 //   P[lap, slot, m] = ± dy[row, m]      of the row that reads the slot in that lap
 //
-// A permutation of dy's rows, lap by lap: each goes to one slot of P, with its sign and unrounded,
-// without an order among lanes. P: [plane of 8 rows of dy][lap][slot] of 16 bytes, or at batch 1
-// [lap][slot] of 2. A tile that reads no windows has one lap, of its rows.
+// A permutation of dy's rows: a row whose use is number `lap` of its octet of the ring goes to that
+// lap's part of P, with its sign and unrounded, without an order among lanes. P: [plane of 8 rows
+// of dy][lap][slot] of 16 bytes, or at batch 1 [lap][slot] of 2. Terms that no row of the tile
+// fills are zeros: others of the unit's rows, or of other units, have those uses. A tile that reads
+// no windows has one lap, of its rows.
 
 #pragma once
 
@@ -13,9 +15,10 @@
 namespace rpg::RPG_DEVICE {
 
 struct InputGradMma {
-  Shared<char> p;         // as above
-  Shared<char> dy;        // [plane][row] of 16 bytes, or [row] of 2
-  Shared<uint32_t> flag;  // [places]: whether a row reads it, or the places of a ring's rows
+  Shared<char> p;          // as above
+  Shared<char> dy;         // [plane][row] of 16 bytes, or [row] of 2
+  Shared<uint32_t> entry;  // [rows]
+  Shared<uint32_t> flag;   // [places]: whether a row reads it, in a tiling of windows
 };
 
 // How many bytes a term of P has, and a row of dy.
@@ -27,21 +30,18 @@ constexpr int kLapPad = 8;  // at batch 1, so that 8 laps are on different banks
 RPG_HOST InputGradPlan mma_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
                                 int batch_tile) {
   InputGradPlan out{};
-  out.layout = stage_layout(layer, tiling, row_bytes);
+  out.layout = stage_layout(tiling, row_bytes);
+  const bool windows = tiling.fill == Fill::kWindows;
   const int planes = (batch_tile + 7) / 8, slot_bytes = batch_tile == 1 ? 2 : 16 * planes;
-  const int row_terms =
-      round_up(tiling.fill == Fill::kRing ? tiling.rows : tiling.gathered_rows, kMmaBlocks);
-  out.terms_per_lap = row_terms, out.plane = row_terms;
-  if (tiling.fill == Fill::kWindows) {
-    const int window = static_cast<int>(layer.law.scramble.window);
-    const int laps = tiling.rows / window + (layer.law.offset % window != 0);
-    out.terms_per_lap = batch_tile == 1 ? window + kLapPad : window;
-    out.plane = laps * out.terms_per_lap > row_terms ? laps * out.terms_per_lap : row_terms;
-  }
+  const int laps = windows ? static_cast<int>(layer.unit.by_laps.divisor) : 1;
+  out.terms_per_lap = windows ? tiling.places : round_up(tiling.rows, kMmaBlocks);
+  if (windows && batch_tile == 1) out.terms_per_lap += kLapPad;
+  out.plane = laps * out.terms_per_lap;
   out.terms = out.layout.end;
   out.dy_at = out.terms + round_up(out.plane * slot_bytes, kAlign);
-  out.entry = out.dy_at + round_up(most_rows(tiling) * slot_bytes, kAlign);
-  out.sums = out.entry + 4 * kMaxRows;
+  out.entry = out.dy_at + round_up(tiling.rows * slot_bytes, kAlign);
+  out.flag = out.entry + round_up(4 * tiling.rows, kAlign);
+  out.sums = out.flag + (windows ? 4 * tiling.places : 0);
   const int parts = kWarps / (row_bytes / 32);
   out.last = out.sums + 4 * parts * batch_tile * kSumPitch;
   out.bytes = out.last + kAlign;
@@ -51,9 +51,10 @@ RPG_HOST InputGradPlan mma_plan(const Layer& layer, const Tiling& tiling, int ro
 template <int BATCH>
 RPG_FUNCTION InputGradMma mma_shared(const InputGradKernelArgs& args) {
   constexpr int kBytes = (BATCH + 7) / 8 * kSlotBytes<BATCH>;
+  const Tiling& tiling = args.tiling;
   return {Shared<char>(args.terms, args.plane * kBytes),
-          Shared<char>(args.dy_at, most_rows(args.tiling) * kBytes),
-          Shared<uint32_t>(args.entry, kMaxRows)};
+          Shared<char>(args.dy_at, tiling.rows * kBytes), Shared<uint32_t>(args.entry, tiling.rows),
+          Shared<uint32_t>(args.flag, tiling.fill == Fill::kWindows ? tiling.places : 0)};
 }
 
 // dy of the tile into shared memory, zeros behind the batch.
@@ -73,8 +74,7 @@ RPG_FUNCTION void load_dy(const InputGradKernelArgs& args, const Tile& tile, int
         const int m = m0 + kVectorRows * plane + j;
         v.value[j] = m < args.batch ? dy[int64_t{m} * args.layer.rows + i] : Bits{0};
       }
-      store(memory.dy.span((plane * most_rows(args.tiling) + i) * kSlotBytes<BATCH>,
-                           kSlotBytes<BATCH>),
+      store(memory.dy.span((plane * args.tiling.rows + i) * kSlotBytes<BATCH>, kSlotBytes<BATCH>),
             v);
     }
   }
@@ -93,7 +93,7 @@ RPG_FUNCTION void put(const InputGradKernelArgs& args, const InputGradMma& memor
         static_cast<uint32_t>(static_cast<int32_t>(sign) >> 31) & 0x80008000u;
     RPG_UNROLL
     for (int plane = 0; plane < BATCH / 8; ++plane) {
-      const int row = plane * 16 * most_rows(args.tiling) + row_byte;
+      const int row = plane * 16 * args.tiling.rows + row_byte;
       auto v = load<Vector<uint32_t, 4>>(memory.dy.span(row, 16));
       RPG_UNROLL
       for (int j = 0; j < 4; ++j) v.value[j] ^= sign_bits;
@@ -116,54 +116,39 @@ RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& mem
   }
 }
 
-// P of a tile of windows. Where laps are cut by the ends of columns, slots that no row fills
-// are zeros, and so are blocks that no row reads: 0 times what they hold need not be 0. PLAIN: none
-// is cut.
-template <int BATCH, bool PLAIN>
-RPG_FUNCTION void put_windows(const InputGradKernelArgs& args, const Tile& tile,
-                              const ColumnReads& column, const EntryLane& lane, const Stage& stage,
-                              const InputGradMma& memory) {
-  const Layer& layer = args.layer;
-  const uint32_t window = layer.law.scramble.window;
-  const bool cut = !PLAIN && (layer.law.offset & (window - 1));
-  const int places = places_of(layer, column);
-  if (cut) {
-    clear<BATCH>(args, memory, 0, args.plane);
-    for (int i = thread(); i < places; i += kThreads) memory.flag[i] = 0;
-    sync();
-  }
-  visit_rows<PLAIN>(layer, tile, column, lane, [&](const Row& row, const Stretch& stretch) {
-    const int slot = lap_of(stretch.entry) * args.terms_per_lap + static_cast<int>(row.place);
-    const int row_byte = row.first * kSlotBytes<BATCH> + row.offset * kSlotBytes<BATCH>;
-    put<BATCH>(args, memory, row_byte, slot * kSlotBytes<BATCH>, row.sign);
-    if (cut) memory.flag[place_of(stretch.entry) + row.place] = 1;
-  });
-  sync();
-  if (!cut) return;
-  const int chunks = args.bank.row_bytes / 16;
-  RPG_LOOP
-  for (int i = thread(); i < places; i += kThreads) {
-    if (memory.flag[i]) continue;
-    for (int c = 0; c < chunks; ++c) stage.blocks[i * chunks + c] = {0, 0, 0, 0};
-  }
-  sync();
-}
-
-// P of any other tile: slot i is row i. The places of a ring's rows go beside it.
+// P of a tile, whose entries are visible after the next barrier: row i of a tile that reads no
+// windows is term i. `places` are those of the column's window. Where it has as many terms, in all
+// of its laps, as the tile has rows, each row fills one of them; otherwise what no row fills is
+// made zeros, and so are blocks of the window that no row reads: 0 times what they hold need not be
+// 0. All threads call it; it ends with a barrier.
 template <int BATCH>
-RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, int b,
+RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, int places,
                            const Stage& stage, const InputGradMma& memory) {
-  clear<BATCH>(args, memory, tile.rows, (tile.rows + kMmaBlocks - 1) / kMmaBlocks * kMmaBlocks);
+  const bool windows = args.tiling.fill == Fill::kWindows;
+  const int laps = static_cast<int>(args.layer.unit.by_laps.divisor), room = args.tiling.places;
+  const bool gaps = windows && (places != room || places * laps != tile.rows);
+  if (gaps) {
+    clear<BATCH>(args, memory, 0, args.plane);
+    for (int i = thread(); i < room; i += kThreads) memory.flag[i] = 0;
+  } else if (!windows) {
+    clear<BATCH>(args, memory, tile.rows, args.plane);
+  }
+  sync();
   RPG_LOOP
   for (int i = thread(); i < tile.rows; i += kThreads) {
-    uint32_t sign;
-    if (tile.fill == Fill::kGather) {
-      sign = stage.entries[i], memory.flag[i] = i;
-    } else {
-      const uint32_t p = position(args.layer, tile.row + i, b);
-      sign = block_sign(args.layer, p), memory.flag[i] = ring_slot(args.layer, p);
-    }
-    put<BATCH>(args, memory, i * kSlotBytes<BATCH>, i * kSlotBytes<BATCH>, sign);
+    const uint32_t entry = memory.entry[i];
+    const int place = place_of(entry);
+    const int term = windows ? lap_of(entry) * args.terms_per_lap + place : i;
+    put<BATCH>(args, memory, i * kSlotBytes<BATCH>, term * kSlotBytes<BATCH>, entry);
+    if (gaps) memory.flag[place] = 1;
+  }
+  sync();
+  if (!gaps) return;
+  const int chunks = args.bank.row_bytes / 16;
+  RPG_LOOP
+  for (int i = thread(); i < room; i += kThreads) {
+    if (memory.flag[i]) continue;
+    for (int c = 0; c < chunks; ++c) stage.blocks[i * chunks + c] = {0, 0, 0, 0};
   }
   sync();
 }

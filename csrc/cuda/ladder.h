@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "law/window.h"
+#include "law/unit.h"
 
 namespace rpg {
 

@@ -4,14 +4,28 @@
 
 #include <cstdint>
 
-#include "law/window.h"
+#include "law/unit.h"
 
-namespace rpg::cuda {
+namespace rpg {
 
-// slots [count] and words [count, words_of(law)] of positions (n, b) [count] of one band; device
-// addresses. Throws std::runtime_error with CUDA's own words when the launch fails, and when this
-// library was built without CUDA.
-void law(const LayerLaw& law, int64_t band, const int64_t* n, const int64_t* b, int64_t count,
-         int64_t* slots, int64_t* words, void* stream);
+// Positions of one band; device addresses.
+struct CudaLawArgs {
+  int64_t band;
+  const int64_t* n;  // [count], rows of the layer
+  const int64_t* b;  // [count], blocks
+  int64_t count;
+  int64_t* slots;  // [count]
+  int64_t* words;  // [count, words_of(law)], sign words
+  void* stream;
+};
 
-}  // namespace rpg::cuda
+// Both throw std::runtime_error with CUDA's own words when the launch fails, and the first when
+// this library was built without CUDA.
+namespace cuda {
+void law(const LayerLaw&, const CudaLawArgs&);
+}
+namespace simt {
+void law(const LayerLaw&, const CudaLawArgs&);
+}
+
+}  // namespace rpg

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "law/number.h"
-#include "law/window.h"
+#include "law/unit.h"
 
 namespace rpg {
 
@@ -18,11 +18,10 @@ struct Device {
 // How a call is divided; all integers, chosen on the host by `plan_*`, the same on GPU and CPU. The
 // bank gradient cuts the ring and not the rows: fields that say nothing about it are 0 there.
 struct Plan {
-  int fill;           // What the first tiles hold (cuda/tile.h): 0 windows, 1 ring, 2 gathered.
-  int rows;           // Each of them has so many rows.
-  int filled_tiles;   // There are so many of them.
+  int fill;           // What stages hold (cuda/tile.h): 0 windows, 1 ring, 2 gathered blocks.
+  int rows;           // No tile has more rows.
+  int parts;          // Windows: a group of rows is cut into so many tiles.
   int tiles;          // There are so many tiles; bank gradient: CTAs that own different slots.
-  int gathered_rows;  // Each tile behind the first ones is gathered and has so many rows.
   int places;         // A stage holds so many blocks; bank gradient: a CTA owns so many slots.
   int stages;         // So many stages are in flight.
   int splits;         // So many CTAs share the columns of a tile; bank gradient: the same slots.

@@ -1,21 +1,25 @@
-// linear_bank_grad: dw [slots, block] = scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]), for windows.
+// linear_bank_grad: dw [slots, block] = scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]), for units.
 //
-//   T[slot, m] += ± dy[n, m]                 for the rows n of a column that read a slot
-//   dw[slot]   += Σ_m T[slot, m] x[m, column]
+//   T[slot, m] = Σ ± dy[n, m]                for the rows n of a unit that read a slot
+//   dw[slot]  += Σ_m T[slot, m] x[m, b]      b the unit's column of blocks
 //
-// No dense gradient, no atomics. A CTA owns kOwned slots of the ring and goes through
-// the units (law/window.h) that draw from them, piece of a column by piece; in one lap of a window
-// all slots differ, so a lap's terms are added together, with a barrier between laps. Its gradient
-// stays in registers, kOwned / parts · 2 of a thread, and is written once. Where the ring has fewer
-// owners than the device has processors, several CTAs share an owner's cells, and the last of
-// them adds their sums in order.
+// No dense gradient, no atomics. A CTA owns kOwned slots of the ring. Uses number the octets of the
+// ring through all passes (docs/unit_law.md, section 4), so pass by pass it goes through the uses
+// of its own octets in order, unit by unit. A thread takes a use: the inverse shuffle says which
+// octet of rows has it, and a word in which order its rows read the octet. Then a thread for each
+// slot adds up its rows, use by use: the order of additions is that of the law. The gradient stays
+// in registers, kOwned / parts · 2 numbers of a thread, and is written once. Where the ring has
+// fewer owners than the device has processors, several CTAs share an owner's passes, and the last
+// of them adds their sums in order.
 //
-// Grid: owners x copies; 256 threads: pairs of elements x parts of the slots. Shared memory: T
-// (kOwned · BATCH · 4), entries of a piece: 20 KB. Instructions of a thread for a column of 1024
-// rows and 16 rows of the batch, as compiled for sm_90a: 1900 for the entries, each by the law of
-// its position, 1100 for T, 1750 for products without tensor cores: 18.6 for a weight. Predicted on
-// an H200, 14336x4096, windows 256 x 4, batch 16: 46 us, bound by them; the dense gradient takes 32
-// us to write.
+// Grid: owners x copies; 256 threads: pairs of elements x parts of the slots. Shared memory, from
+// byte 0 on:
+//
+//   T                  256 · 16 · 4          for 16 rows of the batch
+//   read               256 · 4               whether a row of the unit reads a slot
+//   rounds of a unit   16 · 4                of its shuffle
+//   readers            33 · laps · 16        of the uses of the owned octets
+//   the last CTA?      16
 
 #include <stdexcept>
 
@@ -26,9 +30,17 @@ namespace rpg::RPG_DEVICE {
 
 namespace {
 
-constexpr int kOwned = 256;  // slots
-constexpr int kBatch = 16;   // rows of the batch at a time
+constexpr int kOwned = 256;              // slots
+constexpr int kOctets = kOwned / 8 + 1;  // octets that have owned slots, at most
+constexpr int kBatch = 16;               // rows of the batch at a time
 constexpr int kPlanes = kBatch / 4;
+
+// Which rows have a use of an octet of the ring.
+struct alignas(16) Reader {
+  uint32_t row;    // Row r of the octet of rows is row + r of the layer.
+  uint32_t word;   // It reads residue_of(r, word) of the octet of the ring,
+  uint32_t signs;  // with the sign of bit r.
+};
 
 struct BankGradKernelArgs {
   Layer layer;
@@ -39,25 +51,16 @@ struct BankGradKernelArgs {
   unsigned* counters;  // [owners]
   float scale;
   int batch;
-  int owned;      // An owner has so many slots, kOwned or those of the window.
-  int copies;     // So many CTAs share an owner's cells.
-  int64_t cells;  // The layer has addresses in so many cells.
+  int copies;                       // So many CTAs share an owner's passes.
+  int read, rounds, readers, last;  // Where these begin in shared memory, in bytes.
 };
 
-// The unit that reads a cell, or what the band has of it: positions p, p + 1 ... The address of
-// position p is p + shift, as in a ColumnWindow (columns.h).
-struct CellUnit {
-  uint32_t p, count, shift;
+struct BankGradShared {
+  Shared<float> t;         // [plane][kOwned][4]
+  Shared<int> read;        // [kOwned]
+  Shared<uint32_t> round;  // [kShuffleRounds]
+  Shared<Reader> readers;  // [kOctets, laps]
 };
-
-RPG_CALLED CellUnit unit_of_cell(const WindowBand& law, int64_t cell) {
-  const int64_t first = cell * law.cell - law.offset, end = first + law.cell;
-  const uint32_t low = first < 0 ? 0 : static_cast<uint32_t>(first);
-  const uint32_t high = end < law.positions ? static_cast<uint32_t>(end) : law.positions;
-  uint32_t p[1] = {low};
-  from_address(law, p);
-  return {p[0], high - low, low - p[0] + law.offset};
-}
 
 RPG_FUNCTION int t_at(int plane, int slot) { return (plane * kOwned + slot) * 4; }
 
@@ -66,21 +69,96 @@ RPG_FUNCTION float element(const void* values, int64_t i) {
   return T::load(static_cast<const typename T::Bits*>(values)[i]);
 }
 
-// Adds what a piece of a column contributes: rows `row` ... of column `block`, entries in `entry`.
+// What a CTA takes of one unit: uses from `first` to `end`, counted from the first one of `octet`.
+struct UnitUses {
+  Unit unit;
+  int column;      // The unit's column of blocks.
+  uint32_t octet;  // The first octet that has owned slots, counted from the band's first.
+  int place;       // The first owned slot in that octet; before it, where it is none of the band's.
+  int first, end;
+};
+
+// Finds the rows that have the uses; visible after a barrier.
+RPG_FUNCTION void find_readers(const Layer& layer, const UnitUses& uses,
+                               const BankGradShared& memory) {
+  const UnitBand& law = layer.unit;
+  const uint32_t laps = law.by_laps.divisor;
+  if (thread() < kShuffleRounds) {
+    memory.round[thread()] = round_of(law, uses.unit.number, uses.unit.size, thread());
+  }
+  sync();
+  RPG_LOOP
+  for (int i = uses.first + thread(); i < uses.end; i += kThreads) {
+    uint32_t x = uses.octet * laps + static_cast<uint32_t>(i) - uses.unit.use;
+    if (law.permute) {
+      RPG_UNROLL
+      for (int j = kShuffleRounds - 1; j >= 0; --j) {
+        x = shuffle_round(x, uses.unit.size, memory.round[j]);
+      }
+    }
+    const uint32_t q = uses.unit.q + x;
+    uint32_t signs = 0;
+    if (layer.reflect == Reflect::kVector) {
+      signs = hash_word(q / 4, law.sign_key[0], law.sign_key[1]) >> (q % 4 * 8);
+    }
+    // The word 0 gives each row its own residue.
+    const uint32_t word = law.permute ? hash_word(q, law.octet_key[0], law.octet_key[1]) : 0;
+    const int row = at_position(layer, q * kOctet).n;
+    store(memory.readers.span(i, 1), Reader{static_cast<uint32_t>(row), word, signs});
+  }
+}
+
+// T of 16 rows of the batch from m0 on: a thread adds up what the rows have that read its slot.
+template <class T>
+RPG_FUNCTION void sum_rows(const BankGradKernelArgs& args, const UnitUses& uses, int owned, int m0,
+                           const BankGradShared& memory) {
+  static_assert(kOwned == kThreads, "a slot for each thread");
+  if (thread() >= owned) return;
+  const int laps = static_cast<int>(args.layer.unit.by_laps.divisor);
+  const int place = uses.place + thread();
+  int use = place < 0 ? uses.end : place / 8 * laps;
+  const int end = use + laps < uses.end ? use + laps : uses.end;
+  if (use < uses.first) use = uses.first;
+  float sum[kBatch] = {};
+  bool read = false;
+  RPG_LOOP
+  for (; use < end; ++use) {
+    const auto reader = load<Reader>(memory.readers.span(use, 1));
+    const uint32_t r = row_at(static_cast<uint32_t>(place) % 8, reader.word);
+    const int n = static_cast<int>(reader.row + r);
+    if (n >= args.layer.rows) continue;  // padding
+    read = true;
+    const float sign = sign_of(reader.signs >> r << 31);
+    RPG_UNROLL
+    for (int m = 0; m < kBatch; ++m) {
+      if (m0 + m >= args.batch) continue;
+      const int64_t index = int64_t{m0 + m} * args.layer.rows + n;
+      sum[m] = fused(sign, element<T>(args.dy, index), sum[m]);
+    }
+  }
+  RPG_UNROLL
+  for (int plane = 0; plane < kPlanes; ++plane) {
+    Vector<float, 4> v;
+    RPG_UNROLL
+    for (int k = 0; k < 4; ++k) v.value[k] = sum[4 * plane + k];
+    store(memory.t.span(t_at(plane, thread()), 4), v);
+  }
+  memory.read[thread()] = read;
+}
+
+// Adds what the uses of a unit contribute.
 template <class T, int BLOCK>
-RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, int block, int laps,
-                            int owned, const Shared<uint32_t>& entry, const Shared<float>& t,
-                            const Shared<int>& read,
-                            float (&dw)[kOwned * BLOCK / 2 / kThreads][2]) {
+RPG_FUNCTION void add_unit(const BankGradKernelArgs& args, const UnitUses& uses, int owned,
+                           const BankGradShared& memory,
+                           float (&dw)[kOwned * BLOCK / 2 / kThreads][2]) {
   constexpr int kPairs = BLOCK / 2, kParts = kThreads / kPairs;
   const int pair = thread() % kPairs, part = thread() / kPairs;
-  const int column = block * BLOCK + 2 * pair;
+  const int column = uses.column * BLOCK + 2 * pair;
+  find_readers(args.layer, uses, memory);
   RPG_LOOP
   for (int m0 = 0; m0 < args.batch; m0 += kBatch) {
-    RPG_LOOP
-    for (int i = thread(); i < kOwned * kBatch; i += kThreads) t[i] = 0.f;
-    RPG_LOOP
-    for (int i = thread(); i < kOwned; i += kThreads) read[i] = 0;
+    sync();  // readers are there, T of the rows before was read
+    sum_rows<T>(args, uses, owned, m0, memory);
     float x[kBatch][2];
     RPG_UNROLL
     for (int m = 0; m < kBatch; ++m) {
@@ -90,48 +168,48 @@ RPG_FUNCTION void add_piece(const BankGradKernelArgs& args, int row, int rows, i
       x[m][1] = valid && column + 1 < args.layer.columns ? element<T>(args.x, index + 1) : 0.f;
     }
     sync();
-    RPG_LOOP
-    for (int lap = 0; lap < laps; ++lap) {
-      RPG_LOOP
-      for (int i = thread(); i < rows; i += kThreads) {
-        const int slot = place_of(entry[i]);
-        if (slot >= owned || lap_of(entry[i]) != lap) continue;
-        read[slot] = 1;
-        const float sign = sign_of(entry[i]);
-        RPG_UNROLL
-        for (int plane = 0; plane < kPlanes; ++plane) {
-          float* const target = t.span(t_at(plane, slot), 4);
-          auto v = load<Vector<float, 4>>(target);
-          RPG_UNROLL
-          for (int k = 0; k < 4; ++k) {
-            const int m = m0 + 4 * plane + k;
-            if (m >= args.batch) continue;
-            v.value[k] = fused(sign, element<T>(args.dy, int64_t{m} * args.layer.rows + row + i),
-                               v.value[k]);
-          }
-          store(target, v);
-        }
-      }
-      sync();
-    }
-    if (column < args.layer.columns) {
+    if (column >= args.layer.columns) continue;
+    RPG_UNROLL
+    for (int j = 0; j < kOwned / kParts; ++j) {
+      const int slot = part + j * kParts;
+      // 0 times an infinity of x need not be 0.
+      if (slot >= owned || !memory.read[slot]) continue;
       RPG_UNROLL
-      for (int j = 0; j < kOwned / kParts; ++j) {
-        const int slot = part + j * kParts;
-        // 0 times an infinity of x need not be 0.
-        if (slot >= owned || !read[slot]) continue;
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        const auto v = load<Vector<float, 4>>(memory.t.span(t_at(plane, slot), 4));
         RPG_UNROLL
-        for (int plane = 0; plane < kPlanes; ++plane) {
-          const auto v = load<Vector<float, 4>>(t.span(t_at(plane, slot), 4));
-          RPG_UNROLL
-          for (int k = 0; k < 4; ++k) {
-            dw[j][0] = fused(v.value[k], x[4 * plane + k][0], dw[j][0]);
-            dw[j][1] = fused(v.value[k], x[4 * plane + k][1], dw[j][1]);
-          }
+        for (int k = 0; k < 4; ++k) {
+          dw[j][0] = fused(v.value[k], x[4 * plane + k][0], dw[j][0]);
+          dw[j][1] = fused(v.value[k], x[4 * plane + k][1], dw[j][1]);
         }
       }
     }
-    sync();
+  }
+  sync();
+}
+
+// Calls visit(uses) for each unit that has uses of `owned` slots from `begin` on, in order. Slots
+// are counted through all passes, from the first one of the band's first octet.
+template <class Visit>
+RPG_FUNCTION void visit_units(const UnitBand& law, int64_t begin, int owned, const Visit& visit) {
+  if (begin + owned <= 0) return;
+  const int64_t laps = law.by_laps.divisor, octets = ring_octets(law);
+  const int64_t low = begin < 0 ? 0 : begin / 8, high = (begin + owned - 1) / 8 + 1;
+  const int64_t band_end = law.offset + int64_t{law.columns} * law.by_column.divisor;
+  int64_t use = low * laps, end = (high < octets ? high : octets) * laps;
+  if (use < law.offset) use = law.offset;
+  if (end > band_end) end = band_end;
+  UnitUses uses{};
+  uses.octet = static_cast<uint32_t>(low), uses.place = static_cast<int>(begin - 8 * low);
+  RPG_LOOP
+  while (use < end) {
+    uses.unit = unit_with_use(law, static_cast<uint32_t>(use));
+    uses.column = static_cast<int>(divide(uses.unit.q, law.by_column));
+    uses.first = static_cast<int>(use - low * laps);
+    use = int64_t{uses.unit.use} + uses.unit.size;
+    if (use > end) use = end;
+    uses.end = static_cast<int>(use - low * laps);
+    visit(uses);
   }
 }
 
@@ -139,48 +217,24 @@ template <class T, int BLOCK>
 RPG_KERNEL(kThreads, 1)
 linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
   constexpr int kPairs = BLOCK / 2, kParts = kThreads / kPairs;
-  const WindowBand& law = args.layer.law;
-  const uint32_t slots = law.by_slots.divisor, window = law.scramble.window;
-  const uint32_t log = law.scramble.bits + 3;
-  const uint32_t begin = static_cast<uint32_t>(cta_x()) * args.owned;
-  const int owned = static_cast<int>(min_u32(args.owned, slots - begin));
-  const Shared<float> t(0, kOwned * kBatch);
-  const Shared<uint32_t> entry(4 * kOwned * kBatch, kMaxRows);
-  const Shared<int> read(4 * (kOwned * kBatch + kMaxRows), kOwned);
-  const Shared<int> last(4 * (kOwned * kBatch + kMaxRows + kOwned), 1);
+  const UnitBand& law = args.layer.unit;
+  const uint32_t slots = args.layer.slots;
+  const uint32_t begin = static_cast<uint32_t>(cta_x()) * kOwned;
+  const int owned = static_cast<int>(min_u32(kOwned, slots - begin));
+  const BankGradShared memory{
+      Shared<float>(0, kOwned * kBatch), Shared<int>(args.read, kOwned),
+      Shared<uint32_t>(args.rounds, kShuffleRounds),
+      Shared<Reader>(args.readers, kOctets * static_cast<int>(law.by_laps.divisor))};
 
-  // Cell k reads unwrapped slots base + k window ...; this owner's come back every pass.
-  const int64_t passes = (law.base + args.cells * window + slots - 1) / slots;
+  // The band's octets are slots base, base + 1 ... of all passes; this owner's come back every
+  // pass.
+  const int64_t passes = (law.base + int64_t{8} * ring_octets(law) + slots - 1) / slots;
   const int64_t low = passes * cta_y() / args.copies;
   const int64_t high = passes * (cta_y() + 1) / args.copies;
   float dw[kOwned / kParts][2] = {};
   for (int64_t pass = low; pass < high; ++pass) {
-    const int64_t unwrapped = begin + pass * slots - law.base;  // may be negative
-    int64_t k = unwrapped < 0 ? 0 : unwrapped / window;
-    for (; k < args.cells && k * window < unwrapped + owned; ++k) {
-      const CellUnit unit = unit_of_cell(law, k);
-      const uint32_t offset = static_cast<uint32_t>(k * window - unwrapped);
-      for (uint32_t done = 0; done < unit.count;) {
-        const ColumnPiece column = column_piece_at(law, unit.p + done);
-        uint32_t rows = min_u32(column.rows, unit.count - done);
-        rows = min_u32(rows, kMaxRows);
-        const uint32_t first_lap = (unit.p + done + unit.shift) >> log;
-        RPG_LOOP
-        for (uint32_t i = thread(); i < rows; i += kThreads) {
-          const uint32_t p = unit.p + done + i, address = p + unit.shift;
-          uint32_t j[1] = {address & (window - 1)};
-          const uint32_t lap[1] = {law.lap + (address >> log)};
-          if (law.permute) scramble(law.scramble, lap, j);
-          // Only this pass counts: the window may reach the owner's slots of the next one too.
-          const uint32_t place = min_u32(offset + j[0], kPlaceMask);
-          entry[i] = place | ((address >> log) - first_lap) << 24 | block_sign(args.layer, p);
-        }
-        const uint32_t last_lap = (unit.p + done + rows - 1 + unit.shift) >> log;
-        add_piece<T, BLOCK>(args, column.row, rows, column.block, last_lap - first_lap + 1, owned,
-                            entry, t, read, dw);
-        done += rows;
-      }
-    }
+    visit_units(law, begin + pass * slots - law.base, owned,
+                [&](const UnitUses& uses) { add_unit<T, BLOCK>(args, uses, owned, memory, dw); });
   }
 
   const int pair = thread() % kPairs, part = thread() / kPairs;
@@ -195,6 +249,7 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
     target[1] = dw[j][1] * scale;
   }
   if (args.copies == 1) return;
+  const Shared<int> last(args.last, 1);
   sync();
   if (thread() == 0) last[0] = arrive(args.counters + cta_x(), args.copies);
   sync();
@@ -210,6 +265,21 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
   }
 }
 
+// Where things are in shared memory, and how much there is, in bytes.
+struct BankGradLayout {
+  int read, rounds, readers, last, bytes;
+};
+
+BankGradLayout layout_of(uint32_t laps) {
+  BankGradLayout out{};
+  out.read = 4 * kOwned * kBatch;
+  out.rounds = out.read + 4 * kOwned;
+  out.readers = out.rounds + 4 * kShuffleRounds;
+  out.last = out.readers + kOctets * static_cast<int>(laps * sizeof(Reader));
+  out.bytes = out.last + kAlign;
+  return out;
+}
+
 template <class T, int BLOCK>
 void run(const LayerLaw& law, const Plan& plan, const CudaLinearBankGradArgs& args) {
   BankGradKernelArgs kernel_args{};
@@ -217,9 +287,10 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearBankGradArgs& ar
   kernel_args.dy = args.dy, kernel_args.x = args.x, kernel_args.dw = args.dw;
   kernel_args.partial = args.workspace, kernel_args.counters = args.counters;
   kernel_args.scale = static_cast<float>(args.scale);
-  kernel_args.batch = static_cast<int>(args.batch);
-  kernel_args.owned = plan.places, kernel_args.copies = plan.splits;
-  kernel_args.cells = cells_of(kernel_args.layer.law);
+  kernel_args.batch = static_cast<int>(args.batch), kernel_args.copies = plan.splits;
+  const BankGradLayout layout = layout_of(law.laps);
+  kernel_args.read = layout.read, kernel_args.rounds = layout.rounds;
+  kernel_args.readers = layout.readers, kernel_args.last = layout.last;
   launch(linear_bank_grad_kernel<T, BLOCK>, {plan.tiles, plan.splits, 1}, kThreads,
          plan.shared_bytes, args.stream, kernel_args);
 }
@@ -233,19 +304,23 @@ void run_block(const LayerLaw& law, const Plan& plan, const CudaLinearBankGradAr
 
 Plan plan_linear_bank_grad(const LayerLaw& law, Dtype, int64_t batch, int64_t,
                            const Device& device) {
-  if (!law.window || law.reflect == Reflect::kElement) {
-    throw std::invalid_argument("law: wanted windows, and signs of blocks");
+  if (!law.taps || law.reflect == Reflect::kElement) {
+    throw std::invalid_argument("law: wanted law 3, and signs of blocks");
   }
   Plan out{};
-  out.places = static_cast<int>(min_u32(law.window, kOwned));
-  out.tiles = static_cast<int>((law.slots - 1) / out.places + 1);
-  const WindowBand band = make_window_band(law, 0);
-  const int64_t passes = (band.base + cells_of(band) * law.window - 1) / law.slots + 1;
+  out.places = kOwned;
+  out.tiles = static_cast<int>((law.slots - 1) / kOwned + 1);
+  const UnitBand band = make_unit_band(law, 0);
+  const int64_t passes = (band.base + int64_t{8} * ring_octets(band) - 1) / law.slots + 1;
   const int64_t copies = passes < device.sms / out.tiles ? passes : device.sms / out.tiles;
   out.splits = copies < 1 ? 1 : static_cast<int>(copies);
   out.batch_tile = kBatch;
   out.batch_tiles = static_cast<int>((batch + kBatch - 1) / kBatch);
-  out.shared_bytes = 4 * (kOwned * kBatch + kMaxRows + kOwned) + kAlign;
+  out.shared_bytes = layout_of(law.laps).bytes;
+  if (out.shared_bytes > device.shared_bytes) {
+    throw std::runtime_error("shared memory: got " + std::to_string(device.shared_bytes) +
+                             " bytes for a CTA, wanted " + std::to_string(out.shared_bytes));
+  }
   if (out.splits > 1) {
     out.workspace = int64_t{out.splits} * law.slots * law.granularity;
     out.counters = out.tiles;

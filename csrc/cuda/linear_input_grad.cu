@@ -9,10 +9,18 @@
 // input_grad_mma.h does so for 16-bit numbers on tensor cores, input_grad_fma.h for fp32. Sums of
 // tiles go through the workspace; the last CTA of a split adds them in order.
 //
-// Shared memory: stages (stage.h), dy of the tile and its permutation (16 bits: rows · batch · 2
-// bytes each) or T (fp32: places · batch · 4) and entries, sums of parts.
+// Shared memory, from byte 0 on:
 //
-// Instructions for a row and a column, 64 weights, and predicted times: docs/cuda.md.
+//   stages, units, entries of stages                          as of linear.cu
+//   P, the permutation of dy    laps · places · BATCH · 2     in 16 bits; each in planes of 8 rows
+//   dy of the tile              rows · BATCH · 2              of the batch
+//   or T                        places · BATCH · 4            in fp32
+//   entries                     rows · 4
+//   flags of places             places · 4                    in 16 bits, of windows
+//   sums of parts               parts · BATCH · 68 · 4        in fp32 2 · BATCH · 272 · 4
+//   the last CTA?               16
+//
+// Instructions for a weight: docs/cuda.md.
 
 #include <stdexcept>
 
@@ -89,38 +97,28 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
   const int first = static_cast<int>(int64_t{layer.blocks} * cta_y() / args.splits);
   const int end = static_cast<int>(int64_t{layer.blocks} * (cta_y() + 1) / args.splits);
   const ColumnRange range{first, end};
-  const bool ring = tile.fill == Fill::kRing, windows = tile.fill == Fill::kWindows;
-  const int row_places =
-      ring ? static_cast<int>(args.bank.slots) : tile.rows;  // places, of no windows
+  const bool ring = tiling.fill == Fill::kRing, windows = tiling.fill == Fill::kWindows;
+  const int row_places = ring ? static_cast<int>(layer.slots) : tile.rows;  // of no windows
 
   const int parts = kFma ? 2 * kPitch : kWarps / (layer.block / 16) * kSumPitch;
   const Shared<float> sums(args.sums, parts * BATCH);
+  const Shared<ColumnUnit> units = units_of(layout, tiling);
   const BankCopies copies = copies_of(layout, args.bank);
-  const EntryLane lane = lane_of(layer.law, Entries::kLaps);
   const int unfinished = kept(unfinished_from(layer));
   const Share share = share_of<BATCH>(args);
   const Output out = output_of(args, m0, !kFma);
-  // Copies of column b to stage i, in a group of their own even where there are none. Here and
-  // below PLAIN leaves out what the most common tiles (stage.h) do not need.
-  const auto begin = [&](auto plain, int b, int i) {
-    constexpr bool kPlain = decltype(plain)::value;
+  // Copies of column b to stage i, in a group of their own even where there are none.
+  const auto begin = [&](int b, int i) {
     if (b < end) {
-      const Stage stage = stage_of(layout, tiling, i);
-      if (kPlain || windows) {
-        const ColumnReads column = column_of(layout.columns, b - first);
-        fill_windows<kPlain>(layer, layout, args.bank, column, copies, stage);
-      } else if (!ring) {
-        fill_rows(layout, args.bank, tile, copies, stage);
-      } else if (b == first) {
-        fill_ring(layout, args.bank, stage);
-      }
+      fill_stage(tiling, layout, args.bank, tile, range, units, copies, b,
+                 stage_of(layout, tiling, i));
     }
     commit_copies();
   };
 
-  if (windows) prepare_first<Entries::kLaps>(layer, tile, layout.columns, range);
+  if (windows) find_units(layer, tile, range, units, 0);
   for (int i = 0; i < layout.depth; ++i) {
-    if (tile.fill == Fill::kGather && first + i < end) {
+    if (tiling.fill == Fill::kGather && first + i < end) {
       prepare_rows(layer, tile, first + i, stage_of(layout, tiling, i));
     }
   }
@@ -134,47 +132,35 @@ linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
     }
   }();
   sync();
-  for (int i = 0; i < layout.depth - 1; ++i) begin(AnyTiles{}, first + i, i);
-  const auto columns = [&](auto plain) {
-    constexpr bool kPlain = decltype(plain)::value;
-    const int depth = kPlain ? kStages : layout.depth;
-    int current = 0;  // stage of column b
-    RPG_LOOP
-    for (int b = first; b < end; ++b, current = stage_after(depth, current, 1)) {
-      wait_stage(depth);
-      sync();
-      begin(plain, b + depth - 1, stage_after(depth, current, depth - 1));
-      const Stage stage = stage_of(layout, tiling, current);
-      const ColumnReads column = column_of(layout.columns, b - first);
-      const int places = kPlain ? 256 : windows ? places_of(layer, column) : row_places;
-      if (b >= unfinished) sign_and_clear<Number>(layer, tile, places, b, stage);
-      if constexpr (kFma) {
-        sum_terms<BATCH>(args, tile, column, lane, b, places, stage, dy);
-        input_grad_products<BATCH>(args, tile, places, stage, dy, sums);
-      } else {
-        if (kPlain || windows) {
-          put_windows<BATCH, kPlain>(args, tile, column, lane, stage, dy);
-        } else {
-          put_rows<BATCH>(args, tile, b, stage, dy);
-        }
-        input_grad_products<Math, BATCH, kPlain>(args, tile, column, share, stage, dy, sums);
-      }
-      if (kPlain || windows) {
-        prepare_next<Entries::kLaps>(layer, tile, layout.columns, range, b - first);
-      }
-      sync();
-      if (!kPlain && tile.fill == Fill::kGather && b + depth < end) {
-        prepare_rows(layer, tile, b + depth, stage);
-      }
-      write_column<Math, BATCH>(args, out, b, batch, share, sums);
+  for (int i = 0; i < layout.depth - 1; ++i) begin(first + i, i);
+  int current = 0;  // stage of column b
+  RPG_LOOP
+  for (int b = first; b < end; ++b, current = stage_after(layout.depth, current, 1)) {
+    wait_stage(layout.depth);
+    sync();
+    begin(b + layout.depth - 1, stage_after(layout.depth, current, layout.depth - 1));
+    const Stage stage = stage_of(layout, tiling, current);
+    int places = row_places;
+    if (windows) places = static_cast<int>(unit_of(units, range, b).places);
+    if (b >= unfinished) sign_and_clear<Number>(layer, tile, places, b, stage);
+    if (windows) {
+      unit_entries<false>(layer, tile, b, unit_of(units, range, b), dy.entry);
+    } else {
+      row_entries<false>(layer, tiling, tile, b, stage, dy.entry);
     }
-  };
-  if constexpr (kFma) {
-    columns(AnyTiles{});
-  } else if (plain_tile(layer, tiling, layout, tile)) {
-    columns(PlainTiles{});
-  } else {
-    columns(AnyTiles{});
+    if constexpr (kFma) {
+      sum_terms<BATCH>(args, tile, places, stage, dy);
+      input_grad_products<BATCH>(args, tile, places, stage, dy, sums);
+    } else {
+      put_rows<BATCH>(args, tile, places, stage, dy);
+      input_grad_products<Math, BATCH>(args, tile, share, stage, dy, sums);
+    }
+    if (windows) find_next_units(layer, tile, range, units, b);
+    sync();
+    if (tiling.fill == Fill::kGather && b + layout.depth < end) {
+      prepare_rows(layer, tile, b + layout.depth, stage);
+    }
+    write_column<Math, BATCH>(args, out, b, batch, share, sums);
   }
   if (tiling.tiles == 1) return;
   const Shared<int> last(args.last, 1);
@@ -218,7 +204,8 @@ void run(const LayerLaw& law, const Plan& plan, const CudaLinearInputGradArgs& a
   kernel_args.layout = shared.layout, kernel_args.terms_per_lap = shared.terms_per_lap,
   kernel_args.plane = shared.plane;
   kernel_args.terms = shared.terms, kernel_args.dy_at = shared.dy_at,
-  kernel_args.entry = shared.entry, kernel_args.sums = shared.sums, kernel_args.last = shared.last;
+  kernel_args.entry = shared.entry, kernel_args.flag = shared.flag, kernel_args.sums = shared.sums,
+  kernel_args.last = shared.last;
   launch(linear_input_grad_kernel<Math, BATCH>, {plan.tiles, plan.splits, plan.batch_tiles},
          kThreads, plan.shared_bytes, args.stream, kernel_args);
 }

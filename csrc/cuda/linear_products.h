@@ -60,10 +60,10 @@ struct LinearSharedPlan {
   int s, entry, x_at, last, bytes;
 };
 
-RPG_HOST LinearSharedPlan shared_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
-                                      int x_bytes, int s_floats) {
+RPG_HOST LinearSharedPlan shared_plan(const Tiling& tiling, int row_bytes, int x_bytes,
+                                      int s_floats) {
   LinearSharedPlan out{};
-  out.layout = stage_layout(layer, tiling, row_bytes);
+  out.layout = stage_layout(tiling, row_bytes);
   out.s = out.layout.end;
   out.entry = out.s + 4 * s_floats * (tiling.places + kPlaneGap);
   out.x_at = out.entry + 4 * kMaxRows;
@@ -94,7 +94,7 @@ RPG_FUNCTION XCopy x_copy(const LinearKernelArgs& args, int m0) {
 }
 
 // x [rows m0 ..., column b] into shared memory; zeros behind the batch and the end of a row.
-template <class Math, int BATCH, bool PLAIN>
+template <class Math, int BATCH>
 RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0, int b,
                          const Shared<char>& x_stage) {
   using Bits = typename Math::Number::Bits;
@@ -105,7 +105,7 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int m0
     copy_async(x_stage.span(copy.target, 16), copy.source + uint64_t{column} * args.bank.row_bytes,
                valid);
   }
-  if (PLAIN || args.x_aligned) return;
+  if (args.x_aligned) return;
   const int block = args.layer.block, columns = args.layer.columns, column = b * block;
   const Bits* const x = static_cast<const Bits*>(args.x);
   RPG_LOOP
@@ -153,14 +153,14 @@ RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
 }
 
 // S = blocks · xᵀ by tensor cores: a warp takes 16 places, all of the batch. What lies behind
-// `used` places is multiplied up to a multiple of 16, and never read. PLAIN: blocks of 64.
-template <class Math, int BATCH, bool PLAIN>
+// `used` places is multiplied up to a multiple of 16, and never read.
+template <class Math, int BATCH>
 RPG_FUNCTION void products_mma(const LinearKernelArgs& args,
                                const ProductLane<LinearShape<Math, BATCH>::kTiles>& lane, int used,
                                const Stage& stage, const Shared<char>& x, const Shared<float>& s) {
   using Sizes = LinearShape<Math, BATCH>;
   constexpr int kTiles = Sizes::kTiles;
-  const int block = PLAIN ? 64 : args.layer.block, chunks = block / 8;
+  const int block = args.layer.block, chunks = block / 8;
   // Elements 32 half ... of x: [tile][half], fragments of two steps of 16.
   uint32_t b[kTiles][2][4];
   RPG_UNROLL

@@ -18,10 +18,7 @@ namespace {
 
 }  // namespace
 
-void law(const LayerLaw&, int64_t, const int64_t*, const int64_t*, int64_t, int64_t*, int64_t*,
-         void*) {
-  missing();
-}
+void law(const LayerLaw&, const CudaLawArgs&) { missing(); }
 
 Plan plan_linear(const LayerLaw&, Dtype, int64_t, int64_t, const Device&) { missing(); }
 Plan plan_linear_input_grad(const LayerLaw&, Dtype, int64_t, int64_t, const Device&) { missing(); }

@@ -16,12 +16,13 @@ constexpr int kMaxGridZ = 65535;  // CUDA allows no more CTAs in the third direc
 // A layer of a launch is one band.
 static inline Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band = 0) {
   Layer out{};
-  out.windows = law.window != 0;
-  if (out.windows) {
-    out.law = make_window_band(law, band);
+  out.units = law.taps != 0;
+  if (out.units) {
+    out.unit = make_unit_band(law, band);
   } else {
-    static_cast<BandLaw&>(out.law) = make_band_law(law, band);
+    out.ring = make_band_law(law, band);
   }
+  out.slots = law.slots;
   const int64_t left = law.rows - band * law.rows_per_band;
   out.rows = static_cast<int>(left < law.rows_per_band ? left : law.rows_per_band);
   out.blocks = static_cast<int>(law.blocks);
@@ -35,74 +36,62 @@ static inline int round_up(int64_t x, int step) {
   return static_cast<int>((x + step - 1) / step * step);
 }
 
-// How many windows a column of a tile reads at most, where tiles of `rows` rows begin at multiples
-// of `rows`.
-static inline int windows_of(const LayerLaw& law, int rows) {
-  const WindowBand band = make_window_band(law, 0);
-  const int cell = static_cast<int>(band.cell), offset = static_cast<int>(band.offset);
-  if (cell <= rows && rows % cell == 0) return rows / cell + (offset % cell != 0);
-  if (cell > rows && cell % rows == 0) return 1 + (offset % rows != 0);
-  return rows / cell + 2;
+// The most octets of the ring that a unit of the band reads: all have U / laps where all begin with
+// an octet, otherwise one may be shared with the unit before and one with the unit after.
+static inline int window_octets(const UnitBand& law) {
+  const uint32_t laps = law.by_laps.divisor, size = law.size + (law.larger > 0);
+  const bool whole = !law.larger && !law.offset && size % laps == 0;
+  return static_cast<int>(whole ? size / laps : (size + laps - 2) / laps + 1);
 }
 
-// Returns a tiling that reads windows, in stages of at most `max_bytes` bytes and tiles of at most
-// `largest` rows; its fill is kGather where there is none.
-static inline Tiling tiling_of_windows(const LayerLaw& law, int row_bytes, int max_bytes,
-                                       int largest) {
+// Returns the tiling whose stages are windows of units; its fill is kGather where there is none.
+// Groups of more than `largest` rows are cut into equal parts, each of which reads the whole
+// window.
+static inline Tiling tiling_of_units(const LayerLaw& law, int stages, int largest) {
   Tiling out{};
   out.fill = Fill::kGather;
   // Signs of elements are put on blocks that belong to one row.
-  if (law.reflect == Reflect::kElement || !law.window) return out;
-  for (int rows = largest; rows >= 64; rows /= 2) {
-    const int64_t windows = windows_of(law, rows), places = windows * law.window;
-    if (places >= rows || places * row_bytes > max_bytes || windows > kMaxWindows) continue;
-    if (law.rows / rows * rows * 4 < law.rows * 3) continue;  // a rest of more than a quarter
-    out.fill = Fill::kWindows;
-    out.rows = rows;
-    out.filled_tiles = static_cast<int>(law.rows / rows);
-    out.places = static_cast<int>(places);
-    return out;
-  }
+  if (law.reflect == Reflect::kElement || !law.taps) return out;
+  const UnitBand band = make_unit_band(law, 0);
+  const int octets = static_cast<int>(band.size + (band.larger > 0));
+  out.parts = (octets + largest / 8 - 1) / (largest / 8);
+  out.rows = 8 * ((octets + out.parts - 1) / out.parts);
+  const int places = 8 * window_octets(band);
+  // Where a tile reads as many blocks as it has rows, a stage of windows saves nothing.
+  if (places >= out.rows || static_cast<uint32_t>(places) > law.slots) return out;
+  out.fill = Fill::kWindows;
+  out.tiles = static_cast<int>(band.groups) * out.parts;
+  out.places = round_up(places, kMmaBlocks);
+  out.stages = stages;
   return out;
 }
 
-// Returns the tiling for `stages` stages of at most `max_bytes` bytes and tiles of at most
-// `largest` rows.
-static inline Tiling tiling_of(const LayerLaw& law, int row_bytes, int stages, int max_bytes,
-                               int largest) {
-  Tiling out = tiling_of_windows(law, row_bytes, max_bytes, largest);
-  out.stages = stages;
+// Returns the tiling without windows, for `stages` stages of at most `max_bytes` bytes: the whole
+// ring where it fits into all of them, otherwise gathered blocks.
+static inline Tiling tiling_of_rows(const LayerLaw& law, int row_bytes, int stages, int max_bytes) {
+  Tiling out{};
+  out.parts = 1;
   const int64_t ring_bytes = int64_t{law.slots} * row_bytes;
-  if (!out.filled_tiles && law.reflect != Reflect::kElement &&
-      ring_bytes <= max_bytes * int64_t{stages}) {
+  if (law.reflect != Reflect::kElement && ring_bytes <= max_bytes * int64_t{stages}) {
     out.fill = Fill::kRing;
-    out.rows = largest;
+    out.rows = kMaxRows;
     while (out.rows >= 2 * law.rows && out.rows > 64) out.rows /= 2;
-    out.filled_tiles = static_cast<int>((law.rows + out.rows - 1) / out.rows);
     out.places = round_up(law.slots, kMmaBlocks);
-    out.gathered_rows = out.rows;
     out.stages = 1;
-  }
-  if (out.fill != Fill::kRing) {
-    if (!out.places) out.places = 2 * kThreads;
+  } else {
+    out.fill = Fill::kGather;
+    out.places = 2 * kThreads;
     while (out.places * row_bytes > max_bytes && out.places > 64) out.places /= 2;
-    out.gathered_rows = out.places < 2 * kThreads ? out.places : 2 * kThreads;
+    out.rows = out.places;
+    out.stages = stages;
   }
-  const int64_t left = law.rows - int64_t{out.filled_tiles} * out.rows;
-  if (left <= 0 && out.fill == Fill::kWindows) out.gathered_rows = 0;
-  out.tiles = out.filled_tiles +
-              (left > 0 ? static_cast<int>((left + out.gathered_rows - 1) / out.gathered_rows) : 0);
+  out.tiles = static_cast<int>((law.rows + out.rows - 1) / out.rows);
   return out;
 }
 
 static inline Tiling tiling_of(const Plan& plan) {
-  return {static_cast<Fill>(plan.fill),
-          plan.rows,
-          plan.filled_tiles,
-          plan.gathered_rows,
-          plan.tiles,
-          plan.places,
-          plan.stages};
+  return {
+      static_cast<Fill>(plan.fill), plan.rows, plan.parts, plan.tiles, plan.places, plan.stages};
 }
 
 // The start of a CTA is taken to cost as much as so many columns.
@@ -126,14 +115,12 @@ template <class SharedBytes>
 Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
                 const Device& device, const SharedBytes& bytes) {
   Plan out{};
-  const auto fits = [&](int batch_tile, int stages, int max_bytes, int rows) {
-    const Tiling tiling = tiling_of(law, row_bytes, stages, max_bytes, rows);
+  const auto fits = [&](const Tiling& tiling, int batch_tile) {
     out.shared_bytes = bytes(tiling, batch_tile);
     if (out.shared_bytes > device.shared_bytes) return false;
     out.fill = static_cast<int>(tiling.fill);
-    out.rows = tiling.rows, out.filled_tiles = tiling.filled_tiles, out.tiles = tiling.tiles;
-    out.gathered_rows = tiling.gathered_rows, out.places = tiling.places,
-    out.stages = tiling.stages;
+    out.rows = tiling.rows, out.parts = tiling.parts, out.tiles = tiling.tiles;
+    out.places = tiling.places, out.stages = tiling.stages;
     out.batch_tile = batch_tile;
     out.batch_tiles = static_cast<int>((batch + batch_tile - 1) / batch_tile);
     if (out.batch_tiles > kMaxGridZ) {
@@ -149,9 +136,8 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
   for (int tile = first; tile >= (first < 8 ? first : 8); tile /= 2) {
     for (int rows = kMaxRows; rows >= kMaxRows / 4; rows /= 2) {
       for (int stages = kStages; stages >= 2; --stages) {
-        const int max_bytes = device.shared_bytes / stages;
-        const Tiling tiling = tiling_of_windows(law, row_bytes, max_bytes, rows);
-        if (tiling.fill == Fill::kWindows && fits(tile, stages, max_bytes, rows)) return out;
+        const Tiling tiling = tiling_of_units(law, stages, rows);
+        if (tiling.fill == Fill::kWindows && fits(tiling, tile)) return out;
       }
     }
   }
@@ -160,7 +146,7 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
     const int third = device.shared_bytes / kStages, quarter = device.shared_bytes / (kStages + 1);
     for (int max_bytes = third; max_bytes >= 64 * row_bytes;
          max_bytes = max_bytes == third ? quarter : max_bytes / 2) {
-      if (fits(tile, kStages, max_bytes, kMaxRows)) return out;
+      if (fits(tiling_of_rows(law, row_bytes, kStages, max_bytes), tile)) return out;
     }
     if (tile == 1) break;
   }

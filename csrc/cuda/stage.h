@@ -8,7 +8,7 @@
 
 #pragma once
 
-#include "cuda/columns.h"
+#include "cuda/units.h"
 #include "law/number.h"
 
 namespace rpg::RPG_DEVICE {
@@ -31,45 +31,45 @@ RPG_HOST Bank bank_of(const void* ring, uint32_t slots, int row_bytes) {
 
 struct Stage {
   Shared<uint4> blocks;      // [places, chunks]
-  Shared<uint32_t> entries;  // [gathered_rows], slots and signs, in a gathered tile
+  Shared<uint32_t> entries;  // [rows], slots and signs, in a gathered tiling
 };
 
 // Where a CTA's stages are in shared memory. It is found on the host; sizes are bytes.
 struct StageLayout {
   int depth;       // So many columns are in flight, also where blocks, of a ring, need one stage.
   int log_chunks;  // A block has 2^log_chunks chunks of 16 bytes.
-  int turns;       // All threads copy a window in so many turns, a chunk each.
   int stage;       // The blocks of a stage begin so much behind those of the stage before it.
-  ColumnsLayout columns;
-  int entries;     // The entries of stage 0 begin here,
+  int units;       // The units of columns begin here, in a tiling of windows.
+  int entries;     // The entries of stage 0 begin here, in a gathered tiling,
   int entry_step;  // those of each further stage so much later.
   int end;         // The first byte behind all of it.
 };
 
-RPG_HOST StageLayout stage_layout(const Layer& layer, const Tiling& tiling, int row_bytes) {
+RPG_HOST StageLayout stage_layout(const Tiling& tiling, int row_bytes) {
   StageLayout out{};
   out.depth = tiling.stages == 1 ? kStages : tiling.stages;
   out.log_chunks = row_bytes == 256 ? 4 : row_bytes == 128 ? 3 : 2;
-  if (layer.windows) {
-    out.turns = static_cast<int>(layer.law.scramble.window) * row_bytes / (16 * kThreads);
-  }
   const int bytes = tiling.places * row_bytes;
   out.stage = tiling.stages == 1 ? 0 : bytes;
-  out.entries = tiling.stages * bytes;
+  out.units = tiling.stages * bytes;
+  out.entries = out.units;
   if (tiling.fill == Fill::kWindows) {
-    const int window = static_cast<int>(layer.law.scramble.window);
-    out.columns = columns_of(tiling.places / window, out.entries);
-    out.entries = end_of(out.columns);
+    out.entries += kColumnsKept * static_cast<int>(sizeof(ColumnUnit));
   }
-  out.entry_step = 4 * ((tiling.gathered_rows + 3) / 4 * 4);
+  if (tiling.fill == Fill::kGather) out.entry_step = 4 * ((tiling.rows + 3) / 4 * 4);
   out.end = out.entries + out.depth * out.entry_step;
   return out;
+}
+
+// The units of columns, in a tiling of windows.
+RPG_FUNCTION Shared<ColumnUnit> units_of(const StageLayout& layout, const Tiling& tiling) {
+  return Shared<ColumnUnit>(layout.units, tiling.fill == Fill::kWindows ? kColumnsKept : 0);
 }
 
 // Stage i of a CTA.
 RPG_FUNCTION Stage stage_of(const StageLayout& layout, const Tiling& tiling, int i) {
   return {Shared<uint4>(i * layout.stage, tiling.places << layout.log_chunks),
-          Shared<uint32_t>(layout.entries + i * layout.entry_step, tiling.gathered_rows)};
+          Shared<uint32_t>(layout.entries + i * layout.entry_step, layout.entry_step / 4)};
 }
 
 // The number of the stage `steps` after stage i; there are at least as many stages as steps.
@@ -96,120 +96,70 @@ RPG_FUNCTION void prepare_rows(const Layer& layer, const Tile& tile, int b, cons
   }
 }
 
-// How many places a stage of windows holds.
-RPG_FUNCTION int places_of(const Layer& layer, const ColumnReads& column) {
-  return static_cast<int>(column.windows[0].count << (layer.law.scramble.bits + 3));
-}
-
-// Whether a tile is of the most common kind, for which loops of columns are compiled apart: 1024
-// rows, blocks of 128 bytes, one window of 256 blocks for each column in three stages, no lap cut.
-RPG_FUNCTION bool plain_tile(const Layer& layer, const Tiling& tiling, const StageLayout& layout,
-                             const Tile& tile) {
-  return tile.fill == Fill::kWindows && tile.rows == 16 * kStretch && layer.block == 64 &&
-         layer.law.permute && layer.law.scramble.window == 256 && tiling.places == 256 &&
-         layout.log_chunks == 3 && layout.depth == kStages && layer.law.offset % 256 == 0;
-}
-
-// What a loop of columns is compiled for: `plain_tile`, or all tiles.
-struct PlainTiles {
-  static constexpr bool value = true;
-};
-struct AnyTiles {
-  static constexpr bool value = false;
-};
-
-// What this thread copies of each window. Its chunks are kThreads chunks apart in the ring and in a
-// stage, which is 8 or more blocks, so that they are exchanged in one way.
+// What this thread copies of a stage. Its chunks are kThreads chunks apart in the stage, which is 8
+// or more blocks, so that they are exchanged in one way.
 struct BankCopies {
-  const char* source;  // Its first chunk of a window that begins with slot 0.
-  int index;           // The number of that chunk in a stage.
+  const char* source;  // Its chunk of slot 0.
+  int place;           // The place of its first chunk, and its number
+  int index;           // in a stage.
 };
-
-constexpr int kTurnBytes = 16 * kThreads;  // bytes that all threads copy at once
 
 RPG_FUNCTION BankCopies copies_of(const StageLayout& layout, const Bank& bank) {
   const int first = thread() >> layout.log_chunks, c = thread() & ((1 << layout.log_chunks) - 1);
   const char* ring = static_cast<const char*>(bank.ring);
-  return {kept(ring + first * bank.row_bytes + 16 * c),
-          kept(chunk_at(first, c, 1 << layout.log_chunks))};
+  return {kept(ring + 16 * c), kept(first), kept(chunk_at(first, c, 1 << layout.log_chunks))};
 }
 
-// Begins the copies of a window that goes around the end of the ring.
-RPG_FUNCTION void fill_wrapped(const StageLayout& layout, const Bank& bank, uint32_t base,
-                               const char* source, int index, const Stage& stage) {
-  RPG_LOOP
-  for (int turn = 0; turn < layout.turns; ++turn, source += kTurnBytes) {
-    const uint32_t slot = base + ((turn * kThreads + thread()) >> layout.log_chunks);
-    const int64_t wrap = slot < bank.slots ? 0 : bank.bytes;
-    copy_async<0>(stage.blocks.span(index + turn * kThreads, 1), source - wrap);
+RPG_FUNCTION const char* stored_chunk(const Bank& bank, const BankCopies& copies, uint32_t slot) {
+  return copies.source + uint64_t{slot} * static_cast<uint32_t>(bank.row_bytes);
+}
+
+constexpr int kTurnBytes = 16 * kThreads;  // bytes that all threads copy at once
+
+// Begins the copies of a unit's window, which may go around the end of the ring once: it has at
+// most as many slots as the ring.
+RPG_FUNCTION void fill_window(const StageLayout& layout, const Bank& bank, const ColumnUnit& unit,
+                              const BankCopies& copies, const Stage& stage) {
+  const int step = kThreads >> layout.log_chunks, places = static_cast<int>(unit.places);
+  const char* source = stored_chunk(bank, copies, unit.base + copies.place);
+  int place = copies.place, index = copies.index;
+  if (unit.base + unit.places <= bank.slots) {
+    RPG_LOOP
+    for (; place + 3 * step < places; place += 4 * step, source += 4 * kTurnBytes) {
+      uint4* const target = stage.blocks.span(index, 3 * kThreads + 1);
+      copy_async<0>(target, source);
+      copy_async<kTurnBytes>(target, source);
+      copy_async<2 * kTurnBytes>(target, source);
+      copy_async<3 * kTurnBytes>(target, source);
+      index += 4 * kThreads;
+    }
   }
-}
-
-// Begins the copies of a window that ends before the ring does, in 8 turns.
-RPG_FUNCTION void fill_whole(const char* source, const Stage& stage, int index) {
-  uint4* const target = stage.blocks.span(index, 7 * kThreads + 1);
-  copy_async<0>(target, source);
-  copy_async<kTurnBytes>(target, source);
-  copy_async<2 * kTurnBytes>(target, source);
-  copy_async<3 * kTurnBytes>(target, source);
-  copy_async<4 * kTurnBytes>(target, source);
-  copy_async<5 * kTurnBytes>(target, source);
-  copy_async<6 * kTurnBytes>(target, source);
-  copy_async<7 * kTurnBytes>(target, source);
-}
-
-// Begins the copies of a column's windows. PLAIN: the column has one, copied in 8 turns.
-template <bool PLAIN>
-RPG_FUNCTION void fill_windows(const Layer& layer, const StageLayout& layout, const Bank& bank,
-                               const ColumnReads& column, const BankCopies& copies,
-                               const Stage& stage) {
-  const uint32_t count = PLAIN ? 1 : column.windows[0].count;
-  int index = copies.index;
   RPG_LOOP
-  for (uint32_t i = 0; i < count; ++i, index += layout.turns * kThreads) {
-    const uint32_t base = column.windows[i].base;
-    const char* source = copies.source + uint64_t{base} * static_cast<uint32_t>(bank.row_bytes);
-    if (base + layer.law.scramble.window > bank.slots) {
-      fill_wrapped(layout, bank, base, source, index, stage);
-      continue;
-    }
-    if (PLAIN) {
-      fill_whole(source, stage, index);
-      continue;
-    }
-    int turn = 0;
-    RPG_LOOP
-    for (; turn + 8 <= layout.turns; turn += 8, source += 8 * kTurnBytes) {
-      fill_whole(source, stage, index + turn * kThreads);
-    }
-    RPG_LOOP
-    for (; turn < layout.turns; ++turn, source += kTurnBytes) {
-      copy_async<0>(stage.blocks.span(index + turn * kThreads, 1), source);
-    }
+  for (; place < places; place += step, source += kTurnBytes, index += kThreads) {
+    const int64_t wrap = unit.base + place < bank.slots ? 0 : bank.bytes;
+    copy_async<0>(stage.blocks.span(index, 1), source - wrap);
   }
 }
 
 // Begins the copies of a gathered column; the block of row i goes to place i.
 RPG_FUNCTION void fill_rows(const StageLayout& layout, const Bank& bank, const Tile& tile,
                             const BankCopies& copies, const Stage& stage) {
-  const int step = kThreads >> layout.log_chunks, first = thread() >> layout.log_chunks;
-  const char* const chunk = copies.source - first * bank.row_bytes;
-  const auto stored_block = [&](int row) {
-    const uint32_t slot = stage.entries[row] & 0x7FFFFFFFu;
-    return chunk + uint64_t{slot} * static_cast<uint32_t>(bank.row_bytes);
+  const int step = kThreads >> layout.log_chunks;
+  const auto stored = [&](int row) {
+    return stored_chunk(bank, copies, stage.entries[row] & 0x7FFFFFFFu);
   };
-  int row = first, index = copies.index;
+  int row = copies.place, index = copies.index;
   RPG_LOOP
   for (; row + 3 * step < tile.rows; row += 4 * step, index += 4 * kThreads) {
     uint4* const target = stage.blocks.span(index, 3 * kThreads + 1);
-    copy_async<0>(target, stored_block(row));
-    copy_async<0>(target + kThreads, stored_block(row + step));
-    copy_async<0>(target + 2 * kThreads, stored_block(row + 2 * step));
-    copy_async<0>(target + 3 * kThreads, stored_block(row + 3 * step));
+    copy_async<0>(target, stored(row));
+    copy_async<0>(target + kThreads, stored(row + step));
+    copy_async<0>(target + 2 * kThreads, stored(row + 2 * step));
+    copy_async<0>(target + 3 * kThreads, stored(row + 3 * step));
   }
   RPG_LOOP
   for (; row < tile.rows; row += step, index += kThreads) {
-    copy_async<0>(stage.blocks.span(index, 1), stored_block(row));
+    copy_async<0>(stage.blocks.span(index, 1), stored(row));
   }
 }
 
@@ -224,6 +174,20 @@ RPG_FUNCTION void fill_ring(const StageLayout& layout, const Bank& bank, const S
   }
 }
 
+// Begins the copies of column b to a stage; of a ring once, for the first column of the range.
+RPG_FUNCTION void fill_stage(const Tiling& tiling, const StageLayout& layout, const Bank& bank,
+                             const Tile& tile, const ColumnRange& range,
+                             const Shared<ColumnUnit>& units, const BankCopies& copies, int b,
+                             const Stage& stage) {
+  if (tiling.fill == Fill::kWindows) {
+    fill_window(layout, bank, unit_of(units, range, b), copies, stage);
+  } else if (tiling.fill == Fill::kGather) {
+    fill_rows(layout, bank, tile, copies, stage);
+  } else if (b == range.first) {
+    fill_ring(layout, bank, stage);
+  }
+}
+
 // Applies the signs of elements to a gathered stage, where each block belongs to one row.
 template <class T>
 RPG_FUNCTION void reflect_elements(const Layer& layer, const Tile& tile, int b,
@@ -232,19 +196,14 @@ RPG_FUNCTION void reflect_elements(const Layer& layer, const Tile& tile, int b,
   RPG_LOOP
   for (int i = thread(); i < tile.rows * chunks; i += kThreads) {
     const int place = i / chunks, c = i - place * chunks;
-    const uint32_t p[1] = {position(layer, tile.row + place, b)};
     const int first = c * per_chunk;
-    uint32_t word[1];
-    if (layer.windows) {
-      sign_words_of(layer.law, first / 32, p, word);
-    } else {
-      sign_words_of(static_cast<const BandLaw&>(layer.law), first / 32, p, word);
-    }
+    const uint32_t p = position(layer, tile.row + place, b);
+    const uint32_t word = sign_word(layer, first / 32, p);
     typename T::Bits bits[16 / sizeof(typename T::Bits)];
     uint4* const stored = stage.blocks.span(chunk_at(place, c, chunks), 1);
     memcpy(bits, stored, 16);
     for (int e = 0; e < per_chunk; ++e) {
-      if (word[0] >> sign_bit(first + e) & 1) bits[e] ^= T::kSign;
+      if (word >> sign_bit(first + e) & 1) bits[e] ^= T::kSign;
     }
     memcpy(stored, bits, 16);
   }

@@ -4,20 +4,20 @@
 // For each column a stage in shared memory holds blocks of the bank, and row i of the tile reads
 // one of them, its `place`:
 //
-//   kWindows  the windows that the column's rows read, one behind the other; tiles of a power of
-//             two of rows, each in one strip of the window law, so that they are few
+//   kWindows  the window of the unit that the rows belong to; a tile is a group of the unit law's
+//             rows, or an equal part of one, so that it has one unit in each column
 //   kRing     the whole bank
 //   kGather   the block of row i at place i
 //
-// The entry of a row is its place, with the sign of the block's use in bit 31. Rows of a column
-// that read one window in one lap read different places; where asked for, bits 24 to 29 of an entry
-// are the number of the lap among the column's.
+// The entry of a row is its place, with the sign of the block's use in bit 31. In windows bits 24
+// to 29 are the use's number among those of the octet of the ring, its lap: rows of one lap read
+// different places.
 
 #pragma once
 
 #include "cuda/device.h"
 #include "law/number.h"
-#include "law/window.h"
+#include "law/unit.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -25,15 +25,16 @@ enum class Fill : int { kWindows = 0, kRing = 1, kGather = 2 };
 
 constexpr int kThreads = 256;  // of a CTA
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kAlign = 16;       // bytes: arrays in shared memory begin at multiples of it
-constexpr int kMmaBlocks = 16;   // that a warp multiplies at once by tensor cores
-constexpr int kStages = 3;       // at most; two where three do not fit, a ring needs one
-constexpr int kMaxWindows = 18;  // of a column of a tile: 1024 rows, cells of 64, and one more
+constexpr int kAlign = 16;      // bytes: arrays in shared memory begin at multiples of it
+constexpr int kMmaBlocks = 16;  // that a warp multiplies at once by tensor cores
+constexpr int kStages = 3;      // at most; two where three do not fit, a ring needs one
 
-// The layer of a launch.
+// The layer of a launch: a matrix, in one band.
 struct Layer {
-  WindowBand law;   // The law of its only band. Of law 1 only what BandLaw has is set.
-  bool windows;     // Whether it is law 2.
+  BandLaw ring;     // The law of the band, if it is law 1,
+  UnitBand unit;    // or if it is law 3, whose units have one tap here.
+  bool units;       // Whether it is law 3.
+  uint32_t slots;   // of the ring
   int rows;         // N
   int blocks;       // A row has so many blocks.
   int block;        // A block has so many elements.
@@ -41,16 +42,14 @@ struct Layer {
   Reflect reflect;  // What has a sign of its own.
 };
 
-// How the rows of a layer are cut into tiles. They are numbered: first those of `rows` rows with
-// `fill`, then those that are gathered, if rows are left.
+// How the rows of a layer are cut into tiles.
 struct Tiling {
-  Fill fill;          // What the stages of the first tiles hold.
-  int rows;           // Each of them has so many rows.
-  int filled_tiles;   // There are so many of them.
-  int gathered_rows;  // Each of the others has so many rows.
-  int tiles;          // There are so many tiles of both kinds.
-  int places;         // A stage holds so many blocks, a multiple of kMmaBlocks.
-  int stages;         // So many stages are in flight.
+  Fill fill;   // What the stages hold.
+  int rows;    // No tile has more rows.
+  int parts;   // A group of rows is cut into so many tiles; 1 where tiles are no groups.
+  int tiles;   // There are so many of them.
+  int places;  // A stage holds so many blocks, a multiple of kMmaBlocks.
+  int stages;  // So many stages are in flight.
 };
 
 constexpr uint32_t kPlaceMask = 0xFFFFFFu;
@@ -61,44 +60,59 @@ RPG_FUNCTION int lap_of(uint32_t entry) { return static_cast<int>(entry >> 24 & 
 RPG_FUNCTION float sign_of(uint32_t entry) { return as_float(0x3F800000u | (entry & 0x80000000u)); }
 
 struct Tile {
-  Fill fill;
-  int row;  // It begins with this row of the layer.
+  int row;  // It begins with this row of the layer,
   int rows;
-  uint32_t number, step;  // The position of its first row in column b is number + b step.
+  // and in a tiling of windows with this octet of a unit of this group, which has so many octets.
+  uint32_t octet, group, size;
 };
+
+RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
+  Tile tile{};
+  int end = layer.rows;
+  if (tiling.fill == Fill::kWindows) {
+    const UnitBand& law = layer.unit;
+    tile.group = static_cast<uint32_t>(i / tiling.parts);
+    tile.octet = static_cast<uint32_t>(i % tiling.parts * (tiling.rows / 8));
+    tile.size = group_size(law, tile.group);
+    const uint32_t first = first_octet(law, tile.group);
+    const int group_end = static_cast<int>(8 * (first + tile.size));
+    tile.row = static_cast<int>(8 * (first + tile.octet));
+    end = group_end < end ? group_end : end;  // The last octet may have fewer than 8 rows.
+  } else {
+    tile.row = i * tiling.rows;
+  }
+  const int left = end - tile.row;
+  tile.rows = left < 0 ? 0 : left < tiling.rows ? left : tiling.rows;
+  return tile;
+}
 
 // The position, in the order of its law, of row n and column b.
 RPG_FUNCTION uint32_t position(const Layer& layer, int n, int b) {
-  if (layer.windows) return order(layer.law, n, b);
-  return static_cast<uint32_t>(n) * layer.blocks + b;
+  const uint32_t row = static_cast<uint32_t>(n), column = static_cast<uint32_t>(b);
+  if (layer.units) return column * layer.unit.octets * 8 + row;
+  return row * static_cast<uint32_t>(layer.blocks) + column;
 }
 
-RPG_FUNCTION Tile tile_at(const Layer& layer, const Tiling& tiling, int i) {
-  const bool whole = i < tiling.filled_tiles;
-  const int height = whole ? tiling.rows : tiling.gathered_rows, gathered = i - tiling.filled_tiles;
-  const int row = whole ? i * height : tiling.filled_tiles * tiling.rows + gathered * height;
-  const int left = layer.rows - row;
-  const uint32_t number = position(layer, row, 0), step = position(layer, row, 1) - number;
-  return {whole ? tiling.fill : Fill::kGather, row, left < height ? left : height, number, step};
-}
+// A row and a column.
+struct RowAndColumn {
+  int n, b;
+};
 
-RPG_FUNCTION uint32_t position(const Tile& tile, int b) { return tile.number + b * tile.step; }
-
-// The number of the unit's piece (law/window.h) that holds p.
-RPG_FUNCTION uint32_t unit_piece_of(const WindowBand& law, uint32_t p) {
-  const Divider& by_cell = law.by_cell;  // 64 or more
-  const uint32_t unit = 1 + (umulhi(p - law.head, by_cell.magic) >> by_cell.shift);
-  return p < law.head ? 0 : unit;
+// The inverse of `position`; n may lie in the padding behind the last row.
+RPG_FUNCTION RowAndColumn at_position(const Layer& layer, uint32_t p) {
+  const uint32_t size = layer.units ? layer.unit.octets * 8 : static_cast<uint32_t>(layer.blocks);
+  const int major = static_cast<int>(p / size), minor = static_cast<int>(p % size);
+  return layer.units ? RowAndColumn{minor, major} : RowAndColumn{major, minor};
 }
 
 // Sign word w of position p's block, by the layer's law.
 RPG_FUNCTION uint32_t sign_word(const Layer& layer, int w, uint32_t p) {
   const uint32_t q[1] = {p};
   uint32_t word[1];
-  if (layer.windows) {
-    sign_words_of(layer.law, w, q, word);
+  if (layer.units) {
+    sign_words_of(layer.unit, w, q, word);
   } else {
-    sign_words_of(static_cast<const BandLaw&>(layer.law), w, q, word);
+    sign_words_of(layer.ring, w, q, word);
   }
   return word[0];
 }
@@ -112,10 +126,10 @@ RPG_FUNCTION uint32_t block_sign(const Layer& layer, uint32_t p) {
 // The slot that position p reads.
 RPG_CALLED uint32_t ring_slot(const Layer& layer, uint32_t p) {
   uint32_t q[1] = {p};
-  if (layer.windows) {
-    slots_of(layer.law, q);
+  if (layer.units) {
+    slots_of(layer.unit, q);
   } else {
-    slots_of(static_cast<const BandLaw&>(layer.law), q);
+    slots_of(layer.ring, q);
   }
   return q[0];
 }

@@ -3,15 +3,13 @@
 // Both move a block at a time, 16 lanes to a block, so that a warp reads and writes whole lines.
 // Bytes: Ŵ or dŴ once, a block of the bank for each of its uses or once; nothing else.
 //
-// unpack: 256 threads take 256 neighbouring blocks of the output. Each computes the entry of one,
-// puts it into shared memory (1 KB), and then lanes copy. Instructions for a block of 64: about 120
-// for the entry, 16 · 25 for the copy, which is 8 for a weight: 4 us of a 14336x4096 layer on an
-// H200 (predicted), beside 26 us for its 117 MB.
+// unpack: 256 threads take 256 neighbouring blocks of the output. Each computes the slot of one,
+// puts it into shared memory (256 · 4 bytes, all there is), and then lanes copy: 25 instructions of
+// a block's 16 lanes, which is 8 for a weight of blocks of 64.
 //
 // pack: 16 lanes own a slot and add up all of its uses, which the inverse law gives, in the order
-// of addresses: no atomics, the same bits every time. Each lane inverts one use, then all read them
-// in turn: about 150 instructions for a use, shared by 16 lanes, and 20 for each lane to add its
-// elements.
+// of addresses: no atomics, the same bits every time, no shared memory. Each lane inverts one use,
+// then all read them in turn.
 
 #include <stdexcept>
 
@@ -101,38 +99,31 @@ struct Use {
 };
 
 RPG_CALLED Use use_of(const Layer& layer, uint32_t slot, int64_t use) {
-  const uint32_t slots = layer.law.by_slots.divisor;
-  const int64_t total = int64_t{layer.rows} * layer.blocks;
-  if (!layer.windows) {
-    const int64_t q = sub_mod(slot, layer.law.base, slots) + use * slots;
-    if (q >= total) return {0, false};
+  if (!layer.units) {
+    const BandLaw& law = layer.ring;
+    const int64_t q = sub_mod(slot, law.base, layer.slots) + use * layer.slots;
+    if (q >= int64_t{layer.rows} * layer.blocks) return {0, false};
     uint32_t p[1] = {static_cast<uint32_t>(q)};
-    if (layer.law.permute) unpermute(layer.law.permutation, p);
+    if (law.permute) unpermute(law.permutation, p);
     return {p[0], true};
   }
-  // In each pass of the windows along the ring one cell reads the slot, once in each of its laps.
-  const WindowBand& law = layer.law;
-  const uint32_t laps = law.by_laps.divisor, log = law.scramble.bits + 3;
-  const int64_t unwrapped = sub_mod(slot, law.base, slots) + use / laps * slots;
-  const int64_t lap = (unwrapped >> log) * laps + use % laps;  // from the first cell's first
-  uint32_t j[1] = {static_cast<uint32_t>(unwrapped) & (law.scramble.window - 1)};
-  const uint32_t number[1] = {law.lap + static_cast<uint32_t>(lap)};
-  if (law.permute) unscramble(law.scramble, number, j);
-  const int64_t z = (lap << log) + j[0] - law.offset;
-  if (z < 0 || z >= total) return {0, false};
-  uint32_t p[1] = {static_cast<uint32_t>(z)};
-  from_address(law, p);
-  return {p[0], true};
+  // In each pass along the ring one octet has the slot, and all of the octet's uses read it.
+  const UnitBand& law = layer.unit;
+  const int64_t laps = law.by_laps.divisor;
+  const int64_t place = sub_mod(slot, law.base, layer.slots) + use / laps * layer.slots;
+  const int64_t of_band = place / 8 * laps + use % laps;
+  const int64_t end = law.offset + int64_t{law.columns} * law.by_column.divisor;
+  if (of_band < law.offset || of_band >= end) return {0, false};
+  const uint32_t p = position_of_use(law, static_cast<uint32_t>(of_band), place % 8);
+  return {p, at_position(layer, p).n < layer.rows};  // not padding
 }
 
 // How many uses a slot may have; `use_of` says which of them there are.
 RPG_FUNCTION int64_t uses_of(const Layer& layer) {
-  const int64_t slots = layer.law.by_slots.divisor;
-  const int64_t total = int64_t{layer.rows} * layer.blocks;
-  if (!layer.windows) return (total + slots - 1) / slots;
-  const int64_t laps = layer.law.by_laps.divisor, cell = layer.law.cell;
-  const int64_t cells = (total + layer.law.offset + cell - 1) / cell;
-  return (cells * layer.law.scramble.window + slots - 1) / slots * laps;
+  const int64_t slots = layer.slots;
+  if (!layer.units) return (int64_t{layer.rows} * layer.blocks + slots - 1) / slots;
+  const int64_t places = int64_t{8} * ring_octets(layer.unit);
+  return (places + slots - 1) / slots * layer.unit.by_laps.divisor;
 }
 
 template <class T, int BLOCK>
@@ -141,7 +132,7 @@ pack_kernel(RPG_ARGS PackKernelArgs args) {
   using Bits = typename T::Bits;
   constexpr int kLaneElements = BLOCK / kLanes;
   const Layer& layer = args.layer;
-  const int64_t slots = layer.law.by_slots.divisor;
+  const int64_t slots = layer.slots;
   const int lane = thread() % kLanes, e0 = lane * kLaneElements,
             group = thread() % kWarp / kLanes * kLanes;
   const int64_t slot = int64_t{cta_x()} * kGroups + thread() / kLanes;
@@ -158,18 +149,12 @@ pack_kernel(RPG_ARGS PackKernelArgs args) {
       const uint32_t p = shuffle(own_use.p, group + k);
       const bool valid = shuffle(own_use.valid, group + k);
       if (!valid) continue;
-      int n, b;
-      if (layer.windows) {
-        const ColumnPiece column = column_piece_at(layer.law, p);
-        n = static_cast<int>(column.row), b = static_cast<int>(column.block);
-      } else {
-        n = static_cast<int>(p / layer.blocks), b = static_cast<int>(p - n * layer.blocks);
-      }
+      const RowAndColumn place = at_position(layer, p);
       const int w = layer.reflect == Reflect::kElement ? e0 / 32 : 0;
       const uint32_t word = layer.reflect == Reflect::kNone ? 0 : sign_word(layer, w, p);
-      const int column = b * BLOCK + e0, left = layer.columns - column;
+      const int column = place.b * BLOCK + e0, left = layer.columns - column;
       const Bits* values =
-          static_cast<const Bits*>(args.dense) + int64_t{n} * layer.columns + column;
+          static_cast<const Bits*>(args.dense) + int64_t{place.n} * layer.columns + column;
       Vector<Bits, kLaneElements> bits{};
       if (aligned) {
         if (left > 0) bits = load<Vector<Bits, kLaneElements>>(values);

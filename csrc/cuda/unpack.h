@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "law/number.h"
-#include "law/window.h"
+#include "law/unit.h"
 
 namespace rpg {
 

@@ -204,11 +204,9 @@ struct LayerLaw {
   int64_t rows_per_band;
   uint32_t minor;
   uint32_t last_minor;
-  // Of the window law (law/window.h), instead of `start`; window 0: the law of this file.
-  uint32_t window = 0;
+  // Of the unit law (law/unit.h), instead of `start`; taps 0: the law of this file.
   uint32_t laps = 0;
   uint64_t address = 0;
-  // Of the unit law (law/unit.h), with `laps` and `address`; taps 0: another law.
   uint32_t taps = 0;         // of a unit
   uint32_t run_blocks = 0;   // blocks of a tap
   uint32_t groups = 0;       // of rows, each a unit of every column; in a full band
@@ -244,18 +242,6 @@ RPG_HOST LayerLaw make_layer_law(uint64_t seed, uint64_t layer, int64_t rows, in
   law.minor = last_rows == law.rows_per_band
                   ? law.last_minor
                   : minor_factor(static_cast<uint32_t>(law.rows_per_band * blocks));
-  return law;
-}
-
-// The window law of one layer. `address` is in blocks, not wrapped; all arguments are as
-// rpg_kernels.law.window checks them.
-RPG_HOST LayerLaw make_window_law(uint64_t seed, uint64_t layer, int64_t rows, int64_t blocks,
-                                  int granularity, uint32_t slots, uint64_t address,
-                                  Reflect reflect, bool permute, uint32_t window, uint32_t laps) {
-  LayerLaw law = make_layer_law(seed, layer, rows, blocks, granularity, slots, 0, reflect, permute);
-  law.window = window;
-  law.laps = laps;
-  law.address = address;
   return law;
 }
 

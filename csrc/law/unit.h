@@ -118,13 +118,18 @@ struct Unit {
   uint32_t size;
 };
 
-// Of columns: whose place each has, and the octet of rows that comes first in it.
+// The octet of rows that comes first in a column.
+RPG_LAW uint32_t turn_of(const UnitBand& law, uint32_t column) {
+  const uint32_t word = hash_word(column, law.turn_key[0], law.turn_key[1]);
+  return law.permute ? first_octet(law, umulhi(word, law.groups)) : 0;
+}
+
+// Of columns: whose place each has, and its turn.
 template <int LANES>
 RPG_LAW void places_of(const UnitBand& law, const uint32_t (&column)[LANES],
                        uint32_t (&place)[LANES], uint32_t (&turn)[LANES]) {
   for (int l = 0; l < LANES; ++l) {
-    const uint32_t word = hash_word(column[l], law.turn_key[0], law.turn_key[1]);
-    turn[l] = law.permute ? first_octet(law, umulhi(word, law.groups)) : 0;
+    turn[l] = turn_of(law, column[l]);
     place[l] = column[l];
   }
   if (law.permute) permute(law.permutation, place);
@@ -144,9 +149,23 @@ RPG_LAW Unit unit_at(const UnitBand& law, uint32_t column, uint32_t group) {
   return unit_in_place(law, column, group, place[0], turn[0]);
 }
 
+// The window of a unit: `octets` octets from slot `base` on, around the end of the ring. Its first
+// octet has been used `used` times by other units.
+struct UnitWindow {
+  uint32_t base;
+  uint32_t octets;
+  uint32_t used;
+};
+
+// What a round of the shuffle takes of its unit: the offset and the lower half of its word.
+RPG_LAW uint32_t round_of(const UnitBand& law, uint32_t unit, uint32_t size, int j) {
+  const uint32_t word = hash_word(unit, law.round_key[2 * j], law.round_key[2 * j + 1]);
+  return ((word >> 16) * size & 0xFFFF0000u) | (word & 0xFFFF);
+}
+
 // One round of the shuffle: x and its partner change places, or not. x < size <= 2^15.
-RPG_LAW uint32_t shuffle_round(uint32_t x, uint32_t size, uint32_t word) {
-  const uint32_t offset = (word >> 16) * size >> 16, low = word & 0xFFFF;
+RPG_LAW uint32_t shuffle_round(uint32_t x, uint32_t size, uint32_t round) {
+  const uint32_t offset = round >> 16, low = round & 0xFFFF;
   const uint32_t summand = (low << 8 | low >> 8) & 0xFFFF;
   const uint32_t partner = min_u32(offset - x, offset - x + size);
   const uint32_t larger = x < partner ? partner : x;
@@ -156,8 +175,7 @@ RPG_LAW uint32_t shuffle_round(uint32_t x, uint32_t size, uint32_t word) {
 template <bool INVERSE>
 RPG_LAW uint32_t shuffled(const UnitBand& law, uint32_t unit, uint32_t size, uint32_t x) {
   for (int j = 0; law.permute && j < kShuffleRounds; ++j) {
-    const uint32_t* key = law.round_key + 2 * (INVERSE ? kShuffleRounds - 1 - j : j);
-    x = shuffle_round(x, size, hash_word(unit, key[0], key[1]));
+    x = shuffle_round(x, size, round_of(law, unit, size, INVERSE ? kShuffleRounds - 1 - j : j));
   }
   return x;
 }
@@ -176,6 +194,38 @@ RPG_LAW uint32_t slot_of_use(const UnitBand& law, uint32_t use, uint32_t residue
   const uint32_t slots = law.by_slots.divisor;
   const uint32_t rest = 2 * modulo(unwrapped / 2, law.by_slots) + (unwrapped & 1);
   return add_mod(law.base, min_u32(rest, rest - slots), slots);
+}
+
+RPG_LAW UnitWindow window_of(const UnitBand& law, const Unit& unit) {
+  const uint32_t first = divide(unit.use, law.by_laps), laps = law.by_laps.divisor;
+  const uint32_t used = unit.use - first * laps;
+  return {slot_of_use(law, unit.use, 0), divide(used + unit.size + laps - 1, law.by_laps), used};
+}
+
+// How many octets of the ring the band has uses of; `offset` of the first one's are not its own.
+RPG_LAW uint32_t ring_octets(const UnitBand& law) {
+  const uint32_t uses = law.offset + law.columns * law.octets * law.taps;
+  return divide(uses - 1, law.by_laps) + 1;
+}
+
+// Which unit has a use of the band; `use` counts as those of units do.
+RPG_LAW Unit unit_with_use(const UnitBand& law, uint32_t use) {
+  const uint32_t z = use - law.offset, size = law.by_column.divisor;
+  const uint32_t place = divide(z, law.by_column);
+  uint32_t column[1] = {place};
+  if (law.permute) unpermute(law.permutation, column);
+  const uint32_t turn = turn_of(law, column[0]);
+  const uint32_t turned = add_mod(z - place * size, turn * law.taps, size);
+  return unit_in_place(law, column[0], group_of(law, divide(turned, law.by_taps)), place, turn);
+}
+
+// The position that takes a use of the band and reads a residue of its octet: the inverse of
+// slots_of. It may lie in the padding behind the band's last row.
+RPG_LAW uint32_t position_of_use(const UnitBand& law, uint32_t use, uint32_t residue) {
+  const Unit unit = unit_with_use(law, use);
+  const uint32_t q = unit.q + shuffled<true>(law, unit.number, unit.size, use - unit.use);
+  if (!law.permute) return q * kOctet + residue;
+  return q * kOctet + row_at(residue, hash_word(q, law.octet_key[0], law.octet_key[1]));
 }
 
 // p -> slot, in place.

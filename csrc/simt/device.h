@@ -103,8 +103,6 @@ class Shared {
     out.data_ += i, out.size_ -= i;
     return out;
   }
-  // Returns the array that begins after so many bytes, which are whole elements.
-  Shared tail_at_byte(int bytes) const { return tail(bytes / static_cast<int>(sizeof(T))); }
 
  private:
   void check(int i) const {
@@ -168,15 +166,10 @@ inline T kept(T x) {
   return x;
 }
 
-inline uint32_t reversed(uint32_t bits) {
-  uint32_t out = 0;
-  for (int i = 0; i < 32; ++i) out |= (bits >> i & 1) << (31 - i);
-  return out;
-}
-// Returns byte i of x in both halves.
-inline uint32_t byte_twice(uint32_t x, int i) { return (x >> 8 * i & 255) * 0x10001; }
-
 inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+// There is always this one.
+inline void find_device() {}
 
 // Runs `body` once for each thread of each CTA.
 void launch(Grid grid, int threads, int shared_bytes, uint64_t order,

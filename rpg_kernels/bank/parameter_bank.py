@@ -118,7 +118,7 @@ class ParameterBank(BankState):
     ) -> ParameterBank:
         """A bank ``[slots, granularity]`` whose generating matrix is given, of any packing law.
 
-        A checkpoint's record holds the generator of its bank; law 2 is reached only so.
+        A checkpoint's record holds the generator of its bank.
 
         Args:
             generator: what G is.
@@ -129,7 +129,7 @@ class ParameterBank(BankState):
                 ``from_table``.
 
         Example:
-            >>> generator = Generator(1024, 64, "vector", window=256, laps=4, law=2)
+            >>> generator = Generator(1024, 64, "vector", laps=4)
             >>> bank = ParameterBank.from_generator(generator)
             >>> tuple(bank.weight.shape), bank.place((32, 100)).unpack().shape
             ((1024, 64), torch.Size([32, 100]))

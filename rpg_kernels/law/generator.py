@@ -11,10 +11,9 @@ from rpg_kernels import _checks
 from rpg_kernels.law.ring import LAW_VERSION, REFLECT
 from rpg_kernels.law.unit import UNIT_LAW
 from rpg_kernels.law.unit import check_windows as check_units
-from rpg_kernels.law.window import WINDOW_LAW, check_window
 
 TABLE_LAW = "table"
-LAWS = (LAW_VERSION, WINDOW_LAW, UNIT_LAW)
+LAWS = (LAW_VERSION, UNIT_LAW)
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,8 @@ class Generator:
         granularity: elements per slot, a power of two from 1 to 128.
         reflect: ``"element"``, ``"vector"`` or ``"none"``.
         permute: False reads the ring in order.
-        window: slots of a window. With law 3 what the law aims at, a multiple of 8 from 8 to 4096,
-            or None for its own choice; with law 2 a power of two from 64 to 32768, at most the
-            ring.
+        window: slots of a window that law 3 aims at, a multiple of 8 from 8 to 4096; None for its
+            own choice.
         laps: times that a unit reads each slot of its window, 1 to 64; None, the whole ring.
         seed: 0 to 2^63 - 1.
         law: version of the packing law; None for 3 with laps and 1 without.
@@ -70,12 +68,8 @@ class Generator:
                 raise _checks.fail("window", self.window, "None without laps")
         elif self.laps is None:
             raise _checks.fail("laps", None, f"an int from 1 to 64 with law {self.law}")
-        elif self.law == UNIT_LAW:
-            check_units(self.window, self.laps)
-        elif self.window is None:
-            raise _checks.fail("window", None, f"a number of slots with law {self.law}")
         else:
-            check_window(self.window, self.laps, self.slots)
+            check_units(self.window, self.laps)
         _checks.integer("seed", self.seed, 0, 2**63 - 1)
         object.__setattr__(self, "text", _text(self))
 
@@ -165,7 +159,7 @@ def parse_generator(text: str) -> Generator | TableGenerator:
     Example:
         >>> parse_generator('{"slots":4,"granularity":8,"reflect":"none","law":7}')
         Traceback (most recent call last):
-        ValueError: law: got 7, wanted one of 1, 2, 3, the laws known here
+        ValueError: law: got 7, wanted one of 1, 3, the laws known here
     """
     _checks.text("generator", text)
     try:
@@ -212,4 +206,5 @@ def _text(generator: Generator | TableGenerator) -> str:
 def _check_law(law: object) -> None:
     if type(law) is not int or law not in LAWS:
         known = ", ".join(map(str, LAWS))
-        raise _checks.fail("law", repr(law), f"one of {known}, the laws known here")
+        gone = "; law 2 was never released, law 3 takes its place" if law == 2 else ""
+        raise _checks.fail("law", repr(law), f"one of {known}, the laws known here{gone}")

@@ -10,7 +10,6 @@ from functools import cached_property, lru_cache
 
 from rpg_kernels import _checks
 from rpg_kernels.law import unit as unit_law
-from rpg_kernels.law import window as window_law
 from rpg_kernels.law.generator import Generator, TableGenerator, parse_generator
 from rpg_kernels.law.geometry import VirtualMatrix
 from rpg_kernels.law.ring import LAW_VERSION, MAX_BAND, LayerLaw
@@ -105,12 +104,10 @@ class Placement:
             assert generator.laps is not None
             assert self.taps is not None
             unit_law.check_layer(self.start, matrix, self.taps, generator.laps)
-        elif generator.law == LAW_VERSION:
+        else:
             _checks.integer("start", self.start, 0, generator.dof - 1)
             if self.start % matrix.block:
                 raise _checks.fail("start", self.start, f"a multiple of {matrix.block}")
-        else:
-            window_law.check_start(self.start, matrix)
 
     @cached_property
     def law(self) -> LayerLaw:
@@ -137,21 +134,6 @@ class Placement:
                 runs=matrix.runs,
                 taps=self.taps,
             )
-        if g.law != LAW_VERSION:
-            assert g.window is not None
-            assert g.laps is not None
-            return window_law.layer_law(
-                self.shape,
-                slots=g.slots,
-                granularity=g.granularity,
-                window=g.window,
-                laps=g.laps,
-                seed=g.seed,
-                layer=self.layer,
-                start=self.start,
-                reflect=g.reflect,
-                permute=g.permute,
-            )[1]
         return LayerLaw(
             seed=g.seed,
             layer=self.layer,
@@ -268,11 +250,9 @@ def place(
         block = first.matrix.block
         start = -(-cursor // block) * block % generator.dof
         end = (start + first.matrix.span) % generator.dof
-    elif generator.law == UNIT_LAW:
+    else:
         assert generator.laps is not None
         start, end = unit_law.place(shape, generator.granularity, generator.laps, cursor)
-    else:
-        start, end = window_law.place(shape, generator.granularity, cursor)
     return replace(first, start=start), end
 
 
@@ -280,7 +260,7 @@ def check_laps(laps: int, dof: int, span: int) -> None:
     """Refuse more laps than a finished model compresses: some slots would never be read.
 
     Args:
-        laps: of the generator, of law 2 or 3.
+        laps: of the generator.
         dof: elements of the bank.
         span: addresses that the model's layers take, in elements: where the last one ends.
 

@@ -22,7 +22,6 @@ from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
 from rpg_kernels.law.ring import LayerLaw
 from rpg_kernels.law.unit import UNIT_LAW, UnitLaw
-from rpg_kernels.law.window import WindowLaw
 from rpg_kernels.native.elf import cut_short
 
 ENVIRONMENT_NATIVE = "RPG_KERNELS_NATIVE"
@@ -206,8 +205,6 @@ def layer_law(law: LayerLaw) -> Any:
             "groups": law.groups(0),
             "last_groups": law.groups((law.rows - 1) // law.rows_per_band),
         }
-    elif isinstance(law, WindowLaw):
-        given = {"start": 0, "window": law.window, "laps": law.laps, "address": law.start}
     else:
         given = {"start": law.start}
     return _load()[0].LayerLaw(
@@ -239,8 +236,7 @@ def sign_words(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:
 
 
 def permutation(law: LayerLaw, band: int, q: Tensor, *, inverse: bool) -> Tensor:
-    """Permutation.forward or .inverse of one row band in C++; in law 2 that of its units, in law 3
-    that of its columns."""
+    """Permutation.forward or .inverse of one row band in C++; in law 3 that of its columns."""
     q = q.contiguous()
     out = torch.empty_like(q)
     layer_law(law).permutation(band, inverse, q.data_ptr(), q.numel(), out.data_ptr(), threads())

@@ -19,7 +19,6 @@ from rpg_kernels.law.explicit import explicit_map
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.law.ring import LayerLaw
 from rpg_kernels.law.unit import UnitLaw
-from rpg_kernels.law.window import WindowLaw
 
 REFLECT = ("element", "vector", "none")
 
@@ -100,21 +99,18 @@ def test_the_law_of_a_placement(granularity: int, reflect: str) -> None:
         assert torch.equal(sign, explicit[1].long())
 
 
-@pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_unpack_and_pack_of_selections(seed: int, windows: bool) -> None:
-    """Of law 3, and of law 2 by its generator."""
+def test_unpack_and_pack_of_selections(seed: int) -> None:
     rng = random.Random(seed)
     slots, granularity, laps = rng.choice([64, 65, 200]), 1 << seed % 8, rng.choice([1, 2, 3, 16])
-    make = brute.window_bank if windows else rpg.ParameterBank
-    bank = make(
+    bank = rpg.ParameterBank(
         slots * granularity, granularity, REFLECT[seed % 3], seed % 5 != 0, laps=laps, seed=seed,
-        window=64 if windows else rng.choice([None, 8, 64]), init_std=1.0, dtype=torch.float64,
+        window=rng.choice([None, 8, 64]), init_std=1.0, dtype=torch.float64,
     )  # fmt: skip
     for shape in (rng.choice(brute.MATRICES), rng.choice(brute.KERNELS), (210, 37), (4100, 2)):
         bank.place((3, rng.randrange(1, 300)))
         weight = bank.place(shape, scale=rng.uniform(0.2, 2))
-        assert type(weight.placement.law) is (WindowLaw if windows else UnitLaw)
+        assert type(weight.placement.law) is UnitLaw
         parts = [weight]
         if min(shape[:2]) > 2:
             low = rng.randrange(shape[0] - 1)
@@ -219,7 +215,6 @@ def test_taps_that_are_refused(shape: tuple[int, ...], taps: int, message: str) 
 def test_taps_of_a_bank_without_units_are_refused() -> None:
     for bank in (
         brute.bank_of(640),
-        brute.window_bank(640, 8, window=64, laps=2),
         brute.table_bank(100, 999),
     ):
         with pytest.raises(ValueError, match=r"^taps: got 1, wanted None where there are no units"):
@@ -306,14 +301,7 @@ def test_a_state_of_other_laps_is_refused(change: dict[str, Any], message: str) 
             other.load_state_dict(bank.state_dict())
 
 
-def test_a_state_of_law_2_or_of_other_taps_is_refused() -> None:
-    bank, other = bank_of(), brute.window_bank(1600, 8, window=64, laps=2, seed=3)
-    for each in (bank, other):
-        each.place((64, 16))
-    with pytest.raises(RuntimeError, match="law: got 2, wanted 3"):
-        bank.load_state_dict(other.state_dict())
-    with pytest.raises(RuntimeError, match="law: got 3, wanted 2"):
-        other.load_state_dict(bank.state_dict())
+def test_a_state_of_other_taps_is_refused() -> None:
     alone, shared = bank_of(laps=3), bank_of(laps=3)
     alone.place((8, 16, 3, 3), taps=1)
     shared.place((8, 16, 3, 3))
@@ -358,7 +346,6 @@ def test_a_record_with_bad_taps_is_refused(taps: Any) -> None:
     "generator",
     [
         rpg.Generator(100, 8, "none", permute=False, seed=9),
-        rpg.Generator(100, 8, "vector", window=64, laps=5, law=2),
         rpg.Generator(100, 8, "element", window=64, laps=5, seed=2),
     ],
     ids=lambda g: f"law {g.law}",
@@ -370,17 +357,16 @@ def test_a_bank_of_a_generator(generator: rpg.Generator) -> None:
     assert made.generator is generator
     assert (made.dof, made.slots, made.granularity, made.init_std) == (800, 100, 8, 0.5)
     assert (made.weight.device.type, made.weight.dtype) == ("meta", torch.bfloat16)
-    kinds = {1: LayerLaw, 2: WindowLaw, 3: UnitLaw}
+    kinds = {1: LayerLaw, 3: UnitLaw}
     assert type(made.place((64, 16)).placement.law) is kinds[generator.law or 0]
     torch.manual_seed(1)
     bank = rpg.ParameterBank.from_generator(generator)
-    if generator.law != 2:
-        torch.manual_seed(1)
-        fields = {name: getattr(generator, name) for name in ("reflect", "permute", "seed")}
-        same = rpg.ParameterBank(800, 8, window=generator.window, laps=generator.laps, **fields)
-        assert same.generator == generator
-        assert torch.equal(same.weight, bank.weight)
-        assert repr(same) == repr(bank)
+    torch.manual_seed(1)
+    fields = {name: getattr(generator, name) for name in ("reflect", "permute", "seed")}
+    same = rpg.ParameterBank(800, 8, window=generator.window, laps=generator.laps, **fields)
+    assert same.generator == generator
+    assert torch.equal(same.weight, bank.weight)
+    assert repr(same) == repr(bank)
     assert float(bank.weight.detach().std()) == pytest.approx(bank.init_std, rel=0.1)
 
 
@@ -403,15 +389,6 @@ def test_a_generator_that_is_refused(
     arguments = {"generator": rpg.Generator(100, 8, "none"), **arguments}
     with pytest.raises(error, match=f"^{message}"):
         rpg.ParameterBank.from_generator(arguments.pop("generator"), **arguments)
-
-
-def test_what_has_no_products_of_law_3_says_so() -> None:
-    layer = rpg.nn.Linear(64, 64, bank=rpg.ParameterBank(64 * 64, laps=4))
-    x = torch.randn(2, 64)
-    wanted = F.linear(x, layer.virtual_weight.unpack(), layer.bias)
-    torch.testing.assert_close(layer(x), wanted)  # whoever runs it
-    with rpg.backend("simt"), pytest.raises(RuntimeError, match="got 'simt' for linear"):
-        layer(x)
 
 
 def test_law_1_is_what_it_was() -> None:

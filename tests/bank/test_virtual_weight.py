@@ -146,7 +146,7 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     (
         "generator",
         {"slots": 40, "granularity": 16, "reflect": "vector", "law": 2},
-        "law 2",
+        "law",
     ),
     (
         "generator",

@@ -180,8 +180,8 @@ def test_a_bank_made_by_hand_with_too_many_laps_is_flagged() -> None:
     assert "WARNING" not in str(rpg.summary(model))
 
 
-def test_a_bank_of_law_2_with_too_many_laps_is_flagged() -> None:
-    generator = rpg.Generator(128, 8, "vector", window=64, laps=8, law=2)
+def test_a_bank_of_a_generator_with_too_many_laps_is_flagged() -> None:
+    generator = rpg.Generator(128, 8, "vector", window=64, laps=8)
     bank = rpg.ParameterBank.from_generator(generator)
     model = rpg.attach(nn.Sequential(rpg.nn.Linear(64, 64, bank=bank)), bank)
     (warning,) = rpg.summary(model).idle
@@ -270,12 +270,6 @@ def test_state_dicts_and_checkpoints(tmp_path: Path) -> None:
     rpg.save(convert(Net(), 512, laps=None), path)
     with pytest.raises(ValueError, match="law: got 1, wanted 3"):
         rpg.load(model, path)
-    generator = rpg.Generator(64, 8, "vector", window=64, laps=2, law=2)
-    of_windows = rpg.ParameterBank.from_generator(generator)
-    layer = rpg.attach(nn.Sequential(rpg.nn.Linear(64, 64, bank=of_windows)), of_windows)
-    rpg.save(layer, path)
-    with pytest.raises(ValueError, match="law: got 2, wanted 3"):
-        rpg.load(convert(stack(1, bias=True), 512), path)
 
 
 def test_a_model_that_grows_past_two_to_the_31_positions() -> None:

@@ -59,7 +59,7 @@ def cuda_error(native: Any) -> str:
     """What the CUDA entry point says; the addresses are never looked at."""
     law = native.LayerLaw(0, 0, 6, 10, 8, 20, 3, 1, True)
     try:
-        native.cuda_law(law, 0, 0, 0, 1, 0, 0, 0)
+        native.cuda.law(law, 0, 0, 0, 1, 0, 0, 0)
     except RuntimeError as error:
         return str(error)
     return ""

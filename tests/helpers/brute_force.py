@@ -19,7 +19,6 @@ import rpg_kernels as rpg
 from rpg_kernels.law.placement import Placement
 from rpg_kernels.law.ring import LayerLaw
 from rpg_kernels.law.unit import UnitLaw
-from rpg_kernels.law.window import WINDOW_LAW, WindowLaw
 
 LOW = (torch.bfloat16, torch.float16)
 ALL = (torch.float64, torch.float32, *LOW)
@@ -101,15 +100,12 @@ def layer_law(p: Placement) -> tuple[LayerLaw, dict[tuple[int, int], tuple[int, 
     }
     if g.laps is None:
         return LayerLaw(**fields), layout
-    if g.law != WINDOW_LAW:
-        fields["start"] //= 8  # octets of slots
-        runs = math.prod(p.shape[2:])
-        if runs > 1 and layout[0, 1][1] > 0:  # taps are packed into one run
-            runs = 1
-        more = {"laps": g.laps, "window": g.window, "runs": runs, "taps": p.taps}
-        return UnitLaw(**fields, **more), layout
-    window = g.window * g.granularity // block
-    return WindowLaw(**fields, window=window, laps=g.laps), layout
+    fields["start"] //= 8  # octets of slots
+    runs = math.prod(p.shape[2:])
+    if runs > 1 and layout[0, 1][1] > 0:  # taps are packed into one run
+        runs = 1
+    more = {"laps": g.laps, "window": g.window, "runs": runs, "taps": p.taps}
+    return UnitLaw(**fields, **more), layout
 
 
 @lru_cache(maxsize=512)
@@ -188,7 +184,7 @@ def bank_of(dof: int, dtype: torch.dtype = torch.float64, **arguments: object) -
     return rpg.ParameterBank(dof, init_std=1.0, dtype=dtype, **arguments)  # type: ignore[arg-type]
 
 
-def window_bank(
+def unit_bank(
     dof: int,
     granularity: int = 64,
     reflect: str = "vector",
@@ -198,11 +194,8 @@ def window_bank(
     seed: int = 0,
     **made: object,
 ) -> rpg.ParameterBank:
-    """A bank of law 2, or of law 1 without a window: what kernels of windows are tested with."""
-    law = 1 if window is None else WINDOW_LAW
-    generator = rpg.Generator(
-        dof // granularity, granularity, reflect, permute, window, laps, seed, law
-    )
+    """A bank of law 3, with any windows, or of law 1 without laps."""
+    generator = rpg.Generator(dof // granularity, granularity, reflect, permute, window, laps, seed)
     return rpg.ParameterBank.from_generator(generator, **made)  # type: ignore[arg-type]
 
 

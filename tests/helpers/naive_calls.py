@@ -14,28 +14,21 @@ from rpg_kernels.backends.reference import naive
 
 F64 = torch.float64
 REFLECT = ("element", "vector", "none")
-WINDOWS = (None, (64, 1), (64, 3), (128, 2))  # (window, laps) of law 2; None of law 1
-LAPS = (1, 3, 4)  # of law 3
+LAPS = (None, None, 1, 3, 4)  # of law 3; None of law 1
 KERNELS = ((1, 1), (3, 3), (2, 3), (1, 4))
 
 
 def drawn(rng: random.Random, shape: tuple[int, ...], **fixed: Any) -> rpg.VirtualWeight:
     """A weight behind another one on a bank of its own; by default of any law."""
-    laps = None if "window" in fixed else rng.choice((None, None, *LAPS))
-    window = fixed.pop("window", None if laps else rng.choice(WINDOWS))
     settings = {
         "granularity": rng.choice([1, 2, 8, 32, 64, 128]),
         "reflect": rng.choice(REFLECT),
         "permute": rng.random() < 0.8,
         "seed": rng.randrange(1000),
+        "laps": rng.choice(LAPS),
     } | fixed
-    slots = rng.choice([3, 50, 77]) if window is None else window[0] + rng.choice([0, 1, 77])
-    dof = slots * settings["granularity"]
-    if laps is not None:
-        bank = brute.bank_of(dof, F64, **settings, laps=laps)
-    else:
-        windows = {} if window is None else {"window": window[0], "laps": window[1]}
-        bank = brute.window_bank(dof, **settings, **windows, init_std=1.0, dtype=F64)
+    dof = rng.choice([3, 50, 77]) * settings["granularity"]
+    bank = brute.bank_of(dof, F64, **settings)
     bank.place((rng.choice([1, 9]), rng.choice([7, 64])))
     return bank.place(shape, scale=rng.choice([0.5, -1.25]))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -237,6 +237,22 @@ def walk(c: UnitLaw) -> Iterator[tuple[int, int, int]]:
                 for k in range(8):
                     yield 8 * octet + rows.index(k), b, (number // c.laps * 8 + k) % c.slots
                 number += 1
+
+
+def wavefronts(addresses: Sequence[int], width: int) -> float:
+    """Trips to shared memory of a warp's lanes, in units of the least possible.
+
+    A trip serves the 128 bytes of 32 banks of 4 bytes; lanes go 128 / width at a time.
+    """
+    together = 128 // width
+    trips = 0
+    for first in range(0, len(addresses), together):
+        banks: dict[int, set[int]] = {}
+        for address in addresses[first : first + together]:
+            for w in range(address // 4, (address + width) // 4):
+                banks.setdefault(w % 32, set()).add(w)
+        trips += max(len(words) for words in banks.values())
+    return trips / (len(addresses) // together)
 
 
 def draw(rng: random.Random, **fixed: object) -> UnitLaw:

@@ -11,10 +11,9 @@ import brute_force
 import pytest
 import torch
 import unit_brute
-import window_brute
 from test_law_statistics import one_thread  # noqa: F401
 from torch import Tensor
-from unit_brute import draw, everywhere
+from unit_brute import draw, everywhere, wavefronts
 
 from rpg_kernels.law.explicit import explicit_map
 from rpg_kernels.law.generator import Generator
@@ -220,7 +219,7 @@ def test_octets_read_octets(permute: bool) -> None:
 
 @pytest.mark.parametrize(("element", "g"), [(2, 64), (2, 32), (4, 64), (4, 32)])
 def test_shared_memory_is_read_without_conflicts(element: int, g: int) -> None:
-    """As law 2: 16-byte reads by rows, transposed, and read-modify-writes of fp32 gradients."""
+    """16-byte reads by rows, transposed, and read-modify-writes of fp32 gradients by 8 bytes."""
     size = element * g  # bytes of a slot, in chunks of 16
     chunks = size // 16
     swizzle: Callable[[int], int] = {
@@ -234,17 +233,24 @@ def test_shared_memory_is_read_without_conflicts(element: int, g: int) -> None:
             # Lane t of a row has chunks 2t and 2t + 1 of 8, but t, t + 4 ... of 16.
             lanes = range(part, 8, 2) if chunks == 8 else range(4 * part, 4 * part + 4)
             read = [s * size + (chunk ^ swizzle(s)) * 16 for s in slots for chunk in lanes]
-            assert window_brute.wavefronts(read, 16) == 1
+            assert wavefronts(read, 16) == 1
         for chunk in range(chunks):
             transposed = [s * size + (chunk ^ swizzle(s)) * 16 for s in slots]
-            assert window_brute.wavefronts(transposed, 16) == 1
+            assert wavefronts(transposed, 16) == 1
         for warp in range(g // 8):
             update = [
                 s * g * 4 + (warp ^ (s & min(7, g // 8 - 1))) * 32 + t * 8
                 for s in slots
                 for t in range(4)
             ]
-            assert window_brute.wavefronts(update, 8) == 1
+            assert wavefronts(update, 8) == 1
+
+
+def test_random_slots_do_conflict() -> None:
+    rng = random.Random(0)
+    drawn = [rng.sample(range(256), 8) for _ in range(200)]
+    trips = [wavefronts([s * 128 + (3 ^ s & 7) * 16 for s in slots], 16) for slots in drawn]
+    assert sum(trips) / len(trips) > 2
 
 
 def test_each_octet_of_the_ring_is_used_laps_times() -> None:

@@ -20,8 +20,6 @@ from rpg_kernels.backends.reference import tiles
 op = torch.ops.rpg_kernels
 REFLECT = ("element", "vector", "none")
 KINDS = [
-    *(((64, f"{reflect} windows"), torch.float32) for reflect in REFLECT[1:]),
-    ((8, "element windows"), torch.float64),
     *(((64, f"{reflect} laps"), torch.float32) for reflect in REFLECT[1:]),
     ((8, "element laps"), torch.float64),
     *(((64, reflect), torch.float32) for reflect in REFLECT),
@@ -94,10 +92,7 @@ def place(
     else:
         mode, _, law = reflect.partition(" ")
         options = {"granularity": granularity, "reflect": mode}
-        if law == "windows":
-            bank = brute.window_bank(8192, **options, window=64, laps=2, init_std=1.0, dtype=dtype)
-        else:
-            bank = brute.bank_of(8192 if law else 1024, dtype, **options, laps=2 if law else None)
+        bank = brute.bank_of(8192 if law else 1024, dtype, **options, laps=2 if law else None)
     return bank.place(shape, scale=0.7), bank.weight.detach()
 
 
@@ -171,7 +166,7 @@ def copied_in_lanes(weight: rpg.VirtualWeight, dtype: torch.dtype) -> int:
     return 4 * (of_x + (LANES + LINE) * (matrix.rows + LINE))
 
 
-@pytest.mark.parametrize("mode", ["", " windows", " laps"])
+@pytest.mark.parametrize("mode", ["", " laps"])
 @pytest.mark.parametrize("shape", [(400, 500), (300, 9, 3, 3)])
 @pytest.mark.parametrize("reflect", REFLECT)
 def test_the_law_takes_a_quarter_of_the_limit(

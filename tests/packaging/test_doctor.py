@@ -25,7 +25,6 @@ from rpg_kernels.backends.reference import tiles
 from rpg_kernels.doctor import law_check, report, selftest
 from rpg_kernels.law.ring import LayerLaw
 from rpg_kernels.law.unit import UnitLaw
-from rpg_kernels.law.window import WindowLaw
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -77,7 +76,7 @@ def test_what_it_says_of_this_installation(capsys: pytest.CaptureFixture[str]) -
     _, record = run_json(capsys)
     assert record["versions"]["torch"] == torch.__version__
     assert record["versions"]["rpg_kernels"] == rpg.__version__
-    assert (record["versions"]["law"], record["versions"]["laws"]) == (1, [1, 2, 3])
+    assert (record["versions"]["law"], record["versions"]["laws"]) == (1, [1, 3])
     assert record["versions"]["packages"]["numpy"] == pytest.importorskip("numpy").__version__
     assert record["machine"]["threads"] == torch.get_num_threads()
     assert len(record["devices"]["cuda"]) == torch.cuda.device_count()
@@ -124,7 +123,7 @@ def test_text_has_every_part_and_every_operator(capsys: pytest.CaptureFixture[st
         assert f"\n  {op} " in out
     assert "FAIL" not in out
     assert "None" not in out
-    assert out.count("\n  packing laws         1, 2, 3\n") == 1 + ("law" in native.build_info())
+    assert out.count("\n  packing laws         1, 3\n") == 1 + ("law" in native.build_info())
     tests = len(selftest.self_tests())
     assert out.endswith(f"ok: {tests} of {tests} self-tests pass\n")
 
@@ -154,7 +153,7 @@ def test_explicit_weights_are_those_of_the_brute_force_definition() -> None:
 def test_law_values_are_the_committed_ones() -> None:
     committed_of = {
         kind: json.loads((GOLDEN / f"law{number}.json").read_text("utf-8"))["entries"]
-        for number, kind in ((1, LayerLaw), (2, WindowLaw), (3, UnitLaw))
+        for number, kind in ((1, LayerLaw), (3, UnitLaw))
     }
     assert {type(golden.law) for golden in law_check.GOLDEN} == set(committed_of)
     for golden in law_check.GOLDEN:
@@ -299,12 +298,11 @@ def test_a_wrong_law_in_pytorch_fails(
     assert "law in PyTorch" in failing(record)
 
 
-@pytest.mark.parametrize("kind", [WindowLaw, UnitLaw])
 def test_a_wrong_law_with_laps_in_pytorch_fails(
-    kind: type[LayerLaw], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    true = kind.slot
-    monkeypatch.setattr(kind, "slot", lambda law, n, b: (true(law, n, b) + 8) % law.slots)
+    true = UnitLaw.slot
+    monkeypatch.setattr(UnitLaw, "slot", lambda law, n, b: (true(law, n, b) + 8) % law.slots)
     status, record = run_json(capsys)
     assert status == 1
     assert failing(record) == {"law in PyTorch"}

@@ -1,9 +1,9 @@
 """Lane-instructions for each weight that a kernel generates, from its machine code.
 
-Of one column of blocks of a whole tile that reads windows: each loop of the machine code is named
-by the source lines in it, and each name has a number of passes of a warp, on average. Code outside
-of loops runs once for a column, without what belongs to other fills or other signs. Pieces that
-only some warps run are counted as if all did, so sums are somewhat too high, never too low.
+Of one column of blocks of a whole tile: each loop of the machine code is named by the source lines
+in it, and each name has a number of passes of a warp, on average. Code outside of loops runs once
+for a column, without what belongs to other fills or other signs. Pieces that only some warps run
+are counted as if all did, so sums are somewhat too high, never too low.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ STEP = WARPS * 32
 
 @dataclass(frozen=True)
 class Case:
-    """A column of a tile: the layer is made of whole cells, and begins with one."""
+    """A column of a tile; in windows its rows are a unit, with whole octets of the ring."""
 
     batch_tile: int
     rows: int = 1024
     block: int = 64
-    window: int = 256
     laps: int = 4
     fill: str = "windows"  # or ring, gather
     slots: int = 704  # of a ring
@@ -45,22 +44,11 @@ class Case:
 
 # Phases of the forward, as the tables call them, and the pieces of source in each.
 _COMMON = {
-    "runs": [
-        region("entries.h", "if (PLAIN) return visit_lap<2, true>", until=";"),
-        region("entries.h", "i += 2 * kWarps) {"),
-    ],
-    "single runs": [region("entries.h", "for (int i = warp; i < stretches;", until=");")],
-    "eighth round": [region("entries.h", "&& s.rounds == kMaxRounds)", until=";")],
+    "octets": [region("entries.h", "8 * k < tile.rows; k += kThreads) {")],
     "rows": [region("entries.h", "void row_entries(")],
-    "units": [region("columns.h", "void prepare_windows(")],
-    "stretches": [region("columns.h", "void prepare_stretches(")],
-    "windows": [region("stage.h", "void fill_windows(")],
-    "copies": [region("stage.h", "turn + 8 <= layout.turns")],
-    "wrapped": [
-        region("stage.h", "void fill_wrapped("),
-        region("stage.h", "fill_wrapped(layout, bank", until=";"),
-        region("stage.h", "for (; turn < layout.turns;"),
-    ],
+    "units": [region("units.h", "void find_units(")],
+    "copies": [region("stage.h", "place + 3 * step < places;")],
+    "rest of copies": [region("stage.h", "place < places; place += step, source += kTurnBytes")],
     "prepared": [region("stage.h", "void prepare_rows(")],
     "blocks": [region("stage.h", "void fill_rows("), region("stage.h", "void fill_ring(")],
     "ring slots": [region("entries.h", "place = ring_slot(layer, p), sign", until=";")],
@@ -84,24 +72,28 @@ LINEAR = {
 }
 INPUT_GRAD = {
     **_COMMON,
-    "cut": [
+    "gaps": [
         region("input_grad_permute.h", "void clear("),
-        region("input_grad_permute.h", "if (cut) {"),
-        region("input_grad_permute.h", "if (cut) memory.flag", until=";"),
-        region("input_grad_permute.h", "i < places; i += kThreads) {"),
-        region("input_grad_fma.h", "void clear_unread("),
+        region("input_grad_permute.h", "if (gaps) {"),
+        region("input_grad_permute.h", "if (gaps) memory.flag", until=";"),
+        region("input_grad_permute.h", "i < room; i += kThreads) {"),
     ],
-    "put rows": [region("input_grad_permute.h", "void put_rows(")],
+    "flags": [
+        region("input_grad_fma.h", "memory.t[i] = 0;", until=";"),
+        region("input_grad_fma.h", "i < places; i += kThreads) {"),
+    ],
+    "flagged": [
+        region("input_grad_fma.h", "memory.t[place_of(memory.entry[i])] = 1;", until=";"),
+    ],
+    "unread": [
+        region("input_grad_fma.h", "for (int c = 0; c < chunks; ++c) stage", until=";"),
+    ],
+    "put rows": [region("input_grad_permute.h", "i < tile.rows; i += kThreads) {", nth=1)],
     "fragments": [region("input_grad_mma.h", "void input_grad_products(")],
-    "each window": [region("input_grad_mma.h", "for (int i = 0; i < windows; ++i) {")],
-    "eight laps": [region("input_grad_mma.h", "for (; lap < end; lap += 8) {")],
-    "four laps": [region("input_grad_mma.h", "for (; lap + 4 <= end; lap += 4) {")],
-    "one lap": [region("input_grad_mma.h", "for (; lap < end; ++lap) {")],
-    "slots": [region("input_grad_mma.h", "for (; i + 4 <= steps; i += 4) {")],
-    "rest of slots": [
-        region("input_grad_mma.h", "for (; i < steps; ++i)", until=";"),
-        region("input_grad_mma.h", "multiply_slots<Math, BATCH, LAPS, 32>", until=";"),
-    ],
+    "eight laps": [region("input_grad_mma.h", "for (; lap < laps; lap += 8) {")],
+    "four laps": [region("input_grad_mma.h", "for (; lap + 4 <= laps; lap += 4) {")],
+    "one lap": [region("input_grad_mma.h", "for (; lap < laps; ++lap) {")],
+    "slots": [region("input_grad_mma.h", "first < places; first += 16 * share.parts) {")],
     "row slots": [region("input_grad_mma.h", "first < tile.rows; first += 16 * share.parts) {")],
     "clear": [region("input_grad_fma.h", "i < terms * DyVectors::kVectorRows; i += kThreads) {")],
     "laps": [region("input_grad_fma.h", "for (int lap = 0; lap < laps; ++lap) {")],
@@ -119,20 +111,29 @@ INPUT_GRAD = {
     "parts of a sum": [region("input_grad_fma.h", "part < kThreads / pairs; ++part) {")],
 }
 PHASES = {
-    "entries": ("runs", "units", "stretches", "rows", "ring slots", "prepared", "put rows"),
+    "entries": ("octets", "units", "rows", "ring slots", "prepared", "put rows"),
     "products": (
         "fragments",
         "products",
         "steps",
-        "each window",
         "eight laps",
         "four laps",
         "one lap",
         "slots",
         "row slots",
     ),
-    "sums": ("sums", "clear", "laps", "terms", "fours", "parts", "parts of a sum"),
-    "copies": ("windows", "copies", "blocks", "x"),
+    "sums": (
+        "sums",
+        "flags",
+        "flagged",
+        "clear",
+        "laps",
+        "terms",
+        "fours",
+        "parts",
+        "parts of a sum",
+    ),
+    "copies": ("copies", "blocks", "x"),
 }
 
 
@@ -150,17 +151,17 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
         "prepared": case.rows / STEP,
         "put rows": case.rows / STEP,
         "blocks": case.places * chunks / STEP if case.fill == "gather" else 0,
-        "runs": case.rows / 128 / WARPS,
-        "units": 2,  # four of the six rounds of the permutation of units at a time
-        "windows": case.places / case.window,
-        "copies": case.window * chunks / STEP,
+        "octets": case.rows / 8 / STEP,
+        "units": 6,  # four of the 24 rounds of the permutation of columns at a time
+        "copies": case.places * chunks / STEP,
         "products": products,
         "steps": chunks,
-        "each window": case.places / case.window,
+        "flags": case.places / STEP,
+        "flagged": case.rows / STEP,
         "eight laps": math.ceil(case.laps / 8),
         "four laps": case.laps // 4,
         "one lap": case.laps % 4,
-        "slots": case.window / 16 / warps,
+        "slots": case.places / 16 / warps,
         "row slots": case.rows / 16 / warps,
         "clear": case.places * min(4, case.batch_tile) / STEP,
         "laps": case.laps if case.fill == "windows" else 1,
@@ -172,44 +173,29 @@ def passes(case: Case, kernel: Kernel) -> dict[str, float]:
 
 # Pieces that a fill does not run, or not for every column.
 _WINDOWS = (
-    "runs",
+    "octets",
     "units",
-    "stretches",
-    "windows",
     "copies",
-    "each window",
+    "flags",
+    "flagged",
     "eight laps",
     "four laps",
     "one lap",
     "slots",
 )
-_NEVER = (
-    "other",
-    "x, not aligned",
-    "single runs",
-    "eighth round",
-    "wrapped",
-    "cut",
-    "whole",
-    "rest of slots",
-)
+_NEVER = ("other", "x, not aligned", "gaps", "unread", "whole", "rest of copies")
 UNUSED = {
-    "windows": (*_NEVER, "rows", "ring slots", "prepared", "blocks", "put rows", "row slots"),
+    "windows": (*_NEVER, "rows", "ring slots", "prepared", "blocks", "row slots"),
     "ring": (*_NEVER, *_WINDOWS, "prepared", "blocks"),
     "gather": (*_NEVER, *_WINDOWS, "ring slots"),
 }
 LAW = 90  # instructions of a lone slot by law 1 with 6 rounds, which is a function of its own
 
 
-def column_loop(kernel: Kernel, fill: str = "windows") -> Loop:
-    """The loop over columns of blocks, one of the outermost with barriers.
-
-    Where there are two, the shorter is that of the most common tiles, which read windows.
-    """
+def column_loop(kernel: Kernel) -> Loop:
+    """The loop over columns of blocks, the outermost with barriers."""
     loops = [loop for loop in kernel.loops() if kernel.count("BAR", loop.body) > 1]
-    nested = {id(inner) for loop in loops for inner in loop.nested}
-    outer = sorted((loop for loop in loops if id(loop) not in nested), key=lambda it: len(it.body))
-    return outer[0] if fill == "windows" else outer[-1]
+    return max(loops, key=lambda loop: len(loop.body))
 
 
 def never(case: Case, kernel: Kernel) -> tuple[str, ...]:
@@ -282,10 +268,8 @@ def per_weight(kernel: Kernel, case: Case, only: re.Pattern[str] | None = None) 
             here = times
             if name == "terms":  # a term is added in one lap only
                 here = times / trips["laps"]
-            if name == "units":  # by a warp, for 8 columns
-                here = times / WARPS / 8
-            if name == "stretches":  # by 64 threads, for 4 columns
-                here = times * 64 / STEP / 4
+            if "units" in (name, inside):  # by a warp, for 16 columns
+                here = times / 16 / WARPS
             totals[phase_of.get(inside or name, "column")] += here
         named: dict[str, list[Loop]] = {}
         for inner in loop.nested:
@@ -301,7 +285,7 @@ def per_weight(kernel: Kernel, case: Case, only: re.Pattern[str] | None = None) 
             for loop in loops if name == "clear" and not longest.nested else [longest]:
                 add(loop, times * trips[name] / max(1, unrolled(name, loop)), name)
 
-    add(column_loop(kernel, case.fill), 1, "")
+    add(column_loop(kernel), 1, "")
     if case.fill != "windows" and not only:
         totals["entries"] += LAW * case.rows / STEP
     return {name: total * STEP / case.weights for name, total in totals.items()}

@@ -1,8 +1,8 @@
 """``python -m tools.reports.cuda_report`` writes the tables of docs/cuda.md and docs/ladder.md.
 
-What nvcc makes of every kernel for every architecture (cuda_sass, cuda_counts), wavefronts of
+What nvcc makes of every kernel for two architectures (cuda_sass, cuda_counts), wavefronts of
 shared memory from runs on the CPU (shared_banks), and times predicted from both. Compiling takes
-four minutes on one core; ``--cache DIR`` keeps what was compiled.
+two minutes on one core; ``--cache DIR`` keeps what was compiled.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ import torch
 
 import rpg_kernels as rpg
 from rpg_kernels import native
-from rpg_kernels.law.window import WINDOW_LAW
 from tools.reports import shared_banks as banks
 from tools.reports.cuda_counts import INTEGERS, Case, column_loop, per_weight
 from tools.reports.cuda_sass import (
-    ARCHITECTURES,
     CUDA,
     ROOT,
     Kernel,
@@ -40,8 +38,11 @@ PAGE = ROOT / "docs" / "cuda.md"
 LADDER = ROOT / "docs" / "ladder.md"
 SOURCES = ("linear", "linear_input_grad", "linear_bank_grad", "unpack", "ladder")
 CACHE = 5.5e12  # bytes a second from the second-level cache, as others measured on an H100
-LOOP_BUDGET, TABLE_BUDGET = 1.5, 0.7  # lane-instructions for a weight at batch 16 and below
-COUNTED = ("80", "90a", "100", "120")  # 86 and 89 are as 80, but for a few instructions
+# Lane-instructions for a weight at batch 16 and below: all, and without those of entries. The one
+# loop for all tiles, which has no GPU behind it yet, is held to what it takes.
+BUDGETS = {"linear": (2.5, 1.7), "linear_input_grad": (3.5, 2.2)}
+TABLE_BUDGET = 0.85  # for entries, of the forward
+COUNTED = ("80", "90a")  # on the page: both generations that data centres have
 LAYERS = ((14336, 4096), (4096, 4096))
 FILLS = ("windows", "ring", "gather")  # as csrc/cuda/tile.h numbers them
 Compiled = dict[str, dict[str, Kernel]]  # by architecture and name
@@ -73,7 +74,7 @@ def case_of(name: str, fill: str = "windows") -> Case:
     kernel, batch = name.split("_kernel<")[0], batch_of(name)
     p = plan(kernel, 14336, 4096, batch, code_of(name), fill)
     made = FILLS[p.fill]
-    return Case(batch, fill=made, rows=p.gathered_rows if made == "gather" else p.rows)
+    return Case(batch, fill=made, rows=p.rows)
 
 
 def code_of(name: str) -> int:
@@ -82,7 +83,7 @@ def code_of(name: str) -> int:
 
 
 def shared_bytes(name: str) -> str:
-    """What a CTA has of a 14336 x 4096 layer on an H200, windows 256 x 4."""
+    """What a CTA has of a 14336 x 4096 layer of 4 laps on an H200."""
     if name.startswith(("unpack", "pack", "ladder")):
         return "1024" if name.startswith("unpack") else "0"
     kernel = name.split("_kernel<")[0]
@@ -91,11 +92,10 @@ def shared_bytes(name: str) -> str:
 
 
 def plan(kernel: str, rows: int, columns: int, batch: int, code: int, fill: str) -> Any:
-    """The plan of a layer that begins with a whole cell."""
+    """The plan of a layer of 4 laps, or of law 1."""
     simt = native._load()[0].simt  # type: ignore[union-attr]
     slots = {"windows": 16384, "ring": 704, "gather": 32768}[fill]
-    windows = {"window": 256, "laps": 4, "law": WINDOW_LAW} if fill == "windows" else {}
-    generator = rpg.Generator(slots, 64, "vector", **windows)
+    generator = rpg.Generator(slots, 64, "vector", laps=4 if fill == "windows" else None)
     bank = rpg.ParameterBank.from_generator(generator, device="meta")
     law = native.layer_law(bank.place((rows, columns)).placement.law)
     return getattr(simt, f"plan_{kernel}")(law, code, batch, columns, *banks.H200)
@@ -232,7 +232,7 @@ def shared_wavefronts(op: str, batch: int, case: Case) -> float:
             sums = (case.places + case.rows) / 8 * 2 * planes
         return blocks + 8 * 2 * planes + sums + 2 * case.rows / 32
     if batch == 1:  # dy read, P written with conflicts, and read by the four warps of a part
-        return blocks + case.rows / 32 * (1 + 2.7) + 4 * 2 * case.places / 16
+        return blocks + case.rows / 32 * (1 + 1.6) + 4 * 2 * case.places / 16
     return blocks + 2 * planes * case.rows / 8 + 4 * planes * case.rows / 8
 
 
@@ -294,11 +294,11 @@ def main() -> None:
     usage: dict[str, dict[str, tuple[int, int]]] = {}
     code: Compiled = {}
     with tempfile.TemporaryDirectory() as made:
-        for architecture, source in itertools.product(ARCHITECTURES, SOURCES):
+        for architecture, source in itertools.product(COUNTED, SOURCES):
             cubin, log = compiled(architecture, source, cache or Path(made))
             usage.setdefault(architecture, {}).update(usage_of(log))
             read = source in ("linear", "linear_input_grad", "ladder")
-            if read and architecture in COUNTED:
+            if read:
                 code.setdefault(architecture, {}).update(kernels(cubin))
     hopper = code["90a"]
     tables = {

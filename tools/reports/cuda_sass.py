@@ -18,7 +18,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CUDA = CSRC / "cuda"
-ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 _PTXAS = re.compile(
     r"Compiling entry function '(\w+)'.*?"
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"

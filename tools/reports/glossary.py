@@ -1,6 +1,6 @@
-"""``python -m tools.reports.glossary`` draws docs/images/glossary_*.svg: the window law's words.
+"""``python -m tools.reports.glossary`` draws docs/images/glossary_*.svg: the unit law's words.
 
-Every coloured position is one of a small layer, asked of ``WindowLaw``. A test compares the files
+Every coloured position is one of a small layer, asked of ``UnitLaw``. A test compares the files
 byte by byte; matplotlib is that of ``constraints-dev.txt``.
 """
 
@@ -21,8 +21,7 @@ from matplotlib.patches import Polygon, Rectangle
 from matplotlib.path import Path as Outline
 from matplotlib.transforms import AffineDeltaTransform
 
-from rpg_kernels.law.scramble import OCTET
-from rpg_kernels.law.window import WindowLaw
+from rpg_kernels.law.unit import OCTET, UnitLaw
 from tools.reports.cuda_sass import ROOT
 
 IMAGES = ROOT / "docs" / "images"
@@ -32,7 +31,10 @@ THEMES = {
 }
 HUES = ("#0087d4", "#d55e00", "#009e73")  # a window each
 BLOCK = 8  # elements
-LAW = WindowLaw(0, 0, 128, 4, BLOCK, 192, 0, "vector", True, window=64, laps=2)
+WINDOW = 64  # slots
+LAW = UnitLaw(
+    0, 0, 128, 4, BLOCK, 192, 0, "vector", True, laps=2, window=WINDOW, runs=1, taps=1
+)  # fmt: skip
 TILE = (0, 64, 1, 3)  # rows and columns, from and to
 SHOWN = 20, 2  # row and block of the position that is drawn element by element
 Colour = tuple[float, float, float]
@@ -41,7 +43,7 @@ Colour = tuple[float, float, float]
 def shade(window: int, place: int, paper: str) -> Colour:
     """The window's hue, stronger with the place in the window."""
     full, ground = to_rgb(HUES[window]), to_rgb(paper)
-    weight = 0.2 + 0.8 * place / (LAW.window - 1)
+    weight = 0.2 + 0.8 * place / (WINDOW - 1)
     red, green, blue = (weight * f + (1 - weight) * g for f, g in zip(full, ground, strict=True))
     return red, green, blue
 
@@ -110,7 +112,7 @@ def _ring(axes: Any, colours: dict[str, str]) -> None:
     axes.set_aspect("equal")
     turn = 2 * math.pi / LAW.slots
     for slot in range(LAW.slots):
-        face = shade(*divmod(slot, LAW.window), colours["paper"])
+        face = shade(*divmod(slot, WINDOW), colours["paper"])
         corners = [
             (radius * math.sin(angle), radius * math.cos(angle))
             for radius, angle in (
@@ -129,20 +131,20 @@ def _ring(axes: Any, colours: dict[str, str]) -> None:
 
 
 def _unit(axes: Any, colours: dict[str, str], slots: list[list[int]]) -> None:
-    """A window, and the laps of the unit that reads it: the rows of column 0."""
+    """A window, and the rows of the unit that reads it: column 0."""
     read = [row[0] for row in slots]
-    window = read[0] // LAW.window
-    base, hue = window * LAW.window, HUES[window]
-    bars = {f"window {window}": (range(LAW.window), 26)}
-    for lap in range(LAW.laps):
-        places = [slot - base for slot in read[lap * LAW.window : (lap + 1) * LAW.window]]
-        assert sorted(places) == list(range(LAW.window)), "a lap reads each slot of its window once"
-        bars[f"lap {lap}"] = (places, 0 - 17 * lap)
-    for name, (places, y) in bars.items():
-        faces = [shade(window, place, colours["paper"]) for place in places]
+    window = read[0] // WINDOW
+    base, hue = window * WINDOW, HUES[window]
+    places = [slot - base for slot in read]
+    assert sorted(places) == sorted([*range(WINDOW)] * LAW.laps), "each slot is read in each lap"
+    bars = [(f"window {window}", [*range(WINDOW)], 26)]
+    for part in range(LAW.laps):
+        bars.append(("rows", places[part * WINDOW : (part + 1) * WINDOW], 0 - 17 * part))
+    for name, shown, y in bars:
+        faces = [shade(window, place, colours["paper"]) for place in shown]
         _rectangles(axes, [(x, y) for x in range(len(faces))], (1, 6), faces)
         axes.text(-1, y + 3, name, color=hue, ha="right", va="center", weight="bold")
-    count = LAW.window
+    count = WINDOW
     axes.text(64, 33, f"{count} slots, places 0 to {count - 1}", ha="right", color=colours["faint"])
     for row in range(OCTET):
         axes.plot(
@@ -158,22 +160,22 @@ def _unit(axes: Any, colours: dict[str, str], slots: list[list[int]]) -> None:
         ha="center",
         va="center",
     )
-    for lap in range(LAW.laps):
-        rows = f"rows {lap * count} to {(lap + 1) * count - 1} of column 0"
-        axes.text(64, 7 - 17 * lap, rows, ha="right", color=colours["faint"])
-    about = f"unit: {LAW.laps} laps of one window, each lap reads every slot once"
+    for part in range(LAW.laps):
+        rows = f"rows {part * count} to {(part + 1) * count - 1} of column 0"
+        axes.text(64, 7 - 17 * part, rows, ha="right", color=colours["faint"])
+    about = f"unit: its rows read each slot of one window {LAW.laps} times"
     axes.text(32, -25, about, ha="center")
-    about = "8 rows of an octet read places that differ modulo 8"
+    about = "8 rows, an octet, read 8 neighbouring slots"
     axes.text(32, -30.5, about, ha="center", color=colours["faint"])
 
 
 def _matrix(axes: Any, colours: dict[str, str], slots: list[list[int]]) -> None:
     """The virtual matrix, a rectangle for each block, in the colour of the slot that it reads."""
     corners = [(b, n) for n in range(LAW.rows) for b in range(LAW.blocks)]
-    faces = [shade(*divmod(slot, LAW.window), colours["paper"]) for row in slots for slot in row]
+    faces = [shade(*divmod(slot, WINDOW), colours["paper"]) for row in slots for slot in row]
     _rectangles(axes, corners, (0.93, 1), faces)
     for b, slot in enumerate(slots[0]):
-        axes.text(b + 0.46, -1.5, str(b), ha="center", color=HUES[slot // LAW.window])
+        axes.text(b + 0.46, -1.5, str(b), ha="center", color=HUES[slot // WINDOW])
     axes.text(-0.2, -1.5, "column", ha="right")
     axes.text(2, -8, "virtual matrix", ha="center", weight="bold", fontsize=11)
     axes.text(
@@ -200,12 +202,7 @@ def _matrix(axes: Any, colours: dict[str, str], slots: list[list[int]]) -> None:
         va="center",
         color=colours["faint"],
     )
-    hue = HUES[slots[0][0] // LAW.window]
-    for lap in range(LAW.laps):
-        span = lap * LAW.window + 1, (lap + 1) * LAW.window - 1
-        _bracket(
-            axes, (-0.12, -0.12), span, f"lap {lap}", hue, xytext=(-4, 0), ha="right", va="center"
-        )
+    hue = HUES[slots[0][0] // WINDOW]
     _bracket(
         axes, (-1.35, -1.35), (0, LAW.rows), "unit", hue, xytext=(-4, 0), ha="right", va="center"
     )
@@ -216,7 +213,7 @@ def _block(axes: Any, colours: dict[str, str], slots: list[list[int]]) -> None:
     n, b = SHOWN
     slot = slots[n][b]
     negative = bool(LAW.negative(torch.tensor(n), torch.tensor(b))[0])
-    face = shade(*divmod(slot, LAW.window), colours["paper"])
+    face = shade(*divmod(slot, WINDOW), colours["paper"])
     corners = [(8 + e, y) for y in (0, 3) for e in range(BLOCK)]
     _rectangles(axes, corners, (0.92, 1.2), [face] * len(corners))
     axes.text(7.6, 3.2, f"slot {slot} of the bank", ha="right")

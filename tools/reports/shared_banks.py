@@ -19,15 +19,14 @@ import torch
 
 import rpg_kernels as rpg
 from rpg_kernels import native
-from rpg_kernels.law.window import WINDOW_LAW
 from tools.reports.cuda_sass import Line, Region, region
 
 WARP = 32
 H200 = (132, 227 * 1024)  # processors, bytes of shared memory that a CTA may have
 
 _WINDOWS = {
-    "windows: cp.async": [region("stage.h", "void fill_windows(")],
-    "stretches: read": [region("entries.h", "stretch[i] = load<Stretch>", until=";")],
+    "windows: cp.async": [region("stage.h", "void fill_window(")],
+    "entries: write": [region("entries.h", "store(entry.span(8 * k", until=";")],
 }
 SITES = {
     "linear": {
@@ -35,7 +34,6 @@ SITES = {
         "x: cp.async": [
             region("linear_products.h", "copy_async(x_stage.span(copy.target, 16)", until=";")
         ],
-        "entries: write": [region("entries.h", "entry.tail_at_byte(4 * row.first)", until=";")],
         "blocks: ldmatrix": [region("linear_products.h", "load_matrices(a,", until=";")],
         "x: ldmatrix": [region("linear_products.h", "load_matrices(b[n][0],", until="b[n][1]")],
         "S: write": [
@@ -65,7 +63,7 @@ SITES = {
             region("input_grad_permute.h", "store(memory.p.span(plane * 16", until=";"),
         ],
         "blocks: ldmatrix": [
-            region("input_grad_mma.h", "load_transposed(a, blocks.span", until=";")
+            region("input_grad_mma.h", "load_transposed(a, stage.blocks.span", until=";")
         ],
         "P: read": [
             region("input_grad_mma.h", "load_transposed(b, memory.p", until=";"),
@@ -94,10 +92,9 @@ SITES = {
         ],
     },
     "linear_bank_grad": {
-        "T: read": [
-            region("linear_bank_grad.cu", "auto v = load<Vector<float, 4>>(target)", until=";")
-        ],
-        "T: write": [region("linear_bank_grad.cu", "store(target, v);", until=";")],
+        "readers: write": [region("linear_bank_grad.cu", "store(memory.readers.span(", until=";")],
+        "readers: read": [region("linear_bank_grad.cu", "load<Reader>(", until=";")],
+        "T: write": [region("linear_bank_grad.cu", "store(memory.t.span(", until=";")],
         "T: read by all": [region("linear_bank_grad.cu", "const auto v = load", until=";")],
     },
 }
@@ -170,20 +167,16 @@ def recorded(
     rows: int = 1024,
     columns: int = 128,
     granularity: int = 64,
-    window: int = 256,
-    laps: int = 4,
+    slots: int = 1024,
 ) -> dict[str, Count]:
-    """Wavefronts of one launch of a layer that begins with a whole cell."""
+    """Wavefronts of one launch of a layer of 4 laps, whose windows have 256 slots."""
     simt = native._load()[0].simt  # type: ignore[union-attr]
-    generator = rpg.Generator(
-        4 * window, granularity, "vector", window=window, laps=laps, law=WINDOW_LAW
-    )
-    bank = rpg.ParameterBank.from_generator(generator)
+    bank = rpg.ParameterBank(slots * granularity, granularity, "vector", laps=4)
     matrix = bank.place((rows, columns)).placement
     law, code = native.layer_law(matrix.law), native.dtype_code(dtype)
     plan = getattr(simt, f"plan_{kernel}")(law, code, batch, columns, *H200)
     torch.manual_seed(0)
-    ring = torch.randn(4 * window, granularity).to(dtype)
+    ring = torch.randn(slots, granularity).to(dtype)
     x, dy = torch.randn(batch, columns).to(dtype), torch.randn(batch, rows).to(dtype)
     y, dx = torch.empty_like(dy), torch.empty_like(x)
     dw = torch.empty(ring.shape)

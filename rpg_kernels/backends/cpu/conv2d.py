@@ -1,6 +1,6 @@
 """y = conv2d(x, Ŵ) + bias and its gradients by the compiled CPU kernels.
 
-Of laws 1 and 2 the forward alone, by the kernel of linear layers, over output pixels; of law 3 all
+Of law 1 the forward alone, by the kernel of linear layers, over output pixels; of law 3 all
 three, see ``unit_conv2d``. Images are read in whatever strides they have; Ŵ and the matrix of
 patches never exist. Sums are fp32, the result is rounded once.
 """

@@ -1,7 +1,7 @@
-"""Compiled CPU kernels of laws 1 and 2: when they are taken, and in which steps of the batch.
+"""Compiled CPU kernels of law 1: when they are taken, and in which steps of the batch.
 
-A column of blocks is taken in pieces, and a piece of more rows than slots is multiplied slot by
-slot; they keep sums of 1 to 16 rows of x.
+A column of blocks is taken in pieces, and a piece of more rows than the ring has slots is
+multiplied slot by slot; they keep sums of 1 to 16 rows of x.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from rpg_kernels.backends.cpu.multiplications import RING_ROWS, RING_SUMS
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import parse
 from rpg_kernels.law.unit import UnitLaw
-from rpg_kernels.law.window import STRIP, WindowLaw
 
 PRODUCTS = ("linear", "conv2d")
 BLOCKS = (32, 64)  # each takes ten seconds to compile, for every instruction set
-MAX_WINDOW = 2**15  # blocks: a table's entries have 15 bits for the place
 
 # Up to so many rows of x, or where a product is shared by so many rows, sums of a few rows of x are
 # faster than gathered tiles.
@@ -48,15 +46,13 @@ def unsupported(op: str, placement: str) -> str:
     """
     p = parse(placement)
     if op not in PRODUCTS:
-        return f"the CPU kernels have no {op} of laws 1 and 2"
+        return f"the CPU kernels have no {op} of law 1"
     if not isinstance(p.generator, Generator):
         return "the CPU kernels read weights of a packing law, not of a table"
     if isinstance(p.law, UnitLaw):
         return f"the CPU kernels have no {op} of law 3"
     if p.matrix.block not in BLOCKS:
         return f"the CPU kernels read blocks of 32 or 64 elements, not of {p.matrix.block}"
-    if isinstance(p.law, WindowLaw) and p.law.window > MAX_WINDOW:
-        return f"the CPU kernels read windows of at most {MAX_WINDOW} blocks"
     return ""
 
 
@@ -69,17 +65,11 @@ def gain(placement: str, lanes: int) -> float:
 
     Example:
         >>> from rpg_kernels.law.placement import Placement
-        >>> windows = Generator(1024, 64, "vector", window=256, laps=4)
-        >>> gain(Placement(windows, 0, 0, (4096, 64), 1.0).to_json(), lanes=16)
-        4.0
         >>> ring = Generator(1024, 64, "vector")
         >>> gain(Placement(ring, 0, 0, (4096, 64), 1.0).to_json(), lanes=1)
         4.0
     """
     law = parse(placement).law
-    if isinstance(law, WindowLaw):
-        height = min(STRIP, 1 << (law.rows.bit_length() - 1))
-        return max(1.0, min(height / law.window, float(law.laps)))
     height = min(law.rows, RING_ROWS, RING_SUMS // lanes)
     return max(1.0, height / law.slots)
 
@@ -227,5 +217,4 @@ def multiplications_of_row(op: str, placement: str, batch: int) -> int | None:
     step = steps(op, batch, placement)
     if step is None:
         return None
-    lanes = step.batch_tile * step.tiles
-    return multiplications.of_row(placement, lanes, step.threads)
+    return multiplications.of_row(placement, step.batch_tile * step.tiles)

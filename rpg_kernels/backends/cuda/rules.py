@@ -20,8 +20,7 @@ from rpg_kernels.backends.registry import Backend
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import parse
 from rpg_kernels.law.ring import MAX_BAND
-from rpg_kernels.law.unit import UNIT_LAW
-from rpg_kernels.law.window import WindowLaw
+from rpg_kernels.law.unit import UnitLaw
 
 PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad")
 OPERATORS = (*PRODUCTS, "unpack", "pack")
@@ -35,8 +34,6 @@ MAX_BATCH = {"linear": (64, 32), "linear_input_grad": (32, 8), "linear_bank_grad
 # gathered block by block is read for every row too: only 16-bit numbers without signs of elements.
 MAX_BATCH_OF_RINGS = {"linear": 32, "linear_input_grad": 16}
 MAX_BATCH_GATHERED = {"linear": 16, "linear_input_grad": 8}
-# A window is gone through once for each 256 of its slots.
-MAX_OWNED_WINDOW = 1024
 RING, GATHERED = 1, 2  # Plan.fill
 
 
@@ -138,8 +135,6 @@ def unsupported_weight(op: str, placement: str) -> str:
     p = parse(placement)
     if not isinstance(p.generator, Generator):
         return "the CUDA kernels read weights of a packing law, not of a table"
-    if p.generator.law == UNIT_LAW:
-        return f"the CUDA kernels read laws 1 and 2, not law {p.generator.law}"
     if p.selected_shape != p.shape:
         return "the CUDA kernels read whole weights, not a part"
     matrix = p.matrix
@@ -149,10 +144,10 @@ def unsupported_weight(op: str, placement: str) -> str:
         return f"the CUDA kernels read blocks of 32 or 64 elements, not of {matrix.block}"
     if matrix.blocks * matrix.block >= MAX_BAND:
         return "the CUDA kernels read rows of fewer than 2^31 elements"
-    if op in PRODUCTS and matrix.rows * matrix.blocks >= MAX_BAND:
+    if op in PRODUCTS and -(-matrix.rows // 8) * 8 * matrix.blocks >= MAX_BAND:
         return "the CUDA kernels multiply with weights of fewer than 2^31 blocks"
-    if op == "linear_bank_grad":  # rows of a lap read different slots
-        if not isinstance(p.law, WindowLaw):
+    if op == "linear_bank_grad":  # uses of a slot follow one another
+        if not isinstance(p.law, UnitLaw):
             return "the CUDA kernels have a bank gradient of windows, not of a whole ring"
         if p.generator.reflect == "element":
             return "the CUDA kernels have a bank gradient with one sign for a slot use"
@@ -240,14 +235,18 @@ def why_slower(
     most = MAX_BATCH[op][dtype == torch.float32]
     if not 1 <= batch <= most:
         return f"the CUDA kernels of {op} in {dtype} are for batches of 1 to {most}, not of {batch}"
-    law = parse(placement).law
-    if op == "linear_bank_grad" and isinstance(law, WindowLaw) and law.window > MAX_OWNED_WINDOW:
-        return f"the CUDA bank gradient is slow with windows of more than {MAX_OWNED_WINDOW} blocks"
     laid_out, reason = plan(op, placement, dtype, batch, target, copied(bank, dtype))
     if laid_out is None:
         return reason
+    p = parse(placement)
+    signs = getattr(p.generator, "reflect", "") == "element"
+    if isinstance(p.law, UnitLaw) and laid_out.fill in (RING, GATHERED) and not signs:
+        return (
+            f"windows of {p.law.laps} laps do not fit the {target.shared_bytes} bytes of shared "
+            "memory, or hold no fewer blocks than a tile has rows: the CUDA kernels would evaluate "
+            "the law for each block, predicted to be slower"
+        )
     if laid_out.fill == GATHERED:
-        signs = getattr(parse(placement).generator, "reflect", "") == "element"
         most = 0 if dtype == torch.float32 or signs else MAX_BATCH_GATHERED[op]
         if batch > most:
             upto = f" beyond batches of {most}" if most else ""

@@ -88,7 +88,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -133,7 +133,7 @@ def _forward_kernel(
                 w = _weight_tile(
                     bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, 0, 0,
                     TAPS_H * TAPS_W * PARTS * BLOCK_K,
-                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                     x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
             else:
@@ -143,7 +143,7 @@ def _forward_kernel(
                 w = _weight_tile(
                     bank_ptr, law_ptr, entry_at, entry_stride, n, part, row0, blocks,
                     low + tap * run_blocks, first, length,
-                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                     x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
             if BITS:
@@ -160,7 +160,7 @@ def _forward_kernel(
         for step in range(0, PARTS):
             w = _weight_tile(
                 bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first,
-                length, G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+                length, G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                 x_ptr.dtype.element_ty, scale,
             )  # fmt: skip
             k = step * BLOCK_K + index

@@ -89,7 +89,7 @@ def _bank_grad_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -176,7 +176,7 @@ def _bank_grad_kernel(
             value = tl.where(mask_k[None, :], value, tl.zeros_like(value))
         _scatter(
             out_ptr, value, law_ptr, entry_at, entry_stride, n, mask_n, step, row0, blocks,
-            base, first, length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            base, first, length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
         )  # fmt: skip
     else:
         row = offs_n.to(tl.int64) * (TAPS_H * TAPS_W * group_channels)

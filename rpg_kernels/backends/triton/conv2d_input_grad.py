@@ -41,7 +41,7 @@ def _element_tile(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     DTYPE: tl.constexpr,
     scale,
     live,
@@ -51,7 +51,7 @@ def _element_tile(
     rows, columns = n[:, None], block[None, :]
     slot, sign = _slot_and_sign(
         law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, 0,
-        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
     )  # fmt: skip
     mask = tl.broadcast_to(wanted[None, :], slot.shape)
     if live is not None:
@@ -60,7 +60,7 @@ def _element_tile(
     if bank_ptr.dtype.element_ty != DTYPE:
         w = (w * scale).to(DTYPE)  # as in weights.weight_tile
     if SIGN == "element":
-        q = _position(rows, columns, row0, blocks, law_ptr, SCRAMBLE)
+        q = _position(rows, columns, row0, blocks, law_ptr, LAW)
         words = _sign_word(q, law_ptr, (e // 32)[None, :])
         sign = words << (31 - _sign_bit(e)).to(tl.uint32)[None, :]
     if SIGN == "entry" or SIGN == "element":
@@ -130,7 +130,7 @@ def _input_grad_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -178,7 +178,7 @@ def _input_grad_kernel(
             w = _weight_tile(
                 bank_ptr, law_ptr, entry_at, entry_stride, n, step, row0, blocks,
                 low + tap * run_blocks, first, length,
-                G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+                G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                 dy_ptr.dtype.element_ty, scale, live,
             )  # fmt: skip
         else:
@@ -186,7 +186,7 @@ def _input_grad_kernel(
             w = _element_tile(
                 bank_ptr, law_ptr, entry_ptr, entry_stride, n,
                 tap * channels + column0 + tl.where(wanted, k, 0), wanted, row0, blocks,
-                G, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE, dy_ptr.dtype.element_ty, scale,
+                G, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW, dy_ptr.dtype.element_ty, scale,
                 live,
             )  # fmt: skip
         if BITS:

@@ -82,7 +82,7 @@ def _embedding_kernel(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -90,9 +90,8 @@ def _embedding_kernel(
 
     Tile: BLOCK_M indices x BLOCK_K columns. Grid: one program per tile, columns innermost, so that
     neighbours write one row. Shared memory: none but for changes of layout. Budget: the law once
-    per index and block (60 to 100 lane-instructions per BLOCK_K weights, 130 to 220 in the window
-    law, 600 in the unit law), 16 bytes a load from 16 elements per block on; the product with scale
-    is rounded once, from fp32.
+    per index and block (60 to 100 lane-instructions per BLOCK_K weights, 600 in law 3), 16 bytes a
+    load from 16 elements per block on; the product with scale is rounded once, from fp32.
     Whole blocks are read, since a slot has all of its elements; only wanted columns are stored.
     """
     pid = tl.program_id(0)
@@ -101,7 +100,7 @@ def _embedding_kernel(
     k, wanted, b, e = _columns_of(pid - tile * steps, low, first, columns, G, BLOCK_K)
     offsets, sign = _locate(
         law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
     )  # fmt: skip
     w = tl.load(bank_ptr + offsets).to(tl.float32)
     if SIGN != "none":
@@ -135,7 +134,7 @@ def _embedding_grad_kernel(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -154,7 +153,7 @@ def _embedding_grad_kernel(
     value = tl.load(at, mask=mask, other=0.0).to(tl.float32) * scale
     offsets, sign = _locate(
         law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
     )  # fmt: skip
     if SIGN != "none":
         value = _flip(value, sign)

@@ -16,11 +16,10 @@ and its sign comes in one of four (``SIGN``):
     "entry"    bit 31 of the entry, applied to the tile
     "element"  one bit per element, from the words of the law
 
-Which law it is, and whether it shuffles, is said by SCRAMBLE, beside the rounds of a permutation:
+Which law it is, and whether it shuffles, is said by LAW, beside the rounds of a permutation:
 
-    0        law 1
-    7, 8     the window law, window_law.py; -1, with its laps in order
-    -2       the unit law, unit_law.py; -3, in order
+    1        law 1, law.py
+    3        law 3, unit_law.py; -3, with units in order
 
 A tile of G >= 8 takes one entry per row and block. Below 8, every element finds its own entry.
 """
@@ -31,14 +30,12 @@ import triton
 import triton.language as tl
 
 from rpg_kernels.backends.triton import law as device_law
-from rpg_kernels.backends.triton import unit_law, window_law
+from rpg_kernels.backends.triton import unit_law
 
 _SIGN = tl.constexpr(0x80000000)
 _LOW = tl.constexpr(0x7FFFFFFF)
-_slot_of, _slot_in_window = device_law.slot_of, window_law.slot_of
-_slot_of_unit, _order_of_units = unit_law.slot_of, unit_law.order
-_order, _vector_word = window_law.order, window_law.vector_word
-_UNITS = tl.constexpr(unit_law.UNITS)
+_slot_of, _slot_of_unit = device_law.slot_of, unit_law.slot_of
+_order_of_units, _vector_word = unit_law.order, unit_law.vector_word
 _sign_word = device_law.sign_word
 _sign_bit = device_law.sign_bit
 _law_word = device_law.law_word
@@ -46,23 +43,21 @@ _SLOTS = device_law._SLOTS
 
 
 @triton.jit
-def position(n, b, row0, blocks, law_ptr, SCRAMBLE: tl.constexpr):
+def position(n, b, row0, blocks, law_ptr, LAW: tl.constexpr):
     """q of row n and block b of the launch, uint32; row0 is the launch's first row in its band.
 
-    In the window law and the unit law it is p, the place in the order in which units are cut.
+    In law 3 it is p, the place in the order in which units are cut.
     """
-    if SCRAMBLE == 0:
+    if LAW == 1:
         return ((row0 + n) * blocks + b).to(tl.uint32)
-    elif SCRAMBLE <= _UNITS:
-        return _order_of_units(row0 + n, b, law_ptr)
     else:
-        return _order(row0 + n, b, blocks, law_ptr)
+        return _order_of_units(row0 + n, b, law_ptr)
 
 
 @triton.jit
-def vector_sign(q, law_ptr, SCRAMBLE: tl.constexpr):
+def vector_sign(q, law_ptr, LAW: tl.constexpr):
     """A word whose bit 31 is the sign of band positions q, where a block has one."""
-    if SCRAMBLE == 0:
+    if LAW == 1:
         return _sign_word(q, law_ptr, 0)
     else:
         return _vector_word(q, law_ptr)
@@ -75,20 +70,18 @@ def law_entry(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
 ):
     """The entry of band positions q, uint32, from the law."""
-    if SCRAMBLE == 0:
+    if LAW == 1:
         slot = _slot_of(q, law_ptr, ROUNDS, SWAP_ROUNDS)
-    elif SCRAMBLE <= _UNITS:
-        slot = _slot_of_unit(q, law_ptr, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
     else:
-        slot = _slot_in_window(q, law_ptr, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
+        slot = _slot_of_unit(q, law_ptr, ROUNDS, SWAP_ROUNDS, LAW)
     if SIGN == "folded":
-        negative = vector_sign(q, law_ptr, SCRAMBLE) >> 31
+        negative = vector_sign(q, law_ptr, LAW) >> 31
         slot += negative * _law_word(law_ptr, _SLOTS)
     if SIGN == "entry":
-        slot |= vector_sign(q, law_ptr, SCRAMBLE) & tl.full([], _SIGN, tl.uint32)
+        slot |= vector_sign(q, law_ptr, LAW) & tl.full([], _SIGN, tl.uint32)
     return slot
 
 
@@ -106,7 +99,7 @@ def entry(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
 ):
     """The entries of rows n and blocks b, uint32 of their common shape."""
     if SOURCE == "table":
@@ -115,8 +108,8 @@ def entry(
         at = entry_ptr + (b - low).to(tl.int64) * entry_stride + n
         return tl.load(at).to(tl.uint32, bitcast=True)
     else:
-        q = position(n, b, row0, blocks, law_ptr, SCRAMBLE)
-        return law_entry(q, law_ptr, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
+        q = position(n, b, row0, blocks, law_ptr, LAW)
+        return law_entry(q, law_ptr, SIGN, ROUNDS, SWAP_ROUNDS, LAW)
 
 
 @triton.jit
@@ -133,12 +126,12 @@ def slot_and_sign(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
 ):
     """(slot int64, sign in bit 31 of a uint32) of rows n and blocks b, of their common shape."""
     word = entry(
         law_ptr, entry_ptr, entry_stride, n, b, row0, blocks, low,
-        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
     )  # fmt: skip
     slot = word
     if SIGN == "entry":
@@ -225,7 +218,7 @@ def signs(
     G: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SIGN: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
 ):
     """Signs of a tile's elements in bit 31 of a uint32, of a shape that broadcasts to the tile's.
 
@@ -235,7 +228,7 @@ def signs(
         e: see span.
     """
     if SIGN == "element":
-        q = position(rows, columns, row0, blocks, law_ptr, SCRAMBLE)
+        q = position(rows, columns, row0, blocks, law_ptr, LAW)
         element = e
         if G >= 8 or G >= BLOCK_K:
             words = sign_words(q, law_ptr, e, G, BLOCK_K, BLOCK_K)

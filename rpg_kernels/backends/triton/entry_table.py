@@ -24,15 +24,14 @@ def _slots_kernel(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[t * count + j, n] = entry of row row0 + n and block t * run_blocks + low + j.
 
     Tile: BLOCK rows of one block column, so that a kernel that walks many rows of it reads them
     coalesced. Grid: one program per tile. Shared memory: none. About 60 to 100 lane-instructions
-    per entry (8 per Feistel round, 9 per swap-or-not round, 11 for the sign); in the window law
-    130 to 220, in the unit law 600.
+    per entry (8 per Feistel round, 9 per swap-or-not round, 11 for the sign); in law 3 600.
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(rows, BLOCK)
@@ -40,8 +39,8 @@ def _slots_kernel(
     n = (pid - at * tiles) * BLOCK + tl.arange(0, BLOCK)
     run = at // count
     b = run * run_blocks + low + at - run * count
-    q = _position(n, b, row0, blocks, law_ptr, SCRAMBLE)
-    word = _law_entry(q, law_ptr, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
+    q = _position(n, b, row0, blocks, law_ptr, LAW)
+    word = _law_entry(q, law_ptr, SIGN, ROUNDS, SWAP_ROUNDS, LAW)
     out = out_ptr + tl.full([], 1, tl.int64) * at * rows + n
     tl.store(out, word.to(tl.int32, bitcast=True), mask=n < rows)
 
@@ -68,7 +67,7 @@ def write(
         blocks: per row of the layer.
         low: first block of a run.
         sign: "none", "folded", "entry" or "element".
-        rounds: Feistel and swap-or-not rounds of the band, and SCRAMBLE (entries.py).
+        rounds: Feistel and swap-or-not rounds of the band, and LAW (entries.py).
         runs, run_blocks: runs per row, and blocks from one to the next.
     """
     number, rows = out.shape

@@ -17,9 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.law.ring import LayerLaw, Permutation, keys, most_square_factors
+from rpg_kernels.law.ring import (
+    LAW_VERSION,
+    LayerLaw,
+    Permutation,
+    keys,
+    most_square_factors,
+)
 
-LAW_WORDS = 192  # law 1 and the window law leave the last 64 unused
+LAW_WORDS = 192  # law 1 leaves the last 64 unused
 # Where each number stands in the vector.
 _SIZE = tl.constexpr(0)  # Q, positions of the band
 _MAJOR = tl.constexpr(1)
@@ -58,14 +64,14 @@ def divider(divisor: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=65536)
 def rounds(law: LayerLaw, band: int = 0) -> tuple[int, int, int]:
-    """(Feistel rounds, swap-or-not rounds, 0), the compile-time part of a band's law.
+    """(Feistel rounds, swap-or-not rounds, LAW), the compile-time part of a band's law.
 
-    The last number is what tells the other laws from this one, see entries.py.
+    The last number is what tells law 3 from this one, see entries.py.
     """
     if not law.permute:
-        return 0, 0, 0
+        return 0, 0, LAW_VERSION
     p = law.permutation(band)
-    return (p.rounds, 0, 0) if p.rounds else (0, p.swap_rounds, 0)
+    return (p.rounds, 0, LAW_VERSION) if p.rounds else (0, p.swap_rounds, LAW_VERSION)
 
 
 def round_words(p: Permutation) -> list[int]:

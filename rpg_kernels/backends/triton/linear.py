@@ -70,7 +70,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -106,7 +106,7 @@ def _forward_kernel(
     for step in range(0, steps):
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
-            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
             x_ptr.dtype.element_ty, scale,
         )  # fmt: skip
         if EVEN_K:
@@ -158,7 +158,7 @@ def _input_grad_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -187,7 +187,7 @@ def _input_grad_kernel(
         live = None if EVEN_N else n0 + offs_n < N
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
-            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
             dy_ptr.dtype.element_ty, scale, live,
         )  # fmt: skip
         if EVEN_N:

@@ -50,7 +50,7 @@ def _bank_grad_kernel(
     PRECISION: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -98,7 +98,7 @@ def _bank_grad_kernel(
     if SCATTER:
         _scatter(
             out_ptr, acc * scale, law_ptr, entry_ptr, entry_stride, n, mask_n, step, row0, blocks,
-            low, first, K, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            low, first, K, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
         )  # fmt: skip
     else:
         at = offs_n.to(tl.int64)[:, None] * K + k.to(tl.int64)[None, :]

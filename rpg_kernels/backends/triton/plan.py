@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
-from rpg_kernels.backends.triton import entry_table, unit_law, window_law
+from rpg_kernels.backends.triton import entry_table, unit_law
 from rpg_kernels.backends.triton import law as law_1
 from rpg_kernels.backends.triton.config import products_read_shared, whole, whole_weight
 from rpg_kernels.backends.triton.rules import interpreted
@@ -24,7 +24,6 @@ from rpg_kernels.law.generator import TableGenerator
 from rpg_kernels.law.placement import Placement
 from rpg_kernels.law.ring import LayerLaw
 from rpg_kernels.law.unit import UnitLaw
-from rpg_kernels.law.window import WindowLaw
 
 if interpreted():
     from rpg_kernels.backends.triton import interpreter
@@ -184,7 +183,7 @@ class LaunchRows:
         rows: how many.
         row0: first row, counted from the band's.
         words: the law's vector, ``[192]``; of no meaning for a table.
-        rounds: Feistel and swap-or-not rounds of the band, and SCRAMBLE (entries.py).
+        rounds: Feistel and swap-or-not rounds of the band, and LAW (entries.py).
         band: its number.
     """
 
@@ -206,7 +205,7 @@ def launches(p: Placement, device: torch.device, at_most: int = INT32_MAX) -> It
         band, row0 = divmod(first + row, height)
         count = min(rows - row, height - row0, at_most)
         if table:
-            yield LaunchRows(row, count, 0, _no_law(device), (0, 0, 0), band)
+            yield LaunchRows(row, count, 0, _no_law(device), (0, 0, 1), band)
         else:
             yield LaunchRows(row, count, row0, *_law(p.law, band, device), band)
         row += count
@@ -216,8 +215,6 @@ def _law(law: LayerLaw, band: int, device: torch.device) -> tuple[Tensor, tuple[
     """(words, rounds) of a band, in any law."""
     if isinstance(law, UnitLaw):
         return unit_law.law_words(law, band, device), unit_law.rounds(law, band)
-    if isinstance(law, WindowLaw):
-        return window_law.law_words(law, band, device), window_law.rounds(law, band)
     return law_1.law_words(law, band, device), law_1.rounds(law, band)
 
 
@@ -236,18 +233,18 @@ class Entries:
     stride: int
 
     def law_of(self, launch: LaunchRows, sign: str) -> dict[str, int]:
-        """ROUNDS, SWAP_ROUNDS and SCRAMBLE, zero where a kernel does not need them: it is not
-        compiled anew for layers that differ in them alone.
+        """ROUNDS, SWAP_ROUNDS and LAW, those of law 1 without rounds where a kernel does not need
+        them: it is not compiled anew for layers that differ in them alone.
 
         Args:
             launch: the launch.
             sign: how the kernel finds signs; those of elements need the position in the law.
         """
-        rounds, swap_rounds, scramble = launch.rounds
+        rounds, swap_rounds, law = launch.rounds
         if self.source != "law":
             rounds, swap_rounds = 0, 0
-            scramble = scramble if sign == "element" else 0
-        return {"ROUNDS": rounds, "SWAP_ROUNDS": swap_rounds, "SCRAMBLE": scramble}
+            law = law if sign == "element" else 1
+        return {"ROUNDS": rounds, "SWAP_ROUNDS": swap_rounds, "LAW": law}
 
 
 def entries_of_table(table: Tensor, p: Placement, launch: LaunchRows) -> Entries:

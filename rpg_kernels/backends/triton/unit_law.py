@@ -2,9 +2,9 @@
 
 docs/unit_law.md is its specification, rpg_kernels/law/unit.py its definition. A position is
 p = 8 q + row, row of an octet of 8 rows; octets q of a band are numbered unit by unit, in a unit
-tap by tap. Signs are those of p. Two values of the constant ``SCRAMBLE`` tell this law from others:
+tap by tap. Signs are those of p. Two values of the constant ``LAW`` tell this law from law 1:
 
-    -2       the unit law
+    3        the unit law
     -3       the unit law with columns, groups and units in order (permute False)
 
 Uses of octets are never wrapped, but a band has at most 2^28 of them: they are counted from the
@@ -27,7 +27,7 @@ from rpg_kernels.law import unit as definition
 from rpg_kernels.law.ring import keys, most_square_factors
 from rpg_kernels.law.unit import OCTET, UnitLaw
 
-UNITS, UNITS_IN_ORDER = -2, -3
+UNITS, UNITS_IN_ORDER = 3, -3
 _IN_ORDER = tl.constexpr(UNITS_IN_ORDER)
 _ROUNDS = tl.constexpr(definition._ROUNDS)
 _KEYS = 128  # where the keys of the unit law's own words begin, and then its numbers
@@ -58,7 +58,7 @@ _permute, _unpermute = device_law.permute, device_law.unpermute
 
 @functools.lru_cache(maxsize=65536)
 def rounds(law: UnitLaw, band: int = 0) -> tuple[int, int, int]:
-    """(Feistel rounds, swap-or-not rounds, SCRAMBLE), the compile-time part of a band's law."""
+    """(Feistel rounds, swap-or-not rounds, LAW), the compile-time part of a band's law."""
     if not law.permute:
         return 0, 0, UNITS_IN_ORDER
     if law.columns < 2:
@@ -182,6 +182,12 @@ def row_and_block(p, law_ptr):
 
 
 @triton.jit
+def vector_word(p, law_ptr):
+    """A word whose bit 31 is the sign of positions p: 32 of them share what is computed."""
+    return _sign_word(p >> 5, law_ptr, 0) << (31 - (p & 31))
+
+
+@triton.jit
 def _turned(column, law_ptr):
     """The octet of rows that comes first in a column."""
     word = _sign_word(column, law_ptr, _TURN_WORD)
@@ -205,10 +211,10 @@ def _shuffle(x, size, unit, law_ptr, INVERSE: tl.constexpr):
 
 
 @triton.jit
-def slot_of(p, law_ptr, ROUNDS: tl.constexpr, SWAP_ROUNDS: tl.constexpr, SCRAMBLE: tl.constexpr):
+def slot_of(p, law_ptr, ROUNDS: tl.constexpr, SWAP_ROUNDS: tl.constexpr, LAW: tl.constexpr):
     """Slot of positions p: uint32 of p's shape."""
     use, place = p >> 3, p & 7
-    if SCRAMBLE != _IN_ORDER:
+    if LAW != _IN_ORDER:
         taps, octets = _law_word(law_ptr, _TAPS), _law_word(law_ptr, _OCTETS)
         word = _sign_word(use, law_ptr, _OCTET_WORD)
         place = (((place ^ (word >> 29)) - word) * ((word >> 3) | 1)) & 7
@@ -246,7 +252,7 @@ def use(
     law_ptr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
 ):
     """(p, whether there is one) of use ``number`` of slots; p may lie in the rows' padding.
 
@@ -265,7 +271,7 @@ def use(
     live = live & (q < _law_word(law_ptr, _USES))  # below the offset q wraps around, and is large
     q = tl.where(live, q, tl.zeros_like(q))
     row = x & 7
-    if SCRAMBLE != _IN_ORDER:
+    if LAW != _IN_ORDER:
         taps, octets = _law_word(law_ptr, _TAPS), _law_word(law_ptr, _OCTETS)
         column, rest = _column(q, law_ptr)
         column = _unpermute(column, law_ptr, ROUNDS, SWAP_ROUNDS)

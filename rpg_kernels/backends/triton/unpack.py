@@ -48,7 +48,7 @@ def _unpack_kernel(
     ONE_TAP: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -61,7 +61,7 @@ def _unpack_kernel(
     Tile: BLOCK_N rows x BLOCK_K elements. Grid: one program per tile, row tiles innermost. Shared
     memory: none where lines are aligned, otherwise 4 KiB. Budget: 20 to 25 lane-instructions per
     weight of a matrix at G = 64, most of them the law, which each of the 8 threads of a row
-    evaluates; about 40 in the window law, 85 in the unit law.
+    evaluates; about 85 in law 3.
     The product with scale is rounded once, from fp32.
     """
     pid = tl.program_id(0)
@@ -101,7 +101,7 @@ def _unpack_kernel(
     wanted = wanted & (column >= 0) & (column < columns)
     offsets, sign = _locate(
         law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
     )  # fmt: skip
     mask = (offs_n < rows)[:, None] & wanted[None, :]
     w = tl.load(bank_ptr + offsets, mask=mask, other=0.0)

@@ -70,7 +70,7 @@ def locate(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
 ):
     """Where the elements of a tile lie on the ring, and their signs.
 
@@ -84,10 +84,10 @@ def locate(
     rows, columns = _grid(n, b, G, BLOCK_K)
     slot, sign = _slot_and_sign(
         law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, low,
-        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
     )  # fmt: skip
     offsets = places(slot, e, G, BLOCK_K)
-    sign = _signs(sign, rows, columns, e, law_ptr, row0, blocks, G, BLOCK_K, SIGN, SCRAMBLE)
+    sign = _signs(sign, rows, columns, e, law_ptr, row0, blocks, G, BLOCK_K, SIGN, LAW)
     return offsets, sign
 
 
@@ -127,7 +127,7 @@ def _scatter_columns(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
 ):
     """See scatter."""
     last = (first + length - 1) // G
@@ -136,7 +136,7 @@ def _scatter_columns(
         b = tl.minimum(b, low + last)
     offsets, sign = locate(
         law_ptr, entry_ptr, entry_stride, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
     )  # fmt: skip
     if SIGN != "none":
         value = _flip(value, sign)
@@ -166,7 +166,7 @@ def scatter(
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
 ):
     """grad[slot, e] += sign * value, one atomic for 4 elements where the device has such.
 
@@ -178,17 +178,17 @@ def scatter(
         left, right = tl.split(halves)
         _scatter_columns(
             grad_ptr, left, law_ptr, entry_ptr, entry_stride, n, mask_n, 2 * step, row0, blocks,
-            low, first, length, G, BLOCK_K // 2, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            low, first, length, G, BLOCK_K // 2, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
         )  # fmt: skip
         _scatter_columns(
             grad_ptr, right, law_ptr, entry_ptr, entry_stride, n, mask_n, 2 * step + 1, row0,
             blocks, low, first, length, G, BLOCK_K // 2, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS,
-            SCRAMBLE,
+            LAW,
         )  # fmt: skip
     else:
         _scatter_columns(
             grad_ptr, value, law_ptr, entry_ptr, entry_stride, n, mask_n, step, row0, blocks,
-            low, first, length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            low, first, length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
         )  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def weight_tile(
     EVEN_K: tl.constexpr,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     DTYPE: tl.constexpr,
     scale,
     live=None,
@@ -234,14 +234,14 @@ def weight_tile(
         rows, columns = _grid(n, b, G, BLOCK_K)
         slot, sign = _slot_and_sign(
             law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, low,
-            SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
         )  # fmt: skip
         at = bank_ptr.to(tl.pointer_type(tl.uint32)) + places(slot, e // 2, G // 2, BLOCK_K // 2)
         half, end = step * (BLOCK_K // 2) + pair, first + length
         some = ((half >= first // 2) & (half < end - end // 2))[None, :]  # pairs with one wanted
         both = masked_load(at, some, live, EVEN_K)
         if SIGN == "element":
-            q = _position(rows, columns, row0, blocks, law_ptr, SCRAMBLE)
+            q = _position(rows, columns, row0, blocks, law_ptr, LAW)
             words = _sign_words(q, law_ptr, e, G, BLOCK_K // 2, BLOCK_K)
             shift = ((e // 2 + pair) % (G // 2) % 16).to(tl.uint32)[None, :]
             both ^= (words << shift) & tl.full([], _PAIR, tl.uint32)
@@ -258,7 +258,7 @@ def weight_tile(
     else:
         offsets, sign = locate(
             law_ptr, entry_ptr, entry_stride, n, b, e, row0, blocks, low,
-            G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, SCRAMBLE,
+            G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
         )  # fmt: skip
         w = masked_load(bank_ptr + offsets, valid, live, EVEN_K)
         if bank_ptr.dtype.element_ty != DTYPE:

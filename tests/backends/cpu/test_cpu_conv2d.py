@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import brute_force as brute
 import pytest
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() 
 
 _op = torch.ops.rpg_kernels.conv2d
 
-# None, or (window, laps)
-WINDOWS = [None, (64, 1), (64, 4), (128, 3)]
+SLOTS = [40, 64, 300, 1121]  # of the ring
 OUT = [1, 2, 63, 64, 100, 129, 300, 1024, 2000]
 CHANNELS = [3, 4, 8, 32, 60, 64, 110, 128]
 KERNELS = [(1, 1), (1, 1), (3, 3), (3, 3), (2, 3), (1, 5), (7, 7)]
@@ -46,18 +44,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "empty_image", image)
 
 
-def weight_of(rng: random.Random, window: tuple[int, int] | None, shape: tuple[int, ...]):
-    """A weight behind another layer, so that it begins in the middle of a window."""
+def ring(slots: int) -> rpg.ParameterBank:
+    """Of law 1: law 3 has kernels of its own (test_cpu_unit_conv2d.py)."""
+    return rpg.ParameterBank(64 * slots, 64, init_std=1.0)
+
+
+def weight_of(rng: random.Random, slots: int, shape: tuple[int, ...]):
+    """A weight behind another layer, so that it begins in the middle of the ring."""
     granularity = rng.choice([32, 64, 128])
-    bank = brute.window_bank(
-        rng.choice([300, 704, 1121]) * granularity,
-        granularity,
-        rng.choice(["vector", "none"]),
-        window=window and window[0],
-        laps=window and window[1],
-        seed=rng.randrange(100),
-        init_std=1.0,
-    )
+    reflect, seed = rng.choice(["vector", "none"]), rng.randrange(100)
+    bank = rpg.ParameterBank(slots * granularity, granularity, reflect, seed=seed, init_std=1.0)
     bank.place((rng.randint(1, 200), 64))
     return bank, bank.place(shape, scale=rng.choice([0.5, -1.25]))
 
@@ -109,10 +105,10 @@ def laid_out(rng: random.Random, x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_against_the_written_out_weight(window: tuple[int, int] | None, threads: int) -> None:
-    rng = random.Random(f"{window} {threads}")
+def test_against_the_written_out_weight(slots: int, threads: int) -> None:
+    rng = random.Random(f"{slots} {threads}")
     before, done = torch.get_num_threads(), 0
     torch.set_num_threads(threads)
     try:
@@ -120,7 +116,7 @@ def test_against_the_written_out_weight(window: tuple[int, int] | None, threads:
             kernel, channels = rng.choice(KERNELS), rng.choice(CHANNELS)
             small = channels * kernel[0] * kernel[1] < 1000
             out = rng.choice(OUT) if small else rng.randint(1, 150)
-            bank, weight = weight_of(rng, window, (out, channels, *kernel))
+            bank, weight = weight_of(rng, slots, (out, channels, *kernel))
             if rules.unsupported_weight("conv2d", weight.spec):
                 continue
             done += 1
@@ -147,8 +143,7 @@ def test_against_the_written_out_weight(window: tuple[int, int] | None, threads:
 @pytest.mark.parametrize("last", [False, True])
 def test_every_tile(tile: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in 16-bit numbers, with tiles that span images, and threads that share columns."""
-    bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0)
-    weight = bank.place((200, 60, 3, 3))
+    weight = ring(64).place((200, 60, 3, 3))
     for parts, threads in ((1, 1), (3, 1), (1, 3), (2, 2)):
         for dtype in (torch.float32, torch.bfloat16):
             of_part, _ = native.layer_law(weight.placement.law).conv2d_workspace(threads, tile, 3)
@@ -162,7 +157,7 @@ def test_every_tile(tile: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_extremes() -> None:
     """Sizes of 1, empty batches and results, padding beyond the kernel, dilation beyond x."""
-    bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0)
+    bank = ring(64)
     point, kernel = bank.place((130, 64, 1, 1)), bank.place((70, 64, 3, 3))
     far = 2**31 - 1
     one = (1, 1)
@@ -188,7 +183,7 @@ def test_extremes() -> None:
 
 def test_unread_slots_and_padding_may_hold_anything() -> None:
     """Infinities that no weight reads reach no result: 60 channels leave 4 elements of a block."""
-    bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0)
+    bank = ring(4000)
     weight = bank.place((200, 60, 3, 3))
     with torch.no_grad():
         dense = torch.randn(200, 60, 3, 3)
@@ -216,7 +211,7 @@ def test_unread_slots_and_padding_may_hold_anything() -> None:
 
 
 def test_same_bits_every_time_and_close_for_other_threads() -> None:
-    bank = brute.window_bank(64 * 500, 64, window=64, laps=4, init_std=1.0)
+    bank = ring(64)
     weight, before = bank.place((500, 64, 3, 3)), torch.get_num_threads()
     for size in (3, 12):
         x, results = torch.randn(2, 64, size, size), []
@@ -244,10 +239,10 @@ def test_same_bits_every_time_and_close_for_other_threads() -> None:
 
 
 def test_dispatch_takes_it_where_it_was_faster() -> None:
-    windows = brute.window_bank(64 * 2000, window=64, laps=4)
-    shared = rpg.nn.Conv2d(64, 256, 3, padding=1, bank=windows)
-    alone = rpg.nn.Conv2d(64, 64, 3, padding=1, bank=windows)
-    grouped = rpg.nn.Conv2d(128, 256, 1, groups=2, bank=windows)
+    bank = ring(64)
+    shared = rpg.nn.Conv2d(64, 256, 3, padding=1, bank=bank)
+    alone = rpg.nn.Conv2d(64, 64, 3, padding=1, bank=bank)
+    grouped = rpg.nn.Conv2d(128, 256, 1, groups=2, bank=bank)
     large, small = torch.empty(1, 64, 56, 56), torch.empty(1, 64, 7, 7)
     assert rpg.explain(shared, large).backend == "cpu"
     assert rpg.explain(shared, large[0]).backend == "cpu"
@@ -264,7 +259,7 @@ def test_dispatch_takes_it_where_it_was_faster() -> None:
 
 def test_dispatch_counts_output_pixels() -> None:
     """Of the product's rows there are as many; large strides leave few, large paddings add some."""
-    bank = brute.window_bank(64 * 2000, window=64, laps=4)
+    bank = ring(64)
     for stride, padding, image, backend in (
         (1, 1, 8, "cpu"),
         (1, 1, 9, "reference"),
@@ -284,7 +279,7 @@ def test_dispatch_counts_output_pixels() -> None:
 
 
 def test_gradients_are_the_references() -> None:
-    bank = brute.window_bank(64 * 500, window=64, laps=4)
+    bank = ring(64)
     layer = rpg.nn.Conv2d(64, 256, 3, padding=1, bank=bank)
     x = torch.randn(1, 64, 4, 4, requires_grad=True)
     assert rpg.explain(layer, x).backend == "cpu"
@@ -301,7 +296,7 @@ def test_gradients_are_the_references() -> None:
 
 
 def test_refusals() -> None:
-    bank = brute.window_bank(64 * 512, window=64, laps=4)
+    bank = ring(64)
     grouped, good = bank.place((256, 64, 1, 1)), bank.place((256, 64, 3, 3))
     element = rpg.ParameterBank(64 * 512, reflect="element").place((100, 64, 1, 1))
     x = torch.randn(1, 64, 5, 5)
@@ -321,8 +316,7 @@ def test_refusals() -> None:
 
 def test_the_module_refuses_another_weight() -> None:
     """Addresses are all that it gets; what they hold must at least fit the law."""
-    bank = brute.window_bank(64 * 512, window=64, laps=4)
-    law = native.layer_law(bank.place((256, 64, 3, 3)).placement.law)
+    law = native.layer_law(ring(64).place((256, 64, 3, 3)).placement.law)
 
     def call(size=(1, 64, 5, 5), kernel=(3, 3), padding=(0, 0), dilation=(1, 1), tile=16) -> None:
         law.conv2d(0, 1, 0, 1, size, (1, 1, 1, 1), 0, 0, False, kernel, True, (1, 1), padding,

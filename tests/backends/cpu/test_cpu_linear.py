@@ -26,7 +26,7 @@ def layer(rng: random.Random, window: tuple[int, int] | None, shape: tuple[int, 
     """A weight behind another layer, so that it begins in the middle of a window."""
     granularity = rng.choice([32, 64, 128])
     slots = rng.choice([300, 704, 1121])
-    bank = brute.window_bank(
+    bank = brute.unit_bank(
         slots * granularity,
         granularity,
         rng.choice(["vector", "none"]),
@@ -84,7 +84,7 @@ def test_ring_without_permutation_and_half_slots() -> None:
     """Blocks smaller than the bank's slots, and the ablation of the paper."""
     for permute in (True, False):
         for window, laps in ((None, None), (64, 4)):
-            bank = brute.window_bank(
+            bank = brute.unit_bank(
                 128 * 200, 128, permute=permute, window=window, laps=laps, init_std=1.0
             )
             weight = bank.place((500, 32))
@@ -100,7 +100,7 @@ def test_ring_without_permutation_and_half_slots() -> None:
 
 def test_unread_slots_and_padding_may_hold_anything() -> None:
     """Infinities that no weight reads reach no result, neither forward nor backward."""
-    bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0)
+    bank = brute.unit_bank(64 * 300, 64, window=64, laps=4, init_std=1.0)
     weight = bank.place((200, 110))  # the last block's elements 46 to 63 are padding
     with torch.no_grad():
         grad = torch.ops.rpg_kernels.linear_bank_grad(
@@ -117,7 +117,7 @@ def test_unread_slots_and_padding_may_hold_anything() -> None:
 
 
 def test_same_bits_every_time_and_close_for_other_threads() -> None:
-    bank = brute.window_bank(64 * 500, 64, window=64, laps=4, init_std=1.0)
+    bank = rpg.ParameterBank(64 * 500, 64, init_std=1.0)
     weight = bank.place((5000, 200))
     x, dy, before = torch.randn(20, 200), torch.randn(20, 5000), torch.get_num_threads()
     results = []
@@ -144,7 +144,7 @@ def test_same_bits_every_time_and_close_for_other_threads() -> None:
 
 
 def test_strided_and_empty_inputs() -> None:
-    bank = brute.window_bank(64 * 500, 64, window=64, laps=2)
+    bank = brute.unit_bank(64 * 500, 64, window=64, laps=2)
     weight = bank.place((300, 128))
     x = torch.randn(128, 6).t()
     with rpg.backend("cpu"):
@@ -160,7 +160,7 @@ def test_strided_and_empty_inputs() -> None:
 def test_dispatch_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     # A processor whose dense products are faster in 16 bits, and no others.
     monkeypatch.setattr(tiles, "dense_gain", lambda dtype: 1 if dtype == torch.float32 else 16)
-    shared = rpg.nn.Linear(64, 1024, bank=brute.window_bank(64 * 512, window=64, laps=4))
+    shared = rpg.nn.Linear(64, 1024, bank=brute.unit_bank(64 * 512, window=64, laps=4))
     alone = rpg.nn.Linear(64, 1024, bank=rpg.ParameterBank(64 * 5000))
     element = rpg.nn.Linear(64, 1024, bank=rpg.ParameterBank(64 * 512, reflect="element"))
     assert rpg.explain(shared, torch.empty(50, 64)).backend == "cpu"
@@ -183,17 +183,17 @@ def test_dispatch_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_explain_says_how_many_rows_share_a_product() -> None:
-    windows, ring = brute.window_bank(64 * 512, window=64, laps=4), rpg.ParameterBank(64 * 800)
+    small, ring = rpg.ParameterBank(64 * 64), rpg.ParameterBank(64 * 800)
     shared = "the product of a slot is shared by the rows that read it, {} on average"
     alone = "every row has products of its own, as no slot is read by several"
     kernel = torch.empty(1, 64, 3, 3)
     for layer, x, wanted in (
-        (rpg.nn.Linear(64, 1024, bank=windows), torch.empty(5, 64), shared.format(4)),
+        (rpg.nn.Linear(64, 256, bank=small), torch.empty(5, 64), shared.format(4)),
         (rpg.nn.Linear(64, 1024, bank=ring), torch.empty(5, 64), shared.format(1.28)),
         (rpg.nn.Linear(64, 800, bank=ring), torch.empty(5, 64), alone),
-        (rpg.nn.Linear(64, 64, bank=windows), torch.empty(5, 64), alone),
-        (rpg.nn.Conv2d(64, 128, 1, bank=windows), kernel, shared.format(2)),
-        (rpg.nn.Conv2d(64, 64, 1, bank=windows), kernel, alone),
+        (rpg.nn.Linear(64, 64, bank=small), torch.empty(5, 64), alone),
+        (rpg.nn.Conv2d(64, 128, 1, bank=small), kernel, shared.format(2)),
+        (rpg.nn.Conv2d(64, 64, 1, bank=small), kernel, alone),
     ):
         explained = rpg.explain(layer, x)
         assert (explained.backend, explained.reason) == ("cpu", f"compiled CPU kernels; {wanted}")
@@ -205,7 +205,7 @@ def test_explain_says_how_many_rows_share_a_product() -> None:
 def test_refusals() -> None:
     element = rpg.ParameterBank(64 * 512, reflect="element").place((100, 64))
     small = rpg.ParameterBank(64 * 512, 4).place((100, 64))
-    good = brute.window_bank(64 * 512, window=64, laps=4).place((1000, 64))
+    good = brute.unit_bank(64 * 512, window=64, laps=4).place((1000, 64))
     x = torch.randn(2, 64)
     with rpg.backend("cpu"):
         with pytest.raises(RuntimeError, match="one sign for a slot use"):
@@ -223,14 +223,14 @@ def test_refusals() -> None:
 
 def test_steps_of_many_threads_and_little_scratch() -> None:
     """More threads share the scratch limit, and still never make a call slower by the count."""
-    windows = brute.window_bank(200_000, window=256, laps=4).place((14336, 4096))
+    small = rpg.ParameterBank(16_384).place((14336, 4096))
     ring = rpg.ParameterBank(200_000).place((14336, 4096))
     before = torch.get_num_threads()
     cost: dict[object, float] = {}
     try:
         for threads in (1, 2, 8, 64):
             torch.set_num_threads(threads)
-            for weight in (windows, ring):
+            for weight in (small, ring):
                 for op in factored.PRODUCTS:
                     for batch in (1, 3, 16, 64):
                         step = factored.steps(op, batch, weight.spec)
@@ -242,11 +242,11 @@ def test_steps_of_many_threads_and_little_scratch() -> None:
                         cost[key] = new
     finally:
         torch.set_num_threads(before)
-    least = factored.smallest("linear", windows.spec)
+    least = factored.smallest("linear", small.spec)
     with rpg.scratch_limit(least):
-        assert factored.steps("linear", 16, windows.spec) is not None
+        assert factored.steps("linear", 16, small.spec) is not None
     with rpg.scratch_limit(least - 1):
-        assert factored.steps("linear", 16, windows.spec) is None
+        assert factored.steps("linear", 16, small.spec) is None
 
 
 def test_explain_knows_autocast() -> None:

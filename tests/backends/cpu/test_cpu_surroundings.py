@@ -35,7 +35,7 @@ class Problem:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         random = torch.Generator().manual_seed(0)
-        bank = brute.window_bank(64 * 300, 64, window=64, laps=4, init_std=1.0, dtype=dtype)
+        bank = brute.unit_bank(64 * 300, 64, window=64, laps=4, init_std=1.0, dtype=dtype)
         with torch.no_grad():
             bank.weight.normal_(generator=random)
         self.spec = bank.place((1000, 110), scale=0.5).spec

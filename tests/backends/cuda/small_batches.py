@@ -151,7 +151,7 @@ def made(
 ) -> Problem:
     """A layer behind another of ``before`` rows, so that it begins in the middle of a window."""
     device = torch.device("cuda" if backend == "cuda" else "cpu")
-    bank = brute.window_bank(
+    bank = brute.unit_bank(
         slots * granularity,
         granularity,
         reflect,

@@ -25,7 +25,7 @@ BANKS = {
 def weight_of(fill: str, rows: int, columns: int, reflect: str) -> VirtualWeight:
     slots, windows = BANKS[fill]
     torch.manual_seed(rows)
-    bank = brute.window_bank(slots * 64, granularity=64, reflect=reflect, seed=5, **windows)
+    bank = brute.unit_bank(slots * 64, granularity=64, reflect=reflect, seed=5, **windows)
     return bank.place((rows, columns), scale=0.7)
 
 

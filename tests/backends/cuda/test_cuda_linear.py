@@ -73,7 +73,7 @@ def explained(
             4096,
             4096,
             bias=False,
-            bank=brute.window_bank(2_000_000, **options),  # type: ignore[arg-type]
+            bank=brute.unit_bank(2_000_000, **options),  # type: ignore[arg-type]
         )
         return rpg.explain(layer, torch.empty(batch, 4096, device=GPU, dtype=torch.bfloat16))
 
@@ -306,7 +306,7 @@ def test_another_than_the_current_device() -> None:
 @needs_cuda_build
 def test_taken_by_default() -> None:
     layer = rpg.nn.Linear(
-        512, 4096, bank=brute.window_bank(200_000, window=256, laps=4, device="cuda")
+        512, 4096, bank=brute.unit_bank(200_000, window=256, laps=4, device="cuda")
     )
     x = torch.randn(3, 512, device="cuda")
     explanation = rpg.explain(layer, x)

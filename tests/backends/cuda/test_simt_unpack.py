@@ -72,7 +72,7 @@ def test_padding_may_hold_anything() -> None:
 
 
 def test_convolutions_of_one_tap_and_strided_operands() -> None:
-    bank = brute.window_bank(64 * 300, window=64, laps=2, init_std=1.0)
+    bank = brute.unit_bank(64 * 300, window=64, laps=2, init_std=1.0)
     kernel = bank.place((40, 96, 1, 1))
     with rpg.backend("reference"):
         wanted = kernel.unpack()
@@ -87,7 +87,7 @@ def test_convolutions_of_one_tap_and_strided_operands() -> None:
 
 
 def test_they_are_one_anothers_derivative() -> None:
-    weight = brute.window_bank(64 * 200, window=64, laps=2, init_std=1.0).place((100, 64))
+    weight = brute.unit_bank(64 * 200, window=64, laps=2, init_std=1.0).place((100, 64))
     dense = torch.randn(100, 64)
     with rpg.backend("simt"):
         unpacked = weight.unpack()

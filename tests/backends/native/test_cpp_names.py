@@ -24,7 +24,7 @@ FORBIDDEN = frozenset(
 )
 
 # Interfaces that several types have, or that a device of each kind has.
-MEMBER_TYPES = {"Bits", "Compute", "Entry", "Number"}  # what templates ask a type for
+MEMBER_TYPES = {"Bits", "Compute", "Number"}  # what templates ask a type for
 DEVICES = {"Shared": {"cuda/device.h", "simt/device.h"}}  # a GPU's, and one that is checked
 
 COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -259,29 +260,23 @@ def test_units_larger_than_the_law_knows_are_refused() -> None:
             _native.LayerLaw(**{**tall, **changes})
 
 
-def test_a_law_of_windows_and_of_units_is_refused() -> None:
-    from rpg_kernels.native import _native
-
-    with pytest.raises(TypeError, match="incompatible"):
-        _native.LayerLaw(**GOOD, window=64)
-
-
-def test_products_and_devices_refuse_it() -> None:
+def test_products_and_devices_refuse_what_they_do_not_read() -> None:
+    """Those of law 1, and on devices convolutions."""
     from rpg_kernels.native import _native
 
     law = _native.LayerLaw(**{**GOOD, "rows": 64, "granularity": 64})
-    with pytest.raises(ValueError, match="law: wanted 1 or 2"):
+    with pytest.raises(ValueError, match="law: wanted 1, not the unit law"):
         law.linear_workspace(columns=12 * 64, threads=1, batch_tile=1, tiles=1)
-    with pytest.raises(ValueError, match="law: wanted 1 or 2"):
+    with pytest.raises(ValueError, match="law: wanted 1, not the unit law"):
         law.conv2d_workspace(threads=1, batch_tile=1, tiles=1)
-    with pytest.raises(ValueError, match="law: wanted 1 or 2"):
-        _native.cuda_law(law, 0, 0, 0, 0, 0, 0, 0)
+    # A matrix whose units have one tap, but whose blocks are dealt to two taps of the layer.
+    taps = _native.LayerLaw(**{**GOOD, "rows": 64, "granularity": 64, "taps": 1, "run_blocks": 6})
     devices = [_native.cuda, *([_native.simt] if hasattr(_native, "simt") else [])]
-    for device in devices:
+    for device, refused in itertools.product(devices, (law, taps)):
         for name in ("plan_linear", "plan_linear_input_grad", "plan_linear_bank_grad"):
-            with pytest.raises(ValueError, match="law: wanted 1 or 2"):
-                getattr(device, name)(law, 1, 1, 12 * 64, 100, 10**5)
-        with pytest.raises(ValueError, match="law: wanted 1 or 2"):
-            device.unpack(law, 1, 0, 0, 12 * 64, 1.0, 0)
-        with pytest.raises(ValueError, match="law: wanted 1 or 2"):
-            device.pack(law, 1, 0, 0, 12 * 64, 1.0, 0)
+            with pytest.raises(ValueError, match="wanted a matrix, not a convolution"):
+                getattr(device, name)(refused, 1, 1, 12 * 64, 100, 10**5)
+        with pytest.raises(ValueError, match="wanted a matrix, not a convolution"):
+            device.unpack(refused, 1, 0, 0, 12 * 64, 1.0, 0)
+        with pytest.raises(ValueError, match="wanted a matrix, not a convolution"):
+            device.pack(refused, 1, 0, 0, 12 * 64, 1.0, 0)

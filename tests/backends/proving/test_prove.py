@@ -62,7 +62,7 @@ def test_prove_without_a_standard_error(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_back_ends_of_this_gpu_prove_themselves(dtype: torch.dtype) -> None:
     """In another process; a failure's message is in what explain says."""
-    bank = brute.window_bank(131_072, window=256, laps=4, device="cuda", dtype=dtype)
+    bank = brute.unit_bank(131_072, laps=4, device="cuda", dtype=dtype)
     model = torch.nn.ModuleList(
         [
             rpg.nn.Linear(256, 1024, bank=bank),

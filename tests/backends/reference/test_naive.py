@@ -75,23 +75,22 @@ def test_the_reference(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, (64, 3)])
+@pytest.mark.parametrize("laps", [None, 3])
 @pytest.mark.parametrize("backend", ["cpu", "simt"])
-def test_the_compiled_back_ends(
-    backend: str, window: tuple[int, int] | None, dtype: torch.dtype
-) -> None:
+def test_the_compiled_back_ends(backend: str, laps: int | None, dtype: torch.dtype) -> None:
     if reason := registry.find(backend).unsupported(Call("linear", torch.empty(1))):
         pytest.skip(reason)
-    rng = random.Random(str((backend, window, dtype)))
-    weights = [calls.drawn(rng, (70, 64), granularity=32, reflect="vector", window=window)]
+    rng = random.Random(str((backend, laps, dtype)))
+    weights = [calls.drawn(rng, (70, 64), granularity=32, reflect="vector", laps=laps)]
     if backend == "cpu":
         operators = {"linear", "linear_input_grad", "linear_bank_grad", "conv2d"}
         operators |= {"embedding", "embedding_bank_grad"}
-        kernel = calls.drawn(rng, (5, 32, 2, 2), granularity=32, reflect="none", window=window)
+        taps = (2, 2) if laps is None else (1, 1)  # units of one tap, for any stride
+        kernel = calls.drawn(rng, (5, 32, *taps), granularity=32, reflect="none", laps=laps)
         weights.append(kernel)
     else:
         operators = {"linear", "linear_input_grad", "unpack", "pack"}
-        operators |= set() if window is None else {"linear_bank_grad"}
+        operators |= set() if laps is None else {"linear_bank_grad"}
     ran = set()
     for weight in weights:
         for name, operands in calls.arguments(weight, rng, dtype).items():

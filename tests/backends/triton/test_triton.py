@@ -17,7 +17,6 @@ FILES = [
     ("linear.py",),
     ("conv2d.py",),
     ("unit.py",),
-    ("window.py",),
     (
         "embedding.py",
         "large_tiles.py",
@@ -30,7 +29,7 @@ FILES = [
 ]
 AHEAD = [
     ("aot.py", "aot_embedding.py"),
-    ("aot_conv2d.py", "aot_unit.py", "aot_window.py"),
+    ("aot_conv2d.py", "aot_unit.py"),
     ("aot_every.py",),
 ]
 

@@ -196,7 +196,7 @@ def linear_constants(
         "PRECISION": "ieee",
         "ROUNDS": 6,
         "SWAP_ROUNDS": 0,
-        "SCRAMBLE": 0,
+        "LAW": 1,
         "BY_TAP": True,
         "BLOCK": 1024,
         "BLOCK_S": max(1, 1024 // g),

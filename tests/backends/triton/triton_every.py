@@ -47,7 +47,7 @@ ROWS = ("embedding", "embedding_bank_grad", "unpack", "pack")
 _LAWS: dict[str, tuple[Any, ...]] = {
     "g": (1, 4, 8, 16, 64, 128),
     "reflect": ("vector", "element", "none", "table"),
-    "law": ((1, None, None), (2, 256, 4), (3, None, 4)),  # with window and laps
+    "laps": (None, 4),  # laws 1 and 3
     "scratch": (16 << 20, 0),
     "dtype": (torch.float16, torch.bfloat16, torch.float32),
     "bank": ("same", torch.float32),
@@ -169,8 +169,7 @@ def _placed(
         generator = TableGenerator(slots, count, "0" * 64)
         table = torch.empty(count, dtype=torch.int32, device=META)
     else:
-        law, window, laps = call["law"]
-        generator = Generator(slots * g, g, call["reflect"], window=window, laps=laps, law=law)
+        generator = Generator(slots * g, g, call["reflect"], laps=call["laps"])
     p = Placement(generator, 0, 0, shape, 0.5)
     if call["part"] and min(shape[:2]) > 2:
         p = p.narrow(1, 1, shape[1] - 1)

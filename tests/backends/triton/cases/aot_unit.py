@@ -20,7 +20,7 @@ ROUND = {80: 26, 90: 25, 100: 25, 120: 26}
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_table(architecture: int) -> None:
     config = choose("unpack", 1, 4096, 4096, 64, torch.float16)
-    more = {"ROUNDS": 6, "SWAP_ROUNDS": 0, "SCRAMBLE": UNITS}
+    more = {"ROUNDS": 6, "SWAP_ROUNDS": 0, "LAW": UNITS}
     constants = aot.linear_constants("folded", "law", **more)
     c = aot.build("slots", architecture, config, "fp16", **constants)
     code = [s for s in c.sass.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/(?!.*\bNOP\b)", s)]
@@ -44,7 +44,7 @@ def test_every_kernel_compiles(name: str, g: int, sign: str, rounds: tuple[int, 
     plain = name in ("pack", "slots")
     config = choose("unpack" if plain else name, 1, 64, 64, g, torch.float16)
     more = {
-        **dict(zip(("ROUNDS", "SWAP_ROUNDS", "SCRAMBLE"), rounds, strict=True)),
+        **dict(zip(("ROUNDS", "SWAP_ROUNDS", "LAW"), rounds, strict=True)),
         **{"PAIRS": False, "EVEN_K": False, "ADD": True, "BY_TAP": g != 1},
     }
     constants = aot.linear_constants(sign, "law", g, **more)
@@ -56,7 +56,7 @@ def test_every_kernel_compiles(name: str, g: int, sign: str, rounds: tuple[int, 
 def test_element_signs_of_a_large_batch(name: str, most: float) -> None:
     """Positions of the unit law cost little where rows stay, or are found once per step."""
     config = choose(name, 4096, 4096, 4096, 64, torch.float16)
-    constants = aot.linear_constants("element", "scratch", SCRAMBLE=UNITS, EVEN_N=True)
+    constants = aot.linear_constants("element", "scratch", LAW=UNITS, EVEN_N=True)
     c = aot.build(name, 90, config, "fp16", **constants)
     assert c.spills_in_loop == 0
     assert aot.per_weight(c, config.block_n * config.block_k) <= most

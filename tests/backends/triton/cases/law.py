@@ -17,7 +17,7 @@ from triton_process import DEVICE
 from rpg_kernels.backends.triton import entry_table, plan  # noqa: F401  (plan repairs the interpreter)
 from rpg_kernels.backends.triton import law as device_law
 from rpg_kernels.law.ring import LayerLaw, Permutation
-from rpg_kernels.law.window import WindowLaw
+from rpg_kernels.law.unit import UnitLaw
 
 GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "law1.json").read_text())["entries"]
 POINTS = {name: entry for name, entry in GOLDEN.items() if "points" in entry}
@@ -122,8 +122,8 @@ def test_bands_without_permutation() -> None:
 
 def test_another_law_is_refused() -> None:
     """A subclass has the fields that these words are made of, and other values."""
-    law = WindowLaw(0, 0, 64, 16, 64, 704, 0, "vector", True, window=256, laps=4)
-    with pytest.raises(TypeError, match="law: got a WindowLaw, wanted a LayerLaw"):
+    law = UnitLaw(0, 0, 64, 16, 64, 704, 0, "vector", True, laps=4, window=None, runs=1, taps=1)
+    with pytest.raises(TypeError, match="law: got a UnitLaw, wanted a LayerLaw"):
         device_law.law_words(law, 0, DEVICE)
 
 

@@ -38,19 +38,19 @@ def _evaluate(
     size,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """p, slot, the vector's sign, two words of elements' signs, and (n, b) again."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     n, b = tl.load(n_ptr + i, mask=mask, other=0), tl.load(b_ptr + i, mask=mask, other=0)
-    p = _position(n, b, 0, 0, law_ptr, SCRAMBLE)
+    p = _position(n, b, 0, 0, law_ptr, LAW)
     out = out_ptr + i
     tl.store(out, p.to(tl.int64), mask=mask)
-    slot = _slot_of(p, law_ptr, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
+    slot = _slot_of(p, law_ptr, ROUNDS, SWAP_ROUNDS, LAW)
     tl.store(out + size, slot.to(tl.int64), mask=mask)
-    tl.store(out + 2 * size, (_vector_sign(p, law_ptr, SCRAMBLE) >> 31).to(tl.int64), mask=mask)
+    tl.store(out + 2 * size, (_vector_sign(p, law_ptr, LAW) >> 31).to(tl.int64), mask=mask)
     for w in tl.static_range(2):
         tl.store(out + (3 + w) * size, _sign_word(p, law_ptr, w).to(tl.int64), mask=mask)
     row, block = _row_and_block(p, law_ptr)
@@ -67,7 +67,7 @@ def _uses(
     size,
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
-    SCRAMBLE: tl.constexpr,
+    LAW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """(n, b, whether there is one) of each use of each slot; how many there may be."""
@@ -77,7 +77,7 @@ def _uses(
     most = unit_law.most_uses(law_ptr)
     tl.store(most_ptr, most)
     for number in range(0, most):
-        p, live = _use(slot, number, law_ptr, ROUNDS, SWAP_ROUNDS, SCRAMBLE)
+        p, live = _use(slot, number, law_ptr, ROUNDS, SWAP_ROUNDS, LAW)
         n, b = _row_and_block(p, law_ptr)
         out = out_ptr + number * 3 * size + i
         tl.store(out, n.to(tl.int64), mask=mask)
