@@ -114,7 +114,7 @@ def axes(op: str) -> dict[str, tuple[Any, ...]]:
 
 
 def _possible(call: dict[str, Any]) -> bool:
-    law = call["g"] > 1 or call["law"][0] > 1 or call.get("ordered")
+    law = call["g"] > 1 or call["laps"] or call.get("ordered")
     if law and call["reflect"] == "table":
         return False
     if call.get("tf32") and call["dtype"] != torch.float32:
