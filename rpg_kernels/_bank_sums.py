@@ -7,7 +7,8 @@ bank through one node of the graph (``values``), and backward add to a sum that 
 and to the call of backward. The node hands it on when all of them have.
 
 It is left to autograd where anything looks on that has to see each gradient: derivatives of
-gradients, transforms, tracing and compiling; and on GPUs, whose streams autograd keeps in order.
+gradients, transforms, modes, tracing and compiling, tensors that are more or less than memory,
+anomaly detection; and on GPUs, whose streams autograd keeps in order.
 """
 
 from __future__ import annotations
@@ -16,33 +17,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 
 class _Values(torch.autograd.Function):
-    """The bank's values as layers read them: a view. ``sums``: one for each call of
-    backward that is under way, by its number."""
+    """The bank's values as layers read them.
+
+    Its node holds the weight, how that was made, and ``sums``: one for each call of backward that
+    is under way, by its number. One that broke leaves its sum there as long as the graph lives.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.sums, ctx.shape, ctx.dtype = {}, weight.shape, weight.dtype
-        return weight.view_as(weight)
+        ctx.sums, ctx.weight, ctx.made_by = {}, weight, weight.grad_fn
+        ctx.version = weight._version
+        return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         total: Tensor | None = ctx.sums.pop(torch._C._current_graph_task_id(), None)
         if total is None:
             return grad
-        return (total if grad is None else total.add_(grad)).to(ctx.dtype)
+        return (total if grad is None else total.add_(grad)).to(ctx.weight.dtype)
 
 
-# The values that layers have read last, while a graph holds them, and the weight's version then.
-_latest: Any = WeakTensorKeyDictionary()
+# By a weight's id, the values that layers have read last, while a graph holds them. A weight itself
+# is not referred to, since torch.utils.swap_tensors wants nobody to do so.
+_latest: dict[int, TensorWeakRef] = {}
 
 
 def values(weight: Tensor) -> Tensor:
-    """What layers that read ``weight`` should read: the same view for all layers of a graph.
+    """What layers that read ``weight`` should read: the same tensor for all layers of a graph.
 
     Args:
         weight: of a bank.
@@ -50,16 +56,27 @@ def values(weight: Tensor) -> Tensor:
     Returns:
         ``weight`` itself where gradients are left to autograd.
     """
-    if not (torch.is_grad_enabled() and weight.requires_grad) or not _is_plain(weight):
+    if not (torch.is_grad_enabled() and weight.requires_grad) or _is_watched(weight):
         return weight
-    version = weight._version
-    reference, seen = _latest.get(weight, (None, None))
+    reference = _latest.get(id(weight))
     known: Tensor | None = None if reference is None else reference()
-    # ``weight.data`` may have been replaced, which changes no version.
-    if known is None or seen != version or known.data_ptr() != weight.data_ptr():
+    if known is None or not _is_of(known, weight):
+        for key in [key for key, other in _latest.items() if other() is None]:
+            _latest.pop(key, None)
         known = _Values.apply(weight)  # type: ignore[no-untyped-call]
-        _latest[weight] = TensorWeakRef(known), version
+        _latest[id(weight)] = TensorWeakRef(known)
     return known
+
+
+def _is_of(known: Tensor, weight: Tensor) -> bool:
+    node: Any = known.grad_fn
+    return (
+        node.weight is weight
+        and node.made_by is weight.grad_fn  # detach_() changes nothing else
+        and node.version == weight._version
+        and known.data_ptr() == weight.data_ptr()  # .data may have been replaced
+        and known.dtype == weight.dtype
+    )
 
 
 def node_of(bank: Tensor) -> Any:
@@ -72,31 +89,41 @@ def node_of(bank: Tensor) -> Any:
     return node if isinstance(node, _Values._backward_cls) else None
 
 
-def sum_of(node: Any) -> Tensor | None:
+def sum_of(node: Any, *operands: Tensor | None) -> Tensor | None:
     """The sum ``[slots, granularity]`` that a layer's backward adds to, in float32 or, of a float64
     bank, float64; None where it has to return a gradient.
 
     Args:
         node: from ``node_of``, in the forward pass.
+        operands: what the layer's backward reads.
     """
-    task = torch._C._current_graph_task_id()
-    if node is None or task < 0 or torch.is_grad_enabled():
+    if node is None or torch.is_grad_enabled() or _is_watched(*operands):
         return None
-    if not torch._C._will_engine_execute_node(node):  # nobody asked for the bank's gradient
+    task = torch._C._current_graph_task_id()
+    # A call of backward that nobody asked for the bank's gradient does not reach the node.
+    if task < 0 or not torch._C._will_engine_execute_node(node):
         return None
     if task not in node.sums:
-        dtype = torch.promote_types(node.dtype, torch.float32)
-        node.sums[task] = torch.zeros(node.shape, dtype=dtype)
+        dtype = torch.promote_types(node.weight.dtype, torch.float32)
+        node.sums[task] = torch.zeros(node.weight.shape, dtype=dtype)
     total: Tensor = node.sums[task]
     return total
 
 
-def _is_plain(weight: Tensor) -> bool:
+_PLAIN = torch._C._dispatch_keys(torch.empty(0)).raw_repr()
+
+
+def _is_watched(*operands: Tensor | None) -> bool:
+    """Whether more than plain memory of the CPU, read by kernels, may be at work."""
     return (
-        type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch.is_anomaly_enabled()
+        or bool(torch._C._len_torch_dispatch_stack())
+        or torch._C._are_functorch_transforms_active()
+        or any(
+            torch._C._dispatch_keys(each).raw_repr() != _PLAIN
+            for each in operands
+            if each is not None
+        )
     )

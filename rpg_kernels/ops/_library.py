@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from rpg_kernels import _bank_sums, _checks
+from rpg_kernels import _checks
 from rpg_kernels._tensors import DTYPES, LOW_PRECISION, refuse_forward_mode
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
@@ -134,23 +135,41 @@ def _below_autograd(name: str, keyset: torch._C.DispatchKeySet, args: Sequence[A
         return getattr(torch.ops.rpg_kernels, name).default.redispatch(keys, *args)
 
 
-def bank_grad(name: str, operands: Sequence[Any], backend: str, node: Any) -> Tensor | None:
+def adding(
+    name: str, function: Callable[..., Any], operands: Sequence[Any], *how: Any, **more: Any
+) -> Any:
+    """What an operator does, by a function that also adds to a sum: checked, and seen by profilers.
+
+    Args:
+        name: of the operator.
+        function: called with the operands and what else there is.
+        operands: of the operator, less the back end.
+        how, more: what else the function takes.
+    """
+    refuse_forward_mode()
+    CHECKS[name](*operands)
+    watched = torch._C._autograd._profiler_enabled()
+    shown = torch.profiler.record_function(f"{NAMESPACE}::{name}") if watched else nullcontext()
+    with shown:
+        return function(*operands, *how, **more)
+
+
+def bank_grad(
+    name: str, operands: Sequence[Any], backend: str, total: Tensor | None
+) -> Tensor | None:
     """A bank gradient by its operator; None where it was added to what all layers add to.
 
     Args:
         name: of the operator.
         operands: its arguments, less the back end.
         backend: that is forced, or "".
-        node: of the bank, see ``_bank_sums``.
+        total: what is added to, see ``_bank_sums``; None: there is none.
     """
-    total = _bank_sums.sum_of(node)
     if total is not None:
         made = call(name, operands, backend)
         chosen = dispatch.choose(made)
         if chosen.adds(made):
-            refuse_forward_mode()
-            CHECKS[name](*operands)
-            chosen.operator(made)(*operands, total=total)
+            adding(name, chosen.operator(made), operands, total=total)
             return None
     grad: Tensor = getattr(torch.ops.rpg_kernels, name)(*operands, backend)
     if total is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rpg_kernels import _checks
 from rpg_kernels._bank_sums import node_of, sum_of
-from rpg_kernels._tensors import empty_image, refuse_forward_mode
+from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends import dispatch
 from rpg_kernels.law.geometry import conv_output
 from rpg_kernels.law.placement import Placement, parse
@@ -228,10 +228,10 @@ def _grads(
     x: Tensor,
     placement: str,
     *how: Any,
-    node: Any = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """At once where the back end can, otherwise one after the other. No dw where it was added to
-    what all layers add to, which a node of the bank says."""
+    """At once where the back end can, otherwise one after the other; no dw but what is added to
+    ``total`` where there is one."""
     *geometry, dtype, backend = how
     input_grad = (dy, bank, table, x.shape, placement, *geometry)
     bank_grad = (dy, x, table, placement, *geometry, dtype)
@@ -240,11 +240,10 @@ def _grads(
         lib.call("conv2d_bank_grad", bank_grad, backend),
     )
     if both is not None:
-        total = sum_of(node)
         dx, dw = both(dy, bank, table, x, placement, *geometry, dtype, total=total)
         return dx, dw if total is None else None
     dx = _op.conv2d_input_grad(*input_grad, backend)
-    return dx, lib.bank_grad("conv2d_bank_grad", bank_grad, backend, node)
+    return dx, lib.bank_grad("conv2d_bank_grad", bank_grad, backend, total)
 
 
 lib.define(
@@ -271,17 +270,16 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbank = dbias = None
     if bank is not None and x is not None:
         of_both = (dy, bank, table, x, *how, ctx.bank_dtype)
-        if sum_of(ctx.node) is None:
+        total = sum_of(ctx.node, dy, bank, x)
+        if total is None:
             dx, dbank = _op.conv2d_grads(*of_both, ctx.backend)
         else:
-            refuse_forward_mode()
-            _check_grads(*of_both)
-            dx, dbank = _grads(*of_both, ctx.backend, node=ctx.node)
+            dx, dbank = lib.adding("conv2d_grads", _grads, of_both, ctx.backend, total=total)
     elif bank is not None:
         dx = _op.conv2d_input_grad(dy, bank, table, ctx.input_size, *how, ctx.backend)
     elif x is not None:
         operands = (dy, x, table, *how, ctx.bank_dtype)
-        dbank = lib.bank_grad("conv2d_bank_grad", operands, ctx.backend, ctx.node)
+        dbank = lib.bank_grad("conv2d_bank_grad", operands, ctx.backend, sum_of(ctx.node, dy, x))
     if ctx.bias_dtype is not None:
         dbias = dy.sum((0, 2, 3)).to(ctx.bias_dtype)
     return dx, dbank, None, dbias, None, None, None, None, None, None
@@ -302,7 +300,8 @@ def _backward_input_grad(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         ddy = _op.conv2d(ddx, bank, table, None, *how, ctx.backend)
     if dy is not None:
         operands = (dy, ddx, table, *how, ctx.bank_dtype)
-        dbank = lib.bank_grad("conv2d_bank_grad", operands, ctx.backend, ctx.node)
+        total = sum_of(ctx.node, dy, ddx)
+        dbank = lib.bank_grad("conv2d_bank_grad", operands, ctx.backend, total)
     return ddy, dbank, None, None, None, None, None, None, None, None
 
 

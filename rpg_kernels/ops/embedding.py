@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks
-from rpg_kernels._bank_sums import node_of
+from rpg_kernels._bank_sums import node_of, sum_of
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.ops import _library as lib
 
@@ -106,7 +106,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     indices, table = ctx.saved_tensors
     operands = (dy, indices, table, ctx.placement, ctx.bank_dtype)
-    dbank = lib.bank_grad("embedding_bank_grad", operands, ctx.backend, ctx.node)
+    total = sum_of(ctx.node, dy, indices)
+    dbank = lib.bank_grad("embedding_bank_grad", operands, ctx.backend, total)
     return dbank, None, None, None, None
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rpg_kernels import _checks
 from rpg_kernels._bank_sums import node_of, sum_of
-from rpg_kernels._tensors import refuse_forward_mode
 from rpg_kernels.backends import dispatch
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.ops import _library as lib
@@ -129,21 +128,20 @@ def _grads(
     placement: str,
     dtype: torch.dtype,
     backend: str,
-    node: Any = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """At once where the back end can, otherwise one after the other. No dw where it was added to
-    what all layers add to, which a node of the bank says."""
+    """At once where the back end can, otherwise one after the other; no dw but what is added to
+    ``total`` where there is one."""
     bank_grad = (dy, x, table, placement, dtype)
     both = dispatch.both_grads(
         lib.call("linear_input_grad", (dy, bank, table, placement), backend),
         lib.call("linear_bank_grad", bank_grad, backend),
     )
     if both is not None:
-        total = sum_of(node)
         dx, dw = both(dy, bank, table, x, placement, dtype, total=total)
         return dx, dw if total is None else None
     dx = _op.linear_input_grad(dy, bank, table, placement, backend)
-    return dx, lib.bank_grad("linear_bank_grad", bank_grad, backend, node)
+    return dx, lib.bank_grad("linear_bank_grad", bank_grad, backend, total)
 
 
 lib.define(
@@ -168,17 +166,17 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbank = dbias = None
     of_bank = (ctx.placement, ctx.bank_dtype, ctx.backend)
     if bank is not None and x is not None:
-        if sum_of(ctx.node) is None:
+        total = sum_of(ctx.node, dy, bank, x)
+        if total is None:
             dx, dbank = _op.linear_grads(dy, bank, table, x, *of_bank)
         else:
-            refuse_forward_mode()
-            _check_grads(dy, bank, table, x, ctx.placement, ctx.bank_dtype)
-            dx, dbank = _grads(dy, bank, table, x, *of_bank, ctx.node)
+            operands = (dy, bank, table, x, *of_bank[:-1])
+            dx, dbank = lib.adding("linear_grads", _grads, operands, ctx.backend, total)
     elif bank is not None:
         dx = _op.linear_input_grad(dy, bank, table, ctx.placement, ctx.backend)
     elif x is not None:
-        operands = (dy, x, table, ctx.placement, ctx.bank_dtype)
-        dbank = lib.bank_grad("linear_bank_grad", operands, ctx.backend, ctx.node)
+        of_x = (dy, x, table, ctx.placement, ctx.bank_dtype)
+        dbank = lib.bank_grad("linear_bank_grad", of_x, ctx.backend, sum_of(ctx.node, dy, x))
     if ctx.bias_dtype is not None:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
     return dx, dbank, None, dbias, None, None

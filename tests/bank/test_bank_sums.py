@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import rpg_kernels as rpg
 from rpg_kernels import _bank_sums
@@ -139,7 +143,10 @@ def test_one_node_for_a_graph_and_a_new_one_for_changed_values(net: Net, tokens:
 
 def test_graphs_are_let_go(net: Net, tokens: Tensor) -> None:
     net(tokens).backward()
-    assert _bank_sums._latest[net.bank.weight][0]() is None
+    assert _bank_sums._latest[id(net.bank.weight)]() is None
+    other = nn.Parameter(net.bank.weight.detach().double())
+    torch.utils.swap_tensors(net.bank.weight, other)  # wants that nobody refers to them
+    assert net.bank.weight.dtype == torch.float64
 
 
 def test_what_is_asked_for(net: Net, tokens: Tensor, by_autograd: Callable[[], None]) -> None:
@@ -256,3 +263,93 @@ def test_frozen_banks_and_copies(net: Net, tokens: Tensor) -> None:
     same([other.bank.weight.grad], [net.bank.weight.grad])
     net.bank.weight.requires_grad_(False)
     assert net.first.virtual_weight.operands()[0] is net.bank.weight
+
+
+def layer_and_input() -> tuple[rpg.nn.Conv1d, Tensor]:
+    torch.manual_seed(2)
+    bank = rpg.ParameterBank(64 * 64, 64, laps=4, init_std=0.05)
+    return rpg.nn.Conv1d(64, 64, 3, padding=1, bank=bank), torch.randn(3, 64, 9)
+
+
+def negated(x: Tensor) -> Tensor:
+    return torch._neg_view(-x)
+
+
+def wrapped(x: Tensor) -> Tensor:
+    wrapper: Tensor = TwoTensor(x, x.clone())
+    return wrapper
+
+
+UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "negated": negated,
+    "wrapped": wrapped,
+    "zero": lambda x: torch._efficientzerotensor(x.shape),
+    "plain": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("kind", list(UNUSUAL))
+@pytest.mark.parametrize("needs_x", [False, True])
+@pytest.mark.parametrize("of", ["x", "dy"])
+def test_tensors_that_are_more_than_memory(kind: str, needs_x: bool, of: str) -> None:
+    """As activations and as gradients: what autograd makes of plain ones of the same values."""
+    layer, x = layer_and_input()
+    dy = torch.randn(3, 64, 9)
+    strange = UNUSUAL[kind](x if of == "x" else dy)
+    plain = torch.zeros_like(x) if kind == "zero" else x if of == "x" else dy
+    given = [(strange, dy), (plain, dy)] if of == "x" else [(x, strange), (x, plain)]
+    results = []
+    for images, grad in given:
+        images = images.detach().requires_grad_(needs_x)
+        wanted = (
+            [layer.virtual_weight.bank.weight, images]
+            if needs_x
+            else [layer.virtual_weight.bank.weight]
+        )
+        made = torch.autograd.grad(layer(images), wanted, grad)
+        results.append([t.a if isinstance(t, TwoTensor) else t for t in made])
+    same(*results)
+
+
+def test_batched_gradients_and_modes() -> None:
+    layer, x = layer_and_input()
+    y, many = layer(x), torch.randn(4, 3, 64, 9)
+    (got,) = torch.autograd.grad(
+        y, [layer.virtual_weight.bank.weight], many, True, is_grads_batched=True
+    )
+    one = [torch.autograd.grad(y, [layer.virtual_weight.bank.weight], dy, True)[0] for dy in many]
+    same([got], [torch.stack(one)])
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(y, [layer.virtual_weight.bank.weight], many[0], True)
+    assert counter.get_total_flops()
+    seen = make_fx(
+        lambda dy: torch.autograd.grad(y, [layer.virtual_weight.bank.weight], dy, True)[0]
+    )(many[0])
+    same([seen(many[1])], [one[1]])
+
+
+def test_weights_that_are_no_leaves_or_of_inference() -> None:
+    layer, x = layer_and_input()
+    made = layer.virtual_weight.bank.weight.detach().clone().requires_grad_()
+    weight = made * 2
+    first = functional_call(layer.virtual_weight.bank, {"weight": weight}, ())
+    assert first is weight
+    before = _bank_sums.values(weight)
+    weight.detach_().requires_grad_()
+    assert _bank_sums.values(weight) is not before
+    (grad,) = torch.autograd.grad(_bank_sums.values(weight).sum(), [weight])
+    assert grad.equal(torch.ones_like(weight))
+    with torch.inference_mode():
+        bank = rpg.ParameterBank(64 * 64, 64, laps=4)
+        inferred = rpg.nn.Linear(64, 64, bank=bank)
+    assert inferred(x[0].T).shape == (9, 64)
+
+
+def test_anomalies_are_seen_where_they_are() -> None:
+    layer = rpg.nn.Linear(64, 64, bank=rpg.ParameterBank(64 * 64, 64, laps=4))
+    with (
+        torch.autograd.set_detect_anomaly(True),
+        pytest.warns(UserWarning, match="Error detected in DerivativeBackward"),
+        pytest.raises(RuntimeError, match="'DerivativeBackward' returned nan"),
+    ):
+        layer(torch.randn(5, 64)).backward(torch.full((5, 64), float("nan")))

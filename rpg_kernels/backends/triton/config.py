@@ -64,6 +64,8 @@ def _choose(
     tile = [_power_of_two(size, 16, high) for size, high in zip(sizes, largest, strict=True)]
     if block < 8:  # every element finds its own entry, which takes registers
         tile[2] = min(tile[2], 32)
+        if crowded and summed == 2:
+            tile[1] = min(tile[1], 64)
     kept, splits = [i for i in range(3) if i != summed], 1
 
     def few() -> bool:
