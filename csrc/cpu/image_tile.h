@@ -82,21 +82,21 @@ inline void for_squares(const ImageView& view, const TilePart& part, const TileL
 
 inline int up_to_eight(int64_t count) { return static_cast<int>(std::min<int64_t>(count, 8)); }
 
-// tile = a part of a view, where neither its columns nor its channels are contiguous: `some`
+// tile = a part of a view, where neither its columns nor its channels are contiguous: `picked`
 // columns are read with what lies between them, and picked out. Nothing else is written.
 inline void load_apart(const ImageView& view, const TilePart& part, const TileLayoutOf& layout,
                        float* tile) {
   constexpr int64_t kRead = 256;
   float values[kRead];
-  const int64_t step = view.stride[3], some = (kRead - 1) / std::max<int64_t>(step, 1) + 1;
+  const int64_t step = view.stride[3], picked = (kRead - 1) / std::max<int64_t>(step, 1) + 1;
   for (int64_t channel = 0; channel < part.channels; ++channel) {
     for (int64_t row = 0; row < part.rows; ++row) {
       for (int64_t lane = 0; lane < part.images; ++lane) {
         const int64_t first =
             view.index(part.image + lane, part.channel + channel, part.row + row, part.column);
         float* out = tile + channel * layout.channel + row * layout.row + lane;
-        for (int64_t j = 0; j < part.columns; j += some) {
-          const int64_t count = std::min(some, part.columns - j);
+        for (int64_t j = 0; j < part.columns; j += picked) {
+          const int64_t count = std::min(picked, part.columns - j);
           read_some(view.dtype, view.element(first + j * step),
                     static_cast<int>((count - 1) * step + 1), values);
           for (int64_t i = 0; i < count; ++i) out[(j + i) * layout.column] = values[i * step];

@@ -118,8 +118,8 @@ class UnitConv2d {
   }
 
   int64_t phase_of(int64_t tap) const {
-    return tile_.high.of(tap / image_.kernel_width) * tile_.wide.count() +
-           tile_.wide.of(tap % image_.kernel_width);
+    return tile_.high.phase_of(tap / image_.kernel_width) * tile_.wide.count() +
+           tile_.wide.phase_of(tap % image_.kernel_width);
   }
 
   int64_t pixels_of(const Inside& in) const {
@@ -216,8 +216,8 @@ class UnitConv2d {
     const int64_t row = tile_.columns * args_.lanes, width = in.columns.count * args_.lanes;
     s += in.rows.first * row + in.columns.first * args_.lanes;
     if (!tile_.direct) {
-      const int64_t all = vectors(pixels_of(in));
-      multiply_lines(slots, all, window, panels, valid, memory.products, tile_.plane);
+      const int64_t floats = vectors(pixels_of(in));
+      multiply_lines(slots, floats, window, panels, valid, memory.products, tile_.plane);
       copy_lines(memory.products, slots, tile_.plane, in.rows.count, width, row, s);
       return;
     }

@@ -138,7 +138,7 @@ class ConvSource {
                         last - column};
     load_tile(view, part, {dy_plane_, dy_columns_ * lanes, lanes},
               out + ((row - top) * dy_columns_ + column - left) * lanes);
-    multiply_all(scales_.before, kOctet * dy_plane_, out);
+    multiply_all(scales_.dy, kOctet * dy_plane_, out);
     see(out, kOctet * dy_plane_);
   }
 
@@ -254,7 +254,7 @@ class ConvSource {
     ImageView view{args_.dtype, args_.dx, {g_.channels * area, area, g_.width, 1}};
     if (last)
       view = {args_.dtype, args_.dx, {g_.channels * area, 1, g_.width * g_.channels, g_.channels}};
-    const Floats<8> after = splat<8>(scales_.after);
+    const Floats<8> scale = splat<8>(scales_.sums);
     for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
       const int64_t offset = block * pixels_ * size + place * step + lane * size;
       const auto write_square = [&](int64_t j, int e) {
@@ -264,7 +264,7 @@ class ConvSource {
           for (const float* part : parts) {
             square[i] += load<8>(part + offset + (j + i) * step + e);
           }
-          square[i] *= after;
+          square[i] *= scale;
         }
         if (!last) transpose8(square);
         const int outer = last ? count : channels, inner = last ? channels : count;
@@ -355,9 +355,9 @@ class ConvSource {
 };
 
 UnitGradsArgs grads_args(const UnitConv2dGradsArgs& args) {
-  const float after = scales_of(args.scale, args.pairs).after;
+  const float scale = scales_of(args.scale, args.pairs).sums;
   return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
-          after,           args.threads, args.workspace,     args.pairs};
+          scale,           args.threads, args.workspace,     args.pairs};
 }
 
 }  // namespace

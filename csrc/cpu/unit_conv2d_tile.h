@@ -24,8 +24,8 @@ struct Phases {
   int64_t period;  // taps k and k + period are of one phase
 
   int64_t count() const { return std::min(kernel, period); }
-  int64_t of(int64_t tap) const { return tap % period; }
-  int64_t shift(int64_t tap) const { return dilation * (tap - of(tap)) / step; }
+  int64_t phase_of(int64_t tap) const { return tap % period; }
+  int64_t shift(int64_t tap) const { return dilation * (tap - phase_of(tap)) / step; }
   // The largest shift of a phase.
   int64_t reach(int64_t phase) const {
     return shift(phase + (kernel - 1 - phase) / period * period);
@@ -47,9 +47,9 @@ struct Span {
 inline Span inside(const Phases& phases, int64_t phase, int64_t origin, int64_t outputs,
                    int64_t size) {
   const int64_t step = phases.step, begin = origin + phases.dilation * phase;
-  const int64_t all = outputs + phases.reach(phase);
-  const int64_t first = std::min(begin < 0 ? (-begin + step - 1) / step : 0, all);
-  const int64_t end = begin < size ? std::min((size - begin + step - 1) / step, all) : 0;
+  const int64_t pixels = outputs + phases.reach(phase);
+  const int64_t first = std::min(begin < 0 ? (-begin + step - 1) / step : 0, pixels);
+  const int64_t end = begin < size ? std::min((size - begin + step - 1) / step, pixels) : 0;
   return {first, std::max<int64_t>(end - first, 0)};
 }
 

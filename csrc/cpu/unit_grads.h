@@ -225,7 +225,7 @@ class UnitGrads {
       if (!is_read(j)) continue;
       float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
       const float* products = memory.products + j * block;
-      for (int e = 0; e < valid; ++e) target[e] += args_.scale_after * products[e];
+      for (int e = 0; e < valid; ++e) target[e] += args_.scale_of_sums * products[e];
     }
   }
 
@@ -292,7 +292,7 @@ class UnitGrads {
         float* dx = args_.dx ? source_.dx_row(column, q, memory.dx) : nullptr;
         for (int e = 0; e < valid; ++e) {
           if (dx) dx[e] += t[q] * window[e];
-          if (dw) dw[e] += args_.scale_after * t[q] * xc[q * block + e];
+          if (dw) dw[e] += args_.scale_of_sums * t[q] * xc[q * block + e];
         }
       }
     }

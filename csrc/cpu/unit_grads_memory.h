@@ -15,8 +15,8 @@ struct UnitGradsArgs {
   Dtype bank_dtype;
   const void* ring;  // [slots, block]; for dx
   bool dx;
-  float* dw;          // [slots, block] or null
-  float scale_after;  // a factor of what is added to dw
+  float* dw;            // [slots, block] or null
+  float scale_of_sums;  // a factor of what is added to dw
   int threads;
   void* workspace;
   bool pairs;
@@ -25,7 +25,7 @@ struct UnitGradsArgs {
 // The layer's scale as a factor of dy, so that it costs nothing and dw may hold what other layers
 // have added; with pairs, which round sums of dy, as one of what these sums give.
 struct Scales {
-  float before, after;
+  float dy, sums;
 };
 
 inline Scales scales_of(double scale, bool pairs) {

@@ -76,7 +76,7 @@ class LinearSource {
     const int64_t row = octet * kOctet, columns = std::min<int64_t>(law_.rows - row, kOctet);
     pack_lanes({args_.dtype, args_.dy}, tile * args_.lanes * law_.rows + row, law_.rows,
                rows_of(tile), columns, static_cast<int>(lanes(tile)), dy + row * lanes(tile));
-    multiply_all(scales_.before, kOctet * lanes(tile), dy + row * lanes(tile));
+    multiply_all(scales_.dy, kOctet * lanes(tile), dy + row * lanes(tile));
   }
 
   void pack_x(int64_t tile, int64_t column, float* x) const {
@@ -126,7 +126,7 @@ class LinearSource {
         const float* dx = part + (column * lanes(tile) + m) * block;
         for (int e = 0; e < valid; ++e) out[e] += dx[e];
       }
-      for (int e = 0; e < valid; ++e) out[e] *= scales_.after;
+      for (int e = 0; e < valid; ++e) out[e] *= scales_.sums;
       void* target = static_cast<char*>(args_.dx) +
                      ((tile * args_.lanes + m) * args_.columns + column * block) * size;
       write_some(args_.dtype, out, valid, target);
@@ -145,9 +145,9 @@ class LinearSource {
 };
 
 UnitGradsArgs grads_args(const LanesLinearGradsArgs& args) {
-  const float after = scales_of(args.scale, args.pairs).after;
+  const float scale = scales_of(args.scale, args.pairs).sums;
   return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
-          after,           args.threads, args.workspace,     args.pairs};
+          scale,           args.threads, args.workspace,     args.pairs};
 }
 
 }  // namespace

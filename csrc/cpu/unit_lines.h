@@ -62,14 +62,15 @@ inline void copy_lines(const float* source, int64_t lines, int64_t plane, int64_
   for (int l = 0; l < kVector; ++l) rest[l] = l < width - whole ? -1 : 0;
   for (int64_t line = 0; line < lines; ++line, source += plane, out += plane) {
     for (int64_t i = 0; i < rows; ++i) {
-      const float* from = source + i * width;
-      float* to = out + i * row;
-      for (int64_t j = 0; j < whole; j += kVector) store<kVector>(to + j, load<kVector>(from + j));
+      const float* packed = source + i * width;
+      float* line_of_row = out + i * row;
+      for (int64_t j = 0; j < whole; j += kVector)
+        store<kVector>(line_of_row + j, load<kVector>(packed + j));
       if (whole == width) continue;
       Mask last;
-      std::memcpy(&last, from + whole, sizeof last);
+      std::memcpy(&last, packed + whole, sizeof last);
       last &= rest;
-      std::memcpy(to + whole, &last, sizeof last);
+      std::memcpy(line_of_row + whole, &last, sizeof last);
     }
   }
 }

@@ -28,12 +28,24 @@ from test_law_statistics import (
     scores,
     worst,
 )
-from test_window_statistics import pairs
 from torch import Tensor
 
 from rpg_kernels.law import unit as unit_module
 from rpg_kernels.law.ring import sign_word
 from rpg_kernels.law.unit import UnitLaw
+
+
+def pairs(out: dict[str, float], name: str, first: Tensor, second: Tensor, size: int) -> None:
+    """Statistics of pairs of numbers from 0 to size - 1."""
+    first, second = first.flatten(), second.flatten()
+    fine, coarse = min(64, size), min(16, size)
+    difference = (second - first) % size
+    out[f"{name} difference"] = chi_square(difference * fine // size, fine)
+    out[f"{name} low difference"] = chi_square(difference % 64, 64)
+    out[f"{name} equal"] = float((difference == 0).sum())
+    joint = (first * coarse // size) * coarse + second * coarse // size
+    out[f"{name} joint"] = chi_square(joint, coarse * coarse)
+    out[f"{name} low bits"] = chi_square((first % 8) * 8 + second % 8, 64)
 
 
 class Shape(NamedTuple):

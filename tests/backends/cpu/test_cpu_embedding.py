@@ -21,7 +21,7 @@ op = torch.ops.rpg_kernels
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GRANULARITY = (1, 2, 4, 8, 16, 32, 64, 128)
 REFLECT = ("none", "vector", "element")
-LAWS = (1, 2, 3)
+LAWS = (1, 3)
 
 
 def bank_of(

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rpg_kernels as rpg
 from rpg_kernels import native
 from rpg_kernels.backends.cpu import factored
 from rpg_kernels.backends.cpu.memory import workspace
@@ -204,8 +205,9 @@ def test_other_threads_run_meanwhile(set_threads: Callable[[int], None]) -> None
     set_threads(1)
     problem = Problem()
     problem.x = problem.x.repeat(500, 1)
-    law = native.layer_law(parse(problem.spec).law)
-    step = factored.check("linear", problem.spec, len(problem.x))
+    spec = rpg.ParameterBank(64 * 300, 64).place((1000, 110)).spec
+    law = native.layer_law(parse(spec).law)
+    step = factored.check("linear", spec, len(problem.x))
     y, memory = problem.x.new_empty(len(problem.x), 1000), workspace(step.workspace)
     arguments = (problem.bank.data_ptr(), 1, problem.x.data_ptr(), 1, 0, y.data_ptr())
     arguments += (len(problem.x), 110, 1.0, 1, step.batch_tile, step.tiles, memory.data_ptr())

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() 
 INFINITY, NAN = float("inf"), float("nan")
 LAWS = (
     {"law": 1, "laps": None},
-    {"law": 2, "laps": 3, "window": 64},
-    {"law": 2, "laps": 1, "window": 128},
+    {"law": 3, "laps": 3, "window": 64},
+    {"law": 3, "laps": 1, "window": 128},
     {"law": 3, "laps": 1},
     {"law": 3, "laps": 4},
 )
