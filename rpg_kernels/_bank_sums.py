@@ -61,7 +61,7 @@ def values(weight: Tensor) -> Tensor:
     reference = _latest.get(id(weight))
     known: Tensor | None = None if reference is None else reference()
     if known is None or not _is_of(known, weight):
-        for key in [key for key, other in _latest.items() if other() is None]:
+        for key in [key for key, other in list(_latest.items()) if other() is None]:
             _latest.pop(key, None)
         known = _Values.apply(weight)  # type: ignore[no-untyped-call]
         _latest[id(weight)] = TensorWeakRef(known)
