@@ -42,8 +42,9 @@ class _Values(torch.autograd.Function):
         return (total if grad is None else total.add_(grad)).to(ctx.weight.dtype)
 
 
-# By a weight's id, the values that layers have read last, while a graph holds them. A weight itself
-# is not referred to, since torch.utils.swap_tensors wants nobody to do so.
+# By a weight's id, the values that layers have read last, while a graph holds them: as long as it
+# does, their node holds the weight, whose id is therefore no other's. A weight is not referred to
+# from here, since torch.utils.swap_tensors wants nobody to do so.
 _latest: dict[int, TensorWeakRef] = {}
 
 
@@ -71,8 +72,7 @@ def values(weight: Tensor) -> Tensor:
 def _is_of(known: Tensor, weight: Tensor) -> bool:
     node: Any = known.grad_fn
     return (
-        node.weight is weight
-        and node.made_by is weight.grad_fn  # detach_() changes nothing else
+        node.made_by is weight.grad_fn  # detach_() changes nothing else
         and node.version == weight._version
         and known.data_ptr() == weight.data_ptr()  # .data may have been replaced
         and known.dtype == weight.dtype

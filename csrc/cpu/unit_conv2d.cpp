@@ -18,7 +18,7 @@
 // x 3 taps on 48 slots, images of 32 x 32, one lane, tiles of 32 rows; together 1.1 MB, of which a
 // unit works on S and y:
 //
-//   x        [block, rows, columns, L]  299 KB  a block at a time; padded by the kernel's reach
+//   x        [block, rows, columns, L]  299 KB  a block at a time, what is inside of the images
 //   panels   [C / block, phases, panels, block, P] 297 KB  once for a tile; 4 KB at a time in L1
 //   products [W, pixels]                        where rows of x do not fill panels: S before zeros
 //                                               are put between rows

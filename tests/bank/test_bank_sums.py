@@ -346,7 +346,7 @@ def test_weights_that_are_no_leaves_or_of_inference() -> None:
 
 
 def test_anomalies_are_seen_where_they_are() -> None:
-    layer = rpg.nn.Linear(64, 64, bank=rpg.ParameterBank(64 * 64, 64, laps=4))
+    layer = rpg.nn.Linear(64, 64, bias=False, bank=rpg.ParameterBank(64 * 64, 64, laps=4))
     with (
         torch.autograd.set_detect_anomaly(True),
         pytest.warns(UserWarning, match="Error detected in DerivativeBackward"),
