@@ -60,10 +60,10 @@ void linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
             scale, threads, batch_tile, tiles, address<void>(workspace), nullptr});
 }
 
-// Of kernels that multiply pairs: only where bfloat16 holds all that they are given.
+// Of kernels that multiply pairs: activations in bfloat16, and a bank that is or is rounded to it.
 void check_pairs(bool pairs, Dtype dtype, Dtype bank_dtype) {
-  require(!pairs || (dtype == Dtype::kBfloat16 && bank_dtype == Dtype::kBfloat16),
-          "pairs: wanted activations and a bank in bfloat16");
+  require(!pairs || (dtype == Dtype::kBfloat16 && bank_dtype != Dtype::kFloat16),
+          "pairs: wanted activations in bfloat16, and a bank in bfloat16 or float32");
 }
 
 constexpr int kVector = 16;  // elements that the vectors of every instruction set divide

@@ -19,6 +19,7 @@
 
 #include "cpu/batch.h"
 #include "cpu/kernels.h"
+#include "cpu/squares.h"
 
 namespace rpg::RPG_ISA {
 
@@ -33,20 +34,6 @@ inline Floats<kLanes> load_as(const typename T::Bits* numbers) {
 #pragma omp simd
   for (int l = 0; l < kLanes; ++l) floats[l] = T::load(numbers[l]);
   return load<kLanes>(floats);
-}
-
-// x[i][l] <- x[l][i]: four times, halves are interleaved.
-inline void transpose(Floats<16> (&x)[16]) {
-  for (int round = 0; round < 4; ++round) {
-    Floats<16> y[16];
-    for (int i = 0; i < 8; ++i) {
-      y[2 * i] =
-          RPG_SHUFFLE16(x[i], x[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      y[2 * i + 1] = RPG_SHUFFLE16(x[i], x[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14,
-                                   30, 15, 31);
-    }
-    std::memcpy(x, y, sizeof y);
-  }
 }
 
 // What the pixels of a tile read at one tap: the number of an element of x for each lane, -1
@@ -157,7 +144,7 @@ inline int load_lines(const typename T::Bits* x, const PixelOffsets& offsets, in
     for (int l = 0; l < 16; ++l) {
       line[l] = offsets.lane[l] < 0 ? Floats<16>{} : load_as<T>(x + offsets.lane[l] + c + done);
     }
-    transpose(line);
+    transpose16(line);
     std::memcpy(out + done * 16, line, sizeof line);
   }
   return done;
@@ -216,7 +203,7 @@ void store_lines(const Image& g, const LinearArgs& args, const PixelSums& sums) 
       const int size = static_cast<int>(std::min<int64_t>(16, sums.end - n));
       Floats<16> line[16] = {};
       for (int k = 0; k < size; ++k) line[k] = total(args, sums, m, n + k);
-      transpose(line);
+      transpose16(line);
       for (int l = 0; l < count; ++l) {
         typename T::Bits* const target =
             y + (g.first + sums.m0 + m + l) * sums.out_channels + sums.n0 + n;

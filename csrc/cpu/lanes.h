@@ -83,9 +83,10 @@ inline void store_eight(Dtype dtype, const Floats<8>& values, void* target) {
 #define RPG_SHUFFLE8(a, b, ...) __builtin_shuffle(a, b, FloatsOf<8>::integers{__VA_ARGS__})
 #endif
 
-// x[j][i] = x[i][j].
-inline void transpose8(Floats<8> (&x)[8]) {
-  Floats<8> y[8];
+// x[j][i] = x[i][j], of vectors of floats or of words.
+template <class Vector>
+inline void transpose8(Vector (&x)[8]) {
+  Vector y[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {
     y[i] = RPG_SHUFFLE8(x[i], x[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);

@@ -37,28 +37,27 @@ inline void fill_panel(const float* x, int64_t x_plane, int channels, int width,
   }
 }
 
-// Panels of lines of x [channels, columns], `x_plane` apart; columns are whole vectors. Returns
-// where the next may begin.
+// Panels, `panel` columns wide, of lines of x [channels, columns], `x_plane` apart; columns are
+// whole vectors. Lines of words stay what they are.
 template <class Element>
-inline Element* fill_panels(const float* x, int64_t x_plane, int channels, int64_t columns,
-                            Element* panels) {
-  for (int64_t j = 0; j < columns; j += kPanel) {
-    const int width = static_cast<int>(std::min<int64_t>(columns - j, kPanel));
+inline void fill_panels(const float* x, int64_t x_plane, int channels, int64_t columns, int panel,
+                        Element* panels) {
+  for (int64_t j = 0; j < columns; j += panel) {
+    const int width = static_cast<int>(std::min<int64_t>(columns - j, panel));
     fill_panel(x + j, x_plane, channels, width, panels);
     panels += steps_of(channels, panels) * width;
   }
-  return panels;
 }
 
 // s [slots, columns] = window [slots, channels] · panels of lines [channels, columns], with lines
 // of s `s_plane` apart. Returns where the next panels begin.
 template <class Element>
 inline const Element* multiply_lines(int slots, int64_t columns, const FactorOf<Element>& window,
-                                     const Element* panels, int channels, float* s,
+                                     const Element* panels, int panel, int channels, float* s,
                                      int64_t s_plane) {
   const int steps = steps_of(channels, panels);
-  for (int64_t j = 0; j < columns; j += kPanel) {
-    const int width = static_cast<int>(std::min<int64_t>(columns - j, kPanel));
+  for (int64_t j = 0; j < columns; j += panel) {
+    const int width = static_cast<int>(std::min<int64_t>(columns - j, panel));
     multiply<false>(slots, width, window, panels, width, steps, s + j, s_plane);
     panels += steps * width;
   }

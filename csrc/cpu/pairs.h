@@ -37,6 +37,12 @@ inline Floats<LANES> as_floats(const Pairs<LANES>& words) {
   return x;
 }
 
+#if defined(RPG_DOT_PRODUCTS)
+constexpr bool kDotProducts = true;
+#else
+constexpr bool kDotProducts = false;
+#endif
+
 // Whether the processor multiplies pairs; asked once.
 inline bool has_dot_products() {
 #if defined(RPG_DOT_PRODUCTS)
@@ -70,31 +76,67 @@ inline Pairs<LANES> join(const Floats<LANES>& even, const Floats<LANES>& odd) {
   return (low >> 16 & ~kUpper) | (high & kUpper);
 }
 
-// words [ceil(count / 2), columns] of rows [count, columns], `stride` floats apart, that bfloat16
-// holds exactly; columns are a multiple of 8. The words may take the place of the rows.
+// What bfloat16 holds of numbers, ties to even; NaN stays NaN. The bits of Bfloat16::store.
+template <int LANES>
+inline Floats<LANES> rounded(const Floats<LANES>& values) {
+  const Pairs<LANES> bits = load_words<LANES>(&values);
+  const Pairs<LANES> whole = (bits + 0x7FFF + (bits >> 16 & 1)) & kUpper;
+  const Pairs<LANES> is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+  return as_floats<LANES>((is_nan & 0x7FC00000) | (~is_nan & whole));
+}
+
+// words [ceil(count / 2), columns] of rows [count, columns], `stride` floats apart, rounded;
+// columns are a multiple of 8. The words may take the place of the rows.
 inline void join_rows(const float* rows, int64_t stride, int64_t count, int64_t columns,
                       uint32_t* words) {
   for (int64_t k = 0; k < count; k += 2, rows += 2 * stride, words += columns) {
     for (int64_t i = 0; i < columns; i += 8) {
       const Floats<8> odd = k + 1 < count ? load<8>(rows + stride + i) : Floats<8>{};
-      const Pairs<8> joined = join<8>(load<8>(rows + i), odd);
+      const Pairs<8> joined = join<8>(rounded<8>(load<8>(rows + i)), rounded<8>(odd));
       std::memcpy(words + i, &joined, sizeof joined);
     }
   }
 }
 
-// words [ceil(count / 2)] of neighbouring floats [count] that bfloat16 holds exactly.
-inline void join_neighbours(const float* values, int64_t count, uint32_t* words) {
-  uint16_t* halves = reinterpret_cast<uint16_t*>(words);
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) halves[i] = static_cast<uint16_t>(as_bits(values[i]) >> 16);
-  if (count % 2) halves[count] = 0;
+// The halves that bfloat16 has of a vector's numbers. DOT: by the instruction, which takes numbers
+// smaller than 2^-126 for zeros, as the one that multiplies them does.
+template <int LANES>
+struct HalvesOf {
+  typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+};
+
+template <int LANES, bool DOT>
+inline typename HalvesOf<LANES>::halves round_to_halves(const Floats<LANES>& values) {
+  typedef typename HalvesOf<LANES>::halves Halves;
+#if defined(RPG_DOT_PRODUCTS)
+  if constexpr (DOT) {
+    Halves halves;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(values));
+    return halves;
+  }
+#endif
+  const Floats<LANES> whole = rounded<LANES>(values);
+  return __builtin_convertvector(load_words<LANES>(&whole) >> 16, Halves);
 }
 
-// Rounds to what bfloat16 holds, ties to even; NaN stays NaN.
-inline void round_to_bfloat16(float* values, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) values[i] = Bfloat16::load(Bfloat16::store(values[i]));
+// Lines `even` and `odd` [floats] of two neighbouring steps, rounded, as words of both steps, one
+// for each lane, and as words of two lanes, which are the halves of a line; where wanted. All are
+// whole vectors.
+template <int LANES, bool DOT>
+inline void round_lines(const float* even, const float* odd, int64_t floats, uint32_t* of_steps,
+                        uint16_t* of_even, uint16_t* of_odd) {
+  for (int64_t i = 0; i < floats; i += LANES) {
+    const auto low = round_to_halves<LANES, DOT>(load<LANES>(even + i));
+    const auto high = round_to_halves<LANES, DOT>(load<LANES>(odd + i));
+    if (of_steps) {
+      const Pairs<LANES> words = __builtin_convertvector(low, Pairs<LANES>) |
+                                 __builtin_convertvector(high, Pairs<LANES>) << 16;
+      std::memcpy(of_steps + i, &words, sizeof words);
+    }
+    if (!of_even) continue;
+    std::memcpy(of_even + i, &low, sizeof low);
+    std::memcpy(of_odd + i, &high, sizeof high);
+  }
 }
 
 // out [4 · ceil(columns / 8), L] words: pairs of columns of `rows` rows of x in bfloat16, which

@@ -2,8 +2,9 @@
 // being the lanes of a vector.
 //
 // Sums stay in registers: MR NV of them beside NV vectors of B and an element of A for each row,
-// 6 x 2 + 3 of 16 with AVX2, 6 x 4 + 5 of 32 with AVX-512. Each step of k loads NV vectors of B and
-// MR elements of A for MR NV multiply-adds. Steps of k are added in order, in fp32.
+// 6 x 2 + 3 of 16 with AVX2, 6 x 4 + 5 or 12 x 2 + 3 of 32 with AVX-512. Each step of k loads NV
+// vectors of B and MR elements of A for MR NV multiply-adds. Steps of k are added in order, in
+// fp32.
 //
 // Operands are fp32, or words of pairs (pairs.h), of which a step is two steps of bfloat16.
 
@@ -57,7 +58,7 @@ inline void multiply_rows(const FactorOf<Element>& a, const Element* b, int64_t 
   typedef Floats<kVector> Vector;
   typedef decltype(load_line(b)) Line;
   Vector sum[MR][NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) sum[r][v] = Vector{};
@@ -67,14 +68,14 @@ inline void multiply_rows(const FactorOf<Element>& a, const Element* b, int64_t 
     Line bk[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) bk[v] = load_line(b + v * kVector);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < MR; ++r) {
       const Line element = splat_of(ak + r * a.row);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) add_step<DOT>(sum[r][v], element, bk[v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -89,14 +90,18 @@ inline void multiply_rows(const FactorOf<Element>& a, const Element* b, int64_t 
 template <int NV, bool ADD, bool DOT, class Element>
 inline void multiply_panel(int rows, FactorOf<Element> a, const Element* b, int64_t b_step,
                            int steps, float* c, int64_t c_row, const char*& soon) {
-  constexpr int kRows = NV == 1 ? 8 : 6;
+  constexpr int kRows = NV == 1 ? 8 : kProductVectors > 2 && NV == 2 ? 12 : 6;
   for (; rows >= kRows; rows -= kRows, a.data += kRows * a.row, c += kRows * c_row) {
     if (soon) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int i = 0; i < kRows; ++i) __builtin_prefetch(soon + 64 * i, 0, 2);
       soon += 64 * kRows;
     }
     multiply_rows<kRows, NV, ADD, DOT>(a, b, b_step, steps, c, c_row);
+  }
+  if (kRows > 8 && rows >= 8) {
+    multiply_rows<8, NV, ADD, DOT>(a, b, b_step, steps, c, c_row);
+    rows -= 8, a.data += 8 * a.row, c += 8 * c_row;
   }
   if (rows >= 4) {
     multiply_rows<4, NV, ADD, DOT>(a, b, b_step, steps, c, c_row);
@@ -136,11 +141,9 @@ inline void multiply(int rows, int columns, const Factor& a, const float* b, int
 template <bool ADD>
 inline void multiply(int rows, int columns, const PairFactor& a, const uint32_t* b, int64_t b_step,
                      int steps, float* c, int64_t c_row, const void* next = nullptr) {
-#if defined(RPG_DOT_PRODUCTS)
   if (has_dot_products()) {
-    return multiply_panels<ADD, true>(rows, columns, a, b, b_step, steps, c, c_row, next);
+    return multiply_panels<ADD, kDotProducts>(rows, columns, a, b, b_step, steps, c, c_row, next);
   }
-#endif
   multiply_panels<ADD, false>(rows, columns, a, b, b_step, steps, c, c_row, next);
 }
 

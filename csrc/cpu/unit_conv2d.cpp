@@ -134,9 +134,8 @@ class UnitConv2d {
     for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) {
       for (int64_t phase = 0; phase < tile_.phases(); ++phase) {
         const Inside in = inside_of(phase, out_row);
-        load_x(memory, block, phase, image, images, out_row, in);
-        fill_panels(memory.x, tile_.plane, valid_of(block), vectors(pixels_of(in)),
-                    panels_of<Element>(memory, block, phase));
+        load_panels(memory, block, in, view_of(phase, out_row, in),
+                    part_of(block, image, images, in), panels_of<Element>(memory, block, phase));
       }
     }
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
@@ -156,25 +155,43 @@ class UnitConv2d {
         std::min<int64_t>(image_.run - block * law_.granularity, law_.granularity));
   }
 
-  // x [block, rows, columns, L] of a phase of a block of channels, as far as it is inside.
-  void load_x(const UnitConvMemory& memory, int64_t block, int64_t phase, int64_t image,
-              int64_t images, int64_t out_row, const Inside& in) const {
-    if (!in.rows.count) return;
+  // x from the first pixel inside of a phase on, from which on rows and columns are a stride apart.
+  ImageView view_of(int64_t phase, int64_t out_row, const Inside& in) const {
     ImageView x{args_.dtype, const_cast<void*>(args_.x), {}};
     for (int i = 0; i < 4; ++i) x.stride[i] = image_.stride[i];
-    const int64_t lanes = args_.lanes;
+    if (!in.rows.count) return x;
     const int64_t high = phase / tile_.wide.count(), wide = phase % tile_.wide.count();
-    // Of the first pixel inside, from which on rows and columns of the view are a stride apart.
     const int64_t x_row =
         (out_row + in.rows.first) * image_.step[0] - image_.padding[0] + high * image_.dilation[0];
     const int64_t x_column =
         in.columns.first * image_.step[1] - image_.padding[1] + wide * image_.dilation[1];
     x.data = x.element(x.index(0, 0, x_row, x_column));
     x.stride[2] *= image_.step[0], x.stride[3] *= image_.step[1];
-    const TilePart part{image,           images, args_.lanes,   block * law_.granularity,
-                        valid_of(block), 0,      in.rows.count, 0,
-                        in.columns.count};
-    load_tile(x, part, {tile_.plane, in.columns.count * lanes, lanes}, memory.x);
+    return x;
+  }
+
+  TilePart part_of(int64_t block, int64_t image, int64_t images, const Inside& in) const {
+    return {image, images,        args_.lanes, block * law_.granularity, valid_of(block),
+            0,     in.rows.count, 0,           in.columns.count};
+  }
+
+  // Panels of a phase of a block of channels, by way of x [block, rows, columns, L] as far as it is
+  // inside: in fp32, or in words of pairs [block / 2, ...] where channels lie side by side.
+  template <class Element>
+  void load_panels(const UnitConvMemory& memory, int64_t block, const Inside& in,
+                   const ImageView& x, const TilePart& part, Element* panels) const {
+    if (!in.rows.count) return;
+    const int64_t lanes = args_.lanes, columns = vectors(pixels_of(in)), plane = tile_.plane;
+    const TileLayoutOf layout{plane, in.columns.count * lanes, lanes};
+    const int valid = valid_of(block);
+    if (args_.pairs && channels_side_by_side(x)) {
+      load_pairs(x, part, layout, reinterpret_cast<uint32_t*>(memory.x));
+      fill_panels(memory.x, plane, steps_of(valid, panels), columns, tile_.panel,
+                  reinterpret_cast<float*>(panels));
+      return;
+    }
+    load_tile(x, part, layout, memory.x);
+    fill_panels(memory.x, plane, valid, columns, tile_.panel, panels);
   }
 
   // Where panels of a phase of a block of channels begin.
@@ -217,12 +234,14 @@ class UnitConv2d {
     s += in.rows.first * row + in.columns.first * args_.lanes;
     if (!tile_.direct) {
       const int64_t floats = vectors(pixels_of(in));
-      multiply_lines(slots, floats, window, panels, valid, memory.products, tile_.plane);
+      multiply_lines(slots, floats, window, panels, tile_.panel, valid, memory.products,
+                     tile_.plane);
       copy_lines(memory.products, slots, tile_.plane, in.rows.count, width, row, s);
       return;
     }
     for (int64_t i = 0; i < in.rows.count; ++i) {
-      panels = multiply_lines(slots, width, window, panels, valid, s + i * row, tile_.plane);
+      panels = multiply_lines(slots, width, window, panels, tile_.panel, valid, s + i * row,
+                              tile_.plane);
     }
   }
 
@@ -252,10 +271,8 @@ class UnitConv2d {
           line[u] = base[u] + slot * tile_.plane;
           sign[u] = kSigns[e.signs >> r & 1];
         }
-        float* y = memory.y + (o * kOctet + r) * tile_.y_plane;
-        for (int64_t i = 0; i < tile_.lines; ++i, y += tile_.line) {
-          add_to_line(line, i * row, sign, uses, tile_.line, first > 0, y);
-        }
+        add_rows(line, sign, uses, tile_.lines, tile_.line, row, tile_.line, first > 0,
+                 memory.y + (o * kOctet + r) * tile_.y_plane);
       }
     }
   }

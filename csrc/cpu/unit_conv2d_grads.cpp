@@ -61,7 +61,13 @@ class ConvSource {
     const int64_t own = shifts_ ? 0 : 8 * dy_rows_ * dy_columns_ * args_.lanes * law_.granularity;
     const int64_t octet = 4 * kOctet * t_plane_;
     const int64_t chunk = std::min(std::max<int64_t>(kLinesBytes / octet, 1), kMostChunk);
-    return {4 * plan_.band.octets * kOctet * dy_plane_, in_rows, in_rows, own, t_plane_, chunk};
+    return {4 * plan_.band.octets * kOctet * dy_plane_,
+            in_rows,
+            in_rows,
+            own,
+            t_plane_,
+            chunk,
+            !shifts_};
   }
 
   static constexpr bool kReaches = true;
@@ -112,8 +118,10 @@ class ConvSource {
   }
 
   void pack_dy(int64_t tile, int64_t octet, float* dy) const {
+    const int64_t octets = std::min<int64_t>(plan_.band.octets - octet, kPackedOctets);
+    const int64_t floats = octets * kOctet * dy_plane_;
     float* out = dy + octet * kOctet * dy_plane_;
-    std::memset(out, 0, sizeof(float) * kOctet * dy_plane_);
+    std::memset(out, 0, sizeof(float) * floats);
     // The row and column of y of the tile's first.
     int64_t top = 0, left = 0;
     if (shifts_) {
@@ -131,15 +139,15 @@ class ConvSource {
                         images_of(tile),
                         args_.lanes,
                         channel,
-                        std::min<int64_t>(law_.rows - channel, kOctet),
+                        std::min<int64_t>(law_.rows - channel, octets * kOctet),
                         row,
                         end - row,
                         column,
                         last - column};
     load_tile(view, part, {dy_plane_, dy_columns_ * lanes, lanes},
               out + ((row - top) * dy_columns_ + column - left) * lanes);
-    multiply_all(scales_.dy, kOctet * dy_plane_, out);
-    see(out, kOctet * dy_plane_);
+    multiply_all(scales_.dy, floats, out);
+    see(out, floats);
   }
 
   // x [pixels, block] of a block of channels.
@@ -219,9 +227,7 @@ class ConvSource {
         sign[u] = kSigns[e.signs >> row & 1];
       }
       float* out = t + c * t_plane_;
-      for (int64_t i = 0; i < height; ++i) {
-        add_to_line(source, i * row_floats, sign, count, line, false, out + i * line);
-      }
+      add_rows(source, sign, count, height, line, row_floats, line, false, out);
       // Between rows that are not compact lies what no pixel is.
       const int64_t gap = (columns_ - g_.width) * args_.lanes;
       for (int64_t i = 1; shifts_ && gap && i < rows_of(tile); ++i) {
@@ -250,45 +256,44 @@ class ConvSource {
   void write_dx(int64_t tile, int64_t block, const std::vector<float*>& parts) const {
     const int64_t size = law_.granularity, step = args_.lanes * size, area = g_.height * g_.width;
     const int valid = valid_of(block);
-    const bool last = g_.channels_last;
     ImageView view{args_.dtype, args_.dx, {g_.channels * area, area, g_.width, 1}};
-    if (last)
+    if (g_.channels_last)
       view = {args_.dtype, args_.dx, {g_.channels * area, 1, g_.width * g_.channels, g_.channels}};
-    const Floats<8> scale = splat<8>(scales_.sums);
+    const auto sum_at = [&](int64_t offset) {
+      Floats<8> sum = load<8>(parts[0] + offset);
+      for (size_t part = 1; part < parts.size(); ++part) sum += load<8>(parts[part] + offset);
+      return sum * splat<8>(scales_.sums);
+    };
     for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
       const int64_t offset = block * pixels_ * size + place * step + lane * size;
-      const auto write_square = [&](int64_t j, int e) {
-        const int count = up_to_eight(g_.width - j), channels = up_to_eight(valid - e);
-        Floats<8> square[8] = {};
-        for (int i = 0; i < count; ++i) {
-          for (const float* part : parts) {
-            square[i] += load<8>(part + offset + (j + i) * step + e);
-          }
-          square[i] *= scale;
-        }
-        if (!last) transpose8(square);
-        const int outer = last ? count : channels, inner = last ? channels : count;
-        for (int i = 0; i < outer; ++i) {
-          const int64_t channel = block * size + e + (last ? 0 : i);
-          void* target =
-              view.element(view.index(image, channel, row_of(tile) + row, j + (last ? i : 0)));
-          if (inner == 8) {
-            store_eight(view.dtype, square[i], target);
-            continue;
-          }
-          alignas(32) float values[8];
-          store<8>(values, square[i]);
-          write_some(view.dtype, values, inner, target);
-        }
-      };
-      if (last) {
-        for (int64_t j = 0; j < g_.width; j += 8) {
-          for (int e = 0; e < valid; e += 8) write_square(j, e);
+      if (g_.channels_last) {
+        void* target = view.element(view.index(image, block * size, row_of(tile) + row, 0));
+        const int64_t bytes = g_.channels * element_bytes(args_.dtype);
+        for (int64_t j = 0; j < g_.width; ++j, target = static_cast<char*>(target) + bytes) {
+          alignas(64) float values[128];
+          for (int e = 0; e < valid; e += 8) store<8>(values + e, sum_at(offset + j * step + e));
+          write_some(args_.dtype, values, valid, target);
         }
         return;
       }
       for (int e = 0; e < valid; e += 8) {  // as in pack_x
-        for (int64_t j = 0; j < g_.width; j += 8) write_square(j, e);
+        for (int64_t j = 0; j < g_.width; j += 8) {
+          const int count = up_to_eight(g_.width - j), channels = up_to_eight(valid - e);
+          Floats<8> square[8] = {};
+          for (int i = 0; i < count; ++i) square[i] = sum_at(offset + (j + i) * step + e);
+          transpose8(square);
+          for (int i = 0; i < channels; ++i) {
+            void* target =
+                view.element(view.index(image, block * size + e + i, row_of(tile) + row, j));
+            if (count == 8) {
+              store_eight(view.dtype, square[i], target);
+              continue;
+            }
+            alignas(32) float values[8];
+            store<8>(values, square[i]);
+            write_some(view.dtype, values, count, target);
+          }
+        }
       }
     });
   }

@@ -58,6 +58,7 @@ struct ConvTile {
   Phases high, wide;
   bool compact;            // y has no gaps between rows, as they fill vectors
   bool direct;             // rows of x fill panels, so that products are made where S wants them
+  int panel;               // columns of a panel
   int64_t rows, columns;   // of a phase of x, with what lies outside: those of S
   int64_t pixels;          // of it, times lanes
   int64_t line;            // floats of a row of y, of those that are computed
@@ -76,11 +77,16 @@ inline ConvTile tile_of(const UnitConv2dArgs& args) {
   out.pixels = out.rows * out.columns * args.lanes;
   const int64_t of_row = g.out_width * args.lanes;
   out.compact = of_row % kVector == 0;
-  out.direct = true;
-  for (int64_t phase = 0; phase < out.wide.count(); ++phase) {
-    const Span span = inside(out.wide, phase, -g.padding[1], g.out_width, g.width);
-    out.direct = out.direct && span.count * args.lanes % kPanel == 0;
+  // Two vectors are as fast as a whole panel: sums of more rows fill the registers.
+  for (out.panel = kPanel; out.panel >= 2 * kVector; out.panel /= 2) {
+    out.direct = true;
+    for (int64_t phase = 0; phase < out.wide.count(); ++phase) {
+      const Span span = inside(out.wide, phase, -g.padding[1], g.out_width, g.width);
+      out.direct = out.direct && span.count * args.lanes % out.panel == 0;
+    }
+    if (out.direct) break;
   }
+  if (!out.direct) out.panel = kPanel;
   if (out.compact) {
     out.line = of_row, out.lines = args.rows;
   } else {

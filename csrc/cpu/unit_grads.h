@@ -78,12 +78,12 @@ class UnitGrads {
       }
       for (int64_t tile = 0; tile < source_.tiles(); ++tile) {
 #pragma omp for schedule(static)
-        for (int64_t octet = 0; octet < int64_t{plan_.band.octets}; ++octet) {
+        for (int64_t octet = 0; octet < int64_t{plan_.band.octets}; octet += kPackedOctets) {
           source_.pack_dy(tile, octet, dy());
         }
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) {
-          if (args_.dw) source_.pack_x(tile, block, x());
+          if (args_.dw) pack_x(tile, block);
         }
 #pragma omp for schedule(static)
         for (int part = 0; part < zones; ++part) add_zone(part, tile);
@@ -99,6 +99,11 @@ class UnitGrads {
  private:
   float* dy() const { return static_cast<float*>(args_.workspace); }
   float* x() const { return dy() + layout_.dy / 4; }
+  // Words of two lanes of a block of x.
+  uint32_t* x_words(int64_t block) const {
+    return reinterpret_cast<uint32_t*>(x() + layout_.x / 4) + block * words_of_block();
+  }
+  int64_t words_of_block() const { return layout_.x_words / law_.run_blocks / 4; }
 
   UnitGradsMemory memory_of(int part) const {
     Carver carver(args_.workspace, layout_.shared() + part * layout_.of_thread());
@@ -112,8 +117,18 @@ class UnitGrads {
     carver.take(out.entries, layout_.entries);
     carver.take(out.shuffled, layout_.shuffled);
     carver.take(out.octet_at, layout_.octet_at);
-    carver.take(out.t_pairs, layout_.t_pairs), carver.take(out.x_pairs, layout_.x_pairs);
+    carver.take(out.t_words, layout_.t_words);
+    carver.take(out.t_halves, layout_.t_halves);
+    carver.take(out.own_words, layout_.own_words);
     return out;
+  }
+
+  void pack_x(int64_t tile, int64_t block) const {
+    source_.pack_x(tile, block, x());
+    if (!args_.pairs || size_.gathers) return;
+    const int64_t size = law_.granularity;
+    join_rows(source_.x_of(tile, block, x(), nullptr), size, source_.lanes(tile), size,
+              x_words(block));
   }
 
   // What the slots of a zone add for a tile.
@@ -124,20 +139,22 @@ class UnitGrads {
       for (uint32_t column = 0; column < plan_.band.columns; ++column) {
         const PlannedUnit& planned = plan_.unit_of(group, column);
         const float* xc = nullptr;
+        const uint32_t* words = x_words(column % law_.run_blocks);
         bool dealt = false;
         zones_.for_octets(part, planned.window, [&](int64_t o, int64_t count) {
           if (!dealt) deal_octets(planned, memory);
           if (!dealt && args_.dw) {
             xc = source_.x_of(tile, column, x(), memory.own);
-            if (args_.pairs) {
+            if (args_.pairs && size_.gathers) {
               join_rows(xc, law_.granularity, source_.lanes(tile), law_.granularity,
-                        memory.x_pairs);
+                        memory.own_words);
+              words = memory.own_words;
             }
           }
           dealt = true;
           for (int64_t done = 0; done < count; done += size_.chunk) {
             add_chunk(planned, group, column, o + done, std::min(count - done, size_.chunk), part,
-                      tile, xc, memory);
+                      tile, xc, words, memory);
           }
         });
       }
@@ -176,27 +193,30 @@ class UnitGrads {
 
   // Octets o ... o + count - 1 of a window: T, then what it adds to dx and to dw.
   void add_chunk(const PlannedUnit& planned, uint32_t group, uint32_t column, int64_t o,
-                 int64_t count, int part, int64_t tile, const float* xc,
+                 int64_t count, int part, int64_t tile, const float* xc, const uint32_t* x_words,
                  const UnitGradsMemory& memory) const {
     const int64_t block = law_.granularity, slots = law_.slots, plane = size_.t_plane;
+    const int64_t first = (planned.window.base + o * kOctet) % slots, size = count * kOctet;
+    const float* window = args_.dx ? window_rows(ring_, first, size, memory.window) : nullptr;
+    const bool careful =
+        Source::kReaches && (source_.is_careful() || (window && !all_finite(window, size * block)));
+    const bool pairs = args_.pairs && !careful;
     uint8_t read[kMostChunk];
     bool whole = true;
     for (int64_t k = 0; k < count; ++k) {
-      read[k] = static_cast<uint8_t>(
-          sum(planned, group, column, o + k, tile, memory, memory.t + k * kOctet * plane));
+      float* t = memory.t + (pairs ? 0 : k * kOctet * plane);
+      read[k] = static_cast<uint8_t>(sum(planned, group, column, o + k, tile, memory, t));
       whole &= read[k] == 0xFF;
+      if (pairs) round_octet(tile, k, t, memory);
     }
-    const auto is_read = [&read](int64_t j) { return read[j / kOctet] >> j % kOctet & 1; };
-    const int64_t first = (planned.window.base + o * kOctet) % slots, size = count * kOctet;
-    const float* window = args_.dx ? window_rows(ring_, first, size, memory.window) : nullptr;
-    if (Source::kReaches &&
-        (source_.is_careful() || (window && !all_finite(window, size * block)))) {
+    if (careful) {
       for (int64_t k = 0; k < count; ++k) {
         add_reached(planned, group, column, o + k, part, tile, xc, memory,
                     memory.t + k * kOctet * plane);
       }
       return;
     }
+    const auto is_read = [&read](int64_t j) { return read[j / kOctet] >> j % kOctet & 1; };
     if (args_.dx && !whole) {
       if (window != memory.window) {
         for (int64_t j = 0; j < size; ++j) {
@@ -208,19 +228,14 @@ class UnitGrads {
         if (!is_read(j)) std::memset(memory.window + j * block, 0, sizeof(float) * block);
       }
     }
-    if (args_.pairs) {
-      for (int64_t j = 0; j < size; ++j) {
-        round_to_bfloat16(memory.t + j * plane, source_.lanes(tile));
-      }
-    }
     if (args_.dx) multiply_dx(tile, column, size, window, memory);
     if (!args_.dw) return;
     const int valid = source_.valid_of(column);
     if (!args_.pairs && whole && zones_.inside(part, first, size) == size && valid == block) {
-      multiply_dw<true>(tile, size, xc, memory, args_.dw + first * block);
+      multiply_dw<true>(tile, size, xc, x_words, memory, args_.dw + first * block);
       return;
     }
-    multiply_dw<false>(tile, size, xc, memory, memory.products);
+    multiply_dw<false>(tile, size, xc, x_words, memory, memory.products);
     for (int64_t j = 0; j < size; ++j) {
       if (!is_read(j)) continue;
       float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
@@ -229,8 +244,24 @@ class UnitGrads {
     }
   }
 
+  // Octet k of a chunk of T in bfloat16: words of two slots for dx, halves for dw.
+  void round_octet(int64_t tile, int64_t k, const float* t, const UnitGradsMemory& memory) const {
+    const int64_t plane = size_.t_plane, lanes = source_.lanes(tile);
+    for (int64_t c = 0; c < int64_t{kOctet}; c += 2, t += 2 * plane) {
+      const int64_t slot = k * kOctet + c;
+      uint32_t* words = args_.dx ? memory.t_words + slot / 2 * plane : nullptr;
+      uint16_t* halves = args_.dw ? memory.t_halves + slot * plane : nullptr;
+      if (has_dot_products()) {
+        round_lines<kVector, kDotProducts>(t, t + plane, lanes, words, halves, halves + plane);
+      } else {
+        round_lines<kVector, false>(t, t + plane, lanes, words, halves, halves + plane);
+      }
+      if (halves && lanes % 2) halves[lanes] = halves[plane + lanes] = 0;
+    }
+  }
+
   // dx_c [lanes, block] += Tᵀ · window [slots, block]. With pairs, whose words take the window's
-  // memory, T is what bfloat16 holds.
+  // memory.
   void multiply_dx(int64_t tile, int64_t column, int64_t slots, const float* window,
                    const UnitGradsMemory& memory) const {
     const int64_t block = law_.granularity, plane = size_.t_plane;
@@ -239,18 +270,16 @@ class UnitGrads {
                      memory.dx, memory.own);
       return;
     }
-    const int64_t wide = (source_.lanes(tile) + 7) / 8 * 8;
     uint32_t* words = reinterpret_cast<uint32_t*>(memory.window);
     join_rows(window, block, slots, block, words);
-    join_rows(memory.t, plane, slots, wide, memory.t_pairs);
-    source_.add_dx(tile, column, PairFactor{memory.t_pairs, 1, wide}, words,
+    source_.add_dx(tile, column, PairFactor{memory.t_words, 1, plane}, words,
                    static_cast<int>(slots / 2), memory.dx, memory.own);
   }
 
-  // products [slots, block] (+)= T [slots, lanes] · x_c [lanes, block], of which there are pairs.
+  // products [slots, block] (+)= T [slots, lanes] · x_c [lanes, block], of which there are words.
   template <bool ADD>
-  void multiply_dw(int64_t tile, int64_t slots, const float* xc, const UnitGradsMemory& memory,
-                   float* products) const {
+  void multiply_dw(int64_t tile, int64_t slots, const float* xc, const uint32_t* x_words,
+                   const UnitGradsMemory& memory, float* products) const {
     const int64_t plane = size_.t_plane;
     const int rows = static_cast<int>(slots), block = law_.granularity;
     const int lanes = static_cast<int>(source_.lanes(tile));
@@ -258,11 +287,9 @@ class UnitGrads {
       multiply<ADD>(rows, block, Factor{memory.t, plane, 1}, xc, block, lanes, products, block);
       return;
     }
-    for (int64_t j = 0; j < slots; ++j) {
-      join_neighbours(memory.t + j * plane, lanes, memory.t_pairs + j * plane / 2);
-    }
-    multiply<ADD>(rows, block, PairFactor{memory.t_pairs, plane / 2, 1}, memory.x_pairs, block,
-                  (lanes + 1) / 2, products, block);
+    const uint32_t* t = reinterpret_cast<const uint32_t*>(memory.t_halves);
+    multiply<ADD>(rows, block, PairFactor{t, plane / 2, 1}, x_words, block, (lanes + 1) / 2,
+                  products, block);
   }
 
   // What octet o of a window adds: of a slot those lanes that its taps reach, and no product else.

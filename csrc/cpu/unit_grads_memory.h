@@ -9,7 +9,8 @@
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
 
-constexpr int64_t kMostChunk = 16;  // octets of slots
+constexpr int64_t kMostChunk = 16;    // octets of slots
+constexpr int64_t kPackedOctets = 4;  // of dy, whose rows are packed together
 
 struct UnitGradsArgs {
   Dtype bank_dtype;
@@ -39,16 +40,17 @@ struct SourceLayout {
   int64_t dx, own;  // bytes, for each thread: its dx, and what else it needs
   int64_t t_plane;  // floats from a line of T to the next
   int64_t chunk;    // octets of slots at a time, at most kMostChunk
+  bool gathers;     // rows of x are gathered for each unit, into `own`
 };
 
 struct UnitGradsLayout {
-  int64_t dy, x;
+  int64_t dy, x, x_words;
   int64_t dx, own, t, window, products, spill, entries, shuffled, octet_at;
-  int64_t t_pairs, x_pairs;
-  int64_t shared() const { return dy + x; }
+  int64_t t_words, t_halves, own_words;
+  int64_t shared() const { return dy + x + x_words; }
   int64_t of_thread() const {
-    return dx + own + t + window + products + spill + entries + shuffled + octet_at + t_pairs +
-           x_pairs;
+    return dx + own + t + window + products + spill + entries + shuffled + octet_at + t_words +
+           t_halves + own_words;
   }
 };
 
@@ -56,7 +58,9 @@ struct UnitGradsMemory {
   float *dx, *own, *t, *window, *products, *spill;
   OctetEntry* entries;
   uint16_t *shuffled, *octet_at;
-  uint32_t *t_pairs, *x_pairs;
+  uint32_t* t_words;   // [slots / 2, plane]: pairs of slots
+  uint16_t* t_halves;  // [slots, plane], read as pairs of lanes
+  uint32_t* own_words;
 };
 
 inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& plan,
@@ -75,8 +79,12 @@ inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& pl
   out.entries = lines(room * sizeof(OctetEntry));
   out.shuffled = lines(room * sizeof(uint16_t));
   out.octet_at = lines(room * sizeof(uint16_t));
-  out.t_pairs = args.pairs ? lines(2 * slots * source.t_plane) : 0;
-  out.x_pairs = args.pairs && args.dw ? lines(2 * source.t_plane * block) : 0;
+  const int64_t t_bytes = lines(2 * slots * source.t_plane);
+  out.t_words = args.pairs && args.dx ? t_bytes : 0;
+  out.t_halves = args.pairs && args.dw ? t_bytes : 0;
+  const int64_t words = args.pairs && args.dw ? lines(2 * source.t_plane * block) : 0;
+  out.x_words = source.gathers ? 0 : words * law.run_blocks;
+  out.own_words = source.gathers ? words : 0;
   return out;
 }
 

@@ -56,7 +56,8 @@ class LinearSource {
             of_row * columns,
             0,
             args_.lanes,
-            kMostChunk};
+            kMostChunk,
+            false};
   }
 
   static constexpr bool kReaches = false;  // every lane is reached by every row
@@ -73,10 +74,11 @@ class LinearSource {
   }
 
   void pack_dy(int64_t tile, int64_t octet, float* dy) const {
-    const int64_t row = octet * kOctet, columns = std::min<int64_t>(law_.rows - row, kOctet);
+    const int64_t row = octet * kOctet;
+    const int64_t columns = std::min<int64_t>(law_.rows - row, kPackedOctets * kOctet);
     pack_lanes({args_.dtype, args_.dy}, tile * args_.lanes * law_.rows + row, law_.rows,
                rows_of(tile), columns, static_cast<int>(lanes(tile)), dy + row * lanes(tile));
-    multiply_all(scales_.dy, kOctet * lanes(tile), dy + row * lanes(tile));
+    multiply_all(scales_.dy, columns * lanes(tile), dy + row * lanes(tile));
   }
 
   void pack_x(int64_t tile, int64_t column, float* x) const {

@@ -20,35 +20,45 @@ inline int64_t plane_of(int64_t pixels) {
   return plane / 16 % 2 ? plane : plane + 16;
 }
 
-// N vectors of y (+)= Σ ± line.
+// N vectors of y (+)= Σ ± line: those that begin at `target` of y and at `source` of lines.
 template <int N>
-inline void add_vectors(const float* const* line, int64_t offset, const float* sign, int uses,
-                        bool add, float* y) {
+inline void add_vectors(const float* const* line, const int64_t* source, const float* sign,
+                        int uses, bool add, float* y, const int64_t* target) {
   typedef Floats<kVector> Vector;
   Vector sum[N];
+  int64_t from_line[N];
 #pragma GCC unroll 4
-  for (int v = 0; v < N; ++v) sum[v] = add ? load<kVector>(y + v * kVector) : Vector{};
+  for (int v = 0; v < N; ++v) {
+    from_line[v] = source[v];
+    sum[v] = add ? load<kVector>(y + target[v]) : Vector{};
+  }
   for (int u = 0; u < uses; ++u) {
     const Vector factor = splat<kVector>(sign[u]);
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) sum[v] += factor * load<kVector>(line[u] + offset + v * kVector);
+    for (int v = 0; v < N; ++v) sum[v] += factor * load<kVector>(line[u] + from_line[v]);
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < N; ++v) store<kVector>(y + v * kVector, sum[v]);
+  for (int v = 0; v < N; ++v) store<kVector>(y + target[v], sum[v]);
 }
 
-// y [floats] (+)= Σ ± line [floats], of lines from `offset` on: whole vectors, four at a time.
-inline void add_to_line(const float* const* line, int64_t offset, const float* sign, int uses,
-                        int64_t floats, bool add, float* y) {
-  const int64_t end = vectors(floats);
-  int64_t i = 0;
-  for (; i + 4 * kVector <= end; i += 4 * kVector) {
-    add_vectors<4>(line, offset + i, sign, uses, add, y + i);
+// y [rows, floats] (+)= Σ ± line [rows, floats], with rows `y_step` and `step` apart: whole
+// vectors, four at a time, since one sum waits for itself; of short rows they are those of several.
+// Where rows do not fill vectors there is only one.
+inline void add_rows(const float* const* line, const float* sign, int uses, int64_t rows,
+                     int64_t floats, int64_t step, int64_t y_step, bool add, float* y) {
+  int64_t source[4], target[4];
+  int count = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < floats; j += kVector) {
+      source[count] = i * step + j, target[count] = i * y_step + j;
+      if (++count < 4) continue;
+      add_vectors<4>(line, source, sign, uses, add, y, target);
+      count = 0;
+    }
   }
-  const int64_t rest = (end - i) / kVector;
-  if (rest == 3) add_vectors<3>(line, offset + i, sign, uses, add, y + i);
-  if (rest == 2) add_vectors<2>(line, offset + i, sign, uses, add, y + i);
-  if (rest == 1) add_vectors<1>(line, offset + i, sign, uses, add, y + i);
+  if (count == 3) add_vectors<3>(line, source, sign, uses, add, y, target);
+  if (count == 2) add_vectors<2>(line, source, sign, uses, add, y, target);
+  if (count == 1) add_vectors<1>(line, source, sign, uses, add, y, target);
 }
 
 // Lines of rows of `width` floats without gaps, as lines of rows `row` floats apart: of `source`

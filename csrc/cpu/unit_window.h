@@ -33,25 +33,33 @@ inline int thread_number() {
 #endif
 }
 
-// Pairs of the first `valid` elements of slots of a bank in bfloat16, in rows of block / 2 words:
-// the bank's own where it has them in one piece and no half of a word is to be left out, otherwise
-// in `buffer` [count, block / 2], where an odd last element is beside a zero.
+// Pairs of the first `valid` elements of slots of a bank, in rows of block / 2 words: the bank's
+// own where it is bfloat16, has them in one piece and no half of a word is to be left out.
+// Otherwise in `buffer` [count, block / 2], rounded where the bank is fp32, an odd last element
+// beside a zero.
 inline PairFactor window_pairs(const Ring& ring, int64_t first, int64_t count, int valid,
                                uint32_t* buffer) {
-  const int64_t bytes = ring.row_bytes(), words = ring.block / 2;
+  const int64_t words = ring.block / 2;
   const char* data = static_cast<const char*>(ring.data);
   const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0;
-  if (aligned && first + count <= ring.slots && valid % 2 == 0) {
-    return {reinterpret_cast<const uint32_t*>(data + first * bytes), words, 1};
+  const bool stored = ring.dtype == Dtype::kBfloat16;
+  if (stored && aligned && first + count <= ring.slots && valid % 2 == 0) {
+    return {reinterpret_cast<const uint32_t*>(data + first * ring.row_bytes()), words, 1};
   }
-  char* out = reinterpret_cast<char*>(buffer);
+  uint16_t* out = reinterpret_cast<uint16_t*>(buffer);
   for (int64_t done = 0; done < count;) {
-    const int64_t size = std::min(count - done, ring.slots - first);
-    std::memcpy(out + done * bytes, data + first * bytes, size * bytes);
+    const int64_t size = std::min(count - done, ring.slots - first), elements = size * ring.block;
+    uint16_t* target = out + done * ring.block;
+    if (stored) {
+      std::memcpy(target, ring.slot(first), sizeof(uint16_t) * elements);
+    } else {
+      convert_to<Bfloat16>(static_cast<const float*>(ring.data) + first * ring.block,
+                           static_cast<int>(elements), target);
+    }
     done += size;
     first = 0;
   }
-  for (int64_t i = 0; valid % 2 && i < count; ++i) std::memset(out + i * bytes + 2 * valid, 0, 2);
+  for (int64_t i = 0; valid % 2 && i < count; ++i) out[i * ring.block + valid] = 0;
   return {buffer, words, 1};
 }
 

@@ -22,9 +22,9 @@ SMALL_BATCH, GAIN = 32, 1.5
 # By how much pairs make the forward faster where the processor multiplies them: a prediction. They
 # halve the products, and neither the additions nor the copies.
 PAIRS_GAIN = 1.5
-# Backward the sums of so many rows, rounded to bfloat16 as pairs want them, cost no more than
-# rounding the weight does; those of fewer do (docs/decisions.md).
-ROUNDED_READS = 8
+# Backward the sums of so many rows, rounded to bfloat16 as pairs want them, cost what rounding the
+# weight does, to two hundredths; those of fewer cost more (docs/decisions.md).
+ROUNDED_READS = 3
 FORWARD = ("linear", "conv2d")
 _MOST_LANES, _LEAST_LANES = 64, 16
 
@@ -111,13 +111,17 @@ UNITS = Units()
 def pairs(op: str, dtype: torch.dtype, bank_dtype: torch.dtype | None, placement: str) -> bool:
     """Whether a call multiplies pairs: in bfloat16 where the processor has an instruction for them.
 
+    A bank in float32, as under autocast, is rounded while it is read, as autocast rounds a dense
+    weight.
+
     Args:
         op: operator name.
         dtype: of the activations.
-        bank_dtype: of the bank, or of its gradient.
+        bank_dtype: of the bank, or of its gradient; None is that of the activations.
         placement: of the weight.
     """
-    if not (dtype == bank_dtype == torch.bfloat16 and native.multiplies_pairs()):
+    banks = (None, torch.bfloat16, torch.float32)
+    if dtype != torch.bfloat16 or bank_dtype not in banks or not native.multiplies_pairs():
         return False
     return op in FORWARD or reads(placement) >= ROUNDED_READS
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() 
 
 BF16, INFINITY, NAN = torch.bfloat16, float("inf"), float("nan")
 LOW = {"dtype": BF16, "bank_dtype": BF16}
+MIXED = {"dtype": BF16, "bank_dtype": torch.float32}  # as autocast has it
 
 
 @pytest.fixture(autouse=True)
@@ -136,10 +137,18 @@ def test_conv2d_against_the_written_out_weight(seed: int) -> None:
         assert alone.equal(dw), layer
 
 
-@pytest.mark.parametrize("laps", [8, 16])
-def test_errors_are_those_of_a_dense_layer(laps: int) -> None:
-    """In the root of mean squares against float64: of a rounded weight, and of rounded products."""
-    layer = Layer((128 * laps, 128), 64, slots=4096, laps=laps, dtype=BF16, scale=0.037, bias=False)
+@pytest.mark.parametrize("laps", [4, 8, 16])
+@pytest.mark.parametrize("bank_dtype", [BF16, torch.float32])
+def test_errors_are_those_of_a_dense_layer(laps: int, bank_dtype: torch.dtype) -> None:
+    """In the root of mean squares against float64: of a rounded weight, and of rounded products.
+
+    A bank in bfloat16 is rounded no more, so y is better. One in fp32 is, as the dense weight is:
+    y is as good, and dx has one rounding more than the dense layer's two.
+    """
+    layer = Layer(
+        (128 * laps, 128), 64, slots=4096, laps=laps, dtype=BF16, bank_dtype=bank_dtype,
+        scale=0.037, bias=False,
+    )  # fmt: skip
     exact, bank = layer.defined(torch.float64), layer.bank.double().flatten()
     weight = (bank[layer.index] * layer.sign.flatten() * layer.p.scale).view(layer.p.shape)
     rounded, x, dy = weight.to(BF16).double(), layer.x.double(), layer.dy.double()
@@ -150,7 +159,34 @@ def test_errors_are_those_of_a_dense_layer(laps: int) -> None:
         ours, theirs = (
             float((t.to(BF16).double() - wanted).square().mean().sqrt()) for t in (got, torchs)
         )
-        assert ours <= (0.75 if name == "y" else 1.01) * theirs, name
+        of_sums = 1.02 if laps < 8 else 1.01
+        most = {"y": 0.75, "dx": of_sums, "dw": of_sums}
+        if bank_dtype != BF16:
+            most |= {"y": 1.01, "dx": 1.25}
+        assert ours <= most[name] * theirs, name
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_bank_in_float32_is_rounded(threads: int) -> None:
+    """The bits of the same bank in bfloat16, and dw as it is before that is rounded."""
+    torch.set_num_threads(threads)
+    for columns, slots, laps in ((64, 700, 4), (109, 130, 9), (90, 41, 4)):
+        layer = Layer((331, columns), 37, granularity=32, slots=slots, laps=laps, **MIXED)
+        mixed, layer.bank = layer.results(), layer.bank.to(BF16)
+        for name, got, low in zip(NAMES, mixed, layer.results(), strict=True):
+            assert got.dtype == (torch.float32 if "dw" in name else BF16)
+            assert got.to(BF16).equal(low), f"{name}: {layer}"
+    for stride, channels in ((1, 61), (2, 64)):
+        image = Convolution(
+            (44, channels, 3, 3), 3, (5, 7), stride=(stride, stride), padding=(1, 1), slots=130,
+            granularity=32, laps=9, taps=1 if stride > 1 else None, **MIXED,
+        )  # fmt: skip
+        image.pairs = True
+        mixed = [image.forward(threads, 1, 2), *image.grads(threads, 8, 5)]
+        image.bank = image.bank.to(BF16)
+        low = [image.forward(threads, 1, 2), *image.grads(threads, 8, 5)]
+        for got, wanted in zip(mixed, low, strict=True):
+            assert got.equal(wanted), image
 
 
 def test_rings_that_end_inside_a_window() -> None:
@@ -216,16 +252,22 @@ def test_infinities_stay_where_they_are_in_conv2d(channels: int, stride: int) ->
 
 
 def test_what_multiplies_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls whose activations and bank are bfloat16; backward those whose sums are of many rows."""
+    """Calls whose activations are bfloat16; backward those whose sums are of three rows or more."""
     monkeypatch.undo()
-    low, full = (Layer((999, 64), 20, laps=laps).spec for laps in (4, 16))
+    low, full = (Layer((999, 64), 20, laps=laps).spec for laps in (2, 4))
     assert units.reads(low) < units.ROUNDED_READS < units.reads(full)
     monkeypatch.setattr(native, "multiplies_pairs", lambda: True)
     for op in lanes.PRODUCTS:
         for spec in (low, full):
             wanted = op == "linear" or spec is full
-            assert UNITS.pairs(op, BF16, BF16, 20, spec) == wanted
-            for dtypes in ((BF16, torch.float32), (torch.float16,) * 2, (torch.float32,) * 2):
+            for bank_dtype in (BF16, torch.float32):
+                assert UNITS.pairs(op, BF16, bank_dtype, 20, spec) == wanted
+            for dtypes in (
+                (BF16, torch.float16),
+                (torch.float16,) * 2,
+                (torch.float32,) * 2,
+                (torch.float32, BF16),
+            ):
                 assert not UNITS.pairs(op, *dtypes, 20, spec)
     assert not UNITS.pairs("linear", BF16, BF16, units.FEW, full)
     assert UNITS.pairs("linear_grads", BF16, BF16, units.FEW, full)
@@ -234,7 +276,7 @@ def test_what_multiplies_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_dtypes_are_refused() -> None:
-    for dtype, bank_dtype in ((torch.float16,) * 2, (torch.float32,) * 2, (BF16, torch.float32)):
+    for dtype, bank_dtype in ((torch.float16,) * 2, (torch.float32,) * 2, (BF16, torch.float16)):
         layer = Convolution((24, 32, 3, 3), 2, (5, 6), dtype=dtype, bank_dtype=bank_dtype)
         layer.pairs = True
         with pytest.raises(ValueError, match="pairs"):

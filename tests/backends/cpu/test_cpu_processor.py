@@ -11,7 +11,7 @@ from rpg_kernels import native
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cpu import processor, rules
 from rpg_kernels.backends.cpu.tiles import TILES
-from rpg_kernels.backends.cpu.units import UNITS, reads
+from rpg_kernels.backends.cpu.units import ROUNDED_READS, UNITS, reads
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import Placement
 
@@ -101,6 +101,7 @@ def weight(laps: int | None) -> str:
 def test_kernels_are_taken_where_dense_products_are_slower(name: str, machine: Machine) -> None:
     has, kind, *gains = PROCESSORS[name]
     machine.be(has, kind)
+    machine.patch.setattr(native, "multiplies_pairs", lambda: False)
     for dtype, gain in ((F32, 1), *zip((BF16, F16), gains, strict=True)):
         for op in ("linear", "linear_input_grad", "linear_bank_grad"):
             for batch in (1, 32, 33, 5000):
@@ -137,12 +138,13 @@ def test_pairs_move_the_rule_where_dense_products_are_dot_products(
             spec = weight(laps)
             shared = reads(spec)
             alone, moved = shared >= 1.5 * gain, shared >= 2
-            # Forward, of activations and a bank in bfloat16; anything else as without pairs.
+            # Of activations in bfloat16, and backward of sums of at least 3 rows.
             wanted = moved if multiplies and gain == 2 else alone
-            assert UNITS.faster("linear", BF16, 33, spec, BF16) == wanted
-            assert UNITS.faster("linear", BF16, 33, spec, F32) == alone
-            assert UNITS.faster("linear", BF16, 33, spec) == alone
-            assert UNITS.faster("linear_input_grad", BF16, 33, spec, BF16) == alone
+            for bank_dtype in (BF16, F32, None):
+                assert UNITS.faster("linear", BF16, 33, spec, bank_dtype) == wanted
+                grad = UNITS.faster("linear_input_grad", BF16, 33, spec, bank_dtype)
+                assert grad == (wanted if shared >= ROUNDED_READS else alone)
+            assert UNITS.faster("linear", BF16, 33, spec, F16) == alone
             assert UNITS.faster("linear", BF16, 32, spec, BF16)
             assert UNITS.faster("linear", F32, 33, spec, F32) == (shared >= 1.5)
 
@@ -153,8 +155,8 @@ def test_dispatch_knows_the_dtype_of_the_bank(machine: Machine) -> None:
     machine.patch.setattr(native, "multiplies_pairs", lambda: True)
     image = Placement(Generator(1024, 64, "vector", laps=2), 0, 0, (4096, 64, 1, 1), 1.0).to_json()
     geometry = ((1, 1), (0, 0), (1, 1), 1)
-    for bank_dtype in (BF16, F32):
-        bank, wanted = torch.empty(1024, 64, dtype=bank_dtype), bank_dtype == BF16
+    for bank_dtype in (BF16, F32, F16):
+        bank, wanted = torch.empty(1024, 64, dtype=bank_dtype), bank_dtype != F16
         call = Call("linear", torch.empty(100, 64, dtype=BF16), weight(2), bank)
         assert rules.Cpu().preferred(call) == wanted
         x = torch.empty(2, 64, 9, 9, dtype=BF16)
