@@ -28,7 +28,7 @@
 //   entries  [together R T / 8]         256 B   and as many numbers, shuffled
 //
 // With pairs (pairs.h) panels and windows are words of two channels, [.., block / 2, P] and
-// [W, block / 2]: half of these numbers. x, S and y are fp32.
+// [W, block / 2]: half of these numbers; so is x where channels lie side by side. S and y are fp32.
 //
 // Multiplications: W block pixels for each unit, 1 / laps of the dense ones. Additions: R T pixels,
 // each with a load of S; y is read and written once for all taps that are added together.

@@ -12,7 +12,9 @@
 //   dx        the same                    74 KB  for each thread, as what follows
 //   T         [48, pixels]                55 KB  L2
 //   own       [2, pixels of y, block]     x and dx of one tap, of strided convolutions
-//   T and x   [48, pixels / 2] and [pixels / 2, block] words, with pairs: 28 and 37 KB
+//
+// With pairs words of x, [C / block, pixels / 2, block], are there beside it for all threads (37 KB),
+// and T is [8, pixels] in fp32, 9 KB in L1, then words of two slots and halves, 28 KB each.
 //
 // Multiplications: W block pixels for each unit and gradient, 1 / laps of the dense ones.
 // Additions: one for each row, tap and pixel, with a load of dy; a line of T is written once.

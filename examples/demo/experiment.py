@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def _compare(args: argparse.Namespace, model_name: str) -> list[report.Result]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     record = _header(images, model_name, setting)
+    record["plan"] = [dataclasses.asdict(row) for row in rows]
     title = (
         f"{images.name}: {len(images.train_labels)} training and {len(images.test_labels)} test "
         f"images; {model_name} network, {args.stem} stem, {setting.schedule.epochs} epochs, "
@@ -142,9 +144,14 @@ def _train_all(
     record: dict[str, Any],
     path: Path,
 ) -> tuple[list[report.Result], list[nn.Module]]:
-    """Every row's result, and its model of seed 0."""
+    """Every row's result, and its model of seed 0.
+
+    What a run with the same options finished before it was cut short is taken from ``path``, with
+    a fresh model.
+    """
     tqdm = require("tqdm", "tqdm", "the progress bar")
     steps = train.steps_of(len(pixels.data.train_labels), setting.schedule)
+    finished = _finished(path, record)
     results: list[report.Result] = []
     models: list[nn.Module] = []
     # disable=None: no bar where the output is not a terminal.
@@ -152,7 +159,12 @@ def _train_all(
     with bar:
         for row in rows:
             bar.set_description(row.label)
-            result, model = _train_row(row, setting, pixels, lambda _: bar.update())
+            if len(results) < len(finished) and row is not rows[-1]:  # whose state is saved
+                result = finished[len(results)]
+                model: nn.Module = setting.build(row, seed=0)
+                bar.update(steps * setting.seeds)
+            else:
+                result, model = _train_row(row, setting, pixels, lambda _: bar.update())
             results.append(result)
             models.append(model)
             # Written after every network: a long run that is cut short leaves what it has.
@@ -160,6 +172,20 @@ def _train_all(
             machine.write_json(path, record)
             bar.write(f"{result.label}, DoF {result.dof:,}: {result.mean_accuracy:.1f} %")
     return results, models
+
+
+def _finished(path: Path, record: dict[str, Any]) -> list[report.Result]:
+    """The first networks of a run with the same options that never came to its end."""
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    same = isinstance(earlier, dict) and all(
+        earlier.get(key) == value for key, value in record.items() if key != "environment"
+    )
+    if not same or "total_seconds" in earlier:
+        return []
+    return [report.Result.of_record(network) for network in earlier.get("networks", [])]
 
 
 def _header(images: data.Images, model_name: str, setting: Setting) -> dict[str, Any]:

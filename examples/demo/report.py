@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,13 @@ class Result:
         if self.state is None or self.saved is None:
             raise ValueError(f"{self.label}: got no measured bytes, wanted a trained network")
         return self.state.total + self.saved.weights
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Result:
+        """The network of a ``record``, before its speed was measured."""
+        known = {field.name: record[field.name] for field in fields(cls)}
+        known |= {"state": Persistent(**known["state"]), "saved": SavedBytes(**known["saved"])}
+        return cls(**known | {"images_per_second": 0.0})
 
     def record(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.harness import memory
-from examples.demo import data, networks, train
+from examples.demo import data, experiment, networks, train
 from examples.demo.__main__ import main as demo_main
 from examples.demo.published import PublishedConv2d, share_as_published
 from rpg_kernels import RPGConfig
@@ -386,6 +386,34 @@ def test_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Weights, gradients and momentum, the running statistics of norms, and the digits of the map.
     assert by_kind["rpg"]["state_bytes"] < 12 * by_kind["rpg"]["trainable"] + 18_000
     assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png", "demo.pt"]
+
+
+def test_a_run_that_was_cut_short_is_continued(tmp_path: Path) -> None:
+    """With the same options; its last network is trained in any case, for the state to save."""
+    arguments = "--images 32 --test-images 10 --epochs 1 --batch-size 32 --dof 2048 --seeds 1"
+    path, mark = tmp_path / "demo.json", [[123.0]]
+
+    def made() -> dict[str, Any]:
+        assert run([*arguments.split(), "--out", str(tmp_path)]) == 0
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
+
+    record = made()
+    wanted = [mark, *(network["curves"] for network in record["networks"][1:])]
+    same = {key: record[key] for key in ("data", "schedule", "plan", "seeds")}
+    assert experiment._finished(path, same) == []  # it came to its end
+    del record["networks"][2:], record["total_seconds"]
+    record["networks"][0]["curves"] = mark
+    path.write_text(json.dumps(record))
+    found = experiment._finished(path, {**same, "environment": None})
+    assert [result.curves for result in found] == wanted[:2]
+    for key in same:
+        assert experiment._finished(path, {**same, key: None}) == []
+    for broken in ("", "{", "[1]", "null"):
+        (tmp_path / "broken.json").write_text(broken)
+        assert experiment._finished(tmp_path / "broken.json", same) == []
+    assert experiment._finished(tmp_path / "none.json", same) == []
+    assert [network["curves"] for network in made()["networks"]] == wanted
 
 
 @pytest.mark.parametrize(
