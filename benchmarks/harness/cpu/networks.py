@@ -183,15 +183,16 @@ def points() -> Iterator[Point]:
         for case in _OTHERS:
             yield Point(case, dtype, 32, TRAINING, (FOUR,))
         yield Point(_TEXT, dtype, 1, TRAINING, (FOUR, SIXTEEN))
-    yield Point(_RESNET18, "fp32", 128, TRAINING, (FOUR, NINE))
-    for batch in (1, 128):
-        yield Point(_RESNET18, "fp32", batch, INFERENCE, (FOUR, NINE))
-    for case in _STAGES:
-        yield Point(case, "fp32", 1, FORWARD, (FOUR, NINE))
-        yield Point(case, "fp32", 128, TRAINING, (FOUR, NINE))
-    yield Point(_RESNET34, "fp32", 32, TRAINING, (FOUR, Bank(2_000_000, 9)))
-    yield Point(_LARGE, "fp32", 16, TRAINING, (FOUR, NINE))
-    yield Point(_VIT, "fp32", 8, TRAINING, (FOUR,))
+    for dtype in ("fp32", "bf16"):
+        yield Point(_RESNET18, dtype, 128, TRAINING, (FOUR, NINE))
+        for batch in (1, 128):
+            yield Point(_RESNET18, dtype, batch, INFERENCE, (FOUR, NINE))
+        for case in _STAGES:
+            yield Point(case, dtype, 1, FORWARD, (FOUR, NINE))
+            yield Point(case, dtype, 128, TRAINING, (FOUR, NINE))
+        yield Point(_RESNET34, dtype, 32, TRAINING, (FOUR, Bank(2_000_000, 9)))
+        yield Point(_LARGE, dtype, 16, TRAINING, (FOUR, NINE))
+        yield Point(_VIT, dtype, 8, TRAINING, (FOUR,))
 
 
 def choose(
@@ -207,7 +208,7 @@ def choose(
         ValueError: nothing is left; the message has the cases that there are.
 
     Example:
-        >>> [str(point) for point in choose(["resnet34"])]
+        >>> [str(point) for point in choose(["resnet34"], dtypes=["fp32"])]
         ['resnet34-cifar fp32 batch 32 training']
     """
     found = [
