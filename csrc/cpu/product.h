@@ -39,7 +39,9 @@ inline Floats<kVector> load_line(const float* b) { return load<kVector>(b); }
 inline Pairs<kVector> load_line(const uint32_t* b) { return load_words<kVector>(b); }
 inline Floats<kVector> splat_of(const float* a) { return splat<kVector>(*a); }
 inline Pairs<kVector> splat_of(const uint32_t* a) {
-  return static_cast<int32_t>(*a) - Pairs<kVector>{};
+  int32_t word;  // copied, since some write words as two halves
+  std::memcpy(&word, a, sizeof word);
+  return word - Pairs<kVector>{};
 }
 
 template <bool DOT>

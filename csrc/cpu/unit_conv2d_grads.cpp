@@ -13,8 +13,8 @@
 //   T         [48, pixels]                55 KB  L2
 //   own       [2, pixels of y, block]     x and dx of one tap, of strided convolutions
 //
-// With pairs words of x, [C / block, pixels / 2, block], are there beside it for all threads (37 KB),
-// and T is [8, pixels] in fp32, 9 KB in L1, then words of two slots and halves, 28 KB each.
+// With pairs words of x, [C / block, pixels / 2, block], are there beside it for all threads (37
+// KB), and T is [8, pixels] in fp32, 9 KB in L1, then words of two slots and halves, 28 KB each.
 //
 // Multiplications: W block pixels for each unit and gradient, 1 / laps of the dense ones.
 // Additions: one for each row, tap and pixel, with a load of dy; a line of T is written once.
@@ -303,7 +303,7 @@ class ConvSource {
  private:
   // From then on products are made one by one: something is not finite.
   void see(const float* values, int64_t count) const {
-    if (!all_finite(values, count)) careful_.store(true, std::memory_order_relaxed);
+    if (!all_below(kInfinite, values, count)) careful_.store(true, std::memory_order_relaxed);
   }
 
   int64_t images_in(int64_t height) const {  // tiles of an image

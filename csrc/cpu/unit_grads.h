@@ -38,14 +38,18 @@
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
 
-inline bool all_finite(const float* values, int64_t count) {
+constexpr uint32_t kInfinite = 0x7F800000u;          // bits of infinity
+constexpr uint32_t kRoundsToInfinite = 0x7F7F8000u;  // of the least number that bfloat16 lacks
+
+// Whether all magnitudes are less than the number that has the bits `limit`.
+inline bool all_below(uint32_t limit, const float* values, int64_t count) {
   uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t exponent = as_bits(values[i]) & 0x7F800000u;
-    largest = largest < exponent ? exponent : largest;
+    const uint32_t magnitude = as_bits(values[i]) & 0x7FFFFFFFu;
+    largest = largest < magnitude ? magnitude : largest;
   }
-  return largest < 0x7F800000u;
+  return largest < limit;
 }
 
 inline void multiply_all(float factor, int64_t count, float* values) {
@@ -198,8 +202,9 @@ class UnitGrads {
     const int64_t block = law_.granularity, slots = law_.slots, plane = size_.t_plane;
     const int64_t first = (planned.window.base + o * kOctet) % slots, size = count * kOctet;
     const float* window = args_.dx ? window_rows(ring_, first, size, memory.window) : nullptr;
-    const bool careful =
-        Source::kReaches && (source_.is_careful() || (window && !all_finite(window, size * block)));
+    const uint32_t limit = args_.pairs ? kRoundsToInfinite : kInfinite;
+    const bool careful = Source::kReaches && (source_.is_careful() ||
+                                              (window && !all_below(limit, window, size * block)));
     const bool pairs = args_.pairs && !careful;
     uint8_t read[kMostChunk];
     bool whole = true;

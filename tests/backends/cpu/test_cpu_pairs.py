@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pair_brute
 import processes
@@ -88,6 +89,47 @@ def test_conv2d_is_what_pairs_define(stride: int, channels: int) -> None:
         wanted_dx, wanted_dw = pair_brute.conv2d_grads(layer)
         assert dx.equal(wanted_dx.to(BF16)), layer
         assert dw.equal(wanted_dw.float()), layer
+
+
+@pytest.mark.parametrize("bank_dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("channels", [31, 61, 64])
+def test_channels_last_is_what_pairs_define(channels: int, bank_dtype: torch.dtype) -> None:
+    """Bit for bit, of images alone and of a part of larger ones, with NaN around it."""
+    for cut in (False, True):
+        for lanes_, threads in ((1, 1), (8, 2), (24, 3)):
+            layer = Convolution(
+                (41, channels, 3, 3), 3, (5, 7), padding=(1, 1), slots=5000, granularity=32,
+                bias=False, dtype=BF16, bank_dtype=bank_dtype,
+            )  # fmt: skip
+            pair_brute.whole_numbers(layer)
+            for name in ("x", "dy"):
+                images = getattr(layer, name)
+                n, c, *size = images.shape
+                more = images.new_full((n, c + 3 * cut, *size), NAN)
+                more = more.contiguous(memory_format=torch.channels_last)
+                more[:, :c] = images
+                setattr(layer, name, more[:, :c])
+            layer.pairs = True
+            assert layer.forward(threads, lanes_, 2).equal(layer.exact()[0].to(BF16)), layer
+            dx, dw = layer.grads(threads, lanes_, 2)
+            wanted_dx, wanted_dw = pair_brute.conv2d_grads(layer)
+            assert dx.equal(wanted_dx.to(BF16)), layer
+            assert dw.equal(wanted_dw.float()), layer
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_numbers_that_bfloat16_lacks(stride: int) -> None:
+    """One of them rounds to infinity, and meets no pixel that its taps do not reach."""
+    layer = Convolution(
+        (12, 32, 3, 3), 1, (5, 6), granularity=32, laps=9, padding=(1, 1), bias=False, scale=1.0,
+        stride=(stride, stride), taps=1 if stride > 1 else None, **MIXED,
+    )  # fmt: skip
+    layer.dy.zero_()
+    layer.dy[0, 0, 1, 1] = 2.0**-20
+    layer.bank.view(-1)[layer.index[0]] = 3.4e38
+    for pairs in (False, True):
+        layer.pairs = pairs
+        assert layer.grads(1, 1, 5)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -209,14 +251,18 @@ def test_a_bank_that_is_not_aligned() -> None:
         assert got.equal(exact)
 
 
+@pytest.mark.parametrize("bank_dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("kind", test_cpu_units.KINDS, ids=str)
-def test_infinities_stay_where_they_are_in_linear(kind: dict[str, int]) -> None:
+def test_infinities_stay_where_they_are_in_linear(
+    kind: dict[str, int], bank_dtype: torch.dtype
+) -> None:
     for rows, columns, threads, values in (
         (13, 110, 1, (INFINITY, NAN, -INFINITY)),
         (101, 109, 2, (-INFINITY, INFINITY, NAN)),
     ):
         torch.set_num_threads(threads)
-        layer = Layer((rows, columns), 21, dtype=BF16, bias=False, **kind)  # type: ignore[arg-type]
+        dtypes: dict[str, Any] = {"dtype": BF16, "bank_dtype": bank_dtype}
+        layer = Layer((rows, columns), 21, bias=False, **dtypes, **kind)
         unused = test_cpu_units.unread(layer)
         for value in (INFINITY, NAN):  # beside an odd last element, and where no row reads
             layer.bank.view(-1)[unused] = value
@@ -230,16 +276,19 @@ def test_infinities_stay_where_they_are_in_linear(kind: dict[str, int]) -> None:
             tensor.copy_(kept)
 
 
+@pytest.mark.parametrize("dtypes", [LOW, MIXED], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("channels", [30, 31])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_infinities_stay_where_they_are_in_conv2d(channels: int, stride: int) -> None:
+def test_infinities_stay_where_they_are_in_conv2d(
+    channels: int, stride: int, dtypes: dict[str, torch.dtype]
+) -> None:
     read = {"y": ("x", "bank"), "dx": ("dy", "bank"), "dw": ("x", "dy")}
     for laps, size in ((4, (5, 7)), (9, (4, 16))):
         for name, tensors in read.items():
             for tensor in tensors:
                 layer = Convolution(
                     (12, channels, 3, 3), 2, size, stride=(stride, 1), padding=(1, 1), laps=laps,
-                    granularity=32, taps=1 if stride > 1 else None, bias=False, **LOW,
+                    granularity=32, taps=1 if stride > 1 else None, bias=False, **dtypes,
                 )  # fmt: skip
                 layer.pairs = True
                 unused = torch.ones(layer.bank.numel(), dtype=torch.bool)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import guard_pages
+import processes
 import pytest
 import torch
 import unit_images
@@ -78,6 +81,45 @@ def test_operators(seed: int, workspaces: list[int]) -> None:
             close(usual, wanted, f"{name}, by dispatch: {layer}", eps)
             assert got.equal(again), f"{name}: {layer}"
         workspaces.clear()
+
+
+def check_pages() -> None:
+    """The program of the processes below: nothing is read or written beyond any tensor."""
+    rng = random.Random(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit_images, "empty_image", lambda *how: guard_pages.moved(empty_image(*how)))
+        layers = [*unit_images.convolutions(24, 7)]
+        for channels in (31, 48, 61):
+            for dtype in unit_images.DTYPES:
+                for kind in (0, 1):
+                    layer = Convolution(
+                        (33, channels, 3, 3), 9, (4, 6), granularity=32, padding=(1, 1),
+                        dtype=dtype, bank_dtype=rng.choice([dtype, torch.float32]),
+                    )  # fmt: skip
+                    layer.x = unit_images.laid_out(kind, layer.x)
+                    layer.dy = unit_images.laid_out(kind, layer.dy)
+                    layers.append(layer)
+        for layer in layers:
+            for name in ("x", "dy", "bank"):
+                setattr(layer, name, guard_pages.moved(getattr(layer, name)))
+            may_pair = layer.x.dtype == torch.bfloat16 and layer.bank.dtype != torch.float16
+            layer.pairs = may_pair and rng.random() < 0.7
+            height, lanes = layer.x.shape[2], rng.choice([1, 8, 16])
+            layer.forward(rng.choice([1, 3]), lanes, rng.randint(1, layer.dy.shape[2]))
+            strided = max(layer.how[0]) > 1
+            layer.grads(rng.choice([1, 3]), lanes, height if strided else rng.randint(1, height))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is protected as Linux does it")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_nothing_beyond_a_tensor_is_touched(isa: str) -> None:
+    if isa not in native.build_info()["isas"]:
+        pytest.skip(f"{isa} is not compiled in")
+    program = "import test_cpu_unit_conv2d as t; t.check_pages()"
+    done = processes.python(program, RPG_KERNELS_ISA=isa)
+    if f"RPG_KERNELS_ISA: got {isa}" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
 
 
 def test_taps_that_share_blocks_are_left_to_the_reference() -> None:
