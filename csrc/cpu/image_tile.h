@@ -146,7 +146,7 @@ inline void store_channels(const float* tile, const TileLayoutOf& layout, const 
 }
 
 // Squares of 8 columns of a row and 8 lanes, where columns lie side by side in the view and lanes
-// in the tile: calls visit(column, lane, view element, tile offset) for their corners.
+// in the tile: calls visit(column, lane, channel, view element, tile offset) for their corners.
 template <class Visit>
 inline void for_squares(const ImageView& view, const TilePart& part, const TileLayoutOf& layout,
                         const Visit& visit) {
