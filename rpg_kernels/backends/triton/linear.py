@@ -103,6 +103,8 @@ def _forward_kernel(
     x_ptrs = x_ptr + x_row[:, None] + column[None, :]
     step_x = tl.full([], BLOCK_K, tl.int64) * stride_xk
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # A loop that may not run at all makes ptxas wait for each product before it starts the next.
+    tl.assume(steps > 0)
     for step in range(0, steps):
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,

@@ -88,7 +88,9 @@ def _bank_grad_kernel(
     step_dy = tl.full([], BLOCK_M, tl.int64) * stride_dym
     step_x = tl.full([], BLOCK_M, tl.int64) * stride_xm
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for m0 in range(begin, tl.minimum(begin + span, M), BLOCK_M):
+    end = tl.minimum(begin + span, M)
+    tl.assume(begin < end)  # see linear.py
+    for m0 in range(begin, end, BLOCK_M):
         mask_m = (m0 + offs_m < M)[:, None]
         dy = tl.load(dy_ptrs, mask=mask_m & mask_n[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
