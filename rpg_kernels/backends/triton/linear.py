@@ -105,6 +105,7 @@ def _forward_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # A loop that may not run at all makes ptxas wait for each product before it starts the next.
     tl.assume(steps > 0)
+    tl.assume(steps <= 1 << 27)  # 2^31 columns
     for step in range(0, steps):
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
@@ -184,6 +185,7 @@ def _input_grad_kernel(
     dy_ptrs = dy_ptr + dy_row[:, None] + (offs_n.to(tl.int64) * stride_dyn)[None, :]
     step_dy = tl.full([], BLOCK_N, tl.int64) * stride_dyn
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    tl.assume(N > 0)
     for n0 in range(0, N, BLOCK_N):
         n = tl.minimum(n0 + offs_n, N - 1)
         live = None if EVEN_N else n0 + offs_n < N
