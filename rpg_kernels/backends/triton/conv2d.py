@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.reference import conv2d as reference
+from rpg_kernels.backends.triton import ahead, pixels, plan, weights
 from rpg_kernels.backends.triton import linear as pointwise
-from rpg_kernels.backends.triton import pixels, plan, weights
 from rpg_kernels.backends.triton.config import Config, dot_precision
 from rpg_kernels.backends.triton.conv2d_bank_grad import conv2d_bank_grad
 from rpg_kernels.backends.triton.conv2d_input_grad import conv2d_input_grad
@@ -288,7 +288,7 @@ def _launch(
     g = pixels.groups_of(p, groups, launch.row, launch.rows)
     m = y.shape[0] * y.shape[2] * y.shape[3]
     tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
-    _forward_kernel[(plan.cdiv(m, c.block_m) * tiles_n,)](
+    ahead.launch(_forward_kernel, (plan.cdiv(m, c.block_m) * tiles_n,))(
         x, bank.ring, launch.words, entries.tensor, y if bias is None else bias, y,
         m, launch.rows, *x.shape[2:], *y.shape[2:], *x.stride(), *y.stride(), *view.numbers,
         g.per_group, g.first, g.offset, columns, matrix.channels, p.selection[1][0],

@@ -13,8 +13,8 @@ from torch import Tensor
 from rpg_kernels import settings
 from rpg_kernels.backends.reference import conv2d as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
+from rpg_kernels.backends.triton import ahead, linear_bank_grad, pixels, plan, sum_uses, weights
 from rpg_kernels.backends.triton import law as device_law
-from rpg_kernels.backends.triton import linear_bank_grad, pixels, plan, sum_uses, weights
 from rpg_kernels.backends.triton.config import Config, dot_precision
 from rpg_kernels.law.placement import Placement, parse, split
 
@@ -290,7 +290,7 @@ def _launch(
     tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
     m, tiles = batch * out_h * out_w, tiles_n * parts * matrix.runs
     splits, span = linear_bank_grad.spans(m, c, scatter)
-    _bank_grad_kernel[(tiles * splits,)](
+    ahead.launch(_bank_grad_kernel, (tiles * splits,))(
         dy, x, launch.words, _magic(out_h, out_w, dy.device), entries.tensor, out,
         m, launch.rows, *x.shape[2:], out_h, out_w, *dy.stride(), *x.stride(),
         *view.numbers, g.per_group, g.first, g.offset,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.reference import conv2d as reference
-from rpg_kernels.backends.triton import entries, pixels, plan, weights
+from rpg_kernels.backends.triton import ahead, entries, pixels, plan, weights
 from rpg_kernels.backends.triton import law as device_law
 from rpg_kernels.backends.triton import linear as pointwise
 from rpg_kernels.backends.triton.config import Config, dot_precision
@@ -348,7 +348,7 @@ def _launch(
     g = pixels.groups_of(p, groups, launch.row, launch.rows)
     tiles_k, parts = g.count * steps, plan.cdiv(g.per_group, c.block_n)
     even_n = g.per_group % c.block_n == 0 and g.offset == 0 and launch.rows % g.per_group == 0
-    _input_grad_kernel[(plan.cdiv(m, c.block_m) * tiles_k,)](
+    ahead.launch(_input_grad_kernel, (plan.cdiv(m, c.block_m) * tiles_k,))(
         dy, bank.ring, launch.words, entries.tensor, out,
         m, launch.rows, *dy.shape[2:], one.height, one.width, *dy.stride(), *out.stride(),
         *view.numbers, view.first_tap, *view.taps_apart,

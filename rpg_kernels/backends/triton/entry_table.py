@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.backends.triton import entries
+from rpg_kernels.backends.triton import ahead, entries
 from rpg_kernels.backends.triton import law as device_law
 
 _position, _law_entry, _vector_sign = entries.position, entries.law_entry, entries.vector_sign
@@ -81,7 +81,7 @@ def write(
     """
     number, rows = out.shape
     block = 1024 if rows >= 1024 else 128  # one entry a thread at least, and two kernels at most
-    _slots_kernel[(number * -(-rows // block),)](
+    ahead.launch(_slots_kernel, (number * -(-rows // block),))(
         words, out, rows, number // runs, row0, blocks, run_blocks, low,
         _SIGNS.index(sign) if sign in _SIGNS else 0, law, block,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.backends.triton import plan, weights
+from rpg_kernels.backends.triton import ahead, plan, weights
 from rpg_kernels.backends.triton.config import (
     Config,
     choose,
@@ -297,7 +297,7 @@ def _launch_forward(
         plan.unit(a.dtype, columns, a.stride(0)),
     )
     of_k = of_k if cols.first % of_k == 0 else 1
-    _forward_kernel[grid](
+    ahead.launch(_forward_kernel, grid)(
         a, bank.ring, launch.words, entries.tensor, out if bias is None else bias[part],
         out[:, part], m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_k, a.stride(1), out.stride(0) // of_n,
@@ -394,7 +394,7 @@ def _launch_input_grad(
         plan.unit(out.dtype, columns, out.stride(0)),
     )
     of_k = of_k if first % of_k == 0 else 1
-    _input_grad_kernel[(plan.cdiv(m, c.block_m) * steps,)](
+    ahead.launch(_input_grad_kernel, (plan.cdiv(m, c.block_m) * steps,))(
         a, bank.ring, launch.words, entries.tensor, out, m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_n, a.stride(1), out.stride(0) // of_k, entries.stride, launch.row0,
         p.matrix.blocks, low, first // of_k, steps, bank.scale,

@@ -10,7 +10,7 @@ from torch import Tensor
 from rpg_kernels import settings
 from rpg_kernels.backends.reference import linear as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
-from rpg_kernels.backends.triton import plan, sum_uses, weights
+from rpg_kernels.backends.triton import ahead, plan, sum_uses, weights
 from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gpu
 from rpg_kernels.law.placement import Placement, parse, split
 
@@ -220,7 +220,7 @@ def _launch(
         plan.unit(b.dtype, columns, b.stride(0)),
     )
     of_k = of_k if cols.first % of_k == 0 else 1
-    _bank_grad_kernel[(plan.cdiv(launch.rows, c.block_n) * steps * splits,)](
+    ahead.launch(_bank_grad_kernel, (plan.cdiv(launch.rows, c.block_n) * steps * splits,))(
         a, b, launch.words, entries.tensor, out, m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_n, a.stride(1), b.stride(0) // of_k, b.stride(1), entries.stride,
         launch.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps, span, p.scale,

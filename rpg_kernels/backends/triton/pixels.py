@@ -269,7 +269,7 @@ def images(batch: int, pixels: int) -> Iterator[tuple[int, int]]:
 
 
 def too_large(p: Placement, *images: Tensor) -> bool:
-    """Whether a single image has more pixels, or the weight more steps, than a launch can number."""
+    """Whether a single image has more pixels, or the weight more steps, than launches number."""
     rows, columns, _, taps_w = p.selected_shape
     taps = p.matrix.taps
     # Of the smallest tiles, with a block more at either end of a run.

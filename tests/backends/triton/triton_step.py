@@ -20,8 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rpg_kernels as rpg
 from rpg_kernels.backends.call import OPERATORS
-from rpg_kernels.backends.triton import conv2d, embedding, linear, unpack
+from rpg_kernels.backends.proving import trial
+from rpg_kernels.backends.proving.trial import Trial
+from rpg_kernels.backends.triton import config, conv2d, embedding, linear, unpack
+from rpg_kernels.backends.triton.rules import Triton
 from rpg_kernels.models import resnet18
+from rpg_kernels.ops import _library as library
 
 MODULES = {"linear": linear, "conv2d": conv2d, "embedding": embedding, "unpack": unpack}
 
@@ -77,11 +81,40 @@ def kernels(
     return found
 
 
-def resnet(images: int = 128, size: int = 224, **config: Any) -> tuple[nn.Module, Tensor]:
+def on_trial(op: str, args: tuple[Any, ...]) -> tuple[Trial, tuple[Any, ...]]:
+    """What the call is tried with, and its operands, on meta."""
+    made = trial.made(Triton(), library.call(op, args, ""))
+    operands = [
+        torch.empty_strided(
+            o["shape"], o["stride"], dtype=getattr(torch, o["dtype"]), device="meta"
+        )
+        if isinstance(o, dict)
+        else getattr(torch, o)
+        if role == "dtype"
+        else o
+        for role, o in zip(trial.ROLES[op], made.operands, strict=True)
+    ]
+    return made, tuple(operands)
+
+
+def kernels_on_trial(
+    made: list[tuple[str, tuple[Any, ...]]], architecture: int
+) -> set[launches.Specialisation]:
+    """What the trials of calls are compiled to."""
+    found: set[launches.Specialisation] = set()
+    gpu = every.GPUS[architecture]
+    for op, args in made:
+        one, operands = on_trial(op, args)
+        with config.as_if(*one.parts), every.as_on(gpu, {}), launches.recorded(found.add):
+            getattr(MODULES[OPERATORS[op]], op)(*operands)
+    return found
+
+
+def resnet(images: int = 128, size: int = 224, **bank: Any) -> tuple[nn.Module, Tensor]:
     """ResNet-18 in bfloat16 with a bank in float32, as under autocast, and its input."""
     with torch.device("meta"):
         model = resnet18(10, stem="imagenet")
-    model = rpg.convert(model, rpg.RPGConfig(**{"dof": 2_000_000, **config})).bfloat16()
+    model = rpg.convert(model, rpg.RPGConfig(**{"dof": 2_000_000, **bank})).bfloat16()
     model.rpg_bank.float()
     return model, torch.empty(images, 3, size, size, dtype=torch.bfloat16, device="meta")
 

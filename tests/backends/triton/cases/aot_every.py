@@ -90,6 +90,7 @@ def test_a_step_of_resnet18_compiles_few_kernels() -> None:
     assert len(calls) == 3 * 19
     found = {architecture: step.kernels(calls, architecture) for architecture in every.GPUS}
     assert {architecture: len(some) for architecture, some in found.items()} == {80: 11, 90: 17}
+    assert step.kernels_on_trial(calls, 90) == found[90]  # nothing is compiled in vain
     for one in found[90]:
         done = launches.compile_for(one, 90)
         c = aot.Compiled(done.asm["ptx"], done.asm["cubin"], done.metadata.shared, one.warps)
