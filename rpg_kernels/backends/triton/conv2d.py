@@ -39,12 +39,14 @@ def _forward_kernel(
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     bias_ptr,  # [N] or unused
     y_ptr,  # [B, N, out_h, out_w]
+    # Sizes of the product and of the images; N rows of one launch.
     M,
     N,
     height,
     width,
     out_h,
     out_w,
+    # Strides of the images.
     stride_xb,
     stride_xc,
     stride_xh,
@@ -53,18 +55,21 @@ def _forward_kernel(
     stride_yn,
     stride_yh,
     stride_yw,
+    # Which pixels a row reads: see pixels.Reads.
     step_h,
     step_w,
     start_h,
     start_w,
     reach_h,
     reach_w,
+    # Groups: see pixels.Groups; channels of one, and of a run of all taps.
     per_group,
     group0,
     offset,
     group_channels,
     channels,
     column0,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
@@ -73,6 +78,7 @@ def _forward_kernel(
     count,
     first,
     length,
+    # The walk: see pixels.walk.
     steps,
     parts,
     parts_magic,
@@ -80,10 +86,12 @@ def _forward_kernel(
     taps_w_magic,
     tiles_n,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
+    # What the operands allow.
     EVEN_K: tl.constexpr,
     WHOLE: tl.constexpr,
     BY_TAP: tl.constexpr,
@@ -91,9 +99,11 @@ def _forward_kernel(
     BITS_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

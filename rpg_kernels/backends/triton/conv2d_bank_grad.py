@@ -39,12 +39,14 @@ def _bank_grad_kernel(
     magic_ptr,  # [4]: magic and shift of out_w, and of out_h
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     out_ptr,  # SCATTER: [slots, G]; otherwise [N, taps, C of a group]; fp32
+    # Sizes of the product and of the images; N rows of one launch.
     M,
     N,
     height,
     width,
     out_h,
     out_w,
+    # Strides of the images.
     stride_dyb,
     stride_dyn,
     stride_dyh,
@@ -53,18 +55,21 @@ def _bank_grad_kernel(
     stride_xc,
     stride_xh,
     stride_xw,
+    # Which pixels a row reads: see pixels.Reads.
     step_h,
     step_w,
     start_h,
     start_w,
     reach_h,
     reach_w,
+    # Groups: see pixels.Groups; channels of one, and of a run of all taps.
     per_group,
     group0,
     offset,
     group_channels,
     channels,
     column0,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
@@ -73,6 +78,7 @@ def _bank_grad_kernel(
     count,
     first,
     length,
+    # The walk: see pixels.walk.
     parts,
     taps,
     taps_w,
@@ -80,16 +86,20 @@ def _bank_grad_kernel(
     tiles,
     span,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
+    # What the operands allow.
     LINES: tl.constexpr,
     BY_TAP: tl.constexpr,
     SCATTER: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -76,12 +76,14 @@ def _input_grad_kernel(
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     dx_ptr,  # [B, C, rows of the class, columns of the class]
+    # Sizes of the product and of the images; N rows of one launch.
     M,
     N,
     height,
     width,
     class_h,
     class_w,
+    # Strides of the images.
     stride_dyb,
     stride_dyn,
     stride_dyh,
@@ -90,6 +92,7 @@ def _input_grad_kernel(
     stride_dxc,
     stride_dxh,
     stride_dxw,
+    # Which pixels a row reads: see pixels.Reads.
     step_h,
     step_w,
     start_h,
@@ -99,12 +102,14 @@ def _input_grad_kernel(
     first_tap,
     tap_down,
     tap_across,
+    # Groups: see pixels.Groups; channels of one, and of a run of all taps.
     per_group,
     group0,
     offset,
     group_channels,
     channels,
     column0,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
@@ -113,6 +118,7 @@ def _input_grad_kernel(
     count,
     first,
     length,
+    # The walk: see pixels.walk.
     steps,
     turns,
     parts,
@@ -121,10 +127,12 @@ def _input_grad_kernel(
     taps_w_magic,
     tiles_k,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
+    # What the operands allow.
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     BY_TAP: tl.constexpr,
@@ -132,9 +140,11 @@ def _input_grad_kernel(
     BITS_W: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

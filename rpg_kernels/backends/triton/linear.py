@@ -46,31 +46,39 @@ def _forward_kernel(
     entry_ptr,  # see entries.entry
     bias_ptr,  # [N] or unused
     y_ptr,  # [M, N], N contiguous
+    # Sizes of the product; N rows of one launch.
     M,
     N,
     K,
+    # Strides of its operands and of the result.
     stride_xm,
     stride_xk,
     stride_ym,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
     low,
     first,
+    # The walk.
     steps,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
+    # What the operands allow.
     EVEN_K: tl.constexpr,
     UNIT_N: tl.constexpr,
     UNIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -136,32 +144,40 @@ def _input_grad_kernel(
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     dx_ptr,  # [M, K], K contiguous
+    # Sizes of the product; N rows of one launch.
     M,
     N,
     K,
+    # Strides of its operands and of the result.
     stride_dym,
     stride_dyn,
     stride_dxm,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
     low,
     first,
+    # The walk.
     steps,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
+    # What the operands allow.
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     UNIT_N: tl.constexpr,
     UNIT_K: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -25,32 +25,40 @@ def _bank_grad_kernel(
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     out_ptr,  # SCATTER: [slots, G]; otherwise [N, K]; fp32
+    # Sizes of the product; N rows of one launch.
     M,
     N,
     K,
+    # Strides of its operands and of the result.
     stride_dym,
     stride_dyn,
     stride_xm,
     stride_xk,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
     low,
     first,
+    # The walk.
     steps,
     span,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
+    # What the operands allow.
     SCATTER: tl.constexpr,
     ADD: tl.constexpr,
     UNIT_N: tl.constexpr,
     UNIT_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
