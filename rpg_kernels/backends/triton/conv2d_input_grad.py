@@ -157,8 +157,8 @@ def _input_grad_kernel(
     Tile: BLOCK_M pixels x BLOCK_K channels of one group, the columns of one step of a run; BLOCK_N
     rows of the weight at a time, all rows of a tap in turn. Grid: one program per tile, grouped.
     Shared memory: a ring of (BLOCK_M + BLOCK_K) * BLOCK_N elements, 146 KiB at 128 x 64 x 256 with
-    5 stages in 16 bits, of which 3 hold tiles. Budget at that size on sm_90: 2.8 lane-instructions
-    per generated weight with entries in scratch and folded signs, 6.2 with element signs.
+    5 stages in 16 bits, of which 3 hold tiles. Budget at that size on sm_90: 2.6 lane-instructions
+    per generated weight with entries in scratch and folded signs, 6.0 with element signs.
     Where not BY_TAP (fewer than 8 channels) every weight of the tile finds its own entry.
     """
     pid = tl.program_id(0)

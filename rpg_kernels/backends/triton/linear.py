@@ -89,8 +89,8 @@ def _forward_kernel(
     Tile: BLOCK_M x BLOCK_N, BLOCK_K columns a step; padded columns count from block ``low``, of
     which x's column 0 is number ``first``. Grid: one program per tile, grouped for the L2 cache.
     Shared memory: a ring of (BLOCK_M + BLOCK_N) * BLOCK_K elements, 146 KiB at 128 x 256 x 64 with
-    5 stages in 16 bits (3 of tiles). Budget at that size on sm_90: 2.0 lane-instructions per
-    generated weight with entries in scratch and folded signs, 4.9 with element signs; 11 with the
+    5 stages in 16 bits (3 of tiles). Budget at that size on sm_90: 1.8 lane-instructions per
+    generated weight with entries in scratch and folded signs, 4.8 with element signs; 11 with the
     law in line.
     K, first and stride_xm come in units of UNIT_K elements, N and stride_ym of UNIT_N: 16 bytes
     where all are multiples, so that the compiler knows.
