@@ -17,6 +17,7 @@ from rpg_kernels import _checks, settings
 from rpg_kernels._wrappers import unwrap
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.proving import waiting
 from rpg_kernels.explanation import reached
 from rpg_kernels.ops import _library as lib
 
@@ -84,8 +85,11 @@ def prove(
     for forward, y in found:
         for call in (forward, *(_backward(forward, y) if backward else ())):
             kinds.setdefault(_kind(call), call)
-    for call in _shown(list(kinds.values()), progress):
-        dispatch.implementation(call)
+    with contextlib.nullcontext() if progress else waiting.hidden():
+        dispatch.compile_ahead(list(kinds.values()))
+    with waiting.hidden():
+        for call in _shown(list(kinds.values()), progress):
+            dispatch.implementation(call)
     return [dispatch.explain(call) for call in kinds.values()]
 
 

@@ -6,7 +6,7 @@ The first registered back end that can run a call and prefers it does. A forced 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,13 @@ def implementation(call: Call) -> Callable[..., Tensor]:
     for left_aside in failed:
         proving.warn_once(left_aside, call, backend.name)
     return backend.operator(call)
+
+
+def compile_ahead(calls: Sequence[Call]) -> None:
+    """Compile what calls will be tested with, many kernels at once: those of the back end that each
+    is given to first."""
+    asked = ((next(b for b in registry.backends() if b.takes(call)), call) for call in calls)
+    proving.compile_ahead([pair for pair in asked if pair[0].must_prove])
 
 
 def both_grads(call: Call, other: Call) -> Callable[..., tuple[Tensor, Tensor]] | None:

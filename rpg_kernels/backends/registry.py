@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from types import ModuleType
@@ -119,6 +119,10 @@ class Backend(ABC):
         """While a call has a small part of a batch ``times`` as large, and of a weight with
         ``rows`` times as many rows, and must be configured as if it had all of both."""
         return contextlib.nullcontext()
+
+    def compile_ahead(self, calls: Sequence[Callable[[], object]]) -> None:  # noqa: B027  a hook
+        """Compile what these calls of this back end will launch, many kernels at once, and launch
+        nothing. By default nothing is made: for kernels that are compiled at their first call."""
 
     def untried(self, call: Call) -> Callable[..., Tensor]:
         """As ``operator``, but as if all kernels that are lent were proved: a trial runs it."""

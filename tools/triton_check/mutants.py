@@ -201,8 +201,8 @@ MUTANTS = (
     Mutant(
         "a pixel below the image is read",
         "conv2d_input_grad.py",
-        "_inside(top + down, height)",
-        "_inside(top + down, height + 1)",
+        "_inside(top + th * reach_h, height)",
+        "_inside(top + th * reach_h, height + 1)",
         "conv2d.py",
         "test_stems_and_many_taps",
         f"{_BOUNDS}|{_VALUE}",

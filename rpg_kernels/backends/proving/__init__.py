@@ -12,7 +12,14 @@ verdict is kept in the user's cache folder for this GPU, driver and these versio
 also done where no other process can use the device. Forcing a back end skips its trials.
 """
 
-from rpg_kernels.backends.proving.trust import proved, refused, said, state, warn_once
+from rpg_kernels.backends.proving.trust import (
+    compile_ahead,
+    proved,
+    refused,
+    said,
+    state,
+    warn_once,
+)
 from rpg_kernels.backends.proving.verdicts import folder
 
-__all__ = ["folder", "proved", "refused", "said", "state", "warn_once"]
+__all__ = ["compile_ahead", "folder", "proved", "refused", "said", "state", "warn_once"]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from typing import IO, Any
 
 import torch
@@ -70,14 +71,32 @@ class TrialProcess:
             self.close()
             raise
 
-    def _asked(self, trial: Trial) -> Verdict:
+    def compile_ahead(self, trials: Sequence[Trial]) -> bool:
+        """Let it compile what trials will run; whether it did. They are to be made all the same.
+
+        Raises:
+            CannotStartError: as ``verdict``.
+        """
+        try:
+            self._begin(json.dumps([trial.to_json() for trial in trials]))
+            done = self._answer(LIMIT) is not None
+        except BaseException:
+            self.close()
+            raise
+        if not done:
+            self.close()
+        return done
+
+    def _begin(self, asked: str) -> None:
         for _ in range(2):  # a process that was idle may end as it is asked
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            if self._ask(trial):
-                break
-        else:
-            raise CannotStartError("the process for tests ends when it is asked")
+            if self._ask(asked):
+                return
+        raise CannotStartError("the process for tests ends when it is asked")
+
+    def _asked(self, trial: Trial) -> Verdict:
+        self._begin(trial.to_json())
         answer = self._answer(LIMIT)
         if answer is None:
             return self._ended()
@@ -123,12 +142,12 @@ class TrialProcess:
             self.close()
             raise CannotStartError(said)
 
-    def _ask(self, trial: Trial) -> bool:
-        """Whether the trial has begun."""
+    def _ask(self, asked: str) -> bool:
+        """Whether it has begun with a line."""
         assert self._process is not None
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(trial.to_json() + "\n")
+            self._process.stdin.write(asked + "\n")
             self._process.stdin.flush()
         except OSError:
             self.close()

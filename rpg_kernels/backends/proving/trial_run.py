@@ -19,7 +19,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -265,8 +266,9 @@ class _Watch:
 
 
 def main(device: str) -> None:
-    """Run the trials that standard input holds, a line each; say on the real standard output what
-    becomes of them. Ends after one that raised, since its CUDA context may be lost."""
+    """Run the trials that standard input holds, a line each; of a list of them compile what
+    they launch. Say on the real standard output what becomes of them. Ends after one that raised,
+    since its CUDA context may be lost."""
     say = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
 
@@ -281,11 +283,31 @@ def main(device: str) -> None:
     for line in sys.stdin:
         watch.stop()
         tell(state="begun")
+        asked = json.loads(line)
+        if isinstance(asked, list):
+            compile_ahead([Trial.from_json(text) for text in asked])
+            tell(state="done")
+            watch.start()
+            continue
         answer, ended = attempt(Trial.from_json(line))
         tell(state="done", **answer)
         if ended:
             return
         watch.start()
+
+
+def compile_ahead(trials: Sequence[Trial]) -> None:
+    """Compile what trials of one back end will run, without running it."""
+    importlib.import_module(trials[0].module)
+    backend = registry.find(trials[0].backend)
+
+    def made(trial: Trial) -> None:
+        device = torch.device(trial.device)
+        operands = _operands(trial, device)
+        with torch.no_grad(), _conditions(trial, device), backend.rehearsing(*trial.parts):
+            _made(backend, trial, operands)
+
+    backend.compile_ahead([partial(made, trial) for trial in trials])
 
 
 def attempt(trial: Trial) -> tuple[dict[str, Any], bool]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor
 
 from rpg_kernels import _checks, settings
 from rpg_kernels.backends.call import Call
-from rpg_kernels.backends.proving import trial, trial_process, trial_run
+from rpg_kernels.backends.proving import trial, trial_process, trial_run, waiting
 from rpg_kernels.backends.proving.verdicts import Book, Verdict
 from rpg_kernels.backends.registry import Backend
 
+AT_ONCE = 16  # trials that are compiled before the process is asked again whether it lives
 MOST = 1 << 14  # calls that are remembered, by their sizes
 
 _known: dict[Any, Verdict] = {}
@@ -53,6 +56,32 @@ def proved(backend: Backend, call: Call) -> bool:
             verdict = _found(backend, call) or _tried(backend, call)
             _remember(key, verdict)
     return not verdict.wrong
+
+
+def compile_ahead(calls: Sequence[tuple[Backend, Call]]) -> None:
+    """Compile what the trials of calls will run, many kernels at once, before they are made one by
+    one. What goes wrong is left to them to find.
+
+    Args:
+        calls: each with the back end that would run it.
+    """
+    if settings.proving() != "1":
+        return
+    with _lock:
+        by_process: dict[tuple[str, torch.device], dict[str, trial.Trial]] = {}
+        for backend, call in calls:
+            if state(backend, call) == "not tried":
+                made = trial.made(backend, call)
+                kinds = by_process.setdefault((backend.name, _with_index(call.device)), {})
+                kinds.setdefault(made.key, made)
+        for (name, device), kinds in by_process.items():
+            trials = list(kinds.values())
+            with contextlib.suppress(trial_process.CannotStartError):
+                for at in range(0, len(trials), AT_ONCE):
+                    some = trials[at : at + AT_ONCE]
+                    with waiting.line(f"compiling {name} for {len(some)} kinds of calls"):
+                        if not trial_process.of(device).compile_ahead(some):
+                            break
 
 
 def refused(backend: Backend, call: Call) -> str:
@@ -189,7 +218,7 @@ def _tried(backend: Backend, call: Call) -> Verdict:
             f"{settings.ENVIRONMENT_PROVE}=0"
         )
     made, book = trial.made(backend, call), _book(device)
-    with book.alone():
+    with waiting.line(f"testing {made.label}: {made.about()}"), book.alone():
         verdict = book.find(made.key)  # by a process that was waited for
         if verdict is None:
             verdict = _verdict(made, device)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.reference import conv2d as reference
+from rpg_kernels.backends.triton import ahead, pixels, plan, weights
 from rpg_kernels.backends.triton import linear as pointwise
-from rpg_kernels.backends.triton import pixels, plan, weights
 from rpg_kernels.backends.triton.config import Config, dot_precision
 from rpg_kernels.backends.triton.conv2d_bank_grad import conv2d_bank_grad
 from rpg_kernels.backends.triton.conv2d_input_grad import conv2d_input_grad
@@ -23,10 +23,12 @@ from rpg_kernels.law.placement import Placement, parse
 
 __all__ = ["conv2d", "conv2d_bank_grad", "conv2d_input_grad"]
 
+_MOST_STEPS = tl.constexpr(pixels.MOST_STEPS)
 _weight_tile = weights.weight_tile
 _tile_of = pointwise._tile_of
 _pixel, _inside, _tap_bits = pixels.pixel, pixels.inside, pixels.tap_bits
-_walk, _distance, _rows_of = pixels.walk, pixels.distance, pixels.rows_of
+_walk, _divide = pixels.walk, pixels.divide
+_distance, _wide, _rows_of = pixels.distance, pixels.wide, pixels.rows_of
 
 
 @triton.jit(do_not_specialize=pixels.PER_LAYER)
@@ -37,12 +39,14 @@ def _forward_kernel(
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     bias_ptr,  # [N] or unused
     y_ptr,  # [B, N, out_h, out_w]
+    # Sizes of the product and of the images; N rows of one launch.
     M,
     N,
     height,
     width,
     out_h,
     out_w,
+    # Strides of the images.
     stride_xb,
     stride_xc,
     stride_xh,
@@ -51,18 +55,21 @@ def _forward_kernel(
     stride_yn,
     stride_yh,
     stride_yw,
+    # Which pixels a row reads: see pixels.Reads.
     step_h,
     step_w,
     start_h,
     start_w,
     reach_h,
     reach_w,
+    # Groups: see pixels.Groups; channels of one, and of a run of all taps.
     per_group,
     group0,
     offset,
     group_channels,
     channels,
     column0,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
@@ -71,24 +78,32 @@ def _forward_kernel(
     count,
     first,
     length,
+    # The walk: see pixels.walk.
+    steps,
+    parts,
+    parts_magic,
+    taps_w,
+    taps_w_magic,
     tiles_n,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
+    # What the operands allow.
     EVEN_K: tl.constexpr,
     WHOLE: tl.constexpr,
     BY_TAP: tl.constexpr,
-    BITS: tl.constexpr,
-    TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr,
-    PARTS: tl.constexpr,
+    BITS_H: tl.constexpr,
+    BITS_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -99,14 +114,15 @@ def _forward_kernel(
     m is an output pixel (b, i, j), and x[m, t, c] what it reads at tap t, zero outside of the
     image. The rows n are those of one launch, ``per_group`` of them for each group of channels.
     Tile: BLOCK_M pixels x BLOCK_N rows of one group; a step is BLOCK_K padded columns of one tap
-    (of the run of all taps where not BY_TAP), PARTS steps per tap in one loop. Grid: one
+    (of the run of all taps where not BY_TAP), ``parts`` steps per tap in one loop. Grid: one
     program per tile, grouped for the L2 cache. Shared memory: a ring of (BLOCK_M + BLOCK_N) *
     BLOCK_K elements, 146 KiB at 128 x 256 x 64 with 5 stages in 16 bits, of which 3 hold tiles.
     Budget at that size on sm_90: 2.4 lane-instructions per generated weight with entries in
     scratch and folded signs, 5.3 with element signs, 0.4 of them for the place in the image and
     the masks of rows.
     WHOLE: steps cover the blocks of a row without a gap, and the weight is walked as a matrix's.
-    BITS: a row's valid taps are bits of one word. Otherwise coordinates are compared at every step.
+    BITS_H, BITS_W: a row's valid taps, at most so many, are bits of one word. Where they are 0,
+    coordinates are compared at every step.
     """
     pid = tl.program_id(0)
     pid_m, pid_n = _tile_of(pid, tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
@@ -120,19 +136,23 @@ def _forward_kernel(
     index = tl.arange(0, BLOCK_K)
     x_ptr += (group0 + group).to(tl.int64) * group_channels * stride_xc
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    tl.assume(steps > 0)  # see linear.py
+    tl.assume(steps < _MOST_STEPS)  # so that numbers of steps are not widened to int64
     if BY_TAP:
         column = index.to(tl.int64) * stride_xc
         if not EVEN_K:
             column -= tl.full([], 1, tl.int64) * first * stride_xc
         x_ptrs = x_ptr + x_row[:, None] + column[None, :]
-        if BITS:
-            bits = _tap_bits(top, left, reach_h, reach_w, height, width, TAPS_H, TAPS_W)
-        for step in range(0, TAPS_H * TAPS_W * PARTS):
-            tap, part, down, across = _walk(step, reach_h, reach_w, TAPS_W, PARTS)
+        if BITS_H > 0:
+            bits = _tap_bits(top, left, reach_h, reach_w, height, width, taps_w, BITS_H, BITS_W)
+        x_down, x_across = _wide(reach_h, stride_xh), _wide(reach_w, stride_xw)
+        x_along = _wide(BLOCK_K, stride_xc)
+        for step in range(0, steps):
+            tap, part, th, tw = _walk(step, parts, parts_magic, taps_w, taps_w_magic)
             if WHOLE:
                 w = _weight_tile(
                     bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, 0, 0,
-                    TAPS_H * TAPS_W * PARTS * BLOCK_K,
+                    steps * BLOCK_K,
                     G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                     x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
@@ -146,18 +166,19 @@ def _forward_kernel(
                     G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                     x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
-            if BITS:
+            if BITS_H > 0:
                 valid = ((bits >> tap) & 1 != 0)[:, None]
             else:
-                valid = (_inside(top + down, height) & _inside(left + across, width))[:, None]
+                valid = _inside(top + th * reach_h, height) & _inside(left + tw * reach_w, width)
+                valid = valid[:, None]
             if not EVEN_K:
                 k = part * BLOCK_K + index
                 valid = valid & ((k >= first) & (k < first + length))[None, :]
-            shift = _distance(down, across, part * BLOCK_K, stride_xh, stride_xw, stride_xc)
+            shift = _distance(th, tw, part, x_down, x_across, x_along)
             x = tl.load(x_ptrs + shift, mask=valid, other=0.0)
             acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
     else:
-        for step in range(0, PARTS):
+        for step in range(0, steps):
             w = _weight_tile(
                 bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first,
                 length, G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
@@ -166,9 +187,9 @@ def _forward_kernel(
             k = step * BLOCK_K + index
             tap = k // channels
             c = k - tap * channels - column0
-            th = tap // TAPS_W
+            th = _divide(tap, taps_w_magic)
             down = th * reach_h
-            across = (tap - th * TAPS_W) * reach_w
+            across = (tap - th * taps_w) * reach_w
             wanted = ((k < length) & (c >= 0) & (c < group_channels))[None, :]
             valid = _inside(top[:, None] + down[None, :], height) & wanted
             valid = valid & _inside(left[:, None] + across[None, :], width)
@@ -219,7 +240,7 @@ def conv2d(
     y = empty_image(x, (x.shape[0], rows, out_h, out_w))
     if y.numel() == 0:
         return y
-    if pixels.too_large(x, y):
+    if pixels.too_large(p, x, y):
         return reference.conv2d(x, bank, table, bias, placement, stride, padding, dilation, groups)
     x = pixels.lines(x, p.selected_shape[1])
     out = pixels.lines_for(y, rows // groups)
@@ -277,15 +298,17 @@ def _launch(
     g = pixels.groups_of(p, groups, launch.row, launch.rows)
     m = y.shape[0] * y.shape[2] * y.shape[3]
     tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
-    _forward_kernel[(plan.cdiv(m, c.block_m) * tiles_n,)](
+    ahead.launch(_forward_kernel, (plan.cdiv(m, c.block_m) * tiles_n,))(
         x, bank.ring, launch.words, entries.tensor, y if bias is None else bias, y,
         m, launch.rows, *x.shape[2:], *y.shape[2:], *x.stride(), *y.stride(), *view.numbers,
         g.per_group, g.first, g.offset, columns, matrix.channels, p.selection[1][0],
         entries.stride, launch.row0, matrix.blocks, matrix.run_blocks,
-        cols.low, cols.count, cols.first, cols.length, tiles_n, bank.scale,
+        cols.low, cols.count, cols.first, cols.length,
+        parts * matrix.runs, *pixels.divider(parts), *pixels.divider(view.taps[1]), tiles_n,
+        bank.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs, EVEN_K=even,
-        WHOLE=even and cols.count == matrix.run_blocks, BY_TAP=matrix.by_tap, BITS=view.in_bits,
-        TAPS_H=view.taps[0], TAPS_W=view.taps[1], PARTS=parts,
+        WHOLE=even and cols.count == matrix.run_blocks, BY_TAP=matrix.by_tap,
+        BITS_H=view.bits[0], BITS_W=view.bits[1],
         HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype, convolution=True),
         **entries.law_of(launch, bank.sign),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,

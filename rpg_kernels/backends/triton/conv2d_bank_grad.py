@@ -13,8 +13,8 @@ from torch import Tensor
 from rpg_kernels import settings
 from rpg_kernels.backends.reference import conv2d as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
+from rpg_kernels.backends.triton import ahead, linear_bank_grad, pixels, plan, sum_uses, weights
 from rpg_kernels.backends.triton import law as device_law
-from rpg_kernels.backends.triton import linear_bank_grad, pixels, plan, sum_uses, weights
 from rpg_kernels.backends.triton.config import Config, dot_precision
 from rpg_kernels.law.placement import Placement, parse, split
 
@@ -39,12 +39,14 @@ def _bank_grad_kernel(
     magic_ptr,  # [4]: magic and shift of out_w, and of out_h
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     out_ptr,  # SCATTER: [slots, G]; otherwise [N, taps, C of a group]; fp32
+    # Sizes of the product and of the images; N rows of one launch.
     M,
     N,
     height,
     width,
     out_h,
     out_w,
+    # Strides of the images.
     stride_dyb,
     stride_dyn,
     stride_dyh,
@@ -53,18 +55,21 @@ def _bank_grad_kernel(
     stride_xc,
     stride_xh,
     stride_xw,
+    # Which pixels a row reads: see pixels.Reads.
     step_h,
     step_w,
     start_h,
     start_w,
     reach_h,
     reach_w,
+    # Groups: see pixels.Groups; channels of one, and of a run of all taps.
     per_group,
     group0,
     offset,
     group_channels,
     channels,
     column0,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
@@ -73,23 +78,28 @@ def _bank_grad_kernel(
     count,
     first,
     length,
+    # The walk: see pixels.walk.
     parts,
+    taps,
+    taps_w,
     tiles_n,
     tiles,
     span,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
+    # What the operands allow.
     LINES: tl.constexpr,
     BY_TAP: tl.constexpr,
     SCATTER: tl.constexpr,
-    TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -120,18 +130,18 @@ def _bank_grad_kernel(
     if BY_TAP:
         c = padded - first
         mask_k = (c >= 0) & (c < length)
-        taps = tap + tl.zeros_like(c)
+        tap_of = tap + tl.zeros_like(c)
     else:
-        taps = padded // channels
-        c = padded - taps * channels - column0
+        tap_of = padded // channels
+        c = padded - tap_of * channels - column0
         mask_k = (padded < length) & (c >= 0) & (c < group_channels)
-    th = taps // TAPS_W
-    down, across = th * reach_h + start_h, (taps - th * TAPS_W) * reach_w + start_w
+    th = tap_of // taps_w
+    down, across = th * reach_h + start_h, (tap_of - th * taps_w) * reach_w + start_w
     x_column = c.to(tl.int64) * stride_xc + down.to(tl.int64) * stride_xh
     x_column += across.to(tl.int64) * stride_xw
     if BY_TAP:
-        tap_h = tap // TAPS_W
-        top, left = tap_h * reach_h + start_h, (tap - tap_h * TAPS_W) * reach_w + start_w
+        tap_h = tap // taps_w
+        top, left = tap_h * reach_h + start_h, (tap - tap_h * taps_w) * reach_w + start_w
     else:
         top, left = down[None, :], across[None, :]
     x_ptr += (group0 + group).to(tl.int64) * group_channels * stride_xc
@@ -141,11 +151,15 @@ def _bank_grad_kernel(
     line_shift = tl.load(magic_ptr + 1).to(tl.uint32)
     image_magic = tl.load(magic_ptr + 2).to(tl.uint32, bitcast=True)
     image_shift = tl.load(magic_ptr + 3).to(tl.uint32)
+    next_i = tl.full([], 1, tl.int64) * step_h * stride_xh  # the address of the next i, and j
+    next_j = tl.full([], 1, tl.int64) * step_w * stride_xw
     offs_m = tl.arange(0, BLOCK_M)
     dy_ptrs = dy_ptr + dy_columns + ((begin + offs_m).to(tl.int64) * stride_dyw)[:, None]
     dy_step = tl.full([], BLOCK_M, tl.int64) * stride_dyw
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for m0 in range(begin, tl.minimum(begin + span, M), BLOCK_M):
+    end = tl.minimum(begin + span, M)
+    tl.assume(begin < end)
+    for m0 in range(begin, end, BLOCK_M):
         m = m0 + offs_m
         mask_m = (m < M)[:, None]
         b, i, j = _pixel_by_magic(m, out_h, out_w, line_magic, line_shift, image_magic, image_shift)
@@ -157,7 +171,7 @@ def _bank_grad_kernel(
         if LINES:
             dy_ptrs += dy_step
         i, j = i * step_h, j * step_w
-        x_row = b64 * stride_xb + i.to(tl.int64) * stride_xh + j.to(tl.int64) * stride_xw
+        x_row = b64 * stride_xb + i64 * next_i + j64 * next_j
         valid = _inside(i[:, None] + top, height) & _inside(j[:, None] + left, width)
         x = tl.load(
             x_columns[None, :] + x_row[:, None],
@@ -179,8 +193,8 @@ def _bank_grad_kernel(
             base, first, length, G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
         )  # fmt: skip
     else:
-        row = offs_n.to(tl.int64) * (TAPS_H * TAPS_W * group_channels)
-        place = taps.to(tl.int64) * group_channels + c
+        row = offs_n.to(tl.int64) * (taps * group_channels)
+        place = tap_of.to(tl.int64) * group_channels + c
         mask = mask_n[:, None] & mask_k[None, :]
         tl.store(out_ptr + row[:, None] + place[None, :], acc, mask=mask)
 
@@ -213,7 +227,7 @@ def conv2d_bank_grad(
     columns, taps = p.selected_shape[1], p.matrix.taps
     deterministic = torch.are_deterministic_algorithms_enabled()
     height = settings.scratch_bytes(dy.device.type) // (4 * columns * taps)
-    if (deterministic and (table is not None or height == 0)) or pixels.too_large(dy, x):
+    if (deterministic and (table is not None or height == 0)) or pixels.too_large(p, dy, x):
         how = (stride, padding, dilation, groups, dtype)
         return reference.conv2d_bank_grad(dy, x, table, placement, *how)
     grad = bank_accumulator(p, dy.device, dtype)
@@ -286,16 +300,16 @@ def _launch(
     tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
     m, tiles = batch * out_h * out_w, tiles_n * parts * matrix.runs
     splits, span = linear_bank_grad.spans(m, c, scatter)
-    _bank_grad_kernel[(tiles * splits,)](
+    ahead.launch(_bank_grad_kernel, (tiles * splits,))(
         dy, x, launch.words, _magic(out_h, out_w, dy.device), entries.tensor, out,
         m, launch.rows, *x.shape[2:], out_h, out_w, *dy.stride(), *x.stride(),
         *view.numbers, g.per_group, g.first, g.offset,
         p.selected_shape[1], matrix.channels, p.selection[1][0],
         entries.stride, launch.row0, matrix.blocks, matrix.run_blocks,
-        cols.low, cols.count, cols.first, cols.length, parts, tiles_n, tiles, span, p.scale,
+        cols.low, cols.count, cols.first, cols.length, parts, matrix.taps, view.taps[1],
+        tiles_n, tiles, span, p.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p), LINES=lines,
         BY_TAP=matrix.by_tap, SCATTER=scatter,
-        TAPS_H=view.taps[0], TAPS_W=view.taps[1],
         PRECISION=dot_precision(dy.dtype, convolution=True),
         **entries.law_of(launch, plan.sign_kind(p)),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,

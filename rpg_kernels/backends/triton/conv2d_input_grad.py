@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.reference import conv2d as reference
-from rpg_kernels.backends.triton import entries, pixels, plan, weights
+from rpg_kernels.backends.triton import ahead, entries, pixels, plan, weights
 from rpg_kernels.backends.triton import law as device_law
 from rpg_kernels.backends.triton import linear as pointwise
 from rpg_kernels.backends.triton.config import Config, dot_precision
@@ -22,7 +23,7 @@ _position, _flip = entries.position, entries.flip
 _sign_word, _sign_bit = device_law.sign_word, device_law.sign_bit
 _tile_of = pointwise._tile_of
 _pixel, _inside, _tap_bits = pixels.pixel, pixels.inside, pixels.tap_bits
-_walk, _distance = pixels.walk, pixels.distance
+_walk, _distance, _wide = pixels.walk, pixels.distance, pixels.wide
 
 
 @triton.jit
@@ -75,12 +76,14 @@ def _input_grad_kernel(
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     dx_ptr,  # [B, C, rows of the class, columns of the class]
+    # Sizes of the product and of the images; N rows of one launch.
     M,
     N,
     height,
     width,
     class_h,
     class_w,
+    # Strides of the images.
     stride_dyb,
     stride_dyn,
     stride_dyh,
@@ -89,6 +92,7 @@ def _input_grad_kernel(
     stride_dxc,
     stride_dxh,
     stride_dxw,
+    # Which pixels a row reads: see pixels.Reads.
     step_h,
     step_w,
     start_h,
@@ -98,12 +102,14 @@ def _input_grad_kernel(
     first_tap,
     tap_down,
     tap_across,
+    # Groups: see pixels.Groups; channels of one, and of a run of all taps.
     per_group,
     group0,
     offset,
     group_channels,
     channels,
     column0,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
@@ -112,25 +118,33 @@ def _input_grad_kernel(
     count,
     first,
     length,
+    # The walk: see pixels.walk.
     steps,
+    turns,
+    parts,
+    parts_magic,
+    taps_w,
+    taps_w_magic,
     tiles_k,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
+    # What the operands allow.
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     BY_TAP: tl.constexpr,
-    BITS: tl.constexpr,
-    TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr,
-    PARTS: tl.constexpr,
+    BITS_H: tl.constexpr,
+    BITS_W: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -143,8 +157,8 @@ def _input_grad_kernel(
     Tile: BLOCK_M pixels x BLOCK_K channels of one group, the columns of one step of a run; BLOCK_N
     rows of the weight at a time, all rows of a tap in turn. Grid: one program per tile, grouped.
     Shared memory: a ring of (BLOCK_M + BLOCK_K) * BLOCK_N elements, 146 KiB at 128 x 64 x 256 with
-    5 stages in 16 bits, of which 3 hold tiles. Budget at that size on sm_90: 2.8 lane-instructions
-    per generated weight with entries in scratch and folded signs, 6.2 with element signs.
+    5 stages in 16 bits, of which 3 hold tiles. Budget at that size on sm_90: 2.6 lane-instructions
+    per generated weight with entries in scratch and folded signs, 6.0 with element signs.
     Where not BY_TAP (fewer than 8 channels) every weight of the tile finds its own entry.
     """
     pid = tl.program_id(0)
@@ -161,13 +175,16 @@ def _input_grad_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     column = (n_low + offs_n).to(tl.int64) * stride_dyn
     dy_ptrs = dy_ptr + dy_row[:, None] + column[None, :]
-    if BITS:
-        bits = _tap_bits(top, left, reach_h, reach_w, height, width, TAPS_H, TAPS_W)
+    if BITS_H > 0:
+        bits = _tap_bits(top, left, reach_h, reach_w, height, width, taps_w, BITS_H, BITS_W)
     k = step * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for turn in range(0, TAPS_H * TAPS_W * PARTS):
-        at, part, down, across = _walk(turn, reach_h, reach_w, TAPS_W, PARTS)
-        tap = first_tap + at // TAPS_W * tap_down + at % TAPS_W * tap_across
+    dy_down, dy_across = _wide(reach_h, stride_dyh), _wide(reach_w, stride_dyw)
+    dy_along = _wide(BLOCK_N, stride_dyn)
+    tl.assume(turns > 0)  # see linear.py
+    for turn in range(0, turns):
+        at, part, th, tw = _walk(turn, parts, parts_magic, taps_w, taps_w_magic)
+        tap = first_tap + th * tap_down + tw * tap_across
         n = n_low + part * BLOCK_N + offs_n
         live = None if EVEN_N else n < n_high
         n = tl.minimum(n, n_high - 1)
@@ -189,13 +206,14 @@ def _input_grad_kernel(
                 G, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW, dy_ptr.dtype.element_ty, scale,
                 live,
             )  # fmt: skip
-        if BITS:
+        if BITS_H > 0:
             valid = ((bits >> at) & 1 != 0)[:, None]
         else:
-            valid = (_inside(top + down, height) & _inside(left + across, width))[:, None]
+            valid = _inside(top + th * reach_h, height) & _inside(left + tw * reach_w, width)
+            valid = valid[:, None]
         if live is not None:
             valid = valid & live[None, :]
-        shift = _distance(down, across, part * BLOCK_N, stride_dyh, stride_dyw, stride_dyn)
+        shift = _distance(th, tw, part, dy_down, dy_across, dy_along)
         dy = tl.load(dy_ptrs + shift, mask=valid, other=0.0)
         acc = tl.dot(dy, w, acc, input_precision=PRECISION)
     c = k - first
@@ -254,7 +272,7 @@ def conv2d_input_grad(
     dx = empty_image(dy, input_size)
     if dx.numel() == 0:
         return dx
-    if pixels.too_large(dx, dy):
+    if pixels.too_large(p, dx, dy):
         return reference.conv2d_input_grad(
             dy, bank, table, input_size, placement, stride, padding, dilation, groups
         )
@@ -338,20 +356,19 @@ def _launch(
     padded = columns.count * matrix.block if matrix.by_tap else columns.length
     steps = plan.cdiv(padded, c.block_k)
     g = pixels.groups_of(p, groups, launch.row, launch.rows)
-    tiles_k = g.count * steps
+    tiles_k, parts = g.count * steps, plan.cdiv(g.per_group, c.block_n)
     even_n = g.per_group % c.block_n == 0 and g.offset == 0 and launch.rows % g.per_group == 0
-    _input_grad_kernel[(plan.cdiv(m, c.block_m) * tiles_k,)](
+    ahead.launch(_input_grad_kernel, (plan.cdiv(m, c.block_m) * tiles_k,))(
         dy, bank.ring, launch.words, entries.tensor, out,
         m, launch.rows, *dy.shape[2:], one.height, one.width, *dy.stride(), *out.stride(),
         *view.numbers, view.first_tap, *view.taps_apart,
         g.per_group, g.first, g.offset, p.selected_shape[1], matrix.channels, p.selection[1][0],
         entries.stride, launch.row0, matrix.blocks, matrix.run_blocks, columns.low, columns.count,
-        columns.first, columns.length, steps, tiles_k, bank.scale,
+        columns.first, columns.length, steps, math.prod(view.taps) * parts,
+        *pixels.divider(parts), *pixels.divider(view.taps[1]), tiles_k, bank.scale,
         G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
         EVEN_K=columns.first == 0 and columns.length == steps * c.block_k, EVEN_N=even_n,
-        BY_TAP=matrix.by_tap, BITS=view.in_bits,
-        TAPS_H=view.taps[0], TAPS_W=view.taps[1],
-        PARTS=plan.cdiv(g.per_group, c.block_n), ADD=add,
+        BY_TAP=matrix.by_tap, BITS_H=view.bits[0], BITS_W=view.bits[1], ADD=add,
         PRECISION=dot_precision(dy.dtype, convolution=True),
         **entries.law_of(launch, bank.sign),
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, GROUP=c.group,

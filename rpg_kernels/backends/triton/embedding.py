@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rpg_kernels.backends.reference import embedding as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
-from rpg_kernels.backends.triton import entries, plan, weights
+from rpg_kernels.backends.triton import ahead, entries, plan, weights
 from rpg_kernels.backends.triton.config import Config, choose
 from rpg_kernels.law.placement import Placement, parse
 
@@ -231,7 +231,7 @@ def _launch(
         for launch in plan.launches(p, indices.device):
             in_line = plan.entries_in_line(launch)
             entries = in_line if table is None else plan.entries_of_table(table, p, launch)
-            kernel[(plan.cdiv(m, c.block_m) * steps,)](
+            ahead.launch(kernel, (plan.cdiv(m, c.block_m) * steps,))(
                 *source, launch.words, entries.tensor, flat, *result, m, p.selected_shape[1],
                 *strides, launch.row, launch.rows, launch.row0, matrix.blocks, cols.low, cols.first,
                 steps, p.scale,

@@ -36,6 +36,8 @@ _SLOTS = tl.constexpr(5)
 _SLOTS_MAGIC = tl.constexpr(6)
 _SLOTS_SHIFT = tl.constexpr(7)
 _BASE = tl.constexpr(8)  # (start + first position of the band) mod slots
+_ROUNDS = tl.constexpr(9)  # of Feistel, and of swap-or-not
+_SWAP_ROUNDS = tl.constexpr(10)
 _SIGN_KEYS = tl.constexpr(16)  # two for each of four sign words
 _ROUND_KEYS = tl.constexpr(32)  # swap-or-not: pivots (already times Q) and keys in turn
 
@@ -44,6 +46,9 @@ _M2 = tl.constexpr(0x846CA68B)
 _S1 = tl.constexpr(0xED5AD4BB)
 _S2 = tl.constexpr(0xAC4C1B51)
 _S3 = tl.constexpr(0x31848BAB)
+
+READ = -1  # instead of the rounds of a permutation: as many as the words say
+_READ = tl.constexpr(READ)
 
 
 def divider(divisor: int) -> tuple[int, int]:
@@ -108,6 +113,7 @@ def law_words(law: LayerLaw, band: int, device: torch.device) -> Tensor:
         *divider(law.slots),
         (law.start + first) % law.slots,
     ]
+    words[9:11] = rounds(law, band)[:2]
     words[16:24] = keys(law.seed, law.layer, band, 128, 8)
     drawn = round_words(p)
     words[32 : 32 + len(drawn)] = drawn
@@ -176,8 +182,26 @@ def _swap_or_not(q, law_ptr, size, r):
 
 
 @triton.jit
+def _two_rounds(i, j, major, minor, law_ptr, r):
+    """Feistel rounds r and r + 1."""
+    j = _add_mod(j, _round_value(i, law_word(law_ptr, _ROUND_KEYS + r), minor), minor)
+    i = _add_mod(i, _round_value(j, law_word(law_ptr, _ROUND_KEYS + r + 1), major), major)
+    return i, j
+
+
+@triton.jit
 def permute(q, law_ptr, ROUNDS: tl.constexpr, SWAP_ROUNDS: tl.constexpr):
-    """q -> P(q), uint32 of any shape."""
+    """q -> P(q), uint32 of any shape. With ROUNDS = READ one kernel serves every permutation."""
+    if ROUNDS == _READ:
+        size = law_word(law_ptr, _SIZE)
+        for r in range(law_word(law_ptr, _SWAP_ROUNDS).to(tl.int32)):
+            q = _swap_or_not(q, law_ptr, size, r)
+        major, minor = law_word(law_ptr, _MAJOR), law_word(law_ptr, _MINOR)
+        i = _divide(q, law_word(law_ptr, _MINOR_MAGIC), law_word(law_ptr, _MINOR_SHIFT))
+        j = q - i * minor
+        for r in range(0, law_word(law_ptr, _ROUNDS).to(tl.int32), 2):
+            i, j = _two_rounds(i, j, major, minor, law_ptr, r)
+        q = i * minor + j
     if SWAP_ROUNDS > 0:
         size = law_word(law_ptr, _SIZE)
         for r in range(SWAP_ROUNDS):
@@ -187,10 +211,7 @@ def permute(q, law_ptr, ROUNDS: tl.constexpr, SWAP_ROUNDS: tl.constexpr):
         i = _divide(q, law_word(law_ptr, _MINOR_MAGIC), law_word(law_ptr, _MINOR_SHIFT))
         j = q - i * minor
         for r in tl.static_range(0, ROUNDS, 2):
-            key = law_word(law_ptr, _ROUND_KEYS + r)
-            j = _add_mod(j, _round_value(i, key, minor), minor)
-            key = law_word(law_ptr, _ROUND_KEYS + r + 1)
-            i = _add_mod(i, _round_value(j, key, major), major)
+            i, j = _two_rounds(i, j, major, minor, law_ptr, r)
         q = i * minor + j
     return q
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.backends.triton import plan, weights
+from rpg_kernels.backends.triton import ahead, plan, weights
 from rpg_kernels.backends.triton.config import (
     Config,
     choose,
@@ -46,31 +46,39 @@ def _forward_kernel(
     entry_ptr,  # see entries.entry
     bias_ptr,  # [N] or unused
     y_ptr,  # [M, N], N contiguous
+    # Sizes of the product; N rows of one launch.
     M,
     N,
     K,
+    # Strides of its operands and of the result.
     stride_xm,
     stride_xk,
     stride_ym,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
     low,
     first,
+    # The walk.
     steps,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
+    # What the operands allow.
     EVEN_K: tl.constexpr,
     UNIT_N: tl.constexpr,
     UNIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,8 +89,8 @@ def _forward_kernel(
     Tile: BLOCK_M x BLOCK_N, BLOCK_K columns a step; padded columns count from block ``low``, of
     which x's column 0 is number ``first``. Grid: one program per tile, grouped for the L2 cache.
     Shared memory: a ring of (BLOCK_M + BLOCK_N) * BLOCK_K elements, 146 KiB at 128 x 256 x 64 with
-    5 stages in 16 bits (3 of tiles). Budget at that size on sm_90: 2.0 lane-instructions per
-    generated weight with entries in scratch and folded signs, 4.9 with element signs; 11 with the
+    5 stages in 16 bits (3 of tiles). Budget at that size on sm_90: 1.8 lane-instructions per
+    generated weight with entries in scratch and folded signs, 4.8 with element signs; 11 with the
     law in line.
     K, first and stride_xm come in units of UNIT_K elements, N and stride_ym of UNIT_N: 16 bytes
     where all are multiples, so that the compiler knows.
@@ -103,6 +111,9 @@ def _forward_kernel(
     x_ptrs = x_ptr + x_row[:, None] + column[None, :]
     step_x = tl.full([], BLOCK_K, tl.int64) * stride_xk
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # A loop that may not run at all makes ptxas wait for each product before it starts the next.
+    tl.assume(steps > 0)
+    tl.assume(steps <= 1 << 27)  # 2^31 columns
     for step in range(0, steps):
         w = _weight_tile(
             bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
@@ -133,32 +144,40 @@ def _input_grad_kernel(
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     dx_ptr,  # [M, K], K contiguous
+    # Sizes of the product; N rows of one launch.
     M,
     N,
     K,
+    # Strides of its operands and of the result.
     stride_dym,
     stride_dyn,
     stride_dxm,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
     low,
     first,
+    # The walk.
     steps,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
+    # What the operands allow.
     EVEN_K: tl.constexpr,
     EVEN_N: tl.constexpr,
     UNIT_N: tl.constexpr,
     UNIT_K: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -182,6 +201,7 @@ def _input_grad_kernel(
     dy_ptrs = dy_ptr + dy_row[:, None] + (offs_n.to(tl.int64) * stride_dyn)[None, :]
     step_dy = tl.full([], BLOCK_N, tl.int64) * stride_dyn
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    tl.assume(N > 0)
     for n0 in range(0, N, BLOCK_N):
         n = tl.minimum(n0 + offs_n, N - 1)
         live = None if EVEN_N else n0 + offs_n < N
@@ -293,7 +313,7 @@ def _launch_forward(
         plan.unit(a.dtype, columns, a.stride(0)),
     )
     of_k = of_k if cols.first % of_k == 0 else 1
-    _forward_kernel[grid](
+    ahead.launch(_forward_kernel, grid)(
         a, bank.ring, launch.words, entries.tensor, out if bias is None else bias[part],
         out[:, part], m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_k, a.stride(1), out.stride(0) // of_n,
@@ -390,7 +410,7 @@ def _launch_input_grad(
         plan.unit(out.dtype, columns, out.stride(0)),
     )
     of_k = of_k if first % of_k == 0 else 1
-    _input_grad_kernel[(plan.cdiv(m, c.block_m) * steps,)](
+    ahead.launch(_input_grad_kernel, (plan.cdiv(m, c.block_m) * steps,))(
         a, bank.ring, launch.words, entries.tensor, out, m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_n, a.stride(1), out.stride(0) // of_k, entries.stride, launch.row0,
         p.matrix.blocks, low, first // of_k, steps, bank.scale,

@@ -10,7 +10,7 @@ from torch import Tensor
 from rpg_kernels import settings
 from rpg_kernels.backends.reference import linear as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
-from rpg_kernels.backends.triton import plan, sum_uses, weights
+from rpg_kernels.backends.triton import ahead, plan, sum_uses, weights
 from rpg_kernels.backends.triton.config import Config, choose, dot_precision, gpu
 from rpg_kernels.law.placement import Placement, parse, split
 
@@ -25,32 +25,40 @@ def _bank_grad_kernel(
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     out_ptr,  # SCATTER: [slots, G]; otherwise [N, K]; fp32
+    # Sizes of the product; N rows of one launch.
     M,
     N,
     K,
+    # Strides of its operands and of the result.
     stride_dym,
     stride_dyn,
     stride_xm,
     stride_xk,
+    # Which weights: see weights.weight_tile.
     entry_stride,
     row0,
     blocks,
     low,
     first,
+    # The walk.
     steps,
     span,
     scale,
+    # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
+    # What the operands allow.
     SCATTER: tl.constexpr,
     ADD: tl.constexpr,
     UNIT_N: tl.constexpr,
     UNIT_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    # The law, where it is evaluated in line.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
+    # Tiles.
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -88,7 +96,9 @@ def _bank_grad_kernel(
     step_dy = tl.full([], BLOCK_M, tl.int64) * stride_dym
     step_x = tl.full([], BLOCK_M, tl.int64) * stride_xm
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for m0 in range(begin, tl.minimum(begin + span, M), BLOCK_M):
+    end = tl.minimum(begin + span, M)
+    tl.assume(begin < end)  # see linear.py
+    for m0 in range(begin, end, BLOCK_M):
         mask_m = (m0 + offs_m < M)[:, None]
         dy = tl.load(dy_ptrs, mask=mask_m & mask_n[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
@@ -218,7 +228,7 @@ def _launch(
         plan.unit(b.dtype, columns, b.stride(0)),
     )
     of_k = of_k if cols.first % of_k == 0 else 1
-    _bank_grad_kernel[(plan.cdiv(launch.rows, c.block_n) * steps * splits,)](
+    ahead.launch(_bank_grad_kernel, (plan.cdiv(launch.rows, c.block_n) * steps * splits,))(
         a, b, launch.words, entries.tensor, out, m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_n, a.stride(1), b.stride(0) // of_k, b.stride(1), entries.stride,
         launch.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps, span, p.scale,

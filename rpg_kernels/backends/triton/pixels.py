@@ -30,9 +30,12 @@ from rpg_kernels.law.placement import Placement, parse, split
 PER_LAYER = [
     *("M", "height", "width", "out_h", "out_w", "class_h", "class_w", "start_h", "start_w"),
     *("group0", "row0", "blocks", "run_blocks", "low", "count", "first_tap", "tap_down"),
-    *("tap_across", "parts", "steps", "tiles_n", "tiles_k", "tiles", "span"),
+    *("tap_across", "steps", "turns", "parts", "parts_magic", "taps", "taps_w", "taps_w_magic"),
+    *("step_h", "step_w", "reach_h", "reach_w"),
+    *("tiles_n", "tiles_k", "tiles", "span"),
 ]
 MOST_PIXELS = 1 << 30  # of one launch, so that their numbers stay int32
+MOST_STEPS = 1 << 24  # of a loop; see also ``divide``
 LEAST_CHANNELS = 8  # of a group whose images are brought into lines of channels
 MOST_BITS = 32  # taps that one word of a row's validity holds
 
@@ -53,38 +56,59 @@ def inside(at, size):
 
 @triton.jit
 def tap_bits(
-    top, left, reach_h, reach_w, height, width, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr
+    top, left, reach_h, reach_w, height, width, taps_w, BITS_H: tl.constexpr, BITS_W: tl.constexpr
 ):
-    """One uint32 per row: bit th * TAPS_W + tw says that the tap lies inside the image.
+    """One uint32 per row: bit th * taps_w + tw says that the tap lies inside the image.
 
-    Unrolled, so that the bits can be made in the layout of the loads that they mask.
+    Of at most BITS_H x BITS_W taps. Unrolled, so that the bits can be made in the layout of the
+    loads that they mask.
     """
     across = tl.zeros_like(left).to(tl.uint32)
-    for tw in tl.static_range(TAPS_W):
+    for tw in tl.static_range(BITS_W):
         across |= inside(left + tw * reach_w, width).to(tl.uint32) << tw
+    across &= (tl.full([], 1, tl.uint32) << tl.cast(taps_w, tl.uint32)) - 1
     bits = tl.zeros_like(across)
-    for th in tl.static_range(TAPS_H):
+    for th in tl.static_range(BITS_H):
         line = tl.where(inside(top + th * reach_h, height), across, tl.zeros_like(across))
-        bits |= line << (th * TAPS_W)
+        bits |= line << tl.cast(th * taps_w, tl.uint32)
     return bits
 
 
 @triton.jit
-def walk(step, reach_h, reach_w, TAPS_W: tl.constexpr, PARTS: tl.constexpr):
-    """(tap, part, th * reach_h, tw * reach_w) of a step, PARTS of them per tap.
+def divide(n, magic):
+    """n // the number of a ``divider``, for int32 n from 0 whose product with it is below 2^31.
 
-    In closed form: divisions by constants cost less than counters that the loop would carry.
+    Two instructions; law.divider's is right for more numbers, and takes four.
     """
-    tap = step // PARTS
-    th = tap // TAPS_W
-    return tap, step - tap * PARTS, th * reach_h, (tap - th * TAPS_W) * reach_w
+    magic = tl.cast(magic, tl.uint32, bitcast=True)
+    return tl.umulhi(tl.cast(2 * n, tl.uint32), magic).to(tl.int32)
 
 
 @triton.jit
-def distance(down, across, along, stride_h, stride_w, stride):
-    """The address of (down, across, along), int64."""
-    one = tl.full([], 1, tl.int64)
-    return one * down * stride_h + one * across * stride_w + one * along * stride
+def walk(step, parts, parts_magic, taps_w, taps_w_magic):
+    """(tap, part, th, tw) of a step, ``parts`` of them per tap.
+
+    In closed form: divisions by multiplication cost less than counters that the loop would carry.
+    """
+    tap = divide(step, parts_magic)
+    th = divide(tap, taps_w_magic)
+    return tap, step - tap * parts, th, tap - th * taps_w
+
+
+@triton.jit
+def wide(number, reach):
+    """number * reach, int64."""
+    return tl.full([], 1, tl.int64) * number * reach
+
+
+@triton.jit
+def distance(th, tw, part, down, across, along):
+    """The address of numbers from 0 with these int64 strides, int64.
+
+    As unsigned ones they take two instructions each; with signs they would take four.
+    """
+    th, tw = th.to(tl.uint32).to(tl.int64), tw.to(tl.uint32).to(tl.int64)
+    return th * down + tw * across + part.to(tl.uint32).to(tl.int64) * along
 
 
 @triton.jit
@@ -106,6 +130,7 @@ class Reads:
 
     Args:
         first_tap, taps_apart: the weight's tap number at (0, 0), and what th and tw add to it.
+        bits: BITS_H and BITS_W, see ``bits_of``.
     """
 
     taps: tuple[int, int]
@@ -114,16 +139,38 @@ class Reads:
     reach: tuple[int, int]
     first_tap: int
     taps_apart: tuple[int, int]
+    bits: tuple[int, int]
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """Step, start and reach, as the kernels take them."""
         return (*self.step, *self.start, *self.reach)
 
-    @property
-    def in_bits(self) -> bool:
-        """Whether a row's valid taps fit one word."""
-        return math.prod(self.taps) <= MOST_BITS
+
+def divider(number: int) -> tuple[int, int]:
+    """A number that kernels divide by, and its magic (see ``divide``) as an int32.
+
+    Example:
+        >>> numbers = (0, 1, 6, 7, 8, 31, 2**31 // 7 - 1)
+        >>> for number in (1, 2, 3, 7):
+        ...     _, magic = divider(number)
+        ...     assert all(2 * n * (magic % 2**32) >> 32 == n // number for n in numbers)
+    """
+    return number, -(-(1 << 31) // number) if number > 1 else -(1 << 31)
+
+
+def bits_of(taps: Sequence[int]) -> tuple[int, int]:
+    """BITS_H and BITS_W of kernels that walk up to so many taps: (0, 0) where one word is too
+    little. At least 3 x 3 but for a single tap, so that few kernels are compiled.
+
+    Example:
+        >>> bits_of((1, 1)), bits_of((2, 1)), bits_of((5, 5)), bits_of((1, 25)), bits_of((7, 7))
+        ((1, 1), (3, 3), (5, 5), (1, 25), (0, 0))
+    """
+    if math.prod(taps) > MOST_BITS:
+        return 0, 0
+    most = max(3, taps[0]), max(3, taps[1])
+    return most if math.prod(taps) > 1 and math.prod(most) <= MOST_BITS else (taps[0], taps[1])
 
 
 def forward_reads(
@@ -132,7 +179,8 @@ def forward_reads(
     """Output pixels read input pixels."""
     kernel_h, kernel_w = p.selected_shape[2:]
     pair_of = (stride[0], stride[1]), (-padding[0], -padding[1]), (dilation[0], dilation[1])
-    return Reads((kernel_h, kernel_w), *pair_of, 0, (kernel_w, 1))
+    taps = (kernel_h, kernel_w)
+    return Reads(taps, *pair_of, 0, (kernel_w, 1), bits_of(taps))
 
 
 @dataclass(frozen=True)
@@ -183,6 +231,9 @@ def _residue_classes(
     dilation: tuple[int, ...],
 ) -> tuple[ResidueClass, ...]:
     classes = []
+    # Of the class that has most taps, so that one kernel is compiled for all.
+    apart = (s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True))
+    bits = bits_of([-(-size // step) for size, step in zip(kernel, apart, strict=True)])
     for rh in range(min(stride[0], size[0])):
         for rw in range(min(stride[1], size[1])):
             residue = (rh, rw)
@@ -203,6 +254,7 @@ def _residue_classes(
                 reach=(reach[0], reach[1]),
                 first_tap=taps[0].start * kernel[1] + taps[1].start,
                 taps_apart=(taps[0].step * kernel[1], taps[1].step),
+                bits=bits,
             )
             height, width = (
                 (s - r - 1) // t + 1 for s, r, t in zip(size, residue, stride, strict=True)
@@ -216,9 +268,14 @@ def images(batch: int, pixels: int) -> Iterator[tuple[int, int]]:
     yield from split(batch, max(1, MOST_PIXELS // pixels))
 
 
-def too_large(*tensors: Tensor) -> bool:
-    """Whether a single image has more pixels than a launch can number."""
-    return any(t.shape[2] * t.shape[3] > MOST_PIXELS for t in tensors)
+def too_large(p: Placement, *images: Tensor) -> bool:
+    """Whether a single image has more pixels, or the weight more steps, than launches number."""
+    rows, columns, _, taps_w = p.selected_shape
+    taps = p.matrix.taps
+    # Of the smallest tiles, with a block more at either end of a run.
+    parts = max(rows, columns if p.matrix.by_tap else columns * taps) // 16 + 2 * p.matrix.block
+    too_many = taps * parts >= MOST_STEPS or taps * parts * max(parts, taps_w) >= 1 << 31
+    return too_many or any(t.shape[2] * t.shape[3] > MOST_PIXELS for t in images)
 
 
 def choose_tiles(

@@ -267,7 +267,6 @@ def entries_in_scratch(
     matrix = p.matrix
     out = scratch((matrix.runs * count, launch.rows), torch.int32, launch.words.device)
     runs = (matrix.runs, matrix.run_blocks)
-    entry_table.write(
-        out, launch.words, launch.row0, matrix.blocks, low, sign, launch.rounds, *runs
-    )
+    law = launch.rounds[2]
+    entry_table.write(out, launch.words, launch.row0, matrix.blocks, low, sign, law, *runs)
     return Entries("scratch", out, launch.rows)

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import cast
@@ -147,6 +148,11 @@ class Triton(Backend):
         config = importlib.import_module(f"{__package__}.config")
         made: contextlib.AbstractContextManager[object] = config.as_if(times, rows)
         return made
+
+    def compile_ahead(self, calls: Sequence[Callable[[], object]]) -> None:
+        """See ``ahead.compiled``."""
+        if not interpreted():
+            importlib.import_module(f"{__package__}.ahead").compiled(calls)
 
     def tile_kernels(self, call: Call) -> TileKernels | None:
         """Those of ``unpack`` and ``pack``."""

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rpg_kernels.backends.triton import entries, plan, unit_law
+from rpg_kernels.backends.triton import ahead, entries, plan, unit_law
 from rpg_kernels.backends.triton import law as device_law
 from rpg_kernels.law.placement import Placement
 
@@ -116,7 +116,7 @@ def add(ring: Tensor, dense: Tensor, p: Placement, launch: plan.LaunchRows) -> N
     matrix = p.matrix
     block_s = max(1, 1024 // matrix.block)
     rows, columns, _ = dense.shape
-    _gather_kernel[(plan.cdiv(ring.shape[0], block_s),)](
+    ahead.launch(_gather_kernel, (plan.cdiv(ring.shape[0], block_s),))(
         dense, launch.words, ring, *dense.stride(), rows, columns, p.selection[1][0],
         matrix.channels, matrix.run, matrix.run_blocks, launch.row0, matrix.blocks, p.scale,
         G=matrix.block, SIGN=plan.sign_kind(p), BY_TAP=matrix.by_tap,

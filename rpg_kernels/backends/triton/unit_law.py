@@ -89,6 +89,7 @@ def law_words(law: UnitLaw, band: int, device: torch.device) -> Tensor:
         *_divisor(law.slots),
         OCTET * octet % law.slots,
     ]
+    words[9:11] = rounds(law, band)[:2]
     words[16:24] = keys(law.seed, law.layer, band, 128, 8)
     drawn = device_law.round_words(p)
     words[32 : 32 + len(drawn)] = drawn

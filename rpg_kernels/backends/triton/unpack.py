@@ -12,7 +12,7 @@ from rpg_kernels._checks import INT32_MAX as _INT32_MAX
 from rpg_kernels.backends.reference import tiles
 from rpg_kernels.backends.reference import unpack as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
-from rpg_kernels.backends.triton import entries, plan, sum_uses, weights
+from rpg_kernels.backends.triton import ahead, entries, plan, sum_uses, weights
 from rpg_kernels.backends.triton.config import Config, choose
 from rpg_kernels.law.placement import Placement, parse
 
@@ -150,7 +150,7 @@ def unpack_tile(
             in_line = plan.entries_in_line(launch)
             entries = in_line if table is None else plan.entries_of_table(table, p, launch)
             part = dense[launch.row : launch.row + launch.rows]
-            _unpack_kernel[(plan.cdiv(launch.rows, c.block_n) * steps,)](
+            ahead.launch(_unpack_kernel, (plan.cdiv(launch.rows, c.block_n) * steps,))(
                 ring, launch.words, entries.tensor, part, *part.stride(),
                 launch.rows, columns, matrix.channels, matrix.run, matrix.run_blocks, matrix.runs,
                 launch.row0, matrix.blocks, cols.low, cols.count, first, steps, p.scale,

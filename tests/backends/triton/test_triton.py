@@ -28,7 +28,7 @@ FILES = [
     ),
 ]
 AHEAD = [
-    ("aot.py", "aot_embedding.py"),
+    ("aot.py", "aot_ahead.py", "aot_embedding.py"),
     ("aot_conv2d.py", "aot_unit.py"),
     ("aot_every.py",),
 ]

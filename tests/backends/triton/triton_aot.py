@@ -88,6 +88,11 @@ class Compiled:
         """Loads and stores of local memory in the inner loop."""
         return sum(bool(SPILL.search(line)) for line in self.loop())
 
+    @property
+    def serialised(self) -> bool:
+        """Whether wgmma products of the inner loop wait for each other, which ptxas only notes."""
+        return sum("WARPGROUP.ARRIVE" in line for line in self.loop()) > 1
+
     def loop(self) -> list[str]:
         """Instructions of the shortest loop that holds a tensor-core instruction.
 
@@ -204,12 +209,10 @@ def linear_constants(
         "UNIT_N": 1,
         "UNIT_K": 1,
         "WHOLE": False,
-        "BITS": False,
+        "BITS_H": 0,
+        "BITS_W": 0,
         "EVEN_N": False,
         "LINES": False,
-        "TAPS_H": 2,
-        "TAPS_W": 3,
-        "PARTS": 2,
         **more,
     }
 
@@ -247,13 +250,8 @@ def large_conv(
     if source == "law":
         config = replace(config, stages=min(3, config.stages))
     pairs = sign in ("entry", "element") and shared
-    taps = {"TAPS_H": 3, "TAPS_W": 3}
-    more = {"WHOLE": True, "BITS": True, "EVEN_N": True, "LINES": True, **taps}
-    more["PARTS"] = channels // (config.block_k if name == "conv2d" else config.block_n)
-    ones = dict.fromkeys(("step_h", "step_w", "reach_h", "reach_w", "tap_across"), 1)
-    if name == "conv2d_input_grad":
-        ones = dict.fromkeys(("step_h", "step_w", "start_h", "start_w", "tap_across"), 1)
-    constants = linear_constants(sign, source, PAIRS=pairs, **more, **ones)
+    more = {"WHOLE": True, "BITS_H": 3, "BITS_W": 3, "EVEN_N": True, "LINES": True}
+    constants = linear_constants(sign, source, PAIRS=pairs, **more)
     inner = config.block_m if name == "conv2d_bank_grad" else config.block_k
     return build(name, architecture, config, "fp16", **constants), config.block_n * inner
 

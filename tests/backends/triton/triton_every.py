@@ -239,7 +239,7 @@ def _run(op: str, call: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _as_on(gpu: config.Gpu, call: dict[str, Any]) -> Iterator[None]:
+def as_on(gpu: config.Gpu, call: dict[str, Any]) -> Iterator[None]:
     modules = (config, linear, linear_bank_grad, pixels)
     precision = "tf32" if call.get("tf32") else "ieee"
     cudnn: Any = torch.backends.cudnn
@@ -274,7 +274,7 @@ def specialisations(
     for op in ops:
         for call in calls(op):
             made: list[launches.Specialisation] = []
-            with launches.recorded(made.append), _as_on(GPUS[architecture], call):
+            with launches.recorded(made.append), as_on(GPUS[architecture], call):
                 _run(op, call)
             for one in made:
                 found.setdefault(one, f"{op} {call}")

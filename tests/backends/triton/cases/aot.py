@@ -34,6 +34,7 @@ def test_large_batch(name: str, sign: str, architecture: int) -> None:
     assert len(gathers) >= 12
     assert not re.findall(r"ld\.global[.\w:]*b16", c.ptx)  # nothing is read two bytes at a time
     assert c.spills_in_loop == 0
+    assert not c.serialised
     assert architecture in (90, 100) or c.shared <= SMALL_SHARED
     budget = (FORWARD if name == "linear" else INPUT_GRAD).get((sign, architecture))
     if budget is not None:

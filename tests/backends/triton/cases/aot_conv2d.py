@@ -35,6 +35,7 @@ def test_large_layer(name: str, sign: str, architecture: int) -> None:
     assert len(gathers) >= 6
     assert not re.findall(r"ld\.global[.\w:]*b16", c.ptx)  # nothing is read two bytes at a time
     assert c.spills_in_loop == 0
+    assert not c.serialised
     assert architecture in (90, 100) or c.shared <= SMALL_SHARED
     budget = BUDGET.get((name, sign, architecture))
     if budget is not None:
@@ -51,7 +52,7 @@ def test_large_layer(name: str, sign: str, architecture: int) -> None:
         ("bf16", 16, "ieee", {}),
         ("bf16", 4, "ieee", {"EVEN_K": False, "SCATTER": False}),
         ("bf16", 32, "ieee", {"BY_TAP": False, "EVEN_K": False}),
-        ("fp32", 32, "tf32", {"BITS": True, "EVEN_N": True, "LINES": True}),
+        ("fp32", 32, "tf32", {"BITS_H": 3, "BITS_W": 3, "EVEN_N": True, "LINES": True}),
     ],
 )
 def test_other_dtypes_and_branches(

@@ -14,8 +14,10 @@ import random
 
 import pytest
 import torch
+import triton_aot as aot
 import triton_every as every
 import triton_launches as launches
+import triton_step as step
 
 from rpg_kernels.backends.triton.config import _TILES, choose
 
@@ -80,3 +82,17 @@ def test_nothing_spills(found: dict[int, dict[launches.Specialisation, str]]) ->
             if stack > allowed(one):
                 spilled.append(f"sm_{architecture}: {stack} bytes, {one}, {all_of_it[one]}")
     assert not spilled, "\n".join(spilled)
+
+
+def test_a_step_of_resnet18_compiles_few_kernels() -> None:
+    """Layers differ in arguments, and only tiles, signs and dtypes make another kernel."""
+    calls = step.calls(*step.resnet())
+    assert len(calls) == 3 * 19
+    found = {architecture: step.kernels(calls, architecture) for architecture in every.GPUS}
+    assert {architecture: len(some) for architecture, some in found.items()} == {80: 11, 90: 17}
+    assert step.kernels_on_trial(calls, 90) == found[90]  # nothing is compiled in vain
+    for one in found[90]:
+        done = launches.compile_for(one, 90)
+        c = aot.Compiled(done.asm["ptx"], done.asm["cubin"], done.metadata.shared, one.warps)
+        assert c.spills == 0, one
+        assert not c.serialised, one

@@ -196,6 +196,17 @@ def test_more_pixels_than_a_launch_numbers() -> None:
         check(weight, torch.randn(2, 16, 5, 5))  # the reference's
 
 
+def test_more_steps_than_a_loop_counts() -> None:
+    """What the kernels divide by multiplication stays small enough; others are the reference's."""
+    weight = bank_of(400, torch.float32, granularity=16).place((5, 16, 2, 2))
+    p, x = weight.placement, torch.empty(1, 1, 1, 1)
+    shapes = {(512, 512, 3, 3): False, (64, 4_000_000, 1, 1): True, (64, 64, 1, 70_000): True}
+    for shape, large in shapes.items():
+        assert pixels.too_large(Placement(p.generator, 0, 0, shape, 1.0), x) == large
+    with mock.patch.object(pixels, "MOST_STEPS", 4):
+        check(weight, torch.randn(3, 16, 5, 5), padding=(1, 0))
+
+
 @pytest.mark.parametrize(("g", "reflect", "channels"), [(16, "element", 20), (4, "vector", 3)])
 def test_deterministic_bank_gradient(g: int, reflect: str, channels: int) -> None:
     bank = bank_of(300, torch.float32, granularity=g, reflect=reflect)

@@ -207,7 +207,7 @@ def test_uses_of_slots_in_bands() -> None:
 def test_entries_in_scratch() -> None:
     """Parts of rows and of runs, with signs folded, in bit 31, and without."""
     law = draw(random.Random(0), rows=77, blocks=12, runs=3, reflect="vector", permute=True, laps=4)
-    words, rounds = unit_law.law_words(law, 0, DEVICE), unit_law.rounds(law)
+    words = unit_law.law_words(law, 0, DEVICE)
     n, b = torch.arange(5, 70)[:, None], torch.tensor([1, 2, 5, 6, 9, 10])
     slot, negative = law.slot(n, b), law.negative(n, b)[..., 0]
     for sign, wanted in (
@@ -216,7 +216,7 @@ def test_entries_in_scratch() -> None:
         ("entry", torch.where(negative, slot - 2**31, slot)),
     ):
         out = torch.full((6, 65), -1, dtype=torch.int32, device=DEVICE)
-        entry_table.write(out, words, 5, 12, 1, sign, rounds, runs=3, run_blocks=4)
+        entry_table.write(out, words, 5, 12, 1, sign, unit_law.UNITS, runs=3, run_blocks=4)
         assert torch.equal(out.t().cpu().long(), wanted)
 
 
