@@ -25,6 +25,7 @@
 
 #include "cuda/linear.h"
 #include "cuda/plan.h"
+#include "law/inverse.h"
 
 namespace rpg::RPG_DEVICE {
 

@@ -15,6 +15,7 @@
 
 #include "cuda/plan.h"
 #include "cuda/unpack.h"
+#include "law/inverse.h"
 #include "law/number.h"
 
 namespace rpg::RPG_DEVICE {
