@@ -9,7 +9,7 @@
 //
 // Everything on q is uint32 arithmetic. Functions take LANES positions at once: one in a CUDA
 // thread, a few dozen on a CPU, where the loops over lanes become vector instructions.
-// law/layer.h makes what they take, on the host, once for a layer; law/inverse.h says which
+// law/layer.h makes what they take, on the host, once for a layer; law/positions.h says which
 // positions read a slot. Budget: 8 instructions per Feistel round and lane, 9 per swap-or-not
 // round, 11 per sign word.
 

@@ -60,17 +60,6 @@ RPG_LAW uint32_t group_of(const UnitBand& law, uint32_t octet) {
   return divide(octet - of_larger, law.by_size) + law.larger;
 }
 
-// The position p of row n of the band and block b.
-RPG_LAW uint32_t position_in_units(const UnitBand& law, uint32_t n, uint32_t b) {
-  const uint32_t tap = divide(b, law.by_run_blocks), channel = b - tap * law.run_blocks;
-  const uint32_t part = divide(tap, law.by_taps);
-  const uint32_t column = part * law.run_blocks + channel;
-  const uint32_t octet = n / kOctet, group = group_of(law, octet);
-  const uint32_t first = first_octet(law, group);
-  const uint32_t i = (tap - part * law.taps) * group_size(law, group) + octet - first;
-  return ((column * law.octets + first) * law.taps + i) * kOctet + n % kOctet;
-}
-
 // A unit: octets q ... q + size - 1 read the uses use ... use + size - 1 of the ring, counted from
 // the first use of the octet that begins at slot `base`.
 struct Unit {

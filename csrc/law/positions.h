@@ -1,10 +1,22 @@
-// Both laws backwards, for host and device: which position reads a slot.
+// Positions, for host and device: which one a row and a block of law 3 have, and which ones read a
+// slot, that is both laws backwards.
 
 #pragma once
 
 #include "law/unit.h"
 
 namespace rpg {
+
+// The position p of row n of the band and block b.
+RPG_LAW uint32_t position_in_units(const UnitBand& law, uint32_t n, uint32_t b) {
+  const uint32_t tap = divide(b, law.by_run_blocks), channel = b - tap * law.run_blocks;
+  const uint32_t part = divide(tap, law.by_taps);
+  const uint32_t column = part * law.run_blocks + channel;
+  const uint32_t octet = n / kOctet, group = group_of(law, octet);
+  const uint32_t first = first_octet(law, group);
+  const uint32_t i = (tap - part * law.taps) * group_size(law, group) + octet - first;
+  return ((column * law.octets + first) * law.taps + i) * kOctet + n % kOctet;
+}
 
 // P(q) -> q, in place.
 template <int LANES>
