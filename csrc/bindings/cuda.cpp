@@ -6,7 +6,7 @@ namespace rpg {
 
 void bind_cuda(py::module_& m) {
   py::class_<Plan>(m, "Plan", "How a launch is laid out.")
-      .def_readonly("fill", &Plan::fill)
+      .def_property_readonly("fill", [](const Plan& plan) { return static_cast<int>(plan.fill); })
       .def_readonly("rows", &Plan::rows)
       .def_readonly("parts", &Plan::parts)
       .def_readonly("tiles", &Plan::tiles)

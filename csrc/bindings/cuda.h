@@ -7,7 +7,7 @@
 
 #include "bindings/module.h"
 #include "cuda/law.h"
-#include "cuda/linear.h"
+#include "cuda/linear_grads.h"
 #include "cuda/unpack.h"
 
 namespace py = pybind11;

@@ -9,7 +9,6 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "law/unit.h"
 
 namespace py = pybind11;
 

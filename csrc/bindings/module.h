@@ -6,7 +6,7 @@
 
 #include <stdexcept>
 
-#include "law/ring.h"
+#include "law/layer.h"
 
 namespace rpg {
 

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "law/ring.h"
+#include "law/layer.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h

@@ -10,7 +10,7 @@
 #include "cpu/linear.h"
 #include "cpu/unit_conv2d.h"
 #include "cpu/unpack.h"
-#include "law/ring.h"
+#include "law/layer.h"
 
 namespace rpg {
 

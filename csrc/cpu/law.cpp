@@ -4,6 +4,7 @@
 // A list is split evenly over threads and evaluated kLanes positions at a time, all of one band.
 
 #include "cpu/kernels.h"
+#include "law/positions.h"
 
 namespace rpg::RPG_ISA {
 

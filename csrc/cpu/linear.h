@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "cpu/workspace.h"
+#include "law/layer.h"
 #include "law/number.h"
-#include "law/ring.h"
 
 namespace rpg {
 

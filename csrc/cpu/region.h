@@ -6,7 +6,7 @@
 #include <cstring>
 #include <memory>
 
-#include "law/unit.h"
+#include "law/layer.h"
 
 namespace rpg {
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "law/ring.h"
+#include "law/layer.h"
 
 namespace rpg {
 

@@ -3,13 +3,44 @@
 
 #pragma once
 
+#include <cstdint>
+
+#include "law/number.h"
+
+namespace rpg {
+
+constexpr int kWarp = 32;
+
+// How many CTAs a launch has, in three directions.
+struct Grid {
+  int x, y, z;
+};
+
+// N numbers that are read and written at once, at an address that is a multiple of their size.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Vector {
+  T value[N];
+};
+
+// c [16, 8] += a [16, 16] b [16, 8], fragments of mma.m16n8k16.
+struct MultiplyArgs {
+  float* c;           // [4]
+  const uint32_t* a;  // [4]
+  const uint32_t* b;  // [2]
+};
+
+// 16-bit numbers are multiplied by tensor cores, fp32 by fused multiply-add.
+template <class T>
+constexpr bool kTensorCores = sizeof(typename T::Bits) == 2;
+
+}  // namespace rpg
+
 #if defined(RPG_SIMT)
 #include "simt/device.h"
 #else
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -21,8 +52,6 @@
 #define RPG_KERNEL(THREADS, CTAS) static __global__ void __launch_bounds__(THREADS, CTAS)
 #define RPG_UNROLL _Pragma("unroll")
 #define RPG_LOOP _Pragma("unroll 1")
-
-#include "cuda/device_types.h"
 
 namespace rpg::cuda {
 
@@ -86,37 +115,27 @@ RPG_FUNCTION void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// This is ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the
-// next of row l / 4 of each.
-RPG_FUNCTION void load_matrices(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
+// These are ldmatrix.x4: lane l gives row l % 8 of matrix l / 8. It gets elements 2 (l % 4) and the
+// next of row l / 4 of each matrix, or by load_transposed of column l / 4.
+#define RPG_LOAD_MATRICES(NAME, KIND)                                            \
+  RPG_FUNCTION void NAME(uint32_t (&out)[4], const void* row) {                  \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" KIND " {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])        \
+                 : "r"(shared_address(row))                                      \
+                 : "memory");                                                    \
+  }
+RPG_LOAD_MATRICES(load_matrices, ".shared.b16")
+RPG_LOAD_MATRICES(load_transposed, ".trans.shared.b16")
 
-// Transposes the matrices: a lane gets elements 2 (l % 4) and the next of column l / 4 of each.
-RPG_FUNCTION void load_transposed(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-RPG_FUNCTION void multiply_bfloat16(const MultiplyArgs& m) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(m.c[0]), "+f"(m.c[1]), "+f"(m.c[2]), "+f"(m.c[3])
-      : "r"(m.a[0]), "r"(m.a[1]), "r"(m.a[2]), "r"(m.a[3]), "r"(m.b[0]), "r"(m.b[1]));
-}
-RPG_FUNCTION void multiply_float16(const MultiplyArgs& m) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(m.c[0]), "+f"(m.c[1]), "+f"(m.c[2]), "+f"(m.c[3])
-      : "r"(m.a[0]), "r"(m.a[1]), "r"(m.a[2]), "r"(m.a[3]), "r"(m.b[0]), "r"(m.b[1]));
-}
+#define RPG_MULTIPLY(NUMBER, TYPE)                                                                \
+  RPG_FUNCTION void multiply(NUMBER, const MultiplyArgs& m) {                                     \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                           \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
+                 : "+f"(m.c[0]), "+f"(m.c[1]), "+f"(m.c[2]), "+f"(m.c[3])                         \
+                 : "r"(m.a[0]), "r"(m.a[1]), "r"(m.a[2]), "r"(m.a[3]), "r"(m.b[0]), "r"(m.b[1])); \
+  }
+RPG_MULTIPLY(Bfloat16, "bf16")
+RPG_MULTIPLY(Float16, "f16")
 
 // Returns what lane `lane` of the warp gives; all lanes take part.
 RPG_FUNCTION uint32_t shuffle(uint32_t value, int lane) {
@@ -134,10 +153,6 @@ RPG_FUNCTION bool arrive(unsigned* counter, unsigned parts) {
 
 // Returns x, which the compiler is to keep in a register instead of finding it again at each use.
 RPG_FUNCTION int kept(int x) {
-  asm("" : "+r"(x));
-  return x;
-}
-RPG_FUNCTION uint32_t kept(uint32_t x) {
   asm("" : "+r"(x));
   return x;
 }

@@ -27,11 +27,12 @@ struct FmaShape {
 constexpr int kPitch = kThreads + 16;
 
 // T holds places, or rows where the ring is whole.
-RPG_HOST InputGradPlan fma_plan(const Layer&, const Tiling& tiling, int row_bytes, int batch_tile) {
-  InputGradPlan out{};
-  out.layout = stage_layout(tiling, row_bytes);
+RPG_HOST InputGradLayout fma_layout(const Layer&, const Tiling& tiling, int row_bytes,
+                                    int batch_tile) {
+  InputGradLayout out{};
+  out.stages = stage_layout(tiling, row_bytes);
   out.terms_per_lap = tiling.fill == Fill::kRing ? tiling.rows : tiling.places;
-  out.terms = out.layout.end;
+  out.terms = out.stages.end;
   out.entry = out.terms + 4 * batch_tile * out.terms_per_lap;
   out.sums = out.entry + round_up(4 * tiling.rows, kAlign);
   out.last = out.sums + 4 * 2 * kPitch * batch_tile;
@@ -47,18 +48,18 @@ struct InputGradFma {
 };
 
 template <int BATCH>
-RPG_FUNCTION InputGradFma<BATCH> fma_shared(const InputGradKernelArgs& args, const Tile& tile,
+RPG_FUNCTION InputGradFma<BATCH> fma_shared(const InputGradKernelArgs& args, const Columns& columns,
                                             int m0) {
   InputGradFma<BATCH> out;
-  out.t = Shared<float>(args.terms, BATCH * args.terms_per_lap);
-  out.entry = Shared<uint32_t>(args.entry, args.tiling.rows);
-  const float* const dy = static_cast<const float*>(args.dy) + tile.row;
+  out.t = Shared<float>(args.layout.terms, BATCH * args.layout.terms_per_lap);
+  out.entry = Shared<uint32_t>(args.layout.entry, args.plan.rows);
+  const float* const dy = static_cast<const float*>(args.call.dy) + columns.row;
   RPG_UNROLL
   for (int k = 0; k < FmaShape<BATCH>::kRows; ++k) {
     const int i = thread() + k * kThreads;
     RPG_UNROLL
     for (int m = 0; m < BATCH; ++m) {
-      const bool valid = i < tile.rows && m0 + m < args.batch;
+      const bool valid = i < columns.rows && m0 + m < args.call.batch;
       out.dy[k][m] = valid ? dy[int64_t{m0 + m} * args.layer.rows + i] : 0.f;
     }
   }
@@ -72,7 +73,7 @@ RPG_FUNCTION int t_at(int plane, int term, int terms) {
 
 // Adds T of a column from entries and dy; ends with a barrier.
 template <int BATCH>
-RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, int laps,
+RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Columns& columns, int laps,
                             const InputGradFma<BATCH>& memory) {
   using DyVectors = FmaShape<BATCH>;
   RPG_LOOP
@@ -80,13 +81,13 @@ RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, i
     RPG_UNROLL
     for (int k = 0; k < DyVectors::kRows; ++k) {
       const int i = thread() + k * kThreads;
-      if (i >= tile.rows || lap_of(memory.entry[i]) != lap) continue;
+      if (i >= columns.rows || lap_of(memory.entry[i]) != lap) continue;
       const float sign = sign_of(memory.entry[i]);
-      const int term = args.tiling.fill == Fill::kRing ? i : place_of(memory.entry[i]);
+      const int term = args.plan.fill == Fill::kRing ? i : place_of(memory.entry[i]);
       RPG_UNROLL
       for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
-        float* const target =
-            memory.t.span(t_at<BATCH>(plane, term, args.terms_per_lap), DyVectors::kVectorRows);
+        float* const target = memory.t.span(t_at<BATCH>(plane, term, args.layout.terms_per_lap),
+                                            DyVectors::kVectorRows);
         auto v = load<Vector<float, DyVectors::kVectorRows>>(target);
         RPG_UNROLL
         for (int m = 0; m < DyVectors::kVectorRows; ++m) {
@@ -101,54 +102,54 @@ RPG_FUNCTION void add_terms(const InputGradKernelArgs& args, const Tile& tile, i
 
 // Blocks that no row reads become zeros: 0 times what they hold need not be 0. T is memory for it.
 template <int BATCH>
-RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Tile& tile, int places,
-                               const InputGradFma<BATCH>& memory, const Stage& stage) {
-  const int chunks = args.bank.row_bytes / 16;
+RPG_FUNCTION void clear_unread(const InputGradKernelArgs& args, const Columns& columns,
+                               const Stage& stage, const InputGradFma<BATCH>& memory) {
+  const int chunks = args.layout.stages.row_bytes / 16;
   RPG_LOOP
-  for (int i = thread(); i < places; i += kThreads) memory.t[i] = 0;
+  for (int i = thread(); i < stage.filled; i += kThreads) memory.t[i] = 0;
   sync();
   RPG_LOOP
-  for (int i = thread(); i < tile.rows; i += kThreads) memory.t[place_of(memory.entry[i])] = 1;
+  for (int i = thread(); i < columns.rows; i += kThreads) memory.t[place_of(memory.entry[i])] = 1;
   sync();
   RPG_LOOP
-  for (int i = thread(); i < places; i += kThreads) {
+  for (int i = thread(); i < stage.filled; i += kThreads) {
     if (memory.t[i] != 0) continue;
     for (int c = 0; c < chunks; ++c) stage.blocks[i * chunks + c] = {0, 0, 0, 0};
   }
   sync();
 }
 
-// Makes T of a column, whose entries are visible after the next barrier and whose stage holds
-// `places`. All threads call it; it ends with a barrier.
+// Makes T of a column, whose entries are visible after the next barrier. All threads call it; it
+// ends with a barrier.
 template <int BATCH>
-RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Tile& tile, int places,
+RPG_FUNCTION void sum_terms(const InputGradKernelArgs& args, const Columns& columns,
                             const Stage& stage, const InputGradFma<BATCH>& memory) {
   using DyVectors = FmaShape<BATCH>;
-  const Fill fill = args.tiling.fill;
-  if (fill == Fill::kWindows) clear_unread<BATCH>(args, tile, places, memory, stage);
-  const int terms = fill == Fill::kRing ? tile.rows : places;
+  const Fill fill = args.plan.fill;
+  if (fill == Fill::kWindows) clear_unread<BATCH>(args, columns, stage, memory);
+  const int terms = fill == Fill::kRing ? columns.rows : stage.filled;
   for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
     RPG_LOOP
     for (int i = thread(); i < terms * DyVectors::kVectorRows; i += kThreads) {
-      memory.t[t_at<BATCH>(plane, 0, args.terms_per_lap) + i] = 0.f;
+      memory.t[t_at<BATCH>(plane, 0, args.layout.terms_per_lap) + i] = 0.f;
     }
   }
   sync();
   const int laps = fill == Fill::kWindows ? static_cast<int>(args.layer.unit.by_laps.divisor) : 1;
-  add_terms<BATCH>(args, tile, laps, memory);
+  add_terms<BATCH>(args, columns, laps, memory);
 }
 
 // Makes dx of a pair of elements, of this part's share of the terms: sums[2 m + odd
 // element][thread].
 template <int BATCH>
-RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile, int places,
+RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Columns& columns,
                                       const Stage& stage, const InputGradFma<BATCH>& memory,
                                       const Shared<float>& sums) {
   using DyVectors = FmaShape<BATCH>;
-  const bool ring = args.tiling.fill == Fill::kRing;
+  const bool ring = args.plan.fill == Fill::kRing;
   const int pairs = args.layer.block / 2, pair = thread() % pairs, parts = kThreads / pairs;
-  const int chunk = pair / 2, rest = 2 * pair % 4, chunks = args.bank.row_bytes / 16;
-  const int terms = ring ? tile.rows : places;
+  const int chunk = pair / 2, rest = 2 * pair % 4, chunks = args.layout.stages.row_bytes / 16;
+  const int terms = ring ? columns.rows : stage.filled;
   float sum[2][BATCH] = {};
   for (int term = thread() / pairs; term < terms; term += parts) {
     const int place = ring ? place_of(memory.entry[term]) : term;
@@ -156,8 +157,8 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
     const auto w = load<Vector<float, 2>>(reinterpret_cast<const float*>(stored) + rest);
     RPG_UNROLL
     for (int plane = 0; plane < DyVectors::kPlanes; ++plane) {
-      const auto v = load<Vector<float, DyVectors::kVectorRows>>(
-          memory.t.span(t_at<BATCH>(plane, term, args.terms_per_lap), DyVectors::kVectorRows));
+      const auto v = load<Vector<float, DyVectors::kVectorRows>>(memory.t.span(
+          t_at<BATCH>(plane, term, args.layout.terms_per_lap), DyVectors::kVectorRows));
       RPG_UNROLL
       for (int m = 0; m < DyVectors::kVectorRows; ++m) {
         sum[0][plane * DyVectors::kVectorRows + m] =

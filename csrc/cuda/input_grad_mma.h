@@ -11,7 +11,6 @@
 #pragma once
 
 #include "cuda/input_grad_permute.h"
-#include "cuda/multiply.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -34,8 +33,8 @@ RPG_FUNCTION Share share_of(const InputGradKernelArgs& args) {
   const int slot = lane % 8 + lane / 16 * 8, chunk = 2 * elements + lane / 8 % 2;
   const int sums = part * BATCH + (BATCH == 1 ? 0 : 2 * (lane % 4));
   const int row = lane % 16, second = lane / 16;
-  int p = row + second * (BATCH == 8 ? args.terms_per_lap : args.plane);
-  if (BATCH == 1) p = lane / 4 * args.terms_per_lap + 2 * (lane % 4);
+  int p = row + second * (BATCH == 8 ? args.layout.terms_per_lap : args.layout.plane);
+  if (BATCH == 1) p = lane / 4 * args.layout.terms_per_lap + 2 * (lane % 4);
   return {kept(part),
           kWarps / groups,
           kept(slot),
@@ -59,7 +58,7 @@ template <int BATCH, int LAPS>
 RPG_FUNCTION Operand<BATCH, LAPS> operand(const InputGradKernelArgs& args, const Share& share,
                                           int lap) {
   constexpr int kStep = BATCH == 8 ? 2 : 1;
-  const int lap_bytes = args.terms_per_lap * kSlotBytes<BATCH>;
+  const int lap_bytes = args.layout.terms_per_lap * kSlotBytes<BATCH>;
   Operand<BATCH, LAPS> out;
   RPG_UNROLL
   for (int i = 0; i < out.kReads; ++i) {
@@ -74,7 +73,7 @@ using WarpSums = float[2][(BATCH + 7) / 8][4];
 
 // c += blocks of 16 slots times LAPS laps of P; `a` are the blocks, the first slot is at byte
 // slot_offset of its lap. At batch 1 lanes with `valid` have a lap.
-template <class Math, int BATCH, int LAPS>
+template <class T, int BATCH, int LAPS>
 RPG_FUNCTION void multiply_laps(const InputGradMma& memory, const Operand<BATCH, LAPS>& operand,
                                 bool valid, const uint32_t (&a)[4], int slot_offset,
                                 WarpSums<BATCH>& c) {
@@ -84,48 +83,48 @@ RPG_FUNCTION void multiply_laps(const InputGradMma& memory, const Operand<BATCH,
       b[0] = load<uint32_t>(memory.p.span(operand.offset[0] + slot_offset, 4));
       b[1] = load<uint32_t>(memory.p.span(operand.offset[0] + slot_offset + 16, 4));
     }
-    multiply(Math{}, {c[0][0], a, b});
+    multiply(T{}, {c[0][0], a, b});
   } else {
     RPG_UNROLL
     for (int i = 0; i < operand.kReads; ++i) {
       uint32_t b[4];
       load_transposed(b, memory.p.span(operand.offset[i] + slot_offset, 16));
       if constexpr (BATCH == 8) {
-        multiply(Math{}, {c[0][0], a, b});
-        if (2 * i + 1 < LAPS) multiply(Math{}, {c[1][0], a, b + 2});
+        multiply(T{}, {c[0][0], a, b});
+        if (2 * i + 1 < LAPS) multiply(T{}, {c[1][0], a, b + 2});
       } else {
-        multiply(Math{}, {c[i % 2][0], a, b});
-        multiply(Math{}, {c[i % 2][1], a, b + 2});
+        multiply(T{}, {c[i % 2][0], a, b});
+        multiply(T{}, {c[i % 2][1], a, b + 2});
       }
     }
   }
 }
 
 // c += blocks times LAPS laps of P from `lap` on, for the places of a window that are this warp's.
-template <class Math, int BATCH, int LAPS>
+template <class T, int BATCH, int LAPS>
 RPG_FUNCTION void multiply_window(const InputGradKernelArgs& args, const InputGradMma& memory,
                                   const Stage& stage, const Share& share, int lap, int laps,
                                   WarpSums<BATCH>& c) {
   const auto of_laps = operand<BATCH, LAPS>(args, share, lap);
   const bool valid = lap + thread() % kWarp / 4 < laps;
-  const int places = args.tiling.places, chunks = args.layer.block / 8;
+  const int places = args.plan.places, chunks = args.layer.block / 8;
   RPG_LOOP
   for (int first = 16 * share.part; first < places; first += 16 * share.parts) {
     uint32_t a[4];
     load_transposed(a, stage.blocks.span(share.stage_chunk + first * chunks, 1));
-    multiply_laps<Math, BATCH, LAPS>(memory, of_laps, valid, a, first * kSlotBytes<BATCH>, c);
+    multiply_laps<T, BATCH, LAPS>(memory, of_laps, valid, a, first * kSlotBytes<BATCH>, c);
   }
 }
 
 // Makes dx of the column: sums[part, m, e].
-template <class Math, int BATCH>
-RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Tile& tile,
+template <class T, int BATCH>
+RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Columns& columns,
                                       const Share& share, const Stage& stage,
                                       const InputGradMma& memory, const Shared<float>& sums) {
   constexpr int kPlanes = (BATCH + 7) / 8;
   const Layer& layer = args.layer;
   const int lane = thread() % kWarp, chunks = layer.block / 8;
-  const bool windows = args.tiling.fill == Fill::kWindows;
+  const bool windows = args.plan.fill == Fill::kWindows;
   WarpSums<BATCH> c = {};
   // At batch 1, of elements g and g + 8: columns are laps, and those of laps that are not there may
   // be 0 times infinity.
@@ -145,28 +144,29 @@ RPG_FUNCTION void input_grad_products(const InputGradKernelArgs& args, const Til
     if constexpr (BATCH == 1) {
       RPG_LOOP
       for (; lap < laps; lap += 8) {
-        multiply_window<Math, BATCH, 1>(args, memory, stage, share, lap, laps, c);
+        multiply_window<T, BATCH, 1>(args, memory, stage, share, lap, laps, c);
         add_laps(laps - lap);
       }
     } else {
       RPG_LOOP
       for (; lap + 4 <= laps; lap += 4) {
-        multiply_window<Math, BATCH, 4>(args, memory, stage, share, lap, laps, c);
+        multiply_window<T, BATCH, 4>(args, memory, stage, share, lap, laps, c);
       }
       RPG_LOOP
       for (; lap < laps; ++lap) {
-        multiply_window<Math, BATCH, 1>(args, memory, stage, share, lap, laps, c);
+        multiply_window<T, BATCH, 1>(args, memory, stage, share, lap, laps, c);
       }
     }
   } else {
     const auto row_lap = operand<BATCH, 1>(args, share, 0);
     RPG_LOOP
-    for (int first = 16 * share.part; first < tile.rows; first += 16 * share.parts) {
-      const int row = first + share.slot, i = row < tile.rows ? row : tile.rows - 1;  // times zeros
+    for (int first = 16 * share.part; first < columns.rows; first += 16 * share.parts) {
+      const int row = first + share.slot,
+                i = row < columns.rows ? row : columns.rows - 1;  // times zeros
       const int place = place_of(memory.entry[i]);
       uint32_t a[4];
       load_transposed(a, stage.blocks.span(chunk_at(place, share.chunk, chunks), 1));
-      multiply_laps<Math, BATCH, 1>(memory, row_lap, lane < 4, a, first * kSlotBytes<BATCH>, c);
+      multiply_laps<T, BATCH, 1>(memory, row_lap, lane < 4, a, first * kSlotBytes<BATCH>, c);
     }
   }
   const Shared<float> target = sums.tail(share.sum_offset);

@@ -27,19 +27,19 @@ constexpr int kSlotBytes = BATCH == 1 ? 2 : 16;
 
 constexpr int kLapPad = 8;  // at batch 1, so that 8 laps are on different banks
 
-RPG_HOST InputGradPlan mma_plan(const Layer& layer, const Tiling& tiling, int row_bytes,
-                                int batch_tile) {
-  InputGradPlan out{};
-  out.layout = stage_layout(tiling, row_bytes);
+RPG_HOST InputGradLayout mma_layout(const Layer& layer, const Tiling& tiling, int row_bytes,
+                                    int batch_tile) {
+  InputGradLayout out{};
+  out.stages = stage_layout(tiling, row_bytes);
   const bool windows = tiling.fill == Fill::kWindows;
   const int planes = (batch_tile + 7) / 8, slot_bytes = batch_tile == 1 ? 2 : 16 * planes;
   const int laps = windows ? static_cast<int>(layer.unit.by_laps.divisor) : 1;
   out.terms_per_lap = windows ? tiling.places : round_up(tiling.rows, kMmaBlocks);
   if (windows && batch_tile == 1) out.terms_per_lap += kLapPad;
   out.plane = laps * out.terms_per_lap;
-  out.terms = out.layout.end;
-  out.dy_at = out.terms + round_up(out.plane * slot_bytes, kAlign);
-  out.entry = out.dy_at + round_up(tiling.rows * slot_bytes, kAlign);
+  out.terms = out.stages.end;
+  out.dy = out.terms + round_up(out.plane * slot_bytes, kAlign);
+  out.entry = out.dy + round_up(tiling.rows * slot_bytes, kAlign);
   out.flag = out.entry + round_up(4 * tiling.rows, kAlign);
   out.sums = out.flag + (windows ? 4 * tiling.places : 0);
   const int parts = kWarps / (row_bytes / 32);
@@ -51,31 +51,31 @@ RPG_HOST InputGradPlan mma_plan(const Layer& layer, const Tiling& tiling, int ro
 template <int BATCH>
 RPG_FUNCTION InputGradMma mma_shared(const InputGradKernelArgs& args) {
   constexpr int kBytes = (BATCH + 7) / 8 * kSlotBytes<BATCH>;
-  const Tiling& tiling = args.tiling;
-  return {Shared<char>(args.terms, args.plane * kBytes),
-          Shared<char>(args.dy_at, tiling.rows * kBytes), Shared<uint32_t>(args.entry, tiling.rows),
-          Shared<uint32_t>(args.flag, tiling.fill == Fill::kWindows ? tiling.places : 0)};
+  const InputGradLayout& layout = args.layout;
+  const Plan& plan = args.plan;
+  return {Shared<char>(layout.terms, layout.plane * kBytes),
+          Shared<char>(layout.dy, plan.rows * kBytes), Shared<uint32_t>(layout.entry, plan.rows),
+          Shared<uint32_t>(layout.flag, plan.fill == Fill::kWindows ? plan.places : 0)};
 }
 
 // dy of the tile into shared memory, zeros behind the batch.
 template <class T, int BATCH>
-RPG_FUNCTION void load_dy(const InputGradKernelArgs& args, const Tile& tile, int m0,
+RPG_FUNCTION void load_dy(const InputGradKernelArgs& args, const Columns& columns, int m0,
                           const InputGradMma& memory) {
   using Bits = typename T::Bits;
   constexpr int kVectorRows = BATCH == 1 ? 1 : 8;
-  const Bits* const dy = static_cast<const Bits*>(args.dy) + tile.row;
+  const Bits* const dy = static_cast<const Bits*>(args.call.dy) + columns.row;
   RPG_LOOP
-  for (int i = thread(); i < tile.rows; i += kThreads) {
+  for (int i = thread(); i < columns.rows; i += kThreads) {
     RPG_UNROLL
     for (int plane = 0; plane < BATCH / kVectorRows; ++plane) {
       Vector<Bits, kVectorRows> v;
       RPG_UNROLL
       for (int j = 0; j < kVectorRows; ++j) {
         const int m = m0 + kVectorRows * plane + j;
-        v.value[j] = m < args.batch ? dy[int64_t{m} * args.layer.rows + i] : Bits{0};
+        v.value[j] = m < args.call.batch ? dy[int64_t{m} * args.layer.rows + i] : Bits{0};
       }
-      store(memory.dy.span((plane * args.tiling.rows + i) * kSlotBytes<BATCH>, kSlotBytes<BATCH>),
-            v);
+      store(memory.dy.span((plane * args.plan.rows + i) * kSlotBytes<BATCH>, kSlotBytes<BATCH>), v);
     }
   }
 }
@@ -93,11 +93,11 @@ RPG_FUNCTION void put(const InputGradKernelArgs& args, const InputGradMma& memor
         static_cast<uint32_t>(static_cast<int32_t>(sign) >> 31) & 0x80008000u;
     RPG_UNROLL
     for (int plane = 0; plane < BATCH / 8; ++plane) {
-      const int row = plane * 16 * args.tiling.rows + row_byte;
+      const int row = plane * 16 * args.plan.rows + row_byte;
       auto v = load<Vector<uint32_t, 4>>(memory.dy.span(row, 16));
       RPG_UNROLL
       for (int j = 0; j < 4; ++j) v.value[j] ^= sign_bits;
-      store(memory.p.span(plane * 16 * args.plane + target_byte, 16), v);
+      store(memory.p.span(plane * 16 * args.layout.plane + target_byte, 16), v);
     }
   }
 }
@@ -110,41 +110,41 @@ RPG_FUNCTION void clear(const InputGradKernelArgs& args, const InputGradMma& mem
   RPG_LOOP
   for (int i = begin + thread(); i < end; i += kThreads) {
     for (int plane = 0; plane < (BATCH + 7) / 8; ++plane) {
-      store(memory.p.span((plane * args.plane + i) * kSlotBytes<BATCH>, kSlotBytes<BATCH>),
+      store(memory.p.span((plane * args.layout.plane + i) * kSlotBytes<BATCH>, kSlotBytes<BATCH>),
             Zeros{});
     }
   }
 }
 
 // P of a tile, whose entries are visible after the next barrier: row i of a tile that reads no
-// windows is term i. `places` are those of the column's window. Where it has as many terms, in all
-// of its laps, as the tile has rows, each row fills one of them; otherwise what no row fills is
+// windows is term i. Where the column's window has as many terms, in all of its laps, as the tile
+// has rows, each row fills one of them; otherwise what no row fills is
 // made zeros, and so are blocks of the window that no row reads: 0 times what they hold need not be
 // 0. All threads call it; it ends with a barrier.
 template <int BATCH>
-RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Tile& tile, int places,
+RPG_FUNCTION void put_rows(const InputGradKernelArgs& args, const Columns& columns,
                            const Stage& stage, const InputGradMma& memory) {
-  const bool windows = args.tiling.fill == Fill::kWindows;
-  const int laps = static_cast<int>(args.layer.unit.by_laps.divisor), room = args.tiling.places;
-  const bool gaps = windows && (places != room || places * laps != tile.rows);
+  const bool windows = args.plan.fill == Fill::kWindows;
+  const int laps = static_cast<int>(args.layer.unit.by_laps.divisor), room = args.plan.places;
+  const bool gaps = windows && (stage.filled != room || stage.filled * laps != columns.rows);
   if (gaps) {
-    clear<BATCH>(args, memory, 0, args.plane);
+    clear<BATCH>(args, memory, 0, args.layout.plane);
     for (int i = thread(); i < room; i += kThreads) memory.flag[i] = 0;
   } else if (!windows) {
-    clear<BATCH>(args, memory, tile.rows, args.plane);
+    clear<BATCH>(args, memory, columns.rows, args.layout.plane);
   }
   sync();
   RPG_LOOP
-  for (int i = thread(); i < tile.rows; i += kThreads) {
+  for (int i = thread(); i < columns.rows; i += kThreads) {
     const uint32_t entry = memory.entry[i];
     const int place = place_of(entry);
-    const int term = windows ? lap_of(entry) * args.terms_per_lap + place : i;
+    const int term = windows ? lap_of(entry) * args.layout.terms_per_lap + place : i;
     put<BATCH>(args, memory, i * kSlotBytes<BATCH>, term * kSlotBytes<BATCH>, entry);
     if (gaps) memory.flag[place] = 1;
   }
   sync();
   if (!gaps) return;
-  const int chunks = args.bank.row_bytes / 16;
+  const int chunks = args.layout.stages.row_bytes / 16;
   RPG_LOOP
   for (int i = thread(); i < room; i += kThreads) {
     if (memory.flag[i]) continue;

@@ -9,11 +9,8 @@
 //
 // Instructions for a weight: see docs/ladder.md, where the machine code is counted.
 
-#include <stdexcept>
-
+#include "cuda/columns.h"
 #include "cuda/ladder.h"
-#include "cuda/plan.h"
-#include "law/number.h"
 
 namespace rpg::RPG_DEVICE {
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "law/unit.h"
+#include "law/layer.h"
 
 namespace rpg {
 

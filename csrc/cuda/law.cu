@@ -10,6 +10,7 @@
 
 #include "cuda/device.h"
 #include "cuda/law.h"
+#include "law/positions.h"
 
 namespace rpg::RPG_DEVICE {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "law/unit.h"
+#include "law/layer.h"
 
 namespace rpg {
 

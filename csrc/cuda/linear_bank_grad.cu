@@ -12,19 +12,25 @@
 // fewer owners than the device has processors, several CTAs share an owner's passes, and the last
 // of them adds their sums in order.
 //
-// Grid: owners x copies; 256 threads: pairs of elements x parts of the slots. Shared memory, from
-// byte 0 on:
+// Grid: owners x copies; 256 threads: pairs of elements x parts of the slots. Shared memory, and
+// where it is with 4 laps:
 //
-//   T                  256 · 16 · 4          for 16 rows of the batch
-//   read               256 · 4               whether a row of the unit reads a slot
-//   rounds of a unit   16 · 4                of its shuffle
-//   readers            33 · laps · 16        of the uses of the owned octets
-//   the last CTA?      16
+//   from byte | bytes  | what               | layout
+//   ----------|--------|--------------------|---------------------------------------------------
+//           0 | 16,384 | T                  | [4 rows of the batch][256 slots][4] fp32
+//      16,384 |  1,024 | read               | [256 slots]: whether a row of the unit reads it
+//      17,408 |     64 | rounds of a unit   | [16], of its shuffle
+//      17,472 |  2,112 | readers            | [33 octets, laps] of 16 bytes: who has their uses
+//      19,584 |     16 | is this CTA last?  |
+//
+// Budget: none is counted (docs/cuda.md); registers are what limits it.
 
 #include <stdexcept>
 
-#include "cuda/linear.h"
-#include "cuda/plan.h"
+#include "cuda/columns.h"
+#include "cuda/linear_grads.h"
+#include "law/layer.h"
+#include "law/positions.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -103,8 +109,8 @@ RPG_FUNCTION void find_readers(const Layer& layer, const UnitUses& uses,
     }
     // The word 0 gives each row its own residue.
     const uint32_t word = law.permute ? hash_word(q, law.octet_key[0], law.octet_key[1]) : 0;
-    const int row = at_position(layer, q * kOctet).n;
-    store(memory.readers.span(i, 1), Reader{static_cast<uint32_t>(row), word, signs});
+    const uint32_t row = q % law.octets * kOctet;  // of its column
+    store(memory.readers.span(i, 1), Reader{row, word, signs});
   }
 }
 
@@ -249,19 +255,11 @@ linear_bank_grad_kernel(RPG_ARGS BankGradKernelArgs args) {
     target[1] = dw[j][1] * scale;
   }
   if (args.copies == 1) return;
-  const Shared<int> last(args.last, 1);
-  sync();
-  if (thread() == 0) last[0] = arrive(args.counters + cta_x(), args.copies);
-  sync();
-  if (!last[0]) return;
+  if (!is_last(Shared<int>(args.last, 1), args.counters + cta_x(), args.copies)) return;
   RPG_LOOP
   for (int i = thread(); i < owned * BLOCK; i += kThreads) {
     const int64_t index = int64_t{begin} * BLOCK + i;
-    float sum = 0;
-    for (int copy = 0; copy < args.copies; ++copy) {
-      sum += args.partial[int64_t{copy} * slots * BLOCK + index];
-    }
-    args.dw[index] = sum * args.scale;
+    args.dw[index] = args.scale * sum_of(args.partial + index, args.copies, int64_t{slots} * BLOCK);
   }
 }
 

@@ -1,36 +1,46 @@
 // linear_input_grad: dx [batch, K] = scale · dy [batch, N] · (G ring), Ŵ = G ring never in memory.
 //
 // The adjoint of linear.cu, and cut in the same way: tiles of rows x splits of the columns x tiles
-// of the batch, 256 threads. For each column of blocks the rows of dy are brought to the stored
-// blocks that their rows of the tile read, and each block is multiplied once:
+// of the batch, 256 threads, from column to column by columns.h. For each column of blocks the rows
+// of dy are brought to the stored blocks that their rows of the tile read, and each block is
+// multiplied once:
 //
 //   dx[m, column] = Σ_place (Σ ± dy[row, m], rows that read the place) block(place)
 //
 // input_grad_mma.h does so for 16-bit numbers on tensor cores, input_grad_fma.h for fp32. Sums of
 // tiles go through the workspace; the last CTA of a split adds them in order.
 //
-// Shared memory, from byte 0 on:
+// Shared memory, and where it is for windows of 256 slots of 64 and 4 laps, in bfloat16 at batch 16
+// and in fp32 at batch 8:
 //
-//   stages, units, entries of stages                          as of linear.cu
-//   P, the permutation of dy    laps · places · BATCH · 2     in 16 bits; each in planes of 8 rows
-//   dy of the tile              rows · BATCH · 2              of the batch
-//   or T                        places · BATCH · 4            in fp32
-//   entries                     rows · 4
-//   flags of places             places · 4                    in 16 bits, of windows
-//   sums of parts               parts · BATCH · 68 · 4        in fp32 2 · BATCH · 272 · 4
-//   the last CTA?               16
+//   bfloat16          | fp32              | what                | layout
+//   from     | bytes  | from    | bytes   |                     |
+//   ---------|--------|---------|---------|---------------------|------------------------------
+//          0 | 98,304 |       0 | 196,608 | blocks of 3 stages  | as of linear.cu
+//     98,304 |  2,560 | 196,608 |   2,560 | units of columns    | as of linear.cu
+//    100,864 | 32,768 |       - |       - | P                   | [8 rows of dy][lap][slot][8]
+//    133,632 | 32,768 |       - |       - | dy of the tile      | [8 rows of dy][row][8]
+//          - |      - | 199,168 |   8,192 | T                   | [4 rows of dy][slot][4]
+//    166,400 |  4,096 | 207,360 |   4,096 | entries             | [row]
+//    170,496 |  1,024 |       - |       - | flags of places     | [slot], in windows
+//    171,520 |  8,704 | 211,456 |  17,408 | sums of parts       | [part, m, 68], [m][2][272]
+//    180,224 |     16 | 228,864 |      16 | is this CTA last?   |
 //
-// Instructions for a weight: docs/cuda.md.
-
-#include <stdexcept>
+// Budget at batches up to 16 in 16 bits: 3.5 lane-instructions for a weight; docs/cuda.md has what
+// it takes.
 
 #include "cuda/input_grad_fma.h"
 #include "cuda/input_grad_mma.h"
-#include "cuda/linear.h"
 
 namespace rpg::RPG_DEVICE {
 
 namespace {
+
+// Writes the element of dx whose sum is `sum`.
+template <class T>
+RPG_FUNCTION void write(const CudaLinearInputGradArgs& call, int64_t index, float sum) {
+  static_cast<typename T::Bits*>(call.dx)[index] = T::store(sum * static_cast<float>(call.scale));
+}
 
 // What this thread writes of each block: elements e ... e + count - 1 of rows m, m + step ... of
 // the batch. Four at once where they are sums of a tile and their addresses allow for it.
@@ -40,182 +50,116 @@ struct Output {
 };
 
 RPG_FUNCTION Output output_of(const InputGradKernelArgs& args, int m0, bool fours) {
-  const int count = fours && args.tiling.tiles > 1 && args.layer.columns % 4 == 0 ? 4 : 1;
+  const int count = fours && args.plan.tiles > 1 && args.layer.columns % 4 == 0 ? 4 : 1;
   const int threads_across = args.layer.block / count;  // a power of two
   const int e = (thread() & (threads_across - 1)) * count, m = thread() / threads_across;
-  const int64_t tile = args.tiling.tiles == 1 ? 0 : int64_t{cta_x()} * args.batch;
+  const int64_t tile = args.plan.tiles == 1 ? 0 : int64_t{cta_x()} * args.call.batch;
   return {count, kept(e), kept(m), kThreads / threads_across,
           kept((tile + m0 + m) * args.layer.columns + e)};
 }
 
 // Writes column b of this tile's sums, or of dx where there is one tile, from the sums of parts.
-template <class Math, int BATCH>
+template <class T, int BATCH>
 RPG_FUNCTION void write_column(const InputGradKernelArgs& args, const Output& out, int b, int batch,
                                const Share& share, const Shared<float>& sums) {
-  using Number = typename Math::Number;
-  constexpr bool kFma = sizeof(typename Number::Bits) == 4;
   const int block = args.layer.block, columns = args.layer.columns;
   if (b * block + out.e >= columns) return;
   int64_t index = out.index + b * block;
-  if constexpr (!kFma) {
+  if constexpr (kTensorCores<T>) {
     if (out.count == 4) {
       RPG_LOOP
       for (int m = out.m; m < batch; m += out.step, index += int64_t{out.step} * columns) {
-        store(args.partial + index, mma_total<BATCH, 4>(share.parts, m, out.e, sums));
+        store(args.call.workspace + index, mma_total<BATCH, 4>(share.parts, m, out.e, sums));
       }
       return;
     }
   }
-  const bool whole = args.tiling.tiles == 1;
   RPG_LOOP
   for (int m = out.m; m < batch; m += out.step, index += int64_t{out.step} * columns) {
     float total;
-    if constexpr (kFma) {
-      total = fma_total(block, m, out.e, sums);
-    } else {
+    if constexpr (kTensorCores<T>) {
       total = mma_total<BATCH, 1>(share.parts, m, out.e, sums).value[0];
-    }
-    if (whole) {
-      static_cast<typename Number::Bits*>(args.dx)[index] = Number::store(total * args.scale);
     } else {
-      args.partial[index] = total;
+      total = fma_total(block, m, out.e, sums);
+    }
+    if (args.plan.tiles == 1) {
+      write<T>(args.call, index, total);
+    } else {
+      args.call.workspace[index] = total;
     }
   }
 }
 
-template <class Math, int BATCH>
+template <class T, int BATCH>
 RPG_KERNEL(kThreads, 1)
 linear_input_grad_kernel(RPG_ARGS InputGradKernelArgs args) {
-  using Number = typename Math::Number;
-  constexpr bool kFma = sizeof(typename Number::Bits) == 4;
   const Layer& layer = args.layer;
-  const Tiling& tiling = args.tiling;
-  const StageLayout& layout = args.layout;
-  const Tile tile = tile_at(layer, tiling, cta_x());
-  const int m0 = cta_z() * BATCH;
-  const int batch = args.batch - m0 < BATCH ? args.batch - m0 : BATCH;
-  const int first = static_cast<int>(int64_t{layer.blocks} * cta_y() / args.splits);
-  const int end = static_cast<int>(int64_t{layer.blocks} * (cta_y() + 1) / args.splits);
-  const ColumnRange range{first, end};
-  const bool ring = tiling.fill == Fill::kRing, windows = tiling.fill == Fill::kWindows;
-  const int row_places = ring ? static_cast<int>(layer.slots) : tile.rows;  // of no windows
-
-  const int parts = kFma ? 2 * kPitch : kWarps / (layer.block / 16) * kSumPitch;
-  const Shared<float> sums(args.sums, parts * BATCH);
-  const Shared<ColumnUnit> units = units_of(layout, tiling);
-  const BankCopies copies = copies_of(layout, args.bank);
-  const int unfinished = kept(unfinished_from(layer));
+  const InputGradLayout& layout = args.layout;
+  const int m0 = cta_z() * BATCH, tiles = args.plan.tiles;
+  const int left = static_cast<int>(args.call.batch) - m0, batch = left < BATCH ? left : BATCH;
+  Columns columns = columns_of(layer, args.plan, layout.stages, args.call.ring);
+  const Shared<float> sums(layout.sums, (layout.last - layout.sums) / 4);
   const Share share = share_of<BATCH>(args);
-  const Output out = output_of(args, m0, !kFma);
-  // Copies of column b to stage i, in a group of their own even where there are none.
-  const auto begin = [&](int b, int i) {
-    if (b < end) {
-      fill_stage(tiling, layout, args.bank, tile, range, units, copies, b,
-                 stage_of(layout, tiling, i));
-    }
-    commit_copies();
-  };
+  const Output out = output_of(args, m0, kTensorCores<T>);
+  const auto no_more = [](int, int) {};  // copies than those of blocks
 
-  if (windows) find_units(layer, tile, range, units, 0);
-  for (int i = 0; i < layout.depth; ++i) {
-    if (tiling.fill == Fill::kGather && first + i < end) {
-      prepare_rows(layer, tile, first + i, stage_of(layout, tiling, i));
-    }
-  }
   const auto dy = [&] {
-    if constexpr (kFma) {
-      return fma_shared<BATCH>(args, tile, m0);
+    if constexpr (kTensorCores<T>) {
+      const InputGradMma memory = mma_shared<BATCH>(args);
+      load_dy<T, BATCH>(args, columns, m0, memory);
+      return memory;
     } else {
-      const InputGradMma out = mma_shared<BATCH>(args);
-      load_dy<Number, BATCH>(args, tile, m0, out);
-      return out;
+      return fma_shared<BATCH>(args, columns, m0);
     }
   }();
-  sync();
-  for (int i = 0; i < layout.depth - 1; ++i) begin(first + i, i);
-  int current = 0;  // stage of column b
+  start(columns, no_more);
   RPG_LOOP
-  for (int b = first; b < end; ++b, current = stage_after(layout.depth, current, 1)) {
-    wait_stage(layout.depth);
-    sync();
-    begin(b + layout.depth - 1, stage_after(layout.depth, current, layout.depth - 1));
-    const Stage stage = stage_of(layout, tiling, current);
-    int places = row_places;
-    if (windows) places = static_cast<int>(unit_of(units, range, b).places);
-    if (b >= unfinished) sign_and_clear<Number>(layer, tile, places, b, stage);
-    if (windows) {
-      unit_entries<false>(layer, tile, b, unit_of(units, range, b), dy.entry);
+  for (int b = columns.first; b < columns.end; ++b) {
+    const Stage stage = next_stage<T>(columns, b, no_more);
+    write_entries<false>(columns, b, stage, dy.entry);
+    if constexpr (kTensorCores<T>) {
+      put_rows<BATCH>(args, columns, stage, dy);
+      input_grad_products<T, BATCH>(args, columns, share, stage, dy, sums);
     } else {
-      row_entries<false>(layer, tiling, tile, b, stage, dy.entry);
+      sum_terms<BATCH>(args, columns, stage, dy);
+      input_grad_products<BATCH>(args, columns, stage, dy, sums);
     }
-    if constexpr (kFma) {
-      sum_terms<BATCH>(args, tile, places, stage, dy);
-      input_grad_products<BATCH>(args, tile, places, stage, dy, sums);
-    } else {
-      put_rows<BATCH>(args, tile, places, stage, dy);
-      input_grad_products<Math, BATCH>(args, tile, share, stage, dy, sums);
-    }
-    if (windows) find_next_units(layer, tile, range, units, b);
     sync();
-    if (tiling.fill == Fill::kGather && b + layout.depth < end) {
-      prepare_rows(layer, tile, b + layout.depth, stage);
-    }
-    write_column<Math, BATCH>(args, out, b, batch, share, sums);
+    look_ahead(columns, b, stage);
+    write_column<T, BATCH>(args, out, b, batch, share, sums);
   }
-  if (tiling.tiles == 1) return;
-  const Shared<int> last(args.last, 1);
-  sync();
-  if (thread() == 0) {
-    last[0] = arrive(args.counters + cta_z() * args.splits + cta_y(), tiling.tiles);
-  }
-  sync();
-  if (!last[0]) return;
-  const int low = first * layer.block;
-  const int high = end * layer.block < layer.columns ? end * layer.block : layer.columns;
+  if (tiles == 1) return;
+  unsigned* const counter = args.call.counters + cta_z() * args.plan.splits + cta_y();
+  if (!is_last(Shared<int>(layout.last, 1), counter, tiles)) return;
+  const int low = columns.first * layer.block, end = columns.end * layer.block;
+  const int width = (end < layer.columns ? end : layer.columns) - low;
   RPG_LOOP
-  for (int i = thread(); i < (high - low) * batch; i += kThreads) {
-    const int m = i / (high - low), column = low + i - m * (high - low);
-    const int64_t at_column = int64_t{m0 + m} * layer.columns + column;
-    float sum = 0;
-    for (int part = 0; part < tiling.tiles; ++part) {
-      sum += args.partial[int64_t{part} * args.batch * layer.columns + at_column];
-    }
-    static_cast<typename Number::Bits*>(args.dx)[at_column] = Number::store(sum * args.scale);
+  for (int i = thread(); i < width * batch; i += kThreads) {
+    const int m = i / width, column = low + i - m * width;
+    const int64_t index = int64_t{m0 + m} * layer.columns + column;
+    write<T>(args.call, index,
+             sum_of(args.call.workspace + index, tiles, args.call.batch * layer.columns));
   }
 }
 
-InputGradPlan plan_of(const Layer& layer, const Tiling& tiling, int size, int batch_tile) {
-  const auto plan = size == 4 ? fma_plan : mma_plan;
-  return plan(layer, tiling, layer.block * size, batch_tile);
+InputGradLayout layout_of(const Layer& layer, const Tiling& tiling, int size, int batch_tile) {
+  const auto layout = size == 4 ? fma_layout : mma_layout;
+  return layout(layer, tiling, layer.block * size, batch_tile);
 }
 
-template <class Math, int BATCH>
-void run(const LayerLaw& law, const Plan& plan, const CudaLinearInputGradArgs& args) {
-  constexpr int kSize = sizeof(typename Math::Number::Bits);
-  InputGradKernelArgs kernel_args{};
-  kernel_args.layer = layer_of(law, args.columns);
-  kernel_args.tiling = tiling_of(plan);
-  kernel_args.bank = bank_of(args.ring, law.slots, law.granularity * kSize);
-  kernel_args.dy = args.dy, kernel_args.dx = args.dx;
-  kernel_args.partial = args.workspace, kernel_args.counters = args.counters;
-  kernel_args.scale = static_cast<float>(args.scale);
-  kernel_args.batch = static_cast<int>(args.batch), kernel_args.splits = plan.splits;
-  const InputGradPlan shared = plan_of(kernel_args.layer, kernel_args.tiling, kSize, BATCH);
-  kernel_args.layout = shared.layout, kernel_args.terms_per_lap = shared.terms_per_lap,
-  kernel_args.plane = shared.plane;
-  kernel_args.terms = shared.terms, kernel_args.dy_at = shared.dy_at,
-  kernel_args.entry = shared.entry, kernel_args.flag = shared.flag, kernel_args.sums = shared.sums,
-  kernel_args.last = shared.last;
-  launch(linear_input_grad_kernel<Math, BATCH>, {plan.tiles, plan.splits, plan.batch_tiles},
-         kThreads, plan.shared_bytes, args.stream, kernel_args);
+template <class T, int BATCH>
+void run(const Layer& layer, const Plan& plan, const CudaLinearInputGradArgs& args) {
+  const InputGradLayout layout = layout_of(layer, plan, sizeof(typename T::Bits), BATCH);
+  launch(linear_input_grad_kernel<T, BATCH>, {plan.tiles, plan.splits, plan.batch_tiles}, kThreads,
+         plan.shared_bytes, args.stream, InputGradKernelArgs{layer, plan, layout, args});
 }
 
-template <class Math>
-void run_batch(const LayerLaw& law, const Plan& plan, const CudaLinearInputGradArgs& args) {
+template <class T>
+void run_batch(const Layer& layer, const Plan& plan, const CudaLinearInputGradArgs& args) {
   switch (plan.batch_tile) {
-    case 1: return run<Math, 1>(law, plan, args);
-    case 8: return run<Math, 8>(law, plan, args);
-    default: return run<Math, 16>(law, plan, args);
+    case 1: return run<T, 1>(layer, plan, args);
+    case 8: return run<T, 8>(layer, plan, args);
+    default: return run<T, 16>(layer, plan, args);
   }
 }
 
@@ -226,9 +170,9 @@ Plan plan_linear_input_grad(const LayerLaw& law, Dtype dtype, int64_t batch, int
   const int size = element_bytes(dtype);
   const Layer layer = layer_of(law, columns);
   const auto bytes = [&](const Tiling& tiling, int batch_tile) {
-    return plan_of(layer, tiling, size, batch_tile).bytes;
+    return layout_of(layer, tiling, size, batch_tile).bytes;
   };
-  Plan out = plan_tiles(law, law.granularity * size, batch, 16, device, bytes);
+  Plan out = plan_tiles(law, layer.block * size, batch, 16, device, bytes);
   if (out.tiles > 1) {
     out.workspace = int64_t{out.tiles} * batch * columns;
     out.counters = out.splits * out.batch_tiles;
@@ -237,10 +181,11 @@ Plan plan_linear_input_grad(const LayerLaw& law, Dtype dtype, int64_t batch, int
 }
 
 void linear_input_grad(const LayerLaw& law, const Plan& plan, const CudaLinearInputGradArgs& args) {
+  const Layer layer = layer_of(law, args.columns);
   switch (args.dtype) {
-    case Dtype::kBfloat16: return run_batch<Mma<Bfloat16>>(law, plan, args);
-    case Dtype::kFloat16: return run_batch<Mma<Float16>>(law, plan, args);
-    default: return run_batch<Fma>(law, plan, args);
+    case Dtype::kBfloat16: return run_batch<Bfloat16>(layer, plan, args);
+    case Dtype::kFloat16: return run_batch<Float16>(layer, plan, args);
+    default: return run_batch<Float32>(layer, plan, args);
   }
 }
 

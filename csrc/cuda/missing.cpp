@@ -4,7 +4,7 @@
 
 #include "cuda/ladder.h"
 #include "cuda/law.h"
-#include "cuda/linear.h"
+#include "cuda/linear_grads.h"
 #include "cuda/unpack.h"
 
 namespace rpg::cuda {

@@ -11,11 +11,10 @@
 // of addresses: no atomics, the same bits every time, no shared memory. Each lane inverts one use,
 // then all read them in turn.
 
-#include <stdexcept>
-
-#include "cuda/plan.h"
+#include "cuda/columns.h"
 #include "cuda/unpack.h"
-#include "law/number.h"
+#include "law/layer.h"
+#include "law/positions.h"
 
 namespace rpg::RPG_DEVICE {
 
@@ -89,6 +88,18 @@ unpack_kernel(RPG_ARGS UnpackKernelArgs args) {
       if (e < left) target[e] = bits.value[e];
     }
   }
+}
+
+// A row and a column.
+struct RowAndColumn {
+  int n, b;
+};
+
+// The inverse of `position`; n may lie in the padding behind the last row.
+RPG_FUNCTION RowAndColumn at_position(const Layer& layer, uint32_t p) {
+  const uint32_t size = layer.units ? layer.unit.octets * 8 : static_cast<uint32_t>(layer.blocks);
+  const int major = static_cast<int>(p / size), minor = static_cast<int>(p % size);
+  return layer.units ? RowAndColumn{minor, major} : RowAndColumn{major, minor};
 }
 
 // One of the uses of a slot, which are numbered in the order of addresses: its position, or that

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
+#include "law/layer.h"
 #include "law/number.h"
-#include "law/unit.h"
 
 namespace rpg {
 

@@ -45,44 +45,6 @@ struct UnitBand {
   bool vector;  // one sign for a block
 };
 
-RPG_HOST UnitBand make_unit_band(const LayerLaw& law, int64_t band) {
-  const int64_t first_row = band * law.rows_per_band;
-  const bool last = band == bands_of(law) - 1;
-  const int64_t rows = last ? law.rows - first_row : law.rows_per_band;
-  const KeyStream keys = make_keys(law.seed, law.layer, static_cast<uint64_t>(band));
-  UnitBand out{};
-  out.octets = static_cast<uint32_t>((rows + kOctet - 1) / kOctet);
-  out.taps = law.taps;
-  out.run_blocks = law.run_blocks;
-  out.columns = static_cast<uint32_t>(law.blocks / law.taps);
-  out.groups = last ? law.last_groups : law.groups;
-  out.size = out.octets / out.groups;
-  out.larger = out.octets % out.groups;
-  // Addresses of a model end below 2^63.
-  const uint64_t first =
-      law.address + static_cast<uint64_t>(first_row / kOctet) * static_cast<uint64_t>(law.blocks);
-  out.base = static_cast<uint32_t>(first / law.laps % law.slots * kOctet % law.slots);
-  out.offset = static_cast<uint32_t>(first % law.laps);
-  out.permutation = make_permutation(out.columns, minor_factor(out.columns), keys);
-  out.by_slots = make_divider(law.slots);
-  out.by_laps = make_divider(law.laps);
-  out.by_taps = make_divider(law.taps);
-  out.by_run_blocks = make_divider(law.run_blocks);
-  out.by_column = make_divider(out.octets * out.taps);
-  out.by_size = make_divider(out.size);
-  out.by_larger_size = make_divider(out.size + 1);
-  const auto read = [&](int word, uint32_t* key) {
-    for (int i = 0; i < 2; ++i) key[i] = key_at(keys, kSignKey + 2 * word + i);
-  };
-  read(kOctetWord, out.octet_key);
-  read(kTurnWord, out.turn_key);
-  for (int j = 0; j < kShuffleRounds; ++j) read(kRoundWord + j, out.round_key + 2 * j);
-  for (int w = 0; w < kMaxWords; ++w) read(w, out.sign_key + 2 * w);
-  out.permute = law.permute;
-  out.vector = law.reflect == Reflect::kVector;
-  return out;
-}
-
 RPG_LAW uint32_t first_octet(const UnitBand& law, uint32_t group) {
   return group * law.size + min_u32(group, law.larger);
 }
@@ -96,17 +58,6 @@ RPG_LAW uint32_t group_of(const UnitBand& law, uint32_t octet) {
   const uint32_t of_larger = law.larger * (law.size + 1);
   if (octet < of_larger) return divide(octet, law.by_larger_size);
   return divide(octet - of_larger, law.by_size) + law.larger;
-}
-
-// The position p of row n of the band and block b.
-RPG_LAW uint32_t position_in_units(const UnitBand& law, uint32_t n, uint32_t b) {
-  const uint32_t tap = divide(b, law.by_run_blocks), channel = b - tap * law.run_blocks;
-  const uint32_t part = divide(tap, law.by_taps);
-  const uint32_t column = part * law.run_blocks + channel;
-  const uint32_t octet = n / kOctet, group = group_of(law, octet);
-  const uint32_t first = first_octet(law, group);
-  const uint32_t i = (tap - part * law.taps) * group_size(law, group) + octet - first;
-  return ((column * law.octets + first) * law.taps + i) * kOctet + n % kOctet;
 }
 
 // A unit: octets q ... q + size - 1 read the uses use ... use + size - 1 of the ring, counted from
@@ -157,13 +108,17 @@ struct UnitWindow {
   uint32_t used;
 };
 
-// What a round of the shuffle takes of its unit: the offset and the lower half of its word.
+// What a round of the shuffle takes of its unit, two numbers in one word: the offset in the upper
+// half, and the lower half of the round's hash in the lower. In the worked example of
+// docs/unit_law.md the hash of round 1 is 0x6CCC27FD and the unit has 13 octets:
+// 0x6CCC · 13 = 0x5865C, so the offset is 5 and the word 0x000527FD.
 RPG_LAW uint32_t round_of(const UnitBand& law, uint32_t unit, uint32_t size, int j) {
   const uint32_t word = hash_word(unit, law.round_key[2 * j], law.round_key[2 * j + 1]);
   return ((word >> 16) * size & 0xFFFF0000u) | (word & 0xFFFF);
 }
 
-// One round of the shuffle: x and its partner change places, or not. x < size <= 2^15.
+// One round of the shuffle: x and its partner change places, or not. x < size <= 2^15. There x = 4
+// has the partner 5 - 4 = 1; 4 · 0x27FD + 0xFD27 = 0x19D1B has bit 15, so x becomes 1.
 RPG_LAW uint32_t shuffle_round(uint32_t x, uint32_t size, uint32_t round) {
   const uint32_t offset = round >> 16, low = round & 0xFFFF;
   const uint32_t summand = (low << 8 | low >> 8) & 0xFFFF;
@@ -172,20 +127,16 @@ RPG_LAW uint32_t shuffle_round(uint32_t x, uint32_t size, uint32_t round) {
   return (larger * (low | 1) + summand) & 0x8000 ? partner : x;
 }
 
-template <bool INVERSE>
 RPG_LAW uint32_t shuffled(const UnitBand& law, uint32_t unit, uint32_t size, uint32_t x) {
   for (int j = 0; law.permute && j < kShuffleRounds; ++j) {
-    x = shuffle_round(x, size, round_of(law, unit, size, INVERSE ? kShuffleRounds - 1 - j : j));
+    x = shuffle_round(x, size, round_of(law, unit, size, j));
   }
   return x;
 }
 
-// Which of its octet's 8 slots row r reads, and back; `word` is the octet's.
+// Which of its octet's 8 slots row r reads; `word` is the octet's.
 RPG_LAW uint32_t residue_of(uint32_t r, uint32_t word) {
   return ((r ^ (word >> 29)) - word) * (word >> 3 | 1) & 7;
-}
-RPG_LAW uint32_t row_at(uint32_t residue, uint32_t word) {
-  return ((residue * (word >> 3 | 1) + word) & 7) ^ (word >> 29);
 }
 
 // The slot of a residue of the octet that a use reads.
@@ -202,32 +153,6 @@ RPG_LAW UnitWindow window_of(const UnitBand& law, const Unit& unit) {
   return {slot_of_use(law, unit.use, 0), divide(used + unit.size + laps - 1, law.by_laps), used};
 }
 
-// How many octets of the ring the band has uses of; `offset` of the first one's are not its own.
-RPG_LAW uint32_t ring_octets(const UnitBand& law) {
-  const uint32_t uses = law.offset + law.columns * law.octets * law.taps;
-  return divide(uses - 1, law.by_laps) + 1;
-}
-
-// Which unit has a use of the band; `use` counts as those of units do.
-RPG_LAW Unit unit_with_use(const UnitBand& law, uint32_t use) {
-  const uint32_t z = use - law.offset, size = law.by_column.divisor;
-  const uint32_t place = divide(z, law.by_column);
-  uint32_t column[1] = {place};
-  if (law.permute) unpermute(law.permutation, column);
-  const uint32_t turn = turn_of(law, column[0]);
-  const uint32_t turned = add_mod(z - place * size, turn * law.taps, size);
-  return unit_in_place(law, column[0], group_of(law, divide(turned, law.by_taps)), place, turn);
-}
-
-// The position that takes a use of the band and reads a residue of its octet: the inverse of
-// slots_of. It may lie in the padding behind the band's last row.
-RPG_LAW uint32_t position_of_use(const UnitBand& law, uint32_t use, uint32_t residue) {
-  const Unit unit = unit_with_use(law, use);
-  const uint32_t q = unit.q + shuffled<true>(law, unit.number, unit.size, use - unit.use);
-  if (!law.permute) return q * kOctet + residue;
-  return q * kOctet + row_at(residue, hash_word(q, law.octet_key[0], law.octet_key[1]));
-}
-
 // p -> slot, in place.
 template <int LANES>
 RPG_LAW void slots_of(const UnitBand& law, uint32_t (&p)[LANES]) {
@@ -235,7 +160,7 @@ RPG_LAW void slots_of(const UnitBand& law, uint32_t (&p)[LANES]) {
     const uint32_t q = p[l] / kOctet, column = divide(q, law.by_column);
     const uint32_t rest = q - column * law.by_column.divisor;
     const Unit unit = unit_at(law, column, group_of(law, divide(rest, law.by_taps)));
-    const uint32_t use = unit.use + shuffled<false>(law, unit.number, unit.size, q - unit.q);
+    const uint32_t use = unit.use + shuffled(law, unit.number, unit.size, q - unit.q);
     const uint32_t r = p[l] % kOctet, word = hash_word(q, law.octet_key[0], law.octet_key[1]);
     p[l] = slot_of_use(law, use, law.permute ? residue_of(r, word) : r);
   }

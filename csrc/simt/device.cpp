@@ -1,6 +1,6 @@
 // Fibers, barriers and warps of csrc/simt/device.h.
 
-#include "simt/device.h"
+#include "cuda/device.h"
 
 #include <ucontext.h>
 
@@ -9,8 +9,6 @@
 #include <memory>
 #include <random>
 #include <vector>
-
-#include "law/number.h"
 
 namespace rpg::simt {
 

@@ -1,5 +1,5 @@
 // What kernels ask of a GPU, on the CPU: the same words as csrc/cuda/device.h, so that a kernel's
-// own source can be compiled by the host compiler and run in tests.
+// own source can be compiled by the host compiler and run in tests. That file includes this one.
 //
 // A CTA's threads are fibers, run one at a time, in an order drawn from the launch's seed, each
 // until it waits: at a barrier of the CTA, or for the other lanes of its warp. Shared memory is
@@ -26,8 +26,6 @@
 #define RPG_KERNEL(THREADS, CTAS) static void
 #define RPG_UNROLL
 #define RPG_LOOP
-
-#include "cuda/device_types.h"
 
 namespace rpg::simt {
 
@@ -139,6 +137,8 @@ void load_matrices(const MatrixArgs& args);
 void load_transposed(const MatrixArgs& args);
 void multiply_bfloat16(const MultiplyArgs& args);
 void multiply_float16(const MultiplyArgs& args);
+RPG_FUNCTION void multiply(Bfloat16, const MultiplyArgs& args) { multiply_bfloat16(args); }
+RPG_FUNCTION void multiply(Float16, const MultiplyArgs& args) { multiply_float16(args); }
 
 // This is ldmatrix.x4: lane l gives row l % 8 of matrix l / 8, and gets elements 2 (l % 4) and the
 // next of row l / 4 of each.

@@ -44,31 +44,27 @@ class Case:
 
 # Phases of the forward, as the tables call them, and the pieces of source in each.
 _COMMON = {
-    "octets": [region("entries.h", "8 * k < tile.rows; k += kThreads) {")],
-    "rows": [region("entries.h", "void row_entries(")],
-    "units": [region("units.h", "void find_units(")],
-    "copies": [region("stage.h", "place + 3 * step < places;")],
-    "rest of copies": [region("stage.h", "place < places; place += step, source += kTurnBytes")],
-    "prepared": [region("stage.h", "void prepare_rows(")],
-    "blocks": [region("stage.h", "void fill_rows("), region("stage.h", "void fill_ring(")],
-    "ring slots": [region("entries.h", "place = ring_slot(layer, p), sign", until=";")],
-    "other": [
-        region("stage.h", "void reflect_elements("),
-        region("stage.h", "void clear_padding("),
-        region("stage.h", "void sign_and_clear("),
-    ],
+    "octets": [region("columns.h", "8 * k < columns.rows; k += kThreads) {")],
+    "rows": [region("columns.h", "i < columns.rows; i += kThreads) {", nth=1)],
+    "units": [region("columns.h", "void find_units(")],
+    "copies": [region("columns.h", "place + 3 * step < stage.filled;")],
+    "rest of copies": [region("columns.h", "for (; place < stage.filled; place += step")],
+    "prepared": [region("columns.h", "void prepare_rows(")],
+    "blocks": [region("columns.h", "for (; place < columns.rows; place += step")],
+    "ring slots": [region("columns.h", "place = ring_slot(columns.layer, p), sign", until=";")],
+    "other": [region("columns.h", "void finish(")],
 }
 LINEAR = {
     **_COMMON,
-    "x": [region("linear_products.h", "void fill_x(")],
-    "x, not aligned": [region("linear_products.h", "i < BATCH * block;")],
-    "fragments": [region("linear_products.h", "void products_mma(")],
+    "x": [region("linear.cu", "void fill_x(")],
+    "x, not aligned": [region("linear.cu", "for (int e = 0; e < int{16 / sizeof(Bits)}; ++e) {")],
+    "fragments": [region("linear.cu", "void products_mma(")],
     "products": [
-        region("linear_products.h", "first < used; first += kWarps * 16) {"),
-        region("linear_products.h", "place < used; place += kThreads) {"),
+        region("linear.cu", "first < stage.filled; first += kWarps * 16) {"),
+        region("linear.cu", "place < stage.filled; place += kThreads) {"),
     ],
-    "steps": [region("linear_products.h", "for (int c = 0; c < chunks; ++c) {")],
-    "sums": [region("linear.cu", "for (int k = 0; k < Sizes::kRows; ++k) {")],
+    "steps": [region("linear.cu", "for (int c = 0; c < chunks; ++c) {")],
+    "sums": [region("linear.cu", "for (int k = 0; k < kRows; ++k) {")],
 }
 INPUT_GRAD = {
     **_COMMON,
@@ -80,7 +76,7 @@ INPUT_GRAD = {
     ],
     "flags": [
         region("input_grad_fma.h", "memory.t[i] = 0;", until=";"),
-        region("input_grad_fma.h", "i < places; i += kThreads) {"),
+        region("input_grad_fma.h", "i < stage.filled; i += kThreads) {"),
     ],
     "flagged": [
         region("input_grad_fma.h", "memory.t[place_of(memory.entry[i])] = 1;", until=";"),
@@ -88,13 +84,13 @@ INPUT_GRAD = {
     "unread": [
         region("input_grad_fma.h", "for (int c = 0; c < chunks; ++c) stage", until=";"),
     ],
-    "put rows": [region("input_grad_permute.h", "i < tile.rows; i += kThreads) {", nth=1)],
+    "put rows": [region("input_grad_permute.h", "i < columns.rows; i += kThreads) {", nth=1)],
     "fragments": [region("input_grad_mma.h", "void input_grad_products(")],
     "eight laps": [region("input_grad_mma.h", "for (; lap < laps; lap += 8) {")],
     "four laps": [region("input_grad_mma.h", "for (; lap + 4 <= laps; lap += 4) {")],
     "one lap": [region("input_grad_mma.h", "for (; lap < laps; ++lap) {")],
     "slots": [region("input_grad_mma.h", "first < places; first += 16 * share.parts) {")],
-    "row slots": [region("input_grad_mma.h", "first < tile.rows; first += 16 * share.parts) {")],
+    "row slots": [region("input_grad_mma.h", "first < columns.rows; first += 16 * share.parts) {")],
     "clear": [region("input_grad_fma.h", "i < terms * DyVectors::kVectorRows; i += kThreads) {")],
     "laps": [region("input_grad_fma.h", "for (int lap = 0; lap < laps; ++lap) {")],
     "terms": [
@@ -105,7 +101,7 @@ INPUT_GRAD = {
         )
     ],
     "products": [region("input_grad_fma.h", "term < terms; term += parts) {")],
-    "whole": [region("linear_input_grad.cu", "Number::store(total * args.scale);", until=";")],
+    "whole": [region("linear_input_grad.cu", "write<T>(args.call, index, total);", until=";")],
     "fours": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;")],
     "parts": [region("linear_input_grad.cu", "for (int m = out.m; m < batch;", nth=1)],
     "parts of a sum": [region("input_grad_fma.h", "part < kThreads / pairs; ++part) {")],

@@ -1,8 +1,8 @@
 """``python -m tools.reports.cuda_report`` writes the tables of docs/cuda.md and docs/ladder.md.
 
-What nvcc makes of every kernel for two architectures (cuda_sass, cuda_counts), wavefronts of
+What nvcc makes of every kernel for every architecture (cuda_sass, cuda_counts), wavefronts of
 shared memory from runs on the CPU (shared_banks), and times predicted from both. Compiling takes
-two minutes on one core; ``--cache DIR`` keeps what was compiled.
+some minutes on one core; ``--cache DIR`` keeps what was compiled.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ CACHE = 5.5e12  # bytes a second from the second-level cache, as others measured
 # loop for all tiles, which has no GPU behind it yet, is held to what it takes.
 BUDGETS = {"linear": (2.5, 1.7), "linear_input_grad": (3.5, 2.2)}
 TABLE_BUDGET = 0.85  # for entries, of the forward
-COUNTED = ("80", "90a")  # on the page: both generations that data centres have
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")  # of a release
+COUNTED = ("80", "90a")  # in detail on the page: two generations that data centres have
 LAYERS = ((14336, 4096), (4096, 4096))
-FILLS = ("windows", "ring", "gather")  # as csrc/cuda/tile.h numbers them
+FILLS = ("windows", "ring", "gather")  # as csrc/cuda/linear.h numbers them
 Compiled = dict[str, dict[str, Kernel]]  # by architecture and name
 
 
@@ -172,6 +173,17 @@ def weights(of: Compiled) -> str:
     return "\n".join(lines)
 
 
+def totals(of: Compiled) -> str:
+    """All lane-instructions for each weight, by architecture."""
+    lines = [f"| kernel | tile | sm_{' | sm_'.join(of)} |", "|---|---|" + "---|" * len(of)]
+    for name in tensor_kernels(next(iter(of.values()))):
+        case = case_of(name)
+        sums = (sum(per_weight(kernels_of[name], case).values()) for kernels_of in of.values())
+        cells = " | ".join(f"{total:.2f}" for total in sums)
+        lines.append(f"| {name} | {case.fill}, {case.rows} rows | {cells} |")
+    return "\n".join(lines)
+
+
 BANK_CASES = (
     *(("linear", batch, torch.bfloat16, 64) for batch in (1, 8, 16, 32)),
     ("linear", 16, torch.bfloat16, 32),
@@ -294,7 +306,7 @@ def main() -> None:
     usage: dict[str, dict[str, tuple[int, int]]] = {}
     code: Compiled = {}
     with tempfile.TemporaryDirectory() as made:
-        for architecture, source in itertools.product(COUNTED, SOURCES):
+        for architecture, source in itertools.product(ARCHITECTURES, SOURCES):
             cubin, log = compiled(architecture, source, cache or Path(made))
             usage.setdefault(architecture, {}).update(usage_of(log))
             read = source in ("linear", "linear_input_grad", "ladder")
@@ -305,6 +317,7 @@ def main() -> None:
         "registers": registers(usage),
         "mix": mix(hopper),
         "weights": weights(code),
+        "totals": totals(code),
         "wavefronts": conflicts(),
         "predicted": predicted(hopper),
     }

@@ -97,7 +97,7 @@ def readable(mangled: Sequence[str]) -> list[str]:
     for line in done.stdout.splitlines():
         name = line.replace("(anonymous namespace)::", "").split("(")[0]
         name = name.removeprefix("void ").replace("rpg::cuda::", "").replace("rpg::", "")
-        out.append(re.sub(r"Mma<(\w+)>", r"\1", name).replace("Fma", "Float32"))
+        out.append(name)
     return out
 
 

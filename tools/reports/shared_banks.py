@@ -25,26 +25,24 @@ WARP = 32
 H200 = (132, 227 * 1024)  # processors, bytes of shared memory that a CTA may have
 
 _WINDOWS = {
-    "windows: cp.async": [region("stage.h", "void fill_window(")],
-    "entries: write": [region("entries.h", "store(entry.span(8 * k", until=";")],
+    "windows: cp.async": [region("columns.h", "uint4* const target = ", until="ring_bytes")],
+    "entries: write": [region("columns.h", "store(entry.span(8 * k", until=";")],
 }
 SITES = {
     "linear": {
         **_WINDOWS,
-        "x: cp.async": [
-            region("linear_products.h", "copy_async(x_stage.span(copy.target, 16)", until=";")
-        ],
-        "blocks: ldmatrix": [region("linear_products.h", "load_matrices(a,", until=";")],
-        "x: ldmatrix": [region("linear_products.h", "load_matrices(b[n][0],", until="b[n][1]")],
+        "x: cp.async": [region("linear.cu", "return copy_async(target, source, valid)", until=";")],
+        "blocks: ldmatrix": [region("linear.cu", "load_matrices(a,", until=";")],
+        "x: ldmatrix": [region("linear.cu", "load_matrices(b[n][0],", until="b[n][1]")],
         "S: write": [
-            region("linear_products.h", "sums[lane.sum[n] + 32 * half]", until=";"),
-            region("linear_products.h", "store(sums.span(lane.sum[n]", until=";"),
-            region("linear_products.h", "s[spread_place(place", until=";"),
-            region("linear_products.h", "store(s.span(s_at(plane", until=";"),
+            region("linear.cu", "sums[lane.sum[n] + 32 * half]", until=";"),
+            region("linear.cu", "store(sums.span(lane.sum[n]", until=";"),
+            region("linear.cu", "s[spread_place(place", until=";"),
+            region("linear.cu", "store(s.span(s_at(plane", until=";"),
         ],
-        "blocks: read (fp32)": [region("linear_products.h", "const auto w = load", until=";")],
+        "blocks: read (fp32)": [region("linear.cu", "const auto w = load", until=";")],
         "x: read (fp32)": [
-            region("linear_products.h", "const auto v = load<Vector<float, 4>>(x", until=";")
+            region("linear.cu", "const auto v = load<Vector<float, 4>>(x", until=";")
         ],
         "entries: read": [region("linear.cu", "= entry[thread() + k * kThreads]", until=";")],
         "S: read": [

@@ -8,8 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "law/number.h"
-#include "simt/device.h"
+#include "cuda/device.h"
 
 using namespace rpg;
 using namespace rpg::simt;

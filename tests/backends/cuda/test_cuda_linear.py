@@ -320,7 +320,7 @@ def test_taken_by_default() -> None:
 
 
 def test_calls_that_are_planned_alike_are_proved_together() -> None:
-    """By plan.h a batch of 1, up to 8 and up to 16 has tiles of its own; more has whole ones."""
+    """By plan.cpp a batch of 1, up to 8 and up to 16 has tiles of its own; more has whole ones."""
     spec = made((600, 200), "simt", window=(64, 4)).weight.spec
 
     def said(rows: int) -> str:

@@ -1,44 +1,20 @@
 // How a layer is cut into tiles: on the host, in the same way for every device.
 
-#pragma once
-
 #include <stdexcept>
 #include <string>
 
 #include "cuda/linear.h"
-#include "cuda/tile.h"
+#include "law/layer.h"
 
-namespace rpg::RPG_DEVICE {
+namespace rpg {
 
-constexpr int kMaxRows = 1024;    // of a tile, 4 of a thread
+namespace {
+
 constexpr int kMaxGridZ = 65535;  // CUDA allows no more CTAs in the third direction
-
-// A layer of a launch is one band.
-static inline Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band = 0) {
-  Layer out{};
-  out.units = law.taps != 0;
-  if (out.units) {
-    out.unit = make_unit_band(law, band);
-  } else {
-    out.ring = make_band_law(law, band);
-  }
-  out.slots = law.slots;
-  const int64_t left = law.rows - band * law.rows_per_band;
-  out.rows = static_cast<int>(left < law.rows_per_band ? left : law.rows_per_band);
-  out.blocks = static_cast<int>(law.blocks);
-  out.block = law.granularity;
-  out.columns = static_cast<int>(columns);
-  out.reflect = law.reflect;
-  return out;
-}
-
-static inline int round_up(int64_t x, int step) {
-  return static_cast<int>((x + step - 1) / step * step);
-}
 
 // The most octets of the ring that a unit of the band reads: all have U / laps where all begin with
 // an octet, otherwise one may be shared with the unit before and one with the unit after.
-static inline int window_octets(const UnitBand& law) {
+int window_octets(const UnitBand& law) {
   const uint32_t laps = law.by_laps.divisor, size = law.size + (law.larger > 0);
   const bool whole = !law.larger && !law.offset && size % laps == 0;
   return static_cast<int>(whole ? size / laps : (size + laps - 2) / laps + 1);
@@ -47,7 +23,7 @@ static inline int window_octets(const UnitBand& law) {
 // Returns the tiling whose stages are windows of units; its fill is kGather where there is none.
 // Groups of more than `largest` rows are cut into equal parts, each of which reads the whole
 // window.
-static inline Tiling tiling_of_units(const LayerLaw& law, int stages, int largest) {
+Tiling tiling_of_units(const LayerLaw& law, int stages, int largest) {
   Tiling out{};
   out.fill = Fill::kGather;
   // Signs of elements are put on blocks that belong to one row.
@@ -68,7 +44,7 @@ static inline Tiling tiling_of_units(const LayerLaw& law, int stages, int larges
 
 // Returns the tiling without windows, for `stages` stages of at most `max_bytes` bytes: the whole
 // ring where it fits into all of them, otherwise gathered blocks.
-static inline Tiling tiling_of_rows(const LayerLaw& law, int row_bytes, int stages, int max_bytes) {
+Tiling tiling_of_rows(const LayerLaw& law, int row_bytes, int stages, int max_bytes) {
   Tiling out{};
   out.parts = 1;
   const int64_t ring_bytes = int64_t{law.slots} * row_bytes;
@@ -89,17 +65,12 @@ static inline Tiling tiling_of_rows(const LayerLaw& law, int row_bytes, int stag
   return out;
 }
 
-static inline Tiling tiling_of(const Plan& plan) {
-  return {
-      static_cast<Fill>(plan.fill), plan.rows, plan.parts, plan.tiles, plan.places, plan.stages};
-}
-
 // The start of a CTA is taken to cost as much as so many columns.
 constexpr int kStartColumns = 2;
 
 // How many CTAs share the columns of each tile, one CTA at a time on a processor: the number with
 // which a processor takes the fewest columns one after the other, starts of CTAs counted too.
-static inline int splits_of(int64_t tiles, int64_t columns, int64_t sms) {
+int splits_of(int64_t tiles, int64_t columns, int64_t sms) {
   int64_t best = 1, least = 0;
   for (int64_t splits = 1; splits <= columns && splits * tiles <= 4 * sms + tiles; ++splits) {
     const int64_t waves = (splits * tiles + sms - 1) / sms;
@@ -109,18 +80,33 @@ static inline int splits_of(int64_t tiles, int64_t columns, int64_t sms) {
   return static_cast<int>(best);
 }
 
-// Returns the plan of a product: the largest steps, up to `largest` rows of the batch, whose shared
-// memory, bytes(tiling, batch_tile), a CTA may have. Kernels add workspace and counters themselves.
-template <class SharedBytes>
+}  // namespace
+
+Layer layer_of(const LayerLaw& law, int64_t columns, int64_t band) {
+  Layer out{};
+  out.units = law.taps != 0;
+  if (out.units) {
+    out.unit = make_unit_band(law, band);
+  } else {
+    out.ring = make_band_law(law, band);
+  }
+  out.slots = law.slots;
+  const int64_t left = law.rows - band * law.rows_per_band;
+  out.rows = static_cast<int>(left < law.rows_per_band ? left : law.rows_per_band);
+  out.blocks = static_cast<int>(law.blocks);
+  out.block = law.granularity;
+  out.columns = static_cast<int>(columns);
+  out.reflect = law.reflect;
+  return out;
+}
+
 Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
-                const Device& device, const SharedBytes& bytes) {
+                const Device& device, const std::function<int(const Tiling&, int)>& bytes) {
   Plan out{};
   const auto fits = [&](const Tiling& tiling, int batch_tile) {
     out.shared_bytes = bytes(tiling, batch_tile);
     if (out.shared_bytes > device.shared_bytes) return false;
-    out.fill = static_cast<int>(tiling.fill);
-    out.rows = tiling.rows, out.parts = tiling.parts, out.tiles = tiling.tiles;
-    out.places = tiling.places, out.stages = tiling.stages;
+    static_cast<Tiling&>(out) = tiling;
     out.batch_tile = batch_tile;
     out.batch_tiles = static_cast<int>((batch + batch_tile - 1) / batch_tile);
     if (out.batch_tiles > kMaxGridZ) {
@@ -154,4 +140,4 @@ Plan plan_tiles(const LayerLaw& law, int row_bytes, int64_t batch, int largest,
                            " bytes for a CTA, which hold no stage of 64 blocks");
 }
 
-}  // namespace rpg::RPG_DEVICE
+}  // namespace rpg
