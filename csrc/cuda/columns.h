@@ -10,9 +10,9 @@
 //   (products)     the kernel's own, between barriers
 //   look_ahead     what the copies of later columns need
 //
-// A block lies at `place` with its chunks of 16 bytes exchanged, so that those of one number of 8
-// neighbouring blocks lie in 8 different groups of banks: ldmatrix, and 16-byte reads by
-// neighbouring threads, take one wavefront.
+// Chunk c (16 bytes) of the block at `place` lies at chunk c ^ (place & 7), so that chunks c of 8
+// neighbouring blocks lie in 8 different groups of banks: every 8 rows of an ldmatrix, or 8 threads
+// that read 16 bytes each, take one wavefront.
 //
 // The entry of a row holds three numbers: its place in bits 0 to 23; in windows in bits 24 to 29
 // its lap, the use's number among those of the octet of the ring, so that rows of one lap read
@@ -62,7 +62,8 @@ RPG_FUNCTION int lap_of(uint32_t entry) { return static_cast<int>(entry >> 24 & 
 // The sign of an entry, 1 or -1.
 RPG_FUNCTION float sign_of(uint32_t entry) { return as_float(0x3F800000u | (entry & 0x80000000u)); }
 
-// The chunk of a stage at which chunk c of a block lies: two blocks of 64 bytes share 128 bytes.
+// The chunk of a stage at which chunk c of a block lies: two blocks of 64 bytes share 128 bytes, so
+// place / 2 counts, and of 16 chunks only the lower 3 bits of the number are exchanged.
 RPG_FUNCTION int chunk_at(int place, int c, int chunks) {
   return place * chunks + (c ^ (chunks == 4 ? place >> 1 & 3 : place & 7));
 }
@@ -78,13 +79,13 @@ struct alignas(16) ColumnUnit {
 // Where the stages of a CTA are in shared memory, from byte 0 on. It is found on the host; sizes
 // are bytes.
 struct StageLayout {
-  int depth;       // So many columns are in flight, also where blocks, of a ring, need one stage.
-  int log_chunks;  // A block has 2^log_chunks chunks of 16 bytes,
-  int row_bytes;   // so many bytes.
-  int stage;       // The blocks of a stage begin so much behind those of the stage before it.
+  int depth;       // The columns in flight, 3 also for a ring, whose blocks need one stage.
+  int log_chunks;  // The binary logarithm of a block's chunks of 16 bytes.
+  int row_bytes;   // The bytes of a block.
+  int stage;       // The bytes from the blocks of a stage to those of the next; 0 for a ring.
   int units;       // The units of columns begin here, in a tiling of windows.
-  int entries;     // The slots and signs of stage 0 begin here, in a gathered tiling,
-  int entry_step;  // those of each further stage so much later.
+  int entries;     // The slots and signs of stage 0 begin here, in a gathered tiling.
+  int entry_step;  // The bytes from there to those of stage 1.
   int end;         // The first byte behind all of it.
 };
 
@@ -118,8 +119,8 @@ struct Columns {
                                 // which has so many octets.
   int first, end;               // The CTA's columns.
   Shared<ColumnUnit> units;     // [kColumnsKept], in a tiling of windows
-  // What this thread copies of a stage. Its chunks are kThreads chunks apart there, which is 8 or
-  // more blocks, so that they are exchanged in one way.
+  // What this thread copies of a stage. Its chunks are kThreads chunks apart there: 16, 32 or 64
+  // blocks, a multiple of 8, so that they are exchanged in one way.
   const char* source;  // Its chunk of slot 0.
   int place, index;    // The place of its first chunk, and that chunk's number in a stage.
   int unfinished;      // From this column on stages need `finish`.
@@ -238,8 +239,8 @@ RPG_FUNCTION void fill_stage(const Columns& columns, int b, const Stage& stage) 
   }
 }
 
-// Begins the copies of column b to stage i, those of the kernel's own too, in a group of their own
-// even where there are none.
+// Begins the copies of column b to stage i, those of the kernel's own too: exactly one group, also
+// after the last column, so that next_stage can count groups.
 template <class CopyMore>
 RPG_FUNCTION void begin_copies(const Columns& columns, int b, int i, const CopyMore& copy_more) {
   if (b < columns.end) {
@@ -292,8 +293,8 @@ RPG_FUNCTION void start(const Columns& columns, const CopyMore& copy_more) {
   }
 }
 
-// Returns the stage of column b once it has arrived, and begins the copies of a later column, to
-// the stage that all threads have left. T is the bank's number type.
+// Returns the stage of column b once it has arrived, and begins the copies of column b + depth - 1,
+// to the stage of column b - 1, which all threads have left. T is the bank's number type.
 template <class T, class CopyMore>
 RPG_FUNCTION Stage next_stage(Columns& columns, int b, const CopyMore& copy_more) {
   const int depth = columns.layout.depth;
@@ -307,9 +308,8 @@ RPG_FUNCTION Stage next_stage(Columns& columns, int b, const CopyMore& copy_more
   return stage;
 }
 
-// The index of copy q modulo 4 of a place in S, at batch 1. 8 places have their copies behind each
-// other, so that rows of four neighbouring octets read different banks: the law fixes no more of
-// their places than the residues modulo 8.
+// The index of copy q modulo 4 of a place in S [place / 8][copy][8], at batch 1, so that rows of 4
+// neighbouring octets read different banks: the law fixes only the residues of their places.
 RPG_FUNCTION int spread_place(int place, int q) {
   return (place & ~7) * 4 + (place & 7) + 8 * (q & 3);
 }

@@ -5,13 +5,14 @@
 //   S[place, m] = block(place) · x[m, column]     once for each place of the column's stage
 //   y[n, m]    += ± S[place(n), m]                 one addition for each row
 //
-// so tensor cores multiply what a window holds, not what its `laps` rows make of it, and shared
-// memory is read at random in S, 4 bytes for each row of x, not in 128-byte blocks.
+// so tensor cores (fp32: fused multiply-adds) multiply what a window holds, not what its `laps`
+// rows make of it. Shared memory is read at random in S: 4 bytes for each row of x, and no blocks.
 //
 // Grid: tiles of up to 1024 rows x splits of the columns x tiles of the batch; 256 threads, each
 // with 4 rows of y and BATCH sums for each in registers. columns.h has the way from column to
-// column; in each: entries and products, barrier, sums. Sums of splits go through the workspace;
-// the last CTA of a tile adds them in order, so results do not depend on who is last.
+// column; in each: a barrier, after which nobody reads the S before, entries and products, a
+// barrier, sums. Those of splits go through the workspace; the last CTA of a tile adds them in
+// order.
 //
 // Shared memory, and where it is for windows of 256 slots of 64 bfloat16 at batch 16:
 //
@@ -20,16 +21,16 @@
 //           0 | 98,304 | blocks of 3 stages  | [stage][place][chunk of 16 bytes, exchanged]
 //      98,304 |  2,560 | units of columns    | [32] of 80 bytes, in windows
 //           - |      - | slots of stages     | [stage][row] of 4 bytes, of gathered blocks
-//     100,864 | 16,640 | S                   | [4 rows of x][256 + 4 places][4] fp32, or at batch 1
-//             |        |                     | [8 places][4 copies][8]
+//     100,864 | 16,640 | S                   | [4 planes][256 + 4 places][4 rows of x] fp32
+//             |        |                     | batch 1: [256 / 8 octets][4 copies][8 places]
 //     117,504 |  4,096 | entries             | [1024 rows]
 //     121,600 |  6,144 | columns of x        | [stage][m][chunk of 16 bytes, exchanged]
 //     127,744 |     16 | is this CTA last?   |
 //
 // Accesses of 16 bytes by 8 neighbouring threads fall on different banks: rows of a window by the
-// exchange of chunks, S by the residues of the unit law. Bytes from global memory for a column of a
-// tile: its window, once. Budget up to batch 16: 2.5 lane-instructions for a weight, of them 0.85
-// for entries; docs/cuda.md has what it takes.
+// exchange of chunks, S by the residues of the unit law. Bytes from global memory for a column, CTA
+// and tile of the batch: its window, and `block` elements of BATCH rows of x. Budget in 16 bits up
+// to batch 16: 2.5 lane-instructions for an element of Ŵ, 0.85 of them for entries (docs/cuda.md).
 
 #include "cuda/columns.h"
 
@@ -39,7 +40,7 @@ namespace {
 
 constexpr int kRows = kMaxRows / kThreads;  // of a thread
 template <int BATCH>
-constexpr int kTiles = (BATCH + 7) / 8;  // of 8 rows of x, for tensor cores
+constexpr int kFragments = (BATCH + 7) / 8;  // of 8 rows of x, for tensor cores
 
 // Where things are in shared memory, in bytes.
 struct ForwardLayout {
@@ -55,8 +56,7 @@ struct LinearKernelArgs {
   bool x_aligned;  // rows of x begin at multiples of 16 bytes
 };
 
-// Four places between planes of S put two of them, which the lanes of a store of products write, on
-// different banks.
+// The two planes that one store of products writes begin 16 banks apart, because of these places.
 constexpr int kPlaneGap = 4;
 
 ForwardLayout forward_layout(const Tiling& tiling, int row_bytes, int batch_tile) {
@@ -71,19 +71,18 @@ ForwardLayout forward_layout(const Tiling& tiling, int row_bytes, int batch_tile
   return out;
 }
 
-// The number in S of a place's first sum in a plane, which has 4 rows of x.
+// The index in S of the first of a place's 4 sums in a plane, which are of 4 rows of x.
 RPG_FUNCTION int s_at(int plane, int place, int places) {
   return (plane * (places + kPlaneGap) + place) * 4;
 }
 
-// Byte of chunk c of row m of a column of x, exchanged as those of blocks are where ldmatrix reads
-// it; in fp32 all threads read the same.
+// Byte of chunk c of row m of a column of x, exchanged as in blocks; in fp32 all read one address.
 template <class T>
 RPG_FUNCTION int x_byte(int m, int c, int chunks) {
   return 16 * (kTensorCores<T> ? chunk_at(m, c, chunks) : m * chunks + c);
 }
 
-// This thread's 16 bytes of a column of x: its rows have no more of them than there are threads.
+// This thread's 16 bytes of a column of x, which has at most one such chunk for each thread.
 struct XCopy {
   const char* source;  // Where they are in column 0.
   int target;          // Where they go in shared memory.
@@ -122,17 +121,17 @@ RPG_FUNCTION void fill_x(const LinearKernelArgs& args, const XCopy& copy, int b,
 }
 
 // What a lane reads and writes in the products of all columns.
-template <int TILES>
+template <int FRAGMENTS>
 struct ProductLane {
-  int chunk[4];    // For four steps of 16 elements: chunks of the first of a warp's 16 blocks.
-  int x[2];        // Bytes of x, for two steps each.
-  int sum[TILES];  // Sums of place g, 8 places before those of g + 8, and of rows 8 n + 2 t and the
-                   // next, or at batch 1 of copy t.
+  int chunk[4];        // For four steps of 16 elements: chunks of the first of a warp's 16 blocks.
+  int x[2];            // Bytes of x, for two steps each.
+  int sum[FRAGMENTS];  // Sums of place g, 8 places before those of g + 8, and of rows 8 n + 2 t and
+                       // the next, or at batch 1 of copy t.
 };
 
 template <class T, int BATCH>
 RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
-  ProductLane<kTiles<BATCH>> out;
+  ProductLane<kFragments<BATCH>> out;
   const int lane = thread() % kWarp, g = lane / 4, t = lane % 4;
   const int block = args.layer.block, chunks = block / 8;
   // Lanes 0 to 15 give rows 0 to 15 of the first 8 elements of a step, the others of the next 8.
@@ -146,7 +145,7 @@ RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
     out.x[half] = kept(x_byte<T>(BATCH == 1 ? 0 : lane % 8, c, chunks));
   }
   RPG_UNROLL
-  for (int n = 0; n < kTiles<BATCH>; ++n) {
+  for (int n = 0; n < kFragments<BATCH>; ++n) {
     const int place = s_at(2 * n + t / 2, g, args.plan.places) + 2 * (t % 2);
     out.sum[n] = kept(BATCH == 1 ? 8 * t + g : place);
   }
@@ -157,13 +156,14 @@ RPG_FUNCTION auto product_lane(const LinearKernelArgs& args) {
 // 16 of the bank and x, whose fragments are read once for a column. What lies behind the filled
 // places is multiplied up to a multiple of 16, and never read.
 template <class T, int BATCH>
-RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane<kTiles<BATCH>>& lane,
-                               const Stage& stage, const Shared<char>& x, const Shared<float>& s) {
+RPG_FUNCTION void products_mma(const LinearKernelArgs& args,
+                               const ProductLane<kFragments<BATCH>>& lane, const Stage& stage,
+                               const Shared<char>& x, const Shared<float>& s) {
   const int block = args.layer.block, chunks = block / 8;
   // Elements 32 half ... of x: [tile][half], fragments of two steps of 16.
-  uint32_t b[kTiles<BATCH>][2][4];
+  uint32_t b[kFragments<BATCH>][2][4];
   RPG_UNROLL
-  for (int n = 0; n < kTiles<BATCH>; ++n) {
+  for (int n = 0; n < kFragments<BATCH>; ++n) {
     load_matrices(b[n][0], x.span(lane.x[0] + 8 * n * block * 2, 16));
     if (block == 64) load_matrices(b[n][1], x.span(lane.x[1] + 8 * n * block * 2, 16));
   }
@@ -171,12 +171,13 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane<k
   for (int first = thread() / kWarp * 16; first < stage.filled; first += kWarps * 16) {
     const Shared<uint4> blocks = stage.blocks.tail(first * chunks);
     const Shared<float> sums = s.tail(4 * first);
-    float c[kTiles<BATCH>][4] = {};
+    float c[kFragments<BATCH>][4] = {};
     const auto step = [&](int k) {
       uint32_t a[4];
       load_matrices(a, blocks.span(lane.chunk[k], 1));
       RPG_UNROLL
-      for (int n = 0; n < kTiles<BATCH>; ++n) multiply(T{}, {c[n], a, b[n][k / 2] + 2 * (k % 2)});
+      for (int n = 0; n < kFragments<BATCH>; ++n)
+        multiply(T{}, {c[n], a, b[n][k / 2] + 2 * (k % 2)});
     };
     step(0);
     step(1);
@@ -185,7 +186,7 @@ RPG_FUNCTION void products_mma(const LinearKernelArgs& args, const ProductLane<k
       step(3);
     }
     RPG_UNROLL
-    for (int i = 0; i < 2 * kTiles<BATCH>; ++i) {
+    for (int i = 0; i < 2 * kFragments<BATCH>; ++i) {
       const int n = i / 2, half = i % 2;
       if constexpr (BATCH == 1) {
         sums[lane.sum[n] + 32 * half] = c[n][2 * half];
@@ -247,12 +248,12 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
   const auto x_of = [&](int i) {
     return Shared<char>(layout.x + i * layout.x_bytes, layout.x_bytes);
   };
-  const XCopy x_bytes = x_copy<T, BATCH>(args, m0);
-  const auto copy_x = [&](int b, int i) { fill_x<T>(args, x_bytes, b, x_of(i)); };
+  const XCopy x_part = x_copy<T, BATCH>(args, m0);
+  const auto copy_x = [&](int b, int i) { fill_x<T>(args, x_part, b, x_of(i)); };
   [[maybe_unused]] const auto product = product_lane<T, BATCH>(args);
 
   float y[kRows][BATCH] = {};
-  // Rows behind the tile's read the first place, and are not written.
+  // Rows after the last octet of the tile read place 0, and no row after the tile is written.
   for (int i = columns.rows + thread(); i < kMaxRows; i += kThreads) entry[i] = 0;
   start(columns, copy_x);
   RPG_LOOP
@@ -270,7 +271,7 @@ linear_kernel(RPG_ARGS LinearKernelArgs args) {
     for (int k = 0; k < kRows; ++k) {
       if (k * kThreads >= columns.rows) break;
       const uint32_t row_entry = entry[thread() + k * kThreads];
-      const int place = place_of(row_entry);
+      const int place = place_of(row_entry);  // at batch 1 the index of one of its copies in S
       if (BATCH == 1) y[k][0] += as_float(as_bits(s[place]) ^ (row_entry & 0x80000000u));
       const float sign = sign_of(row_entry);
       RPG_UNROLL
@@ -329,7 +330,7 @@ void run_batch(const Layer& layer, const Plan& plan, const CudaLinearArgs& args)
     case 1: return run<T, 1>(layer, plan, args);
     case 8: return run<T, 8>(layer, plan, args);
     case 16: return run<T, 16>(layer, plan, args);
-    default:  // fp32 sums would not leave registers enough
+    default:  // plan_linear gives fp32 at most 16: sums of 32 would not leave registers enough
       if constexpr (kTensorCores<T>) run<T, 32>(layer, plan, args);
   }
 }

@@ -117,8 +117,8 @@ RPG_LAW uint32_t round_of(const UnitBand& law, uint32_t unit, uint32_t size, int
   return ((word >> 16) * size & 0xFFFF0000u) | (word & 0xFFFF);
 }
 
-// One round of the shuffle: x and its partner change places, or not. x < size <= 2^15. There x = 4
-// has the partner 5 - 4 = 1; 4 · 0x27FD + 0xFD27 = 0x19D1B has bit 15, so x becomes 1.
+// One round of the shuffle: x and its partner change places, or not. x < size <= 2^15. With that
+// word x = 4 has the partner 5 - 4 = 1; 4 · 0x27FD + 0xFD27 = 0x19D1B has bit 15, so x becomes 1.
 RPG_LAW uint32_t shuffle_round(uint32_t x, uint32_t size, uint32_t round) {
   const uint32_t offset = round >> 16, low = round & 0xFFFF;
   const uint32_t summand = (low << 8 | low >> 8) & 0xFFFF;
@@ -134,7 +134,8 @@ RPG_LAW uint32_t shuffled(const UnitBand& law, uint32_t unit, uint32_t size, uin
   return x;
 }
 
-// Which of its octet's 8 slots row r reads; `word` is the octet's.
+// Which of its octet's 8 slots row r reads; `word` is the octet's. Row 5 with the word 0x4FFAFEC6:
+// ((5 ^ 2) - 6) * 1, modulo 8 is 1.
 RPG_LAW uint32_t residue_of(uint32_t r, uint32_t word) {
   return ((r ^ (word >> 29)) - word) * (word >> 3 | 1) & 7;
 }
