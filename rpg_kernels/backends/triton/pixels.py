@@ -80,8 +80,7 @@ def divide(n, magic):
 
     Two instructions; law.divider's is right for more numbers, and takes four.
     """
-    magic = tl.cast(magic, tl.uint32, bitcast=True)
-    return tl.umulhi(tl.cast(2 * n, tl.uint32), magic).to(tl.int32)
+    return tl.umulhi(tl.cast(2 * n, tl.uint32), tl.cast(magic, tl.uint32)).to(tl.int32)
 
 
 @triton.jit
