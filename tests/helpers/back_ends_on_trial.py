@@ -55,10 +55,11 @@ class OnTrial(Backend):
         return "small" if call.rows < 8 else "large"
 
     def compile_ahead(self, calls: Sequence[Callable[[], object]]) -> None:
-        """Makes them, and says how many in a file; the crashing one does as it does."""
+        """Makes them, each with a mark in a file; the crashing one does as it does."""
         for call in calls:
             call()
-        Path(os.environ["COMPILED_AHEAD"]).write_text(str(len(calls)), encoding="utf-8")
+            with Path(os.environ["COMPILED_AHEAD"]).open("a", encoding="utf-8") as file:
+                file.write("x")
 
     def operator(self, call: Call) -> Callable[..., Tensor]:
         def run(*operands: Any) -> Tensor:

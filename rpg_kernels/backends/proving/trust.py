@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
+from rpg_kernels._processors import processors
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.proving import trial, trial_process, trial_run, waiting
 from rpg_kernels.backends.proving.verdicts import Book, Verdict
 from rpg_kernels.backends.registry import Backend
 
-AT_ONCE = 16  # trials that are compiled before the process is asked again whether it lives
+MOST_AT_ONCE = 16  # trials, one for each processor: the time of one is enough for all of them
+_LOG = logging.getLogger("rpg_kernels")
 MOST = 1 << 14  # calls that are remembered, by their sizes
 
 _known: dict[Any, Verdict] = {}
@@ -67,21 +70,34 @@ def compile_ahead(calls: Sequence[tuple[Backend, Call]]) -> None:
     """
     if settings.proving() != "1":
         return
-    with _lock:
-        by_process: dict[tuple[str, torch.device], dict[str, trial.Trial]] = {}
-        for backend, call in calls:
-            if state(backend, call) == "not tried":
-                made = trial.made(backend, call)
-                kinds = by_process.setdefault((backend.name, _with_index(call.device)), {})
-                kinds.setdefault(made.key, made)
-        for (name, device), kinds in by_process.items():
-            trials = list(kinds.values())
-            with contextlib.suppress(trial_process.CannotStartError):
-                for at in range(0, len(trials), AT_ONCE):
-                    some = trials[at : at + AT_ONCE]
-                    with waiting.line(f"compiling {name} for {len(some)} kinds of calls"):
-                        if not trial_process.of(device).compile_ahead(some):
-                            break
+    by_process: dict[tuple[str, torch.device], dict[str, trial.Trial]] = {}
+    for backend, call in calls:
+        compiles = type(backend).compile_ahead is not Backend.compile_ahead
+        if not compiles or _is_captured(call.device) or state(backend, call) != "not tried":
+            continue
+        made = trial.made(backend, call)
+        kinds = by_process.setdefault((backend.name, _with_index(call.device)), {})
+        kinds.setdefault(made.key, made)
+    for (name, device), kinds in by_process.items():
+        trials = list(kinds.values())
+        at_once = max(1, min(MOST_AT_ONCE, processors()))
+        with contextlib.suppress(trial_process.CannotStartError):
+            for at in range(0, len(trials), at_once):
+                if not _compiled(name, device, trials[at : at + at_once]):
+                    _LOG.info("compiling %s ended early; its trials compile what is left", name)
+                    break
+
+
+def _compiled(name: str, device: torch.device, trials: Sequence[trial.Trial]) -> bool:
+    """Whether the process of trials lives on, having compiled those that no other one has tried."""
+    book = _book(device)
+    with _lock, waiting.line(f"compiling {name} for {len(trials)} kinds of calls"), book.alone():
+        left = [each for each in trials if book.find(each.key) is None]
+        return not left or trial_process.of(device).compile_ahead(left)
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def refused(backend: Backend, call: Call) -> str:
@@ -210,7 +226,7 @@ def _found(backend: Backend, call: Call) -> Verdict | None:
 
 def _tried(backend: Backend, call: Call) -> Verdict:
     device = _with_index(call.device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_captured(device):
         raise RuntimeError(
             f"backend: {backend.on_trial(call)} has not been tested for {call.op} in {call.dtype} "
             "with these sizes on this GPU, and cannot be while a CUDA graph is captured; run the "

@@ -1,14 +1,16 @@
-"""One line on a terminal that says what takes long, from the third second on, and goes again."""
+"""One line on a terminal that says what takes long, from the third second on, and is wiped then."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 FROM = 3.0  # seconds that are waited in all before anything is written
 _LOG = logging.getLogger("rpg_kernels")
@@ -37,30 +39,51 @@ def line(doing: str) -> Iterator[None]:
     """
     global _waited, _number
     _number += 1
-    stream = sys.stderr
-    text = f"rpg-kernels: {doing} ({_number} so far, {_waited:.0f} s; once on this machine)"
-    written = threading.Event()
+    stream, began, shown = sys.stderr, time.monotonic(), 0
 
     def write() -> None:
-        written.set()
-        stream.write(text)
-        stream.flush()
+        nonlocal shown
+        spent = _waited + time.monotonic() - began
+        text = f"rpg-kernels: {doing} ({_number} so far, {spent:.0f} s; once on this machine)"
+        text = text[: _width(stream)]
+        shown = len(text)
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            stream.write(text)
+            stream.flush()
 
-    seen = stream is not None and stream.isatty() and not _hidden.get()
     timer = threading.Timer(max(0.0, FROM - _waited), write)
     timer.daemon = True
-    began = time.monotonic()
+    seen = _is_terminal(stream) and not _hidden.get()
     if seen:
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError:  # no more threads
+            seen = False
     try:
         yield
     finally:
-        took = time.monotonic() - began
-        _waited += took
         if seen:
             timer.cancel()
             timer.join()
-        if written.is_set():
-            stream.write("\r" + " " * len(text) + "\r")
-            stream.flush()
+        took = time.monotonic() - began
+        _waited += took  # after the thread, which reads it
+        if shown:
+            with contextlib.suppress(OSError, ValueError):
+                stream.write("\r" + " " * shown + "\r")
+                stream.flush()
         _LOG.info("%s took %.1f s", doing, took)
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (OSError, ValueError, AttributeError):  # closed, None, or not a file
+        return False
+
+
+def _width(stream: Any) -> int:
+    """Characters that fit one row: what wraps cannot be wiped."""
+    try:
+        return max(os.get_terminal_size(stream.fileno()).columns, 2) - 1
+    except (OSError, ValueError, AttributeError):
+        return 79

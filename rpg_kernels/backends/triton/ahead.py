@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -11,6 +10,8 @@ from functools import partial
 from typing import Any
 
 import triton
+
+from rpg_kernels._processors import processors
 
 _only: ContextVar[bool] = ContextVar("rpg_kernels_only_compiles", default=False)
 
@@ -31,12 +32,14 @@ def compiled(calls: Iterable[Callable[[], object]], threads: int | None = None) 
 
     Args:
         calls: made one after the other, while kernels of earlier ones are compiled.
-        threads: that compile; as many as there are CPUs.
+        threads: that compile; as many as there are processors for this process.
     """
+    if not hasattr(triton, "AsyncCompileMode"):
+        return
     given = _only.set(True)
     try:
         with (
-            ThreadPoolExecutor(threads or os.cpu_count()) as pool,
+            ThreadPoolExecutor(threads or processors()) as pool,
             triton.AsyncCompileMode(pool, ignore_errors=True),
         ):
             for call in calls:

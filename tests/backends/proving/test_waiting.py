@@ -76,6 +76,47 @@ def test_nothing_is_written_where_nobody_reads(
         pass
 
 
+def test_a_line_fits_the_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wraps could not be wiped."""
+    monkeypatch.setattr(waiting, "FROM", 0.0)
+    with waiting.line("testing " + "a" * 200):
+        assert terminal.written.wait(20)
+    assert len(terminal.getvalue()) == 79 + 1 + 79 + 1
+    assert waiting._width(SimpleNamespace(fileno=lambda: -1)) == 79
+
+
+@pytest.mark.parametrize("kind", [OSError, ValueError])
+def test_a_terminal_that_is_gone_breaks_nothing(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr(waiting, "FROM", 0.0)
+
+    def gone(*_: object) -> int:
+        terminal.written.set()
+        raise kind("gone")
+
+    monkeypatch.setattr(terminal, "write", gone)
+    with waiting.line("testing"):
+        assert terminal.written.wait(20)
+    for stream in (SimpleNamespace(write=print), SimpleNamespace(isatty=gone)):
+        monkeypatch.setattr(waiting, "sys", SimpleNamespace(stderr=stream))
+        with waiting.line("testing"):
+            pass
+    monkeypatch.setattr(waiting, "sys", SimpleNamespace(stderr=terminal))
+
+
+def test_no_thread_to_be_had_breaks_nothing(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(_: threading.Timer) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", none_left)
+    with waiting.line("testing"):
+        pass
+    assert terminal.getvalue() == ""
+
+
 def test_trials_are_announced(
     layer: rpg.nn.Linear, here: None, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +143,7 @@ def test_prove_compiles_ahead_in_the_process_of_trials(
     trials.register("right")
     said = rpg.prove(layer, batches=(1, 16), progress=False)
     assert {one.backend for one in said} == {"right"}
-    assert file.read_text("utf-8") == "6"
+    assert file.read_text("utf-8") == "x" * 6
     assert trials.OnTrial.ran == []  # nothing of it was made in this process
     trial_process.of(CPU).close()
 
