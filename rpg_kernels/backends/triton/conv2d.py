@@ -99,7 +99,7 @@ def _forward_kernel(
     BITS_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
-    # The law, where it is evaluated in line.
+    # The law, where it is evaluated in line, or for signs of elements.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,

@@ -78,7 +78,7 @@ def _bank_grad_kernel(
     count,
     first,
     length,
-    # The walk: see pixels.walk.
+    # The walk: steps of a run, taps, tiles, and pixels of a program.
     parts,
     taps,
     taps_w,
@@ -95,7 +95,7 @@ def _bank_grad_kernel(
     BY_TAP: tl.constexpr,
     SCATTER: tl.constexpr,
     PRECISION: tl.constexpr,
-    # The law, where it is evaluated in line.
+    # The law, where it is evaluated in line, or for signs of elements.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,

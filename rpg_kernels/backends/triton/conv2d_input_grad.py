@@ -140,7 +140,7 @@ def _input_grad_kernel(
     BITS_W: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
-    # The law, where it is evaluated in line.
+    # The law, where it is evaluated in line, or for signs of elements.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
@@ -262,7 +262,7 @@ def conv2d_input_grad(
     """dy ``[B, out, H', W']`` -> dx of ``input_size`` in dy's memory format.
 
     Entries in scratch are cut by columns, whose results are independent; rows add up only where
-    the law itself has several launches, and then in fp32.
+    the law itself has several bands, and then in fp32.
     """
     p = parse(placement)
     if pixels.is_pointwise(dy, p, stride, padding, groups):

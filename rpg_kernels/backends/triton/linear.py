@@ -24,13 +24,14 @@ from rpg_kernels.law.placement import Placement, parse, split
 __all__ = ["linear", "linear_bank_grad", "linear_input_grad"]
 
 _weight_tile = weights.weight_tile
-# Integers that no address is made of: a kernel compiled anew for their values gains nothing.
+# Integers of which no multiple makes a load wider: a kernel compiled anew for them gains nothing.
 _PER_LAYER = ["M", "row0", "blocks", "low", "steps"]
 
 
 @triton.jit
 def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """(m, n) of a program: GROUP row tiles of the batch walk the weight's tiles together."""
+    """(m, n) of program ``pid``, numbers of tiles. GROUP row tiles of the batch take one tile of
+    the weight before any takes the next, so that it is read from the L2 cache."""
     group = pid // (GROUP * tiles_n)
     first = group * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
@@ -74,7 +75,7 @@ def _forward_kernel(
     UNIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
-    # The law, where it is evaluated in line.
+    # The law, where it is evaluated in line, or for signs of elements.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
@@ -86,14 +87,14 @@ def _forward_kernel(
 ):
     """y[m, n] = scale * sum_k x[m, k] Ŵ[n, k] + bias[n], for the rows n of one launch.
 
-    Tile: BLOCK_M x BLOCK_N, BLOCK_K columns a step; padded columns count from block ``low``, of
-    which x's column 0 is number ``first``. Grid: one program per tile, grouped for the L2 cache.
-    Shared memory: a ring of (BLOCK_M + BLOCK_N) * BLOCK_K elements, 146 KiB at 128 x 256 x 64 with
-    5 stages in 16 bits (3 of tiles). Budget at that size on sm_90: 1.8 lane-instructions per
-    generated weight with entries in scratch and folded signs, 4.8 with element signs; 11 with the
-    law in line.
+    Tile: BLOCK_M x BLOCK_N, BLOCK_K columns a step; padded columns count from block ``low``,
+    and column 0 of x is padded column ``first``. Grid: one program per tile, grouped for the L2
+    cache. Shared memory: a ring of (BLOCK_M + BLOCK_N) * BLOCK_K elements, 146 KiB at 128 x 256 x
+    64 with 3 stages of tiles and 2 more of entries, in 16 bits. Budget at that size on sm_90: 1.8
+    lane-instructions per generated weight with entries in scratch and folded signs, 4.8 with
+    element signs; 11 with the law in line.
     K, first and stride_xm come in units of UNIT_K elements, N and stride_ym of UNIT_N: 16 bytes
-    where all are multiples, so that the compiler knows.
+    where all are multiples; the multiplications show the compiler that rows begin at such ones.
     Rows beyond M and N repeat the last one and are not stored.
     """
     K, first, stride_xm = K * UNIT_K, first * UNIT_K, tl.full([], UNIT_K, tl.int64) * stride_xm
@@ -173,7 +174,7 @@ def _input_grad_kernel(
     UNIT_K: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
-    # The law, where it is evaluated in line.
+    # The law, where it is evaluated in line, or for signs of elements.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,
@@ -185,10 +186,10 @@ def _input_grad_kernel(
 ):
     """dx[m, k] = scale * sum_n dy[m, n] Ŵ[n, k]; added to what dx holds where ADD.
 
-    Tile: BLOCK_M x BLOCK_K, the columns of step pid_k, BLOCK_N rows of the weight at a time.
+    Tile: BLOCK_M x BLOCK_K, the columns of one ``step``, BLOCK_N rows of the weight at a time.
     Grid: one program per tile, grouped. Shared memory: a ring of (BLOCK_M + BLOCK_K) * BLOCK_N
-    elements, 146 KiB at 128 x 64 x 256 with 5 stages in 16 bits (3 of tiles). Budget at that size:
-    as the forward's. K, first and stride_dxm come in units of UNIT_K elements, N and stride_dym of
+    elements, 146 KiB at 128 x 64 x 256 with 3 stages of tiles and 2 more of entries, in 16 bits.
+    Budget at that size: as the forward's. K, first and stride_dxm come in units of UNIT_K elements, N and stride_dym of
     UNIT_N.
     """
     K, first, stride_dxm = K * UNIT_K, first * UNIT_K, tl.full([], UNIT_K, tl.int64) * stride_dxm
@@ -235,8 +236,8 @@ def _steps(p: Placement, config: Config, count: int) -> int:
 def _stages(bank: plan.Operand, a: Tensor, entries: plan.Entries, c: Config) -> int:
     """Stages of the pipeline, of which each takes a tile of shared memory.
 
-    Only loads of entries before loads of weights need more than three. Two where fp32 is gathered
-    for a 16-bit product, whose tiles are twice as large.
+    More than three only pay where entries are loaded before weights. Two where the bank has another
+    dtype than the product, as tiles of fp32 are twice as large.
     """
     if bank.ring.dtype != a.dtype:
         return min(2, c.stages)

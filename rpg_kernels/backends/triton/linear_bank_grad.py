@@ -54,7 +54,7 @@ def _bank_grad_kernel(
     UNIT_N: tl.constexpr,
     UNIT_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    # The law, where it is evaluated in line.
+    # The law, where it is evaluated in line, or for signs of elements.
     ROUNDS: tl.constexpr,
     SWAP_ROUNDS: tl.constexpr,
     LAW: tl.constexpr,

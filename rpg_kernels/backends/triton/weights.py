@@ -224,6 +224,14 @@ def weight_tile(
     given, is false. With PAIRS two 16-bit elements are read, and signed, as one uint32. A bank of
     another dtype than DTYPE is multiplied by ``scale`` before it is rounded, as the reference
     does; otherwise the scale is the caller's to apply.
+
+    Args:
+        entry_stride: rows of the table of entries, in which a block's lie side by side.
+        n: numbers of rows within the launch, [BLOCK_N] int32.
+        row0: the launch's first row, counted in its band of the law.
+        blocks: that a row of the whole layer has.
+        low: the block from which padded columns are counted.
+        live: [BLOCK_N] booleans, or None where all rows are wanted.
     """
     k = step * BLOCK_K + tl.arange(0, BLOCK_K)
     valid = ((k >= first) & (k < first + length))[None, :]
