@@ -189,8 +189,8 @@ def _input_grad_kernel(
     Tile: BLOCK_M x BLOCK_K, the columns of one ``step``, BLOCK_N rows of the weight at a time.
     Grid: one program per tile, grouped. Shared memory: a ring of (BLOCK_M + BLOCK_K) * BLOCK_N
     elements, 146 KiB at 128 x 64 x 256 with 3 stages of tiles and 2 more of entries, in 16 bits.
-    Budget at that size: as the forward's. K, first and stride_dxm come in units of UNIT_K elements, N and stride_dym of
-    UNIT_N.
+    Budget at that size: as the forward's. K, first and stride_dxm come in units of UNIT_K elements,
+    N and stride_dym of UNIT_N.
     """
     K, first, stride_dxm = K * UNIT_K, first * UNIT_K, tl.full([], UNIT_K, tl.int64) * stride_dxm
     N, stride_dym = N * UNIT_N, tl.full([], UNIT_N, tl.int64) * stride_dym
