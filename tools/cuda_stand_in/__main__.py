@@ -27,7 +27,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
     paths = {
         "PATH": [str(Path(sys.executable).parent)],
         "PYTHONPATH": [str(library.HERE / "startup"), str(library.ROOT)],
-        "LD_LIBRARY_PATH": [str(folder), *([str(at)] if (at := library.runtime()) else [])],
+        "LD_LIBRARY_PATH": [str(folder), *([str(at.parent)] if (at := library.runtime()) else [])],
     }
     joined = {
         name: os.pathsep.join([*first, *filter(None, [os.environ.get(name)])])
@@ -41,18 +41,23 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(library.BUILD / "triton"),
         "NVCC_APPEND_FLAGS": "-cudart shared",  # for programs that tests compile
         "RPG_KERNELS_CACHE": str(library.BUILD / "cache"),  # its verdicts are no GPU's
+        # A trial would find garbage, and no call would be given to the back end.
+        "RPG_KERNELS_PROVE": os.environ.get("RPG_KERNELS_PROVE", "0"),
         "CUDA_STAND_IN_CAPABILITY": args.capability,
         "CUDA_STAND_IN_DEVICES": str(args.devices),
         "CUDA_STAND_IN_MEMORY": str(args.memory << 30),
         "CUDA_STAND_IN_LOG": log,
         "CUDA_STAND_IN_NATIVE": "" if args.no_native else str(library.native(args.capability)),
+        **({"RPG_KERNELS_NATIVE": "0"} if args.no_native else {}),
         **(soft if args.assertions == "soft" else {}),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Becomes the command; returns only if that cannot be."""
-    parser = argparse.ArgumentParser(prog="cuda_stand_in", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="cuda_stand_in", description="A command with a pretended GPU."
+    )
     parser.add_argument("--capability", choices=CAPABILITIES, default="9.0")
     parser.add_argument("--devices", type=int, default=1, metavar="N")
     parser.add_argument("--memory", type=int, default=140, metavar="GIB", help="of a device")
@@ -66,10 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"cuda_stand_in: {error}", file=sys.stderr)
         return 1
-    environ = {**os.environ, **settings}
-    if args.no_native:
-        environ["RPG_KERNELS_NATIVE"] = "0"
-    os.execvpe(args.command[0], args.command, environ)
+    os.execvpe(args.command[0], args.command, {**os.environ, **settings})
 
 
 if __name__ == "__main__":

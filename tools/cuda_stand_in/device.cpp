@@ -164,8 +164,9 @@ void note(const char* kind, const char* format, ...) {
     fprintf(log, "%s: %s\n", kind, text);
     fflush(log);
   }
-  // Launches are for the log; there are thousands of them.
-  if (strcmp(kind, "launch") != 0) fprintf(stderr, "cuda_stand_in: %s: %s\n", kind, text);
+  // The log alone has the launches, of which there are thousands, and what torch can do without.
+  if (strcmp(kind, "launch") && strcmp(kind, "absent"))
+    fprintf(stderr, "cuda_stand_in: %s: %s\n", kind, text);
 }
 
 const char* error_name(int code) {

@@ -32,7 +32,7 @@ void* entry_point(const char* name) {
   for (const char* version : {"_v3", "_v2", ""}) {
     if (void* found = dlsym(own, (std::string(name) + version).c_str())) return found;
   }
-  note("missing", "%s", name);
+  note("absent", "%s", name);
   return nullptr;
 }
 }  // namespace

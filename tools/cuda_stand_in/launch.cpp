@@ -205,10 +205,10 @@ cudaError_t launch(Function* function, dim3 grid, dim3 block, size_t dynamic, cu
     std::string fault = pointer_fault(arguments[i]);
     check(!fault.empty(), "parameter " + std::to_string(i) + " " + fault, cudaSuccess);
   }
-  note("launch", "%s, grid %u %u %u, block %u %u %u, shared %d + %zu, registers %d, device %d%s%s",
-       function->name.c_str(), grid.x, grid.y, grid.z, block.x, block.y, block.z, function->shared,
-       dynamic, function->registers, thread().device, capture_of(stream) ? ", captured" : "",
-       faults.c_str());
+  note("launch", "grid %u %u %u, block %u %u %u, shared %d + %zu, registers %d, device %d%s, %s%s",
+       grid.x, grid.y, grid.z, block.x, block.y, block.z, function->shared, dynamic,
+       function->registers, thread().device, capture_of(stream) ? ", captured" : "",
+       function->name.c_str(), faults.c_str());
   if (!faults.empty()) note("violation", "launch of %s%s", function->name.c_str(), faults.c_str());
   return first ? first : enqueue(stream, function->name.c_str(), [] {});
 }

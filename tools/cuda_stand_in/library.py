@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build/cuda_stand_in"
 NAME = "libcuda.so.1"
+PACKAGES = Path(sysconfig.get_paths()["purelib"])  # of this Python
 
 _ASKED = re.compile(r"(?:cuda[A-Z]|__cuda|cu[A-Z]|cublas)\w*")
 # Entry points of the driver that torch looks up by name, as text in its libraries.
@@ -22,26 +23,26 @@ _DRIVER = re.compile(
 )
 
 
+def compiler() -> str | None:
+    return shutil.which("c++") or shutil.which("g++")
+
+
 def includes() -> Path | None:
     """The folder of cuda.h: of the nvcc on PATH, or of NVIDIA's packages for Python."""
     nvcc = shutil.which("nvcc")
     folders = [Path(nvcc).resolve().parents[1]] if nvcc else []
-    folders += [Path("/usr/local/cuda"), *_packages("cu13")]
+    folders += [Path("/usr/local/cuda"), *PACKAGES.glob("nvidia/cu1*")]
     found = (folder / "include" for folder in folders)
     return next((folder for folder in found if (folder / "cuda_runtime_api.h").exists()), None)
 
 
-def _packages(name: str) -> list[Path]:
-    return [Path(sysconfig.get_paths()["purelib"]) / "nvidia" / name]
-
-
 def torch_libraries() -> list[Path]:
-    return sorted((Path(sysconfig.get_paths()["purelib"]) / "torch/lib").glob("*.so"))
+    return sorted((PACKAGES / "torch/lib").glob("*.so"))
 
 
 def runtime() -> Path | None:
-    """The folder of the libcudart that torch brings."""
-    return next((p.parent for f in _packages("*") for p in f.parent.glob("*/lib/libcudart.so.1*")), None)
+    """The libcudart that torch brings."""
+    return next(PACKAGES.glob("nvidia/*/lib/libcudart.so.1*"), None)
 
 
 def compile_library(to: Path, stubs: Iterable[str] = (), *options: str) -> None:
@@ -50,14 +51,14 @@ def compile_library(to: Path, stubs: Iterable[str] = (), *options: str) -> None:
     Raises:
         RuntimeError: there is no C++ compiler or no cuda.h, or it fails.
     """
-    compiler, headers = shutil.which("c++") or shutil.which("g++"), includes()
-    if compiler is None or headers is None:
+    program, headers = compiler(), includes()
+    if program is None or headers is None:
         raise RuntimeError("the stand-in needs a C++ compiler and CUDA's headers (nvcc on PATH)")
     to.parent.mkdir(parents=True, exist_ok=True)
     stub_file = to.parent / "stubs.cpp"
     stub_file.write_text(_stub_source(stubs), encoding="utf-8")
     command = [
-        *(compiler, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+        *(program, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
         *(*options, f"-I{headers}", "-shared", f"-Wl,-soname,{NAME}", "-o", str(to)),
         *(*map(str, sorted(HERE.glob("*.cpp"))), str(stub_file), "-ldl"),
         # It is loaded into every program of the command, so it brings all that it needs.
@@ -89,8 +90,8 @@ def wanted() -> set[str]:
     for path in torch_libraries():
         if path.name in ("libc10_cuda.so", "libtorch_cuda.so"):
             names |= {found.decode() for found in _DRIVER.findall(path.read_bytes())}
-    if (folder := runtime()) is not None:
-        names |= _symbols(next(folder.glob("libcudart.so.1*")), "--defined-only")
+    if (path_of_runtime := runtime()) is not None:
+        names |= _symbols(path_of_runtime, "--defined-only")
     return names
 
 
@@ -100,8 +101,8 @@ def _symbols(path: Path, which: str) -> set[str]:
     return {
         name
         for name in names
-        # cuFile is a library of its own; _ptsz and _ptds are for a way of compiling not used here.
-        if _ASKED.fullmatch(name) and not re.search("^cuFile|_pts?[dz]s?$|_ptsz$", name)
+        # cuFile is a library of its own; _ptsz and _ptds are of a way of compiling not used here.
+        if _ASKED.fullmatch(name) and not re.search("^cuFile|_pt[ds][sz]$", name)
     }
 
 

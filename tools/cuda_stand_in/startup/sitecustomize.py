@@ -53,6 +53,6 @@ def _get_code(self: SourceFileLoader, fullname: str) -> CodeType | None:
 
 if _NATIVE:
     sys.meta_path.insert(0, _Native)
-SourceFileLoader.exec_module = _exec_module  # type: ignore[method-assign]
+SourceFileLoader.exec_module = _exec_module  # type: ignore[assignment, method-assign]
 if _SOFT:
-    SourceFileLoader.get_code = _get_code  # type: ignore[method-assign]
+    SourceFileLoader.get_code = _get_code  # type: ignore[assignment, method-assign]
