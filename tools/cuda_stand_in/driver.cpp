@@ -121,6 +121,13 @@ API CUresult cuCtxSynchronize() {
   return driver(may_synchronize("cuCtxSynchronize"));
 }
 
+API CUresult cuCtxGetLimit(size_t* size, CUlimit) {
+  *size = 1 << 20;
+  return CUDA_SUCCESS;
+}
+
+API CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
+
 API CUresult cuGetErrorString(CUresult error, const char** text) {
   *text = error_text(error);
   return CUDA_SUCCESS;
@@ -233,6 +240,8 @@ API CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute which, i
   Lock lock;
   Function* function = function_of(handle);
   if (!function) return CUDA_ERROR_INVALID_HANDLE;
+  // Triton tries one that only later drivers know, and goes on when it is refused.
+  if (which >= CU_FUNC_ATTRIBUTE_MAX) return CUDA_ERROR_INVALID_VALUE;
   bool reserves = which == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
   return reserves ? driver(reserve(function, value)) : CUDA_SUCCESS;
 }
