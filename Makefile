@@ -20,6 +20,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The environment of `make triton-check`, which has versions of its own.
 CHECK := .venv-triton
 CHECKER := tools/triton_check
+# The environment of `make stand-in`, which has a CUDA build of torch.
+CUDA := .venv-cuda
+STAND_IN := tools/cuda_stand_in
 NATIVE := CMakeLists.txt tools/build_backend.py $(wildcard cmake/* csrc/*/*)
 INPUTS := pyproject.toml setup.py constraints-dev.txt rpg_kernels/_version.py $(NATIVE)
 
@@ -27,7 +30,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint bench report gpu-check triton-check FORCE
+.PHONY: help demo test lint bench report gpu-check triton-check stand-in FORCE
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3.12]'
@@ -43,8 +46,9 @@ lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy rpg_kernels benchmarks/harness benchmarks/accuracy examples/demo \
-		tools/triton_check
-	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*/* tests/*/*/*.cpp)
+		tools/triton_check tools/cuda_stand_in
+	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*/* tests/*/*/*.cpp \
+		tools/*/*.cpp tools/*/*.h)
 
 bench: $(VENV)/.dev ## correctness, memory and speed, quick (ARGS="--suite full"; results in build/bench.json)
 	$(BIN)/python -m benchmarks.harness --out build/bench.json $(ARGS)
@@ -62,6 +66,9 @@ gpu-check: ## everything that needs a GPU, in seven minutes (OUT=DIR; ARGS="--pa
 
 triton-check: $(CHECK)/.ready ## the Triton kernels without a GPU: bf16, races, bounds (ARGS="linear.py mutants")
 	$(CHECK)/bin/python -m tools.triton_check $(ARGS)
+
+stand-in: $(CUDA)/.ready ## a command with a pretended GPU that computes nothing (ARGS="-- COMMAND")
+	$(CUDA)/bin/python -m tools.cuda_stand_in $(ARGS)
 
 # .venv is made anew when it cannot be trusted: it is missing, its interpreter is gone, an
 # installation into it was interrupted, the checkout was copied or moved (scripts and the editable
@@ -113,6 +120,12 @@ $(CHECK)/.ready: $(VENV)/.created $(wildcard $(CHECKER)/*.txt)
 	$(CHECK)/bin/python -m pip --disable-pip-version-check install --quiet -r $(CHECKER)/requirements.txt
 	$(CHECK)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
 		--ignore-requires-python -r $(CHECKER)/requirements-alone.txt
+	@touch $@
+
+$(CUDA)/.ready: $(VENV)/.created $(STAND_IN)/requirements.txt
+	@echo 'Installing a CUDA build of PyTorch into $(CUDA); the first time this downloads it'
+	$(BIN)/python -m venv --clear $(CUDA)
+	$(CUDA)/bin/python -m pip --disable-pip-version-check install --quiet -r $(STAND_IN)/requirements.txt
 	@touch $@
 
 FORCE:

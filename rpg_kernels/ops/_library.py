@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import _SingleLevelFunction
 
 from rpg_kernels import _checks
 from rpg_kernels._tensors import DTYPES, LOW_PRECISION, refuse_forward_mode
@@ -94,18 +95,30 @@ def differentiate(
 
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            # Transforms further out are differentiated too, which the mode of `forward` forbids.
-            if torch._C._are_functorch_transforms_active():
-                with torch.enable_grad():
-                    result = _below_autograd(name, args[-1], args[:-1])
-            else:
-                result = _below_autograd(name, args[-1], args[:-1])
+            result = _below_autograd(name, args[-1], args[:-1])
             setup_context(ctx, args[:-1], result)
             return result
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return (*backward(ctx, *grads), None)
+
+    class Innermost(_SingleLevelFunction):
+        """The same for torch.func, made as torch makes those of its own transforms."""
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            # Transforms further out are differentiated too, which the mode of `forward` forbids.
+            with torch.enable_grad():
+                return _below_autograd(name, args[-1], args[:-1])
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, inputs[:-1], output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return Derivative.backward(ctx, *grads)
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
@@ -117,8 +130,7 @@ def differentiate(
         allowed = torch._C._functorch.get_single_level_autograd_function_allowed()
         torch._C._functorch.set_single_level_autograd_function_allowed(True)
         try:
-            apply: Callable[..., Any] = super(torch.autograd.Function, Derivative).apply
-            return apply(*args, keyset)
+            return Innermost.apply(*args, keyset)  # type: ignore[attr-defined]
         finally:
             torch._C._functorch.set_single_level_autograd_function_allowed(allowed)
 
