@@ -49,7 +49,7 @@ def cifar10_resnet18(results: Path) -> list[str]:
 
 def _after(network: dict[str, Any], epochs: float) -> str:
     """The mean test accuracy after the last epoch that is whole by then."""
-    whole = int(epochs + 1e-9)
+    whole = min(int(epochs + 1e-9), len(network["curves"][0]))
     if not whole:
         return "no epoch yet"
     return f"{sum(curve[whole - 1] for curve in network['curves']) / len(network['curves']):.1f} %"

@@ -143,8 +143,9 @@ def test_bad_marks_are_refused(text: str, message: str, root: Path) -> None:
 def test_older_results_give_the_tables_that_pages_show(tmp_path: Path) -> None:
     shutil.copytree(ROOT / report.RESULTS, tmp_path / report.RESULTS)
     made = {name: report.BLOCKS[name](tmp_path) for name in report.BLOCKS}
-    assert "| 2,000,000 | **24.2 MB** | **0.01 MB** | **64.1 %** |" in "".join(
-        made["cifar10-resnet18"]
+    assert (
+        "| 2,000,000 | **24.2 MB** | 0.01 MB | **106** | 378 s | 52.9 % | **63.8 %** |"
+        in "".join(made["cifar10-resnet18"])
     )
     assert "| init_std 1 (unit variance) | 97.0 ± 1.0 |" in made["bank-training"]
     assert made["law"][0].startswith("| rows x blocks | permutation |")
