@@ -386,8 +386,7 @@ RPG_FUNCTION void look_ahead(const Columns& columns, int b, const Stage& stage) 
   }
 }
 
-// Whether this CTA is the last of `parts` to come here; then it sees what the others wrote. `last`
-// is shared memory for that.
+// Whether this CTA comes last of `parts`, and so sees what all wrote; `last` is in shared memory.
 RPG_FUNCTION bool is_last(const Shared<int>& last, unsigned* counter, int parts) {
   sync();
   if (thread() == 0) last[0] = arrive(counter, parts);
