@@ -11,7 +11,16 @@ import pytest
 import rpg_kernels
 
 ROOT = Path(rpg_kernels.__file__).parent
-BASE = {"_bank_sums", "_checks", "_extras", "_json", "_sources", "_tensors", "_version"}
+BASE = {
+    "_bank_sums",
+    "_checks",
+    "_extras",
+    "_json",
+    "_processors",
+    "_sources",
+    "_tensors",
+    "_version",
+}
 BASE |= {"_wrappers"}
 LAW = BASE | {"law"}
 BANK = LAW | {"bank", "settings"}
