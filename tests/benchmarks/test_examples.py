@@ -33,3 +33,19 @@ def test_train_own_model() -> None:
     assert int(saved[1].replace(",", "")) < 40_000
     assert lines[-2] == "loaded: the same outputs"
     assert lines[-1].startswith("materialised: ")
+
+
+def test_looped_decoder() -> None:
+    script = EXAMPLES / "looped_decoder.py"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    small = ("--steps", "12", "--width", "32", "--batch-size", "8")
+    done = processes.run(sys.executable, "-W", "error::UserWarning", script, *small, env=env)
+    assert done.returncode == 0, done.stderr
+    _, *rows = done.stdout.splitlines()
+    same, remapped, narrower, unshared = (
+        int(re.search(r"([0-9,]+) numbers", row)[1].replace(",", "")) for row in rows
+    )
+    assert same == remapped >= narrower
+    assert unshared > 2 * same
+    bits = [float(re.search(r"([0-9.]+) bits", row)[1]) for row in rows]
+    assert all(1 < b < 6.9 for b in bits)  # 7 is chance
