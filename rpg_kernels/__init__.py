@@ -8,7 +8,7 @@ Optimal Deep Learning with Recurrent Parameter Generators", WACV 2023).
 from rpg_kernels import flops, functional, nn
 from rpg_kernels._version import __version__
 from rpg_kernels.backends.dispatch import backend
-from rpg_kernels.bank.config import RPGConfig
+from rpg_kernels.bank.config import Group, RPGConfig
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.checkpoint import load, save
@@ -30,6 +30,7 @@ from rpg_kernels.settings import scratch_limit
 
 __all__ = [
     "Generator",
+    "Group",
     "ParameterBank",
     "RPGConfig",
     "TableGenerator",

@@ -34,6 +34,7 @@ class BankState(nn.Module):
     weight: nn.Parameter
     table: Tensor | None
     init_std: float
+    group: str = ""  # of layers that read this bank, in a model with several banks
 
     def __init__(self, generator: Generator | TableGenerator) -> None:
         super().__init__()

@@ -13,16 +13,17 @@ from rpg_kernels.bank.config import RPGConfig
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.scales import layer_std
 from rpg_kernels.bank.virtual_weight import VirtualWeight
+from rpg_kernels.conversion.groups import Share, shares_of
 from rpg_kernels.conversion.kinds import CONVOLUTIONS, SHARED_TYPES, counterpart, weight_of
 from rpg_kernels.conversion.least_squares import fit_bank
 from rpg_kernels.conversion.ownership import register
-from rpg_kernels.conversion.select import Filter, Selection, select
+from rpg_kernels.conversion.select import Filter
 from rpg_kernels.conversion.ties import tie_key
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import check_laps, place
 from rpg_kernels.nn import VirtualLayer
 from rpg_kernels.nn._convolution import taps_with_stride
-from rpg_kernels.nn.part import BANK_NAME
+from rpg_kernels.nn.part import bank_name
 
 INIT = ("random", "least_squares")
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,7 +37,7 @@ def convert(
     init: str = "random",
     uses: int = 1,
 ) -> Model:
-    """Make layers of a model read their weights from one shared bank. In place, all or nothing.
+    """Make layers of a model read their weights from shared banks. In place, all or nothing.
 
     By default hidden layers are shared; the first and last layer, norms and biases stay as they
     are (paper, section 4). ``rpg.summary(model)`` lists both, with reasons. The bank becomes
@@ -45,14 +46,17 @@ def convert(
     attributes of the layers travel. The model may be on ``meta``: a model too large to exist
     densely is converted there and then brought to life by ``rpg.initialize``.
 
+    With ``config.groups`` the groups say which layers are shared, and each has a bank of its own,
+    ``model.rpg_bank_<name>``, whose layers are placed as those of a model with one bank are.
+
     Args:
         model: any nn.Module that is not itself a layer; also inside torch.compile, DataParallel
             or AveragedModel.
-        config: size of the bank, granularity, reflect mode, laps, seed, scale rule.
+        config: size of the bank, granularity, reflect mode, laps, seed, scale rule; groups.
         filter_fn: ``filter_fn(module, name) -> bool`` for every nn.Linear, nn.Embedding, nn.Conv1d,
             nn.Conv2d, nn.ConvTranspose1d and nn.ConvTranspose2d (and transformers' Conv1D); None
             for the default rule. A layer that was asked for and cannot be shared is named in a
-            warning.
+            warning. Not with groups.
         init: ``"random"``, or ``"least_squares"``: start from the bank that is nearest to the
             weights the model has. ``rpg.summary`` reports the relative residual per layer, which
             is large unless the bank is nearly as large as the model.
@@ -66,7 +70,8 @@ def convert(
         TypeError: model is itself a layer or a list of layers, or config is not an RPGConfig.
         ValueError: nothing to share, layers on several devices or in several dtypes, a model
             that has a bank already or that DistributedDataParallel or FSDP has taken over, least
-            squares on meta, more laps than the model compresses.
+            squares on meta, more laps than the model compresses. With groups also a filter_fn, a
+            group that matches nothing, a layer in two of them, a bank larger than its group.
             The model is then unchanged.
 
     Example:
@@ -80,22 +85,19 @@ def convert(
     _check(model, config, filter_fn, init)
     _checks.integer("uses", uses, 1, _checks.INT32_MAX)
     plain = unwrap_to_change(model)
-    chosen = select(plain, filter_fn)
-    if not chosen.shared:
-        reasons = "; ".join(f"{name}: {why}" for name, why in chosen.skipped.items())
-        raise _checks.fail("model", f"no layer to share ({reasons})", "at least one; see filter_fn")
-    bank = _bank(chosen, config, init, uses)
-    virtual = _place(chosen, bank, config)
-    residuals = {}
-    if init == "least_squares":
-        residuals = fit_bank(
-            bank,
-            {
-                name: (virtual[name], weight_of(m), getattr(m, "padding_idx", None))
-                for name, m in chosen.shared.items()
-            },
-        )
-        bank.trained()
+    chosen, shares = shares_of(plain, config, filter_fn)
+    for share in shares:
+        _check_share(share, init, uses)
+    banks = []
+    virtual: dict[str, VirtualWeight] = {}
+    for share in shares:
+        bank = _bank(share)
+        placed = _place(share, bank)
+        bank.skipped = chosen.skipped
+        if init == "least_squares":
+            bank.residuals = _fit(share, bank, placed)
+        banks.append(bank)
+        virtual.update(placed)
     layers = {id(m): counterpart(m, virtual[n]) for n, m in chosen.shared.items()}
     if chosen.refused:
         said = "; ".join(f"{name}: {why}" for name, why in list(chosen.refused.items())[:5])
@@ -104,10 +106,9 @@ def convert(
         _checks.warn(f"not shared, though asked for: {said}")
     # Nothing has been changed up to here; nothing below can fail.
     _replace(plain, layers)
-    register(plain, bank)
-    bank.write_map()
-    bank.skipped = chosen.skipped
-    bank.residuals = residuals
+    for bank in banks:
+        register(plain, bank)
+        bank.write_map()
     return model
 
 
@@ -130,25 +131,52 @@ def _check(model: nn.Module, config: RPGConfig, filter_fn: Filter | None, init: 
         raise TypeError(f"model: got a {got}, whose elements are layers; wanted a model around it")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: got a {type(filter_fn).__name__}, wanted a function or None")
+    if filter_fn is not None and config.groups:
+        raise _checks.fail("filter_fn", "a function beside groups", "None: they say what is shared")
     virtual = (ParameterBank, VirtualLayer)
-    if hasattr(inner, BANK_NAME) or any(isinstance(m, virtual) for m in model.modules()):
+    if any(isinstance(m, virtual) for m in model.modules()):
         raise _checks.fail("model", "a model that has a bank already", "a dense model")
+    for name in map(bank_name, [group.name for group in config.groups] or [""]):
+        if hasattr(inner, name):
+            got = f"a model that has a bank already, or another attribute {name}"
+            raise _checks.fail("model", got, "a dense model")
 
 
-def _bank(chosen: Selection, config: RPGConfig, init: str, uses: int) -> ParameterBank:
-    """The shared bank, on the device and in the dtype that all shared layers have."""
-    weights = {name: weight_of(module) for name, module in chosen.shared.items()}
+def _check_share(share: Share, init: str, uses: int) -> None:
+    """Refuse layers that cannot read one bank, or not this one; nothing is made."""
+    config, prefix = share.config, share.prefix
+    weights = {name: weight_of(module) for name, module in share.layers.items()}
     for what in ("device", "dtype"):
         values = {str(getattr(w, what)): name for name, w in weights.items()}
         if len(values) > 1:
             got = ", ".join(f"{value} ({name})" for value, name in values.items())
-            raise _checks.fail("model", f"layers of several {what}s: {got}", f"one {what}")
-    first = next(iter(weights.values()))
-    if init == "least_squares" and first.device.type == "meta":
-        raise _checks.fail("init", "'least_squares' for a model on meta", "a model with weights")
+            raise _checks.fail(f"{prefix}model", f"layers of several {what}s: {got}", f"one {what}")
+    if init == "least_squares" and any(w.device.type == "meta" for w in weights.values()):
+        got = "'least_squares' for a model on meta"
+        raise _checks.fail(f"{prefix}init", got, "a model with weights")
     if config.laps is not None:
-        check_laps(config.laps, config.generator.dof, uses * _end(chosen, config.generator))
-    return ParameterBank(
+        generator = config.generator
+        try:
+            check_laps(config.laps, generator.dof, uses * _end(share, generator))
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from error
+
+
+def _end(share: Share, generator: Generator) -> int:
+    """Where the last layer ends, in elements."""
+    end = 0
+    by_memory = {tie_key(w): w for w in map(weight_of, share.layers.values())}
+    for layer, weight in enumerate(by_memory.values()):
+        _, end = place(generator, layer, end, weight.shape)
+    return end
+
+
+def _bank(share: Share) -> ParameterBank:
+    """A bank on the device and in the dtype that all of its layers have."""
+    config = share.config
+    assert config.dof is not None
+    first = weight_of(next(iter(share.layers.values())))
+    bank = ParameterBank(
         dof=config.dof,
         granularity=config.granularity,
         reflect=config.reflect,
@@ -160,27 +188,20 @@ def _bank(chosen: Selection, config: RPGConfig, init: str, uses: int) -> Paramet
         device=first.device,
         dtype=first.dtype,
     )
+    bank.group = share.group
+    return bank
 
 
-def _end(chosen: Selection, generator: Generator) -> int:
-    """Where the last layer ends, in elements."""
-    end = 0
-    by_memory = {tie_key(w): w for w in map(weight_of, chosen.shared.values())}
-    for layer, weight in enumerate(by_memory.values()):
-        _, end = place(generator, layer, end, weight.shape)
-    return end
-
-
-def _place(chosen: Selection, bank: ParameterBank, config: RPGConfig) -> dict[str, VirtualWeight]:
+def _place(share: Share, bank: ParameterBank) -> dict[str, VirtualWeight]:
     """A virtual weight per layer; layers on one memory get one virtual weight."""
     by_memory: dict[Hashable, VirtualWeight] = {}
     virtual = {}
-    for name, module in chosen.shared.items():
+    for name, module in share.layers.items():
         weight = weight_of(module)
         key = tie_key(weight)
         if key not in by_memory:
             lookup = isinstance(module, nn.Embedding)
-            std = layer_std(config.scale, weight.shape, lookup=lookup, weight=weight)
+            std = layer_std(share.config.scale, weight.shape, lookup=lookup, weight=weight)
             taps = None
             if isinstance(module, CONVOLUTIONS):
                 taps = taps_with_stride(bank, module.stride)
@@ -190,6 +211,19 @@ def _place(chosen: Selection, bank: ParameterBank, config: RPGConfig) -> dict[st
                 setattr(by_memory[key], note, value)
         virtual[name] = by_memory[key]
     return virtual
+
+
+def _fit(share: Share, bank: ParameterBank, virtual: dict[str, VirtualWeight]) -> dict[str, float]:
+    """Start a bank from the weights that its layers have; their residuals."""
+    residuals = fit_bank(
+        bank,
+        {
+            name: (virtual[name], weight_of(m), getattr(m, "padding_idx", None))
+            for name, m in share.layers.items()
+        },
+    )
+    bank.trained()
+    return residuals
 
 
 def _replace(model: nn.Module, layers: dict[int, VirtualLayer]) -> None:

@@ -9,8 +9,9 @@ from torch import nn
 
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.conversion.kinds import dense_counterpart
+from rpg_kernels.conversion.other_banks import forget_loading
 from rpg_kernels.nn import VirtualLayer
-from rpg_kernels.nn.part import BANK_NAME
+from rpg_kernels.nn.part import banks_of
 
 Key = tuple[int, str, int | None]  # bank, placement, row that a lookup masks
 
@@ -51,8 +52,9 @@ def materialize(model: nn.Module) -> nn.Module:
     if id(model) in dense:
         return dense[id(model)]
     for parent in list(model.modules()):
-        if isinstance(parent.__dict__.get(BANK_NAME), ParameterBank):
-            del parent.__dict__[BANK_NAME]
+        forget_loading(parent)
+        for name in banks_of(parent):
+            parent.__dict__.pop(name, None)
         for key, child in list(parent._modules.items()):
             if child is not None and id(child) in dense:
                 parent._modules[key] = dense[id(child)]

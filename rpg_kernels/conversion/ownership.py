@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,13 +10,17 @@ from torch import nn
 
 from rpg_kernels import _checks
 from rpg_kernels._wrappers import unwrap
+from rpg_kernels.bank.config import check_group_name
 from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.conversion.other_banks import watch_loading
 from rpg_kernels.nn import VirtualLayer
-from rpg_kernels.nn.part import BANK_NAME
+from rpg_kernels.nn.part import BANK_NAME, bank_name, banks_of
 
 
-def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
+def attach(model: nn.Module, bank: ParameterBank, group: str | None = None) -> nn.Module:
     """Register a shared bank with a model that was built by hand: ``model.rpg_bank``.
+
+    A model with several banks has them as ``model.rpg_bank_<group>``, in the order of the calls.
 
     Layers hold their bank without registering it: in ``parameters()`` and ``state_dict()`` it has
     the name of the first layer that reads it. In an nn.Sequential that layer registers it.
@@ -23,13 +28,16 @@ def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
     Args:
         model: the model whose layers read the bank.
         bank: the bank.
+        group: what the layers that read it are called, letters, digits and underscores; None for
+            the model's only bank.
 
     Returns:
         The model; unchanged when it owns the bank already.
 
     Raises:
-        TypeError: bank is not a ParameterBank.
-        ValueError: the model has another bank under this name.
+        TypeError: bank is not a ParameterBank, or group not a str.
+        ValueError: the model has something else under this name; the bank is registered already
+            and of another group; a character that a group's name cannot have.
 
     Example:
         >>> import rpg_kernels as rpg
@@ -39,13 +47,19 @@ def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
         True
     """
     _module(model)
+    if group is not None:
+        check_group_name("group", group)
     if not isinstance(bank, ParameterBank):
         raise TypeError(f"bank: got a {type(bank).__name__}, wanted a ParameterBank")
     plain = unwrap(model)
     if any(module is bank for parent in plain.modules() for module in parent._modules.values()):
+        if group not in (None, bank.group):
+            raise _checks.fail("group", repr(group), f"{bank.group!r}, as the bank is registered")
         return model
-    if getattr(plain, BANK_NAME, bank) is not bank:
-        raise _checks.fail("model", f"a model with another {BANK_NAME}", "none, or the same bank")
+    name = bank_name(group or "")
+    if getattr(plain, name, bank) is not bank:
+        raise _checks.fail("model", f"a model with another {name}", "none, or the same bank")
+    bank.group = group or ""
     register(plain, bank)
     return model
 
@@ -53,19 +67,24 @@ def attach(model: nn.Module, bank: ParameterBank) -> nn.Module:
 def register(model: nn.Module, bank: ParameterBank) -> None:
     """Make the bank the first child of the model, so that ``children()[:-1]`` drops the last layer.
 
-    The children of an nn.Sequential (list, dictionary) are its steps, and counted: there the first
-    layer that reads the bank registers it, and ``model.rpg_bank`` is a plain attribute.
+    It comes after banks that are there already, under the name of its group. The children of an
+    nn.Sequential (list, dictionary) are its steps, and counted: there the first layer that reads
+    the bank registers it as ``rpg_bank``, and its name on the model is a plain attribute's.
     """
+    name = bank_name(bank.group)
+    if not isinstance(model, VirtualLayer):  # which looks at state dicts itself
+        watch_loading(model)
     readers = [
         m for m in model.modules() if isinstance(m, VirtualLayer) and m.virtual_weight.bank is bank
     ]
     if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict) and readers:
         setattr(readers[0], BANK_NAME, bank)
-        model.__dict__[BANK_NAME] = bank
+        model.__dict__[name] = bank
         return
+    first = {key: child for key, child in model._modules.items() if key in banks_of(model)}
     others = dict(model._modules)
     model._modules.clear()
-    model._modules.update({BANK_NAME: bank, **others})
+    model._modules.update({**first, name: bank, **others})
 
 
 def initialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
@@ -126,10 +145,12 @@ def param_groups(
     model: nn.Module,
     lr: float,
     weight_decay: float = 0.0,
-    bank_lr: float | None = None,
-    bank_weight_decay: float | None = None,
+    bank_lr: float | Mapping[str, float] | None = None,
+    bank_weight_decay: float | Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Optimiser groups: the banks, the other weights, and norms and biases without decay.
+
+    Of a model with groups each bank is an optimiser group of its own.
 
     A bank element's gradient is the sum over all its uses (virtual weights / dof of them), while
     its decay acts once. With the paper's ``init_std`` the dense network's learning rate and decay
@@ -139,14 +160,16 @@ def param_groups(
     Args:
         model: a model with rpg layers.
         lr, weight_decay: of everything but the banks; weight_decay not of norms and biases.
-        bank_lr, bank_weight_decay: of the banks; None for the same values.
+        bank_lr, bank_weight_decay: of the banks; None for the same values. A mapping gives the
+            values of groups by their names; None for those that it leaves out.
 
     Returns:
-        A list of groups with keys ``params``, ``lr``, ``weight_decay`` and ``name`` ("bank",
-        "weights", "no_decay"), without empty ones.
+        A list of groups with keys ``params``, ``lr``, ``weight_decay`` and ``name`` ("bank", of the
+        bank of a group "bank <group>", "weights", "no_decay"), without empty ones.
 
     Raises:
         TypeError: model is not an nn.Module.
+        ValueError: a mapping names a group that the model lacks.
 
     Example:
         >>> import rpg_kernels as rpg
@@ -157,17 +180,28 @@ def param_groups(
     """
     _module(model)
     # Not m.weight, which pruning and parametrisations compute from the parameter.
-    banks = [m for m in model.modules() if isinstance(m, ParameterBank)]
-    bank = list({id(p): p for m in banks for p in m.parameters()}.values())
-    ids = {id(p) for p in bank}
+    banks: dict[str, dict[int, nn.Parameter]] = {}
+    for module in model.modules():
+        if isinstance(module, ParameterBank):
+            banks.setdefault(module.group, {}).update({id(p): p for p in module.parameters()})
+    for name, value in (("bank_lr", bank_lr), ("bank_weight_decay", bank_weight_decay)):
+        unknown = [] if not isinstance(value, Mapping) else [g for g in value if g not in banks]
+        if unknown:
+            got = f"a value for {', '.join(map(repr, unknown))}"
+            wanted = f"groups of the model ({', '.join(filter(None, banks)) or 'it has none'})"
+            raise _checks.fail(name, got, wanted)
+    ids = {key for bank in banks.values() for key in bank}
     others = [p for p in model.parameters() if id(p) not in ids]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
-            "name": "bank",
-            "params": bank,
-            "lr": lr if bank_lr is None else bank_lr,
-            "weight_decay": weight_decay if bank_weight_decay is None else bank_weight_decay,
-        },
+            "name": f"bank {group}" if group else "bank",
+            "params": list(bank.values()),
+            "lr": _of_group(bank_lr, group, lr),
+            "weight_decay": _of_group(bank_weight_decay, group, weight_decay),
+        }
+        for group, bank in banks.items()
+    ]
+    groups += [
         {
             "name": "weights",
             "params": [p for p in others if p.dim() > 1],
@@ -182,6 +216,11 @@ def param_groups(
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def _of_group(value: float | Mapping[str, float] | None, group: str, otherwise: float) -> float:
+    given = value.get(group) if isinstance(value, Mapping) else value
+    return otherwise if given is None else given
 
 
 def _ties(model: nn.Module) -> list[list[str]]:

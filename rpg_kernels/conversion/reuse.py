@@ -66,8 +66,9 @@ def reuse(
         module: applied first as it is; virtual layers and norms in it are found by themselves.
             A torch norm, or a module called so whose parameters have one axis, is a norm.
         times: of application, 1 or more.
-        config: for a module without virtual layers: it is converted, every layer that can be, to
-            one bank that it registers. Laps may be as many as all uses together compress.
+        config: for a module without virtual layers: it is converted, every layer that can be or
+            those of its groups, to banks that it registers. Laps may be as many as all uses
+            together compress.
         norm: ``"separate"`` (each use has norms of its own, which start as they are now) or
             ``"shared"`` (one, whose running statistics mix those of all uses).
         remap: False gives every use the same weights.
@@ -97,7 +98,8 @@ def reuse(
     _copyable(module, apart)
     moved = _placements(module, times) if remap else []
     if config is not None:
-        convert(module, config, lambda layer, name: True, uses=times if remap else 1)
+        every = None if config.groups else lambda layer, name: True
+        convert(module, config, every, uses=times if remap else 1)
         apart = _apart(module, norm, remap)
         moved = _placements(module, times) if remap else []
     uses = [module]

@@ -26,7 +26,9 @@ class Selection:
     refused: dict[str, str] = field(default_factory=dict)  # of the skipped, what the filter wanted
 
 
-def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
+def select(
+    model: nn.Module, filter_fn: Filter | None, otherwise: str = "filter_fn returned False"
+) -> Selection:
     """Choose layers by the filter, or by the default rule.
 
     The default shares hidden layers: every nn.Linear, nn.Embedding, convolution and transposed
@@ -39,13 +41,14 @@ def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
         model: any model.
         filter_fn: called as ``filter_fn(module, name)`` for every layer that can be shared;
             None for the default rule.
+        otherwise: the reason for those that the filter leaves out.
     """
     found = Selection()
     able: dict[str, nn.Module] = {}
     names = []
     compiled = {id(m._modules.get(COMPILED)) for m in model.modules()}
     for name, module in model.named_modules():
-        layer = isinstance(module, SHARED_TYPES) or kind_of(module) is not None
+        layer = is_layer(module)
         if not layer and not any(True for _ in module.parameters(recurse=False)):
             continue
         if layer:
@@ -61,7 +64,7 @@ def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
             found.refused[name] = reason
     for name, module in able.items():
         if filter_fn is not None:
-            reason = "" if filter_fn(module, name) else "filter_fn returned False"
+            reason = "" if filter_fn(module, name) else otherwise
         elif name == names[-1]:
             reason = "last layer (classifier), kept by the default rule"
         elif name == names[0]:
@@ -80,6 +83,11 @@ def select(model: nn.Module, filter_fn: Filter | None) -> Selection:
         if filter_fn is not None:
             found.refused[name] = found.skipped[name]
     return found
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a filter is asked about a module: of a type that has a virtual counterpart."""
+    return isinstance(module, SHARED_TYPES) or kind_of(module) is not None
 
 
 def obstacle(module: nn.Module) -> str | None:

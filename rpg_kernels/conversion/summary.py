@@ -11,7 +11,7 @@ from rpg_kernels._wrappers import unwrap
 from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.law.placement import check_laps
 from rpg_kernels.nn import VirtualLayer
-from rpg_kernels.nn.part import BANK_NAME
+from rpg_kernels.nn.part import bank_name, banks_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class LayerSummary:
     length in elements, padding counted; ``laps`` is span / dof; ``std`` is the standard deviation
     of the unpacked weight at initialisation; ``residual`` that of a least-squares start, or None;
     ``tied_to`` the layer whose virtual weight this one uses, or ""; ``window`` the bank's, or None;
-    ``taps`` those of a unit, or None where the bank has no units.
+    ``taps`` those of a unit, or None where the bank has no units; ``bank`` the name of the bank
+    that it reads: ``rpg_bank_<group>`` in a model with groups, else that under which it stands in
+    the model, usually ``rpg_bank``.
     """
 
     name: str
@@ -40,15 +42,17 @@ class LayerSummary:
     tied_to: str
     window: int | None = None
     taps: int | None = None
+    bank: str = ""
 
 
 @dataclass(frozen=True)
 class Summary:
     """What ``rpg.summary`` returns. Printable.
 
-    ``virtual_weights`` counts tied weights once; ``unshared`` is the number of other trainable
-    parameters; ``idle`` says of which banks a part is never read, because they have more laps than
-    the model compresses.
+    ``virtual_weights`` counts tied weights once; ``dof`` is of all banks together; ``unshared`` is
+    the number of other trainable parameters; ``idle`` says of which banks a part is never read,
+    because they have more laps than the model compresses. Where there are several banks, what
+    ``banks`` and ``idle`` say begins with their names.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -65,7 +69,9 @@ class Summary:
         return self.virtual_weights / self.dof if self.dof else 0.0
 
     def __str__(self) -> str:
-        header = ("layer", "shape", "virtual", "g", "start", "laps", "scale", "std", "")
+        several = len(self.banks) > 1
+        bank = ["bank"] if several else []
+        header = ["layer", *bank, "shape", "virtual", "g", "start", "laps", "scale", "std", ""]
         rows = [header]
         for x in self.layers:
             note = f"tied to {x.tied_to}" if x.tied_to else ""
@@ -73,8 +79,9 @@ class Summary:
                 note = f"{note} residual {x.residual:.1%}".strip()
             shape = "x".join(map(str, x.shape))
             rows.append(
-                (
+                [
                     x.name,
+                    *([x.bank] if several else []),
                     shape,
                     f"{x.virtual_weights:,}",
                     str(x.granularity),
@@ -83,10 +90,10 @@ class Summary:
                     f"{x.scale:.4g}",
                     f"{x.std:.4g}",
                     note,
-                )
+                ]
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        left = {0, 1, len(header) - 1}
+        left = {*range(len(bank) + 2), len(header) - 1}
         lines = [
             "  ".join(
                 c.ljust(w) if i in left else c.rjust(w)
@@ -100,7 +107,7 @@ class Summary:
             f"({self.compression:.3g} uses each), {self.unshared:,} parameters not shared"
         )
         lines += [f"WARNING: {each}" for each in self.idle]
-        if self.virtual_weights and self.compression <= 1 and not self.idle:
+        if self.virtual_weights and self.compression <= 1 and not self.idle and not several:
             end = 0
             for x in self.layers:
                 if not x.tied_to:
@@ -137,6 +144,7 @@ def summary(model: nn.Module) -> Summary:
         raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")
     model = unwrap(model)
     banks: dict[int, ParameterBank] = {}
+    names: dict[int, str] = {}
     seen: dict[tuple[int, str], str] = {}
     layers = []
     skipped: dict[str, str] = {}
@@ -144,7 +152,8 @@ def summary(model: nn.Module) -> Summary:
     for name, module in model.named_modules():
         if isinstance(module, ParameterBank):
             banks.setdefault(id(module), module)
-        elif (bank := _converted(module)) is not None:
+            names.setdefault(id(module), bank_name(module.group) if module.group else name)
+        for bank in [] if isinstance(module, VirtualLayer) else banks_of(module).values():
             prefix = f"{name}." if name else ""
             skipped.update({prefix + key: why for key, why in bank.skipped.items()})
             residuals.update({prefix + key: value for key, value in bank.residuals.items()})
@@ -152,15 +161,20 @@ def summary(model: nn.Module) -> Summary:
         if not isinstance(module, VirtualLayer):
             continue
         vw = module.virtual_weight
-        banks.setdefault(id(vw.bank), vw.bank)
+        if id(vw.bank) not in banks:
+            banks[id(vw.bank)] = vw.bank
+            names[id(vw.bank)] = bank_name(vw.bank.group)
         key = (id(vw.bank), vw.spec)
-        layers.append(_layer(name, module, seen.get(key, ""), residuals.get(name)))
+        reads = names[id(vw.bank)]
+        layers.append(_layer(name, module, reads, seen.get(key, ""), residuals.get(name)))
         seen.setdefault(key, name)
     parameters = {id(b.weight) for b in banks.values()}
+    label = {key: f"{names[key]}: " if len(banks) > 1 else "" for key in banks}
+    idle = {key: why for key, bank in banks.items() if (why := _idle(bank))}
     return Summary(
         layers=tuple(layers),
         skipped=skipped,
-        banks=tuple(str(b) for b in banks.values()),
+        banks=tuple(f"{label[key]}{bank}" for key, bank in banks.items()),
         dof=sum(b.dof for b in banks.values()),
         virtual_weights=sum(x.virtual_weights for x in layers if not x.tied_to),
         unshared=sum(
@@ -168,16 +182,8 @@ def summary(model: nn.Module) -> Summary:
             for p in model.parameters()
             if p.requires_grad and id(p) not in parameters and not is_lazy(p)
         ),
-        idle=tuple(filter(None, map(_idle, banks.values()))),
+        idle=tuple(f"{label[key]}{why}" for key, why in idle.items()),
     )
-
-
-def _converted(module: nn.Module) -> ParameterBank | None:
-    """The bank that ``convert`` or ``attach`` gave to a model."""
-    if isinstance(module, VirtualLayer):
-        return None
-    bank = module.__dict__.get(BANK_NAME, module._modules.get(BANK_NAME))
-    return bank if isinstance(bank, ParameterBank) else None
 
 
 def _idle(bank: ParameterBank) -> str:
@@ -193,7 +199,9 @@ def _idle(bank: ParameterBank) -> str:
     return ""
 
 
-def _layer(name: str, module: VirtualLayer, tied_to: str, residual: float | None) -> LayerSummary:
+def _layer(
+    name: str, module: VirtualLayer, reads: str, tied_to: str, residual: float | None
+) -> LayerSummary:
     vw = module.virtual_weight
     p, bank = vw.placement, vw.bank
     return LayerSummary(
@@ -212,4 +220,5 @@ def _layer(name: str, module: VirtualLayer, tied_to: str, residual: float | None
         tied_to=tied_to,
         window=getattr(bank.generator, "window", None),
         taps=p.taps,
+        bank=reads,
     )

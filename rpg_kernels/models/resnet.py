@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor, nn
 
-from rpg_kernels.bank.config import RPGConfig
+from rpg_kernels.bank.config import BankSettings, Group, RPGConfig
 from rpg_kernels.conversion import convert
 
 STEMS = ("imagenet", "cifar")
@@ -106,11 +107,12 @@ def resnet18(
     Args:
         num_classes: outputs of the classifier.
         stem: ``"imagenet"`` or ``"cifar"``, see :class:`ResNet`.
-        rpg: describes the bank. The 16 block convolutions of 3x3 and the 3 downsampling ones of
-            1x1 are then shared: 11,157,504 virtual weights. The stem, the classifier and the
-            norms keep parameters of their own. ``scale="match"`` means Kaiming fan-out here, as
-            that is how the dense network starts: a layer scale of ``sqrt(4608 / (out·k·k))`` for
-            the default ``init_std``. ``None`` gives the dense network.
+        rpg: describes the bank, or with groups several (:func:`blocks`). The 16 block
+            convolutions of 3x3 and the 3 downsampling ones of 1x1 are then shared: 11,157,504
+            virtual weights. The stem, the classifier and the norms keep parameters of their own.
+            ``scale="match"`` means Kaiming fan-out here, as that is how the dense network starts: a
+            layer scale of ``sqrt(4608 / (out·k·k))`` for the default ``init_std``. ``None`` gives
+            the dense network.
 
     Shape:
         ``[B, 3, H, W] -> [B, num_classes]``.
@@ -155,6 +157,28 @@ def resnet34(
     return share_blocks(ResNet((3, 4, 6, 3), num_classes, stem), rpg)
 
 
+def blocks(dof: int, **settings: Unpack[BankSettings]) -> RPGConfig:
+    """A bank for each stage of a :func:`resnet18` or :func:`resnet34`: "RPG.blk" of the paper.
+
+    Args:
+        dof: of the four banks together, in proportion to the virtual weights of the stages.
+        settings: other fields of :class:`~rpg_kernels.RPGConfig`, for all of them.
+
+    Returns:
+        A config with the groups ``layer1`` to ``layer4``, for the argument ``rpg``.
+
+    >>> import torch
+    >>> from rpg_kernels import summary
+    >>> from rpg_kernels.models import blocks, resnet34
+    >>> with torch.device("meta"):
+    ...     model = resnet34(rpg=blocks(dof=11_000_000))
+    >>> model.rpg_bank_layer4.dof, summary(model).dof
+    (6782272, 11000000)
+    """
+    stages = (f"layer{i}" for i in range(1, 5))
+    return RPGConfig(dof=dof, groups=[Group(stage, stage) for stage in stages], **settings)
+
+
 def is_block_convolution(module: nn.Module, name: str) -> bool:
     """Whether the paper shares this module of a :class:`ResNet`: any convolution of a stage.
 
@@ -164,12 +188,21 @@ def is_block_convolution(module: nn.Module, name: str) -> bool:
 
 
 def share_blocks(model: ResNet, rpg: RPGConfig | None) -> ResNet:
-    """Share every block convolution of ``model`` in place; ``rpg=None`` leaves it dense."""
+    """Share every block convolution of ``model``, or what the groups of ``rpg`` match, in place.
+
+    ``rpg=None`` leaves it dense.
+    """
     if rpg is not None:
-        if rpg.scale == "match":
-            # A model on "meta" has no values to match, and this is what they would be.
-            rpg = dataclasses.replace(rpg, scale="fan_out")
-        convert(model, rpg, filter_fn=is_block_convolution)
+        # A model on "meta" has no values to match, and fan-out is what they would be.
+        groups = []
+        for group in rpg.groups:
+            settings = group.settings
+            if settings.get("scale") == "match":
+                settings["scale"] = "fan_out"
+            groups.append(Group(group.name, group.layers, **settings))
+        scale = "fan_out" if rpg.scale == "match" else rpg.scale
+        rpg = dataclasses.replace(rpg, scale=scale, groups=groups)
+        convert(model, rpg, filter_fn=None if groups else is_block_convolution)
     return model
 
 

@@ -20,6 +20,26 @@ from rpg_kernels.bank.virtual_weight import VirtualWeight
 
 BANK_NAME = "rpg_bank"
 _READS = "rpg_reads"
+_GROUP = "rpg_group"
+
+
+def bank_name(group: str) -> str:
+    """Under which name a model registers the bank of a group; "" for its only bank.
+
+    >>> bank_name(""), bank_name("late")
+    ('rpg_bank', 'rpg_bank_late')
+    """
+    return f"{BANK_NAME}_{group}" if group else BANK_NAME
+
+
+def banks_of(module: nn.Module) -> dict[str, ParameterBank]:
+    """The banks that ``convert`` or ``attach`` gave to a model, by their names as attributes."""
+    named = {**module._modules, **module.__dict__}
+    return {
+        name: bank
+        for name, bank in named.items()
+        if isinstance(bank, ParameterBank) and name == bank_name(bank.group)
+    }
 
 
 class HoldsBank(nn.Module):
@@ -58,6 +78,8 @@ class HoldsBank(nn.Module):
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:  # torch's place for what a module wants to know when it loads
             metadata[_READS] = self._reads()
+            if self.rpg_bank.group:
+                metadata[_GROUP] = self.rpg_bank.group
         if not self._registers() and self.rpg_bank.held_by(destination) is None:
             self.rpg_bank.lend(destination, f"{prefix}{BANK_NAME}.", keep_vars)
 
@@ -78,6 +100,13 @@ class HoldsBank(nn.Module):
                 f"Error(s) in loading a state dict: {prefix[:-1] or 'layer'}: got values of a "
                 f"layer that reads its bank at {theirs} {what}, wanted {self._reads()}; build the "
                 "model as the saved one was built, in the same order and with the same ties"
+            )
+        group = local_metadata.get(_GROUP, self.rpg_bank.group)
+        if group != self.rpg_bank.group and self.rpg_bank.group:
+            raise RuntimeError(
+                f"Error(s) in loading a state dict: {prefix[:-1] or 'layer'}: got values of a "
+                f"layer in group {group!r}, wanted {self.rpg_bank.group!r}; build the model with "
+                "the groups of the saved one"
             )
         common = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *common)
