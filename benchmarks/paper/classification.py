@@ -41,7 +41,7 @@ class Recipe:
     width: int = WIDTH
     images: int | None = 4000
     test_images: int | None = 5000
-    epochs: int = 8
+    epochs: int = 6
     batch_size: int = 128
     lr: float = 0.1
     weight_decay: float = 5e-4
