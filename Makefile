@@ -45,8 +45,8 @@ test: $(VENV)/.dev ## run the tests and doctests (ARGS="-x -k law"; TESTS=tests/
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m mypy rpg_kernels benchmarks/harness benchmarks/accuracy examples/demo \
-		tools/triton_check tools/cuda_stand_in
+	$(BIN)/python -m mypy rpg_kernels benchmarks/harness benchmarks/accuracy \
+		benchmarks/paper examples/demo tools/triton_check tools/cuda_stand_in
 	$(BIN)/clang-format --dry-run --Werror $(wildcard cmake/*.cpp csrc/*/* tests/*/*/*.cpp \
 		tools/*/*.cpp tools/*/*.h)
 

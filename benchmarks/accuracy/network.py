@@ -114,7 +114,7 @@ def build(row: Row, name: str, channels: int, classes: int, seed: int) -> Built:
     if row.map == DENSE:
         dof = total = block_weights(network.architecture, width, channels, classes)
     else:
-        _share(model, Ring(row, dof, seed))
+        share(model, Ring(row, dof, seed))
     # torch's own annotations of Module.to leave memory_format out.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Built(model, width, dof, total, trainable(model))
@@ -125,7 +125,7 @@ def degrees_of_freedom(row: Row, virtual_weights: int) -> int:
     return max(int(virtual_weights / row.compression) // DOF_STEP, 1) * DOF_STEP
 
 
-def _share(model: ResNet, ring: Ring) -> None:
+def share(model: ResNet, ring: Ring) -> None:
     """Replace every block convolution by one that reads a new bank, ``model.rpg_bank``."""
     torch.manual_seed(2**32 + ring.seed)
     bank = ParameterBank(ring.dof, granularity=1, init_std=ring.row.init_std)

@@ -253,7 +253,7 @@ def _against_dof(found: Found) -> Chart:
         "degrees of freedom of the block convolutions",
         "test accuracy (%)",
         [one for one in series if one.points],
-        [(x, name) for x, name in _SIZES if sizes and min(sizes) / 1.3 <= x <= max(sizes) * 1.3],
+        size_ticks(sizes),
         log_x=True,
     )
 
@@ -261,6 +261,18 @@ def _against_dof(found: Found) -> Chart:
 _SIZES = [
     (m * 10.0**p, f"{m}{'0' * (p % 3)}{'KM'[p // 3 - 1]}") for p in range(3, 8) for m in (1, 2, 5)
 ]
+
+
+def size_ticks(sizes: Sequence[float]) -> list[tuple[float, str]]:
+    """Places and names on a logarithmic axis of degrees of freedom.
+
+    Example:
+        >>> size_ticks([45_000, 210_000])
+        [(50000.0, '50K'), (100000.0, '100K'), (200000.0, '200K')]
+    """
+    if not sizes:
+        return []
+    return [(x, name) for x, name in _SIZES if min(sizes) / 1.3 <= x <= max(sizes) * 1.3]
 
 
 def _curves(found: Found) -> Chart:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.accuracy import records, training
+from benchmarks.accuracy import jobs, records, training
 from benchmarks.accuracy.network import NETWORKS
 from benchmarks.accuracy.rows import Row, plan
 from benchmarks.harness import machine
 from examples.demo import data, train
-from rpg_kernels._extras import require
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -111,69 +109,27 @@ def run(
         ValueError: ``out`` holds runs of another recipe, or of rows that meant something else.
     """
     common = {"recipe": asdict(recipe), "data": _data(pixels.data)}
-    todo = _missing(runs, common, out)
-    print(f"{out}: {len(runs) - len(todo)} of {len(runs)} runs are there", flush=True)
-    environment = machine.environment(pixels.device)
-    begin, slowest, trained = time.perf_counter(), 0.0, 0
-    tqdm = require("tqdm", "tqdm", "the progress bar")
+    return jobs.work(
+        [_job(row, seed, recipe, pixels) for row, seed in runs],
+        common,
+        machine.environment(pixels.device),
+        out,
+        budget,
+        lambda record: f"{record['test_accuracy']:.2f} %",
+    )
+
+
+def _job(row: Row, seed: int, recipe: training.Recipe, pixels: train.Pixels) -> jobs.Job:
+    def trained(on_step: Callable[[], object]) -> records.Record:
+        return {
+            **training.record(training.run(row, recipe, pixels, seed, on_step)),
+            "lr": recipe.lr * row.lr,
+            "bank_lr": recipe.lr * row.lr * row.bank_lr,
+            "bank_weight_decay": recipe.weight_decay * row.bank_decay,
+        }
+
     steps = training.steps_of(recipe, pixels.data)
-    # disable=None: no bar where the output is not a terminal.
-    with tqdm.tqdm(total=steps * len(todo), unit="step", disable=None) as bar:
-        for row, seed in todo:
-            if budget is not None and time.perf_counter() - begin + slowest > 60 * budget:
-                bar.write(f"the budget of {budget:g} minutes is used up")
-                break
-            bar.set_description(f"{row.name}, seed {seed}")
-            if records.find(records.read(out), row.name, seed):
-                bar.update(steps)  # by another process, meanwhile
-                continue
-            outcome = training.run(row, recipe, pixels, seed, bar.update)
-            record = {
-                "row": row.name,
-                "seed": seed,
-                "settings": row.settings(),
-                **training.record(outcome),
-                **common,
-                "lr": recipe.lr * row.lr,
-                "bank_lr": recipe.lr * row.lr * row.bank_lr,
-                "bank_weight_decay": recipe.weight_decay * row.bank_decay,
-                "environment": environment,
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            }
-            records.append(out, record)
-            trained += 1
-            slowest = max(slowest, outcome.seconds)
-            bar.write(
-                f"{trained:3} {row.name}, seed {seed}: {outcome.final:.2f} % after "
-                f"{outcome.seconds:.0f} s; {(time.perf_counter() - begin) / 60:.1f} min in all"
-            )
-    return trained
-
-
-def _missing(
-    runs: Sequence[tuple[Row, int]], common: dict[str, Any], out: Path
-) -> list[tuple[Row, int]]:
-    """The runs that are not in the file, once what is there has been found comparable."""
-    done = records.read(out)
-    for record in done:
-        for key, wanted in common.items():
-            changed = {k: record[key].get(k) for k, v in wanted.items() if record[key].get(k) != v}
-            if changed:
-                raise ValueError(
-                    f"out: got {out}, made with {key} {changed}, wanted "
-                    f"{ {k: wanted[k] for k in changed} }, or another file"
-                )
-    todo = []
-    for row, seed in runs:
-        found = records.find(done, row.name, seed)
-        if found is None:
-            todo.append((row, seed))
-        elif found["settings"] != row.settings():
-            raise ValueError(
-                f"{out}: row {row.name!r}: got {found['settings']}, wanted {row.settings()}; "
-                "a row with another meaning needs another name"
-            )
-    return todo
+    return jobs.Job(row.name, seed, row.settings(), steps, trained)
 
 
 def _data(images: data.Images) -> dict[str, Any]:

@@ -22,13 +22,16 @@ class Row:
         name: in the table; results are filed under it.
         settings: what the network is, as JSON takes it: recorded with each run, and compared when a
             results file is continued.
-        paper: the paper's numbers for its counterpart, by name of the metric; without those it
-            has not.
+        paper: the paper's numbers for its counterpart, by key of the metric, or by a title of their
+            own that names data set and metric; without those it has not.
+        unshared: name of the row that its memory and time stand beside, where that is not the
+            experiment's.
     """
 
     name: str
     settings: Mapping[str, Any]
     paper: Mapping[str, float] = field(default_factory=dict)
+    unshared: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ class Experiment:
         pictures: ``pictures(records, folder)`` draws into a folder, from records alone, and
             returns markdown that shows them; None where there are none.
         text: what data, what network, what budget: markdown under the title.
+        paper_data: data set of the paper's numbers that go by the key of a metric.
+        quoted: rows of the paper that have no counterpart here; their settings are empty.
+        also: names of experiments whose runs count here too, where row, seed, settings, recipe and
+            data are the same.
     """
 
     name: str
@@ -101,3 +108,6 @@ class Experiment:
     task: Callable[[str, str | None], Task]
     pictures: Callable[[list[Record], Path], str] | None = None
     text: str = ""
+    paper_data: str = ""
+    quoted: tuple[Row, ...] = ()
+    also: tuple[str, ...] = ()

@@ -119,7 +119,7 @@ def step_seconds(
             models[i].train()
             with sound_convolutions(models[i]):
                 begin = _now(pixels.device)
-                _step(models[i], x, labels, optimizers[i], schedule)
+                step(models[i], x, labels, optimizers[i], schedule)
                 if round_:
                     seconds[i].append(_now(pixels.device) - begin)
     return [statistics.median(of_model) for of_model in seconds]
@@ -169,14 +169,14 @@ def fit(
                 if schedule.augment:
                     x = augment(x, generator)
                 labels = data.train_labels[chosen].to(device)
-                loss = _step(model, pixels.batch(x), labels, optimizer, schedule)
+                loss = step(model, pixels.batch(x), labels, optimizer, schedule)
                 one_cycle.step()
                 on_step(loss)
             on_epoch()
     return optimizer, loss
 
 
-def _step(
+def step(
     model: nn.Module,
     x: Tensor,
     labels: Tensor,

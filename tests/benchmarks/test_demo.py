@@ -336,7 +336,7 @@ def test_steps_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         # The machine becomes slower and slower; model i takes 1, 2, 3 times as long.
         now[0] += (1 + order[-1]) * (1 + len(order) // 3)
 
-    monkeypatch.setattr(train, "_step", step)
+    monkeypatch.setattr(train, "step", step)
     monkeypatch.setattr(train, "_now", lambda device: now[0])
     seconds = train.step_seconds(models, pixels, SCHEDULE)
     assert len(order) == 3 * (train.STEP_ROUNDS + 1)
