@@ -211,9 +211,7 @@ def _nearest(scene: Layout, ray: Tensor) -> tuple[Tensor, Tensor]:
     return depth, solid
 
 
-def _hit(
-    scene: Layout, ray: Tensor, depth: Tensor, solid: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _hit(scene: Layout, ray: Tensor, depth: Tensor, solid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normals in room coordinates, points in the solids' axes, and numbers of the surfaces."""
 
     def of_solid(values: Tensor) -> Tensor:
@@ -243,7 +241,7 @@ def _hit(
 
 
 def _along(vector: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y and z of vectors ``[n, 3, ...]`` in the axes of solids turned by ``angle``, ``[n, ...]``.
+    """x, y and z of vectors ``[n, 3, ...]`` along the axes of solids turned by ``[n, ...]``.
 
     A solid's own x axis points to (cos, 0, -sin) of the room.
     """

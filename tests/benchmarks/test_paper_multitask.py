@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.paper.experiment import Row
+from benchmarks.paper.multitask import (
+    DEPTH_STEP,
+    EXPERIMENT,
+    ROWS,
+    SHOWN,
+    TEST_SEED,
+    VANILLA,
+    packed,
+    pictures,
+    render,
+    task,
+    unpacked,
+)
+from benchmarks.paper.multitask_network import BLOCKS, Multitask, build, sizes
 from benchmarks.paper.scenes import (
     BOXES,
     CHUNK,
@@ -173,3 +190,116 @@ def test_a_seed_gives_the_same_scenes_however_many(
 def test_bad_counts_and_seeds_are_refused(count: int, seed: int, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"(count|seed): got .*, wanted"):
         scenes(count, seed)
+
+
+def test_output_stands_at_every_second_pixel() -> None:
+    images, depth, normals = scenes(2, TEST_SEED)
+    truth = render(2, TEST_SEED)
+    assert torch.equal(truth.images, images)
+    for row, column in ((0, 0), (3, 17), (31, 31)):
+        assert torch.equal(truth.depth[:, 0, row, column], depth[:, 2 * row, 2 * column])
+        assert torch.equal(truth.normals[:, :, row, column], normals[:, :, 2 * row, 2 * column])
+    # The middle of the stem's window for a pixel of the output is that pixel of the image.
+    stem = Multitask().stem[0]
+    with torch.no_grad():
+        stem.weight.zero_()
+        stem.weight[:, :, 1, 1] = 1
+    assert torch.equal(stem(images.float())[:, 0], images[:, :, ::2, ::2].sum(1).float())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_rows_have_the_same_dof(row: Row) -> None:
+    model = build(row.settings, seed=1)
+    uses = row.settings["uses"]
+    weights = 2 * 9 * 2 * (32**2 + 64**2 + 128**2)  # two convolutions of 3x3, two blocks of a size
+    counted = sizes(model)
+    assert counted["dof"] == weights
+    assert counted["virtual_weights"] == uses * weights
+    held = {p.data_ptr(): p.numel() for p in model.parameters()}
+    assert counted["trainable"] == sum(held.values())
+    own = uses if row.settings.get("norm") == "separate" else 1
+    norms = own * 2 * 2 * 2 * (32 + 64 + 128)
+    dense = 9 * (3 * 32 + 32 * 64 + 64 * 128) + 128 * 64 + 64 * 32 + 4 * (9 * 32 + 1)
+    around = 2 * (32 + 64 + 128 + 64 + 32)
+    assert counted["trainable"] == weights + norms + dense + around
+
+
+def test_what_rows_share_between_uses() -> None:
+    _, shared, apart, remapped = (build(row.settings, seed=1) for row in ROWS)
+    for model, tied_norm in ((shared, True), (apart, False), (remapped, False)):
+        for name in BLOCKS:
+            first, second = getattr(model, name)
+            assert (first.bn1.weight is second.bn1.weight) == tied_norm
+            same = torch.equal(torch.clone(first.conv1.weight), torch.clone(second.conv1.weight))
+            assert same == (model is not remapped)
+    banks = {id(p) for n, p in remapped.named_parameters() if n.endswith("rpg_bank.weight")}
+    assert len(banks) == 1
+    bank = remapped.rpg_bank.weight.flatten().abs()
+    # One use of every block reads each element once: a permutation, with signs and scales.
+    for use in (0, 1):
+        read = [
+            getattr(getattr(remapped, name)[use], layer).virtual_weight for name in BLOCKS
+            for layer in ("conv1", "conv2")
+        ]  # fmt: skip
+        values = torch.cat([(w.unpack() / w.scale).flatten().abs() for w in read])
+        torch.testing.assert_close(values.sort().values, bank.sort().values)
+
+
+def test_network_begins_with_the_mean_and_learns() -> None:
+    tiny = task("tiny", None)
+    step = tiny.training_step(tiny.build(ROWS[-1], seed=0))
+    losses = [float(step()) for _ in range(6)]
+    assert losses[0] == pytest.approx(2, rel=0.2)
+    assert losses[-1] < losses[0]
+
+
+def test_errors_against_their_definition() -> None:
+    tiny = task("tiny", None)
+    truth, known = tiny.test, tiny.moments
+
+    class Guess(nn.Module):
+        """Says the truth and 0.1 more, and normals of the mean."""
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            depth = truth.depth + 0.1 - known.depth_mean
+            mean = truth.normals.mean((0, 2, 3))[:, None, None].expand(len(x), 3, 32, 32)
+            return depth / known.depth_variance.sqrt(), mean
+
+    depth, normal = tiny.errors(Guess())
+    assert depth == pytest.approx(10 / float(truth.depth.std()), rel=1e-3)
+    assert normal == pytest.approx(100, rel=1e-3)
+
+
+def test_tiny_runs_and_pictures(tmp_path: Path) -> None:
+    tiny = EXPERIMENT.task("tiny", None)
+    records = []
+    for row in EXPERIMENT.rows:
+        steps: list[int] = []
+        run = tiny.run(row, 0, lambda steps=steps: steps.append(1))
+        assert len(steps) == tiny.steps(row) > 0
+        assert {metric.key for metric in EXPERIMENT.metrics} <= set(run)
+        assert run["depth_rmse"] == run["depth_rmse_by_epoch"][-1]
+        records.append({"row": row.name, "seed": 0, **json.loads(json.dumps(run))})
+    again = tiny.run(EXPERIMENT.rows[0], 0, lambda: None)
+    assert {"row": VANILLA, "seed": 0, **again} == records[0]
+    assert pictures(records[:2], tmp_path) == ""
+    said = pictures(records, tmp_path)
+    assert (tmp_path / "multitask_scenes.png").stat().st_size > 1000
+    assert "(multitask_scenes.png)" in said
+
+
+def test_predictions_come_back_from_a_record() -> None:
+    tiny = task("tiny", None)
+    model = tiny.build(ROWS[0], 0)
+    depth, _ = tiny.predict(model, tiny.test.images[:SHOWN])
+    kept = unpacked(packed(depth / DEPTH_STEP), *depth.shape) * DEPTH_STEP
+    torch.testing.assert_close(kept, depth, atol=DEPTH_STEP / 2 + 1e-6, rtol=0)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data: got 'x.npz', wanted"):
+        task("tiny", "x.npz")
+    with pytest.raises(ValueError, match=r"size: got 'huge', wanted"):
+        task("huge", None)
+    with pytest.raises(ValueError, match=r"norm: got None, wanted"):
+        build({"uses": 2, "remap": False}, 0)
