@@ -55,8 +55,7 @@ class Multitask(nn.Module):
         self.down_coarse = _normed(middle, coarse, stride=2)
         self.up_middle = _normed(coarse, middle, size=1)
         self.up_fine = _normed(middle, fine, size=1)
-        for name, channels in BLOCKS.items():
-            self.add_module(name, BasicBlock(channels, channels))
+        self.blocks = nn.ModuleDict({name: BasicBlock(c, c) for name, c in BLOCKS.items()})
         self.depth = nn.Conv2d(fine, 1, 3, padding=1)
         self.normals = nn.Conv2d(fine, 3, 3, padding=1)
         kaiming_fan_out(self)
@@ -65,11 +64,12 @@ class Multitask(nn.Module):
         nn.init.zeros_(self.normals.weight)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        fine = self.fine(self.stem(x))
-        middle = self.middle(self.down_middle(fine))
-        x = self.coarsest(self.coarse(self.down_coarse(middle)))
-        x = self.middle_up(middle + F.interpolate(self.up_middle(x), scale_factor=2.0))
-        x = self.fine_up(fine + F.interpolate(self.up_fine(x), scale_factor=2.0))
+        block = self.blocks
+        fine = block["fine"](self.stem(x))
+        middle = block["middle"](self.down_middle(fine))
+        x = block["coarsest"](block["coarse"](self.down_coarse(middle)))
+        x = block["middle_up"](middle + F.interpolate(self.up_middle(x), scale_factor=2.0))
+        x = block["fine_up"](fine + F.interpolate(self.up_fine(x), scale_factor=2.0))
         return self.depth(x), self.normals(x)
 
 
@@ -83,7 +83,7 @@ def _normed(in_channels: int, out_channels: int, size: int = 3, stride: int = 1)
 
 def is_block_convolution(module: nn.Module, name: str) -> bool:
     """Whether a module of a :class:`Multitask` is a convolution of a block."""
-    return isinstance(module, nn.Conv2d) and name.split(".")[0] in BLOCKS
+    return isinstance(module, nn.Conv2d) and name.startswith("blocks.")
 
 
 def block_weights() -> int:
@@ -121,8 +121,7 @@ def build(settings: Mapping[str, Any], seed: int) -> Multitask:
         rpg.convert(model, config, filter_fn=is_block_convolution)
     if again:
         for name in BLOCKS:
-            block = rpg.reuse(getattr(model, name), uses, norm=norm, remap=remap)
-            setattr(model, name, block)
+            model.blocks[name] = rpg.reuse(model.blocks[name], uses, norm=norm, remap=remap)
     return model
 
 
@@ -132,14 +131,15 @@ def sizes(model: Multitask) -> dict[str, int]:
     what is dense in every row."""
     stored: dict[int, int] = {}
     applied = 0
-    for name in BLOCKS:
-        block = getattr(model, name)
-        for use in block if isinstance(block, nn.Sequential) else [block]:
-            for layer in (use.conv1, use.conv2):
-                virtual = isinstance(layer, rpg.nn.Conv2d)
-                held = layer.virtual_weight.bank.weight if virtual else layer.weight
-                stored[id(held)] = held.numel()
-                applied += layer.weight.numel()
+    # A layer that several uses share counts in each.
+    for _, layer in model.blocks.named_modules(remove_duplicate=False):
+        if isinstance(layer, rpg.nn.Conv2d):  # a torch one too
+            bank = layer.virtual_weight.bank.weight
+            stored[id(bank)] = bank.numel()
+            applied += math.prod(layer.virtual_weight.placement.shape)
+        elif isinstance(layer, nn.Conv2d):
+            stored[id(layer.weight)] = layer.weight.numel()
+            applied += layer.weight.numel()
     return {
         "dof": sum(stored.values()),
         "virtual_weights": applied,

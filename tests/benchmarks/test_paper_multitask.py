@@ -228,7 +228,7 @@ def test_what_rows_share_between_uses() -> None:
     _, shared, apart, remapped = (build(row.settings, seed=1) for row in ROWS)
     for model, tied_norm in ((shared, True), (apart, False), (remapped, False)):
         for name in BLOCKS:
-            first, second = getattr(model, name)
+            first, second = model.blocks[name]
             assert (first.bn1.weight is second.bn1.weight) == tied_norm
             same = torch.equal(torch.clone(first.conv1.weight), torch.clone(second.conv1.weight))
             assert same == (model is not remapped)
@@ -238,7 +238,7 @@ def test_what_rows_share_between_uses() -> None:
     # One use of every block reads each element once: a permutation, with signs and scales.
     for use in (0, 1):
         read = [
-            getattr(getattr(remapped, name)[use], layer).virtual_weight for name in BLOCKS
+            getattr(remapped.blocks[name][use], layer).virtual_weight for name in BLOCKS
             for layer in ("conv1", "conv2")
         ]  # fmt: skip
         values = torch.cat([(w.unpack() / w.scale).flatten().abs() for w in read])
@@ -247,10 +247,11 @@ def test_what_rows_share_between_uses() -> None:
 
 def test_network_begins_with_the_mean_and_learns() -> None:
     tiny = task("tiny", None)
-    step = tiny.training_step(tiny.build(ROWS[-1], seed=0))
-    losses = [float(step()) for _ in range(6)]
-    assert losses[0] == pytest.approx(2, rel=0.2)
-    assert losses[-1] < losses[0]
+    step = tiny.training_step(tiny.build(ROWS[0], seed=0))
+    losses = [float(step()) for _ in range(18)]
+    # One for each task; a batch of the training set differs a little from the whole.
+    assert losses[0] == pytest.approx(2, rel=0.25)
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_errors_against_their_definition() -> None:
