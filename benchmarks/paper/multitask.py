@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES = {
-    "full": Recipe(images=2880, test_images=500, epochs=4, batch_size=16),
+    "full": Recipe(images=3200, test_images=500, epochs=4, batch_size=16),
     "quick": Recipe(images=320, test_images=96, epochs=2, batch_size=16),
     "tiny": Recipe(images=16, test_images=16, epochs=1, batch_size=8),
 }
@@ -311,7 +311,7 @@ def _draw(axis: Any, values: Tensor, title: str, scene: int, **limits: float) ->
     axis.imshow(values.numpy(), **limits)
     axis.set_axis_off()
     if scene == 0:
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title.replace(", ", ",\n"), fontsize=8)
 
 
 def _first(records: list[Record], row: str) -> Record | None:
@@ -344,7 +344,7 @@ TEXT = f"""
 brightness and the size of textures are drawn for each surface, and light does not fall off, so that
 depth has to be seen in shapes. The paper uses photographs of rooms.
 
-**Network.** An encoder and decoder with six residual blocks at 32x32, 16x16 and 8x8, of two 3x3
+**Network.** An encoder and decoder with five residual blocks at 32x32, 16x16 and 8x8, of two 3x3
 convolutions each, and one head for each task, at {OUT}x{OUT}
 (`benchmarks/paper/multitask_network.py`). "{VANILLA}" applies every block once. The other rows
 apply each block twice in turn, with the same degrees of freedom. In the first two of them the

@@ -19,12 +19,12 @@ from rpg_kernels import _checks
 from rpg_kernels.models.resnet import BasicBlock, kaiming_fan_out
 
 WIDTHS = (32, 64, 128)  # channels at 32x32, 16x16 and 8x8
-# Name of a block, and the channels that it keeps.
+# Name of a block, and the channels that it keeps. They are few, so that depth is worth something:
+# what a pixel of the output can see is 95 pixels wide with one use of each, and 183 with two.
 BLOCKS = {
     "fine": WIDTHS[0],
     "middle": WIDTHS[1],
     "coarse": WIDTHS[2],
-    "coarsest": WIDTHS[2],
     "middle_up": WIDTHS[1],
     "fine_up": WIDTHS[0],
 }
@@ -67,7 +67,7 @@ class Multitask(nn.Module):
         block = self.blocks
         fine = block["fine"](self.stem(x))
         middle = block["middle"](self.down_middle(fine))
-        x = block["coarsest"](block["coarse"](self.down_coarse(middle)))
+        x = block["coarse"](self.down_coarse(middle))
         x = block["middle_up"](middle + F.interpolate(self.up_middle(x), scale_factor=2.0))
         x = block["fine_up"](fine + F.interpolate(self.up_fine(x), scale_factor=2.0))
         return self.depth(x), self.normals(x)
