@@ -305,3 +305,17 @@ def test_what_cannot_be_is_refused() -> None:
         task("huge", None)
     with pytest.raises(ValueError, match=r"norm: got None, wanted"):
         build({"uses": 2, "remap": False}, 0)
+
+
+@pytest.mark.parametrize(("row", "width"), [(ROWS[0], 95), (ROWS[2], 183)])
+def test_another_use_widens_what_a_pixel_sees(row: Row, width: int) -> None:
+    model = build(row.settings, seed=0).double().eval()
+    nn.init.ones_(model.depth.weight)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.abs_()  # nothing cancels
+    image = torch.rand(1, 3, 192, 192, dtype=torch.float64, requires_grad=True)
+    model(image)[0][0, 0, 48, 48].backward()
+    assert image.grad is not None
+    assert (image.grad[0].abs().sum(0) > 0).any(0).sum() == width
