@@ -1,0 +1,127 @@
+"""A convolutional pose machine: heat maps of joints, refined by a sub-network again and again.
+
+Everything after the stem works on 8x8 places. A place holds 2x2 neighbours of each heat map as
+channels, so that maps are 16x16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.paper.skeleton import JOINTS, SIDE
+
+CELLS = 16  # of a heat map, along each side
+CELL = SIDE / CELLS  # pixels
+MAPS = len(JOINTS) + 1  # the last is the background's
+_STACKED = 4 * MAPS  # heat maps as channels of 8x8 places
+_DEVIATION = 1.2  # of a true heat map's bell, cells
+
+
+def _block(channels: int, out: int, stride: int = 1) -> nn.Sequential:
+    """A 3x3 convolution, its norm and ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(True)
+    )
+
+
+class SubNetwork(nn.Module):
+    """What is repeated: from features and heat maps to a correction of the heat maps.
+
+    Args:
+        features: channels of the features.
+        width: channels between its convolutions.
+        depth: convolutions between the first and the last.
+
+    Shape:
+        ``[B, features + 60, 8, 8] -> [B, 60, 8, 8]``.
+    """
+
+    def __init__(self, features: int, width: int, depth: int) -> None:
+        super().__init__()
+        blocks = [_block(features + _STACKED, width)]
+        blocks += [_block(width, width) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
+        self.last = nn.Conv2d(width, _STACKED, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(_STACKED)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.last(self.blocks(x)))
+        return out
+
+
+class PoseMachine(nn.Module):
+    """A dense stem, a first guess, and stages that refine it.
+
+    Args:
+        stages: sub-networks in the order of their use, an nn.Sequential or nn.ModuleList; one may
+            stand there several times.
+        features: channels of the features, as the sub-networks take them.
+
+    Shape:
+        ``[B, 3, 64, 64] -> [1 + stages, B, 15, 16, 16]``: the heat maps after the first guess and
+        after every stage.
+
+    Example:
+        >>> machine = PoseMachine(nn.ModuleList([SubNetwork(16, 8, 1)]), features=16)
+        >>> machine(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 2, 15, 16, 16])
+    """
+
+    def __init__(self, stages: nn.Module, features: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            _block(3, 32, 2), _block(32, 64, 2), _block(64, 64), _block(64, features, 2)
+        )
+        self.guess = nn.Conv2d(features, _STACKED, 3, padding=1)
+        self.stages = stages
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features = self.stem(pixels)
+        maps = self.guess(features)
+        every = [maps]
+        for stage in self.stages:  # type: ignore[attr-defined]
+            maps = maps + stage(torch.cat([features, maps], 1))
+            every.append(maps)
+        return torch.stack([F.pixel_shuffle(one.float(), 2) for one in every])
+
+
+def heat_maps(joints: Tensor) -> Tensor:
+    """The true heat maps of joints in pixels: ``[B, 14, 2] -> [B, 15, 16, 16]``, 0 to 1.
+
+    Example:
+        >>> maps = heat_maps(torch.full((1, 14, 2), 18.0))
+        >>> maps.shape, divmod(int(maps[0, 0].argmax()), 16)
+        (torch.Size([1, 15, 16, 16]), (4, 4))
+    """
+    centres = (torch.arange(CELLS) + 0.5) * CELL
+    off = (centres - joints[..., None]) / (CELL * _DEVIATION)
+    bell = (-0.5 * off * off).exp()  # [B, 14, 2, 16]
+    maps = bell[:, :, 1, :, None] * bell[:, :, 0, None, :]
+    background = 1 - maps.amax(1, keepdim=True)
+    return torch.cat([maps, background], 1)
+
+
+def found(maps: Tensor) -> Tensor:
+    """Joints of heat maps, in pixels: ``[B, 15, 16, 16] -> [B, 14, 2]``.
+
+    The mean place of the cells around the highest one, by their height.
+
+    Example:
+        >>> joints = torch.full((1, 14, 2), 20.0)
+        >>> float((found(heat_maps(joints)) - joints).abs().max()) < 1
+        True
+    """
+    maps = maps[:, :-1]
+    top = maps.flatten(2).argmax(2)
+    rows, columns = top // CELLS, top % CELLS
+    cells = torch.arange(CELLS)
+    near = ((cells - rows[..., None]).abs() <= 1)[..., :, None]
+    near = near & ((cells - columns[..., None]).abs() <= 1)[..., None, :]
+    height = maps.clamp_min(0) * near + 1e-6 * near
+    total = height.sum((2, 3))
+    centres = (cells + 0.5) * CELL
+    x = (height.sum(2) * centres).sum(2) / total
+    y = (height.sum(3) * centres).sum(2) / total
+    return torch.stack([x, y], 2)
