@@ -19,6 +19,7 @@ from rpg_kernels.conversion import (
     initialize,
     materialize,
     param_groups,
+    reuse,
     summary,
     unfreeze,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "nn",
     "param_groups",
     "prove",
+    "reuse",
     "save",
     "scratch_limit",
     "summary",

@@ -1,4 +1,4 @@
-"""What an experiment is: the rows of a table of the paper, and the task that they are trained on."""
+"""What an experiment is: the rows of a table of the paper, and the task they are trained on."""
 
 from __future__ import annotations
 

@@ -29,7 +29,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(
-    model: Model, config: RPGConfig, filter_fn: Filter | None = None, *, init: str = "random"
+    model: Model,
+    config: RPGConfig,
+    filter_fn: Filter | None = None,
+    *,
+    init: str = "random",
+    uses: int = 1,
 ) -> Model:
     """Make layers of a model read their weights from one shared bank. In place, all or nothing.
 
@@ -51,6 +56,8 @@ def convert(
         init: ``"random"``, or ``"least_squares"``: start from the bank that is nearest to the
             weights the model has. ``rpg.summary`` reports the relative residual per layer, which
             is large unless the bank is nearly as large as the model.
+        uses: how often ``rpg.reuse`` is going to apply the layers, each time with another
+            permutation: the bank may have so many times more laps.
 
     Returns:
         The same model.
@@ -71,12 +78,13 @@ def convert(
         ['0.weight', '0.bias', '2.bias', '2.rpg_bank.weight', '4.weight', '4.bias']
     """
     _check(model, config, filter_fn, init)
+    _checks.integer("uses", uses, 1, _checks.INT32_MAX)
     plain = unwrap_to_change(model)
     chosen = select(plain, filter_fn)
     if not chosen.shared:
         reasons = "; ".join(f"{name}: {why}" for name, why in chosen.skipped.items())
         raise _checks.fail("model", f"no layer to share ({reasons})", "at least one; see filter_fn")
-    bank = _bank(chosen, config, init)
+    bank = _bank(chosen, config, init, uses)
     virtual = _place(chosen, bank, config)
     residuals = {}
     if init == "least_squares":
@@ -127,7 +135,7 @@ def _check(model: nn.Module, config: RPGConfig, filter_fn: Filter | None, init: 
         raise _checks.fail("model", "a model that has a bank already", "a dense model")
 
 
-def _bank(chosen: Selection, config: RPGConfig, init: str) -> ParameterBank:
+def _bank(chosen: Selection, config: RPGConfig, init: str, uses: int) -> ParameterBank:
     """The shared bank, on the device and in the dtype that all shared layers have."""
     weights = {name: weight_of(module) for name, module in chosen.shared.items()}
     for what in ("device", "dtype"):
@@ -139,7 +147,7 @@ def _bank(chosen: Selection, config: RPGConfig, init: str) -> ParameterBank:
     if init == "least_squares" and first.device.type == "meta":
         raise _checks.fail("init", "'least_squares' for a model on meta", "a model with weights")
     if config.laps is not None:
-        check_laps(config.laps, config.generator.dof, _end(chosen, config.generator))
+        check_laps(config.laps, config.generator.dof, uses * _end(chosen, config.generator))
     return ParameterBank(
         dof=config.dof,
         granularity=config.granularity,
