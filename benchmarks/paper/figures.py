@@ -23,10 +23,11 @@ from benchmarks.paper.skeleton import SIDE, Body, Random, flat, pose
 from rpg_kernels import _checks
 
 _CHUNK = 32  # images drawn at once: their planes stay in a core's cache
-_SEEDS = 2**40
+_SEEDS = 2**32  # torch's generator takes no more bits than these
 _DISTRACTORS = 4  # pairs of limbs that belong to nobody
 _BLOBS = 4
 _OCCLUDERS = 3
+_SKULL = 1  # the place of the skull among the parts: it reaches the top of the head
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def figures(count: int, seed: int, look: Look = ALL) -> tuple[Tensor, Tensor, Te
 
     Args:
         count: how many, 1 to 2^24.
-        seed: 0 to 2^40 - 1.
+        seed: 0 to 2^32 - 1.
         look: what to leave out.
 
     Returns:
@@ -77,9 +78,11 @@ def figures(count: int, seed: int, look: Look = ALL) -> tuple[Tensor, Tensor, Te
     _checks.integer("seed", seed, 0, _SEEDS - 1)
     if not isinstance(look, Look):
         raise TypeError(f"look: got a {type(look).__name__}, wanted a Look")
-    chunks = [
-        _draw(Random(_SEEDS * i + seed, _CHUNK), look) for i in range(math.ceil(count / _CHUNK))
-    ]
+    seeds = torch.Generator().manual_seed(seed)
+    chunks = []
+    for _ in range(math.ceil(count / _CHUNK)):
+        of_chunk = int(torch.randint(_SEEDS, (), generator=seeds))
+        chunks.append(_draw(Random(of_chunk, _CHUNK), look))
     pixels, joints, heads = (torch.cat(parts)[:count] for parts in zip(*chunks, strict=True))
     return pixels, joints, heads
 
@@ -116,7 +119,7 @@ def _figure(random: Random, body: Body, skin: Tensor, shirt: Tensor, trousers: T
     stout = random.between(0.75, 1.3)
     shoulders = (joints[:, 2] + joints[:, 5]) / 2
     pelvis = (joints[:, 8] + joints[:, 11]) / 2
-    crown = joints[:, 0] + (joints[:, 1] - joints[:, 0]) * 0.35
+    crown = joints[:, 0] + (joints[:, 1] - joints[:, 0]) * 0.3
     base = joints[:, 0] + (joints[:, 1] - joints[:, 0]) * 0.6
     chest = shoulders * 0.7 + pelvis * 0.3 + body.face * 0.8
     face = base * 0.7 + crown * 0.3
@@ -124,7 +127,7 @@ def _figure(random: Random, body: Body, skin: Tensor, shirt: Tensor, trousers: T
     # Ends, radius at each of them in heads, colour, stripes, opacity, bias of the depth.
     parts: list[tuple[Tensor, Tensor, float, float, Tensor, float, Tensor, float]] = [
         (joints[:, 1], base, 0.18, 0.18, skin, 0, full, 0),
-        (crown, base, 0.33, 0.30, hair, 0, full, 0),
+        (crown, base, 0.35, 0.28, hair, 0, full, 0),
         (face + body.face * 0.35, face + body.face * 0.35, 0.24, 0.24, skin, 0, full, 0),
         (shoulders, pelvis, 0.38, 0.32, shirt, 1, full, 0),
         (chest, chest, 0.17, 0.17, mark, 0, marked, 0),
@@ -143,7 +146,7 @@ def _figure(random: Random, body: Body, skin: Tensor, shirt: Tensor, trousers: T
         ]
     a, b, ra, rb, colour, striped, opacity, bias = zip(*parts, strict=True)
     near, far = torch.stack(a, 1), torch.stack(b, 1)
-    size = (head * stout)[:, None]
+    size = head[:, None] * torch.where(torch.arange(len(parts)) == _SKULL, 1, stout[:, None])
     depth = (near[..., 2] + far[..., 2]) / 2 + torch.tensor(bias) * size
     shapes = Capsules(
         flat(near), flat(far), torch.tensor(ra) * size, torch.tensor(rb) * size,

@@ -45,6 +45,7 @@ class SubNetwork(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.last = nn.Conv2d(width, _STACKED, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(_STACKED)
+        nn.init.constant_(self.norm.weight, 0.1)  # maps go from 0 to 1; corrections begin small
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.norm(self.last(self.blocks(x)))
@@ -55,8 +56,8 @@ class PoseMachine(nn.Module):
     """A dense stem, a first guess, and stages that refine it.
 
     Args:
-        stages: sub-networks in the order of their use, an nn.Sequential or nn.ModuleList; one may
-            stand there several times.
+        stages: sub-networks in the order of their use, in an nn.Sequential, which is not
+            called as a whole.
         features: channels of the features, as the sub-networks take them.
 
     Shape:
@@ -64,12 +65,12 @@ class PoseMachine(nn.Module):
         after every stage.
 
     Example:
-        >>> machine = PoseMachine(nn.ModuleList([SubNetwork(16, 8, 1)]), features=16)
+        >>> machine = PoseMachine(nn.Sequential(SubNetwork(16, 8, 1)), features=16)
         >>> machine(torch.zeros(2, 3, 64, 64)).shape
         torch.Size([2, 2, 15, 16, 16])
     """
 
-    def __init__(self, stages: nn.Module, features: int) -> None:
+    def __init__(self, stages: nn.Sequential, features: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             _block(3, 32, 2), _block(32, 64, 2), _block(64, 64), _block(64, features, 2)
@@ -79,12 +80,12 @@ class PoseMachine(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         features = self.stem(pixels)
-        maps = self.guess(features)
+        maps = self.guess(features).float()  # so that a sum of corrections keeps its digits
         every = [maps]
-        for stage in self.stages:  # type: ignore[attr-defined]
-            maps = maps + stage(torch.cat([features, maps], 1))
+        for stage in self.stages:
+            maps = maps + stage(torch.cat([features, maps.to(features.dtype)], 1))
             every.append(maps)
-        return torch.stack([F.pixel_shuffle(one.float(), 2) for one in every])
+        return torch.stack([F.pixel_shuffle(one, 2) for one in every])
 
 
 def heat_maps(joints: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def heat_maps(joints: Tensor) -> Tensor:
 def found(maps: Tensor) -> Tensor:
     """Joints of heat maps, in pixels: ``[B, 15, 16, 16] -> [B, 14, 2]``.
 
-    The mean place of the cells around the highest one, by their height.
+    The mean place of the highest cell and those around it, weighted by the cubes of their heights.
 
     Example:
         >>> joints = torch.full((1, 14, 2), 20.0)
@@ -119,7 +120,7 @@ def found(maps: Tensor) -> Tensor:
     cells = torch.arange(CELLS)
     near = ((cells - rows[..., None]).abs() <= 1)[..., :, None]
     near = near & ((cells - columns[..., None]).abs() <= 1)[..., None, :]
-    height = maps.clamp_min(0) * near + 1e-6 * near
+    height = (maps.clamp_min(0) ** 3 + 1e-6) * near
     total = height.sum((2, 3))
     centres = (cells + 0.5) * CELL
     x = (height.sum(2) * centres).sum(2) / total

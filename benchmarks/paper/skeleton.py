@@ -115,16 +115,15 @@ def pose(random: Random) -> Body:
 
 def _direction(out: Tensor, ahead: Tensor) -> Tensor:
     """From straight down, sideways by one angle and then forwards by another: ``[images, 3]``."""
-    return torch.stack(
-        [out.sin(), -out.cos() * ahead.cos(), out.cos() * ahead.sin()], 1
-    )  # a unit vector
+    return torch.stack([out.sin(), -out.cos() * ahead.cos(), out.cos() * ahead.sin()], 1)
 
 
 def _bent(limb: Tensor, towards: Tensor, angle: Tensor) -> Tensor:
     """The direction of a limb after a joint that bends by an angle, towards a vector."""
     across = towards - (towards * limb).sum(1, keepdim=True) * limb
     across = across / across.norm(dim=1, keepdim=True).clamp_min(1e-3)
-    return limb * angle.cos()[:, None] + across * angle.sin()[:, None]
+    bent: Tensor = limb * angle.cos()[:, None] + across * angle.sin()[:, None]
+    return bent
 
 
 def _turned(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
