@@ -115,7 +115,7 @@ def _figure(random: Random, body: Body, skin: Tensor, shirt: Tensor, trousers: T
     sleeve = torch.where(random.chance(0.5, 1) > 0, shirt, skin)
     leg = torch.where(random.chance(0.7, 1) > 0, trousers, skin)
     hair, shoes, mark = random.colour(), random.colour(), random.colour()
-    marked = random.chance(0.6)
+    marked = random.chance(0.7)
     stout = random.between(0.75, 1.3)
     shoulders = (joints[:, 2] + joints[:, 5]) / 2
     pelvis = (joints[:, 8] + joints[:, 11]) / 2
@@ -157,16 +157,19 @@ def _figure(random: Random, body: Body, skin: Tensor, shirt: Tensor, trousers: T
 
 
 def _apart(random: Random, behind: Tensor) -> Tensor:
-    """A colour ``[images, 3]``, the one of two that differs more from what is behind it."""
-    first, second = random.colour(), random.colour()
-    better = (second - behind).abs().sum(1) > (first - behind).abs().sum(1)
-    return torch.where(better[:, None], second, first)
+    """A colour ``[images, 3]``, the one of three that differs most from what is behind it."""
+    best = random.colour()
+    for _ in range(2):
+        other = random.colour()
+        better = (other - behind).abs().sum(1) > (best - behind).abs().sum(1)
+        best = torch.where(better[:, None], other, best)
+    return best
 
 
 def _background(random: Random) -> Tensor:
     """Smooth colours with coarse and fine structure: ``[images, 3, 64, 64]``."""
     base = random.colour()[:, :, None, None]
-    for cells, strength in ((3, 0.5), (12, 0.35)):
+    for cells, strength in ((3, 0.4), (12, 0.25)):
         grid = random.between(-1, 1, 3, cells, cells)
         wide = F.interpolate(grid, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
         base = base + wide * (random.between(0, strength)[:, None, None, None])
@@ -197,7 +200,7 @@ def _distractors(random: Random, head: Tensor, worn: Sequence[Tensor]) -> Capsul
     choices = torch.stack([*worn, random.colour()], 1)
     which = random.between(0, len(worn) + 1, 2 * _DISTRACTORS).long()
     radius = random.between(0.12, 0.28, _DISTRACTORS) * head[:, None]
-    shown = random.chance(0.6, _DISTRACTORS).repeat(1, 2)
+    shown = random.chance(0.45, _DISTRACTORS).repeat(1, 2)
     return Capsules(
         torch.cat(ends[:2], 1), torch.cat(ends[1:], 1),
         radius.repeat(1, 2), radius.repeat(1, 2) * 0.85,
@@ -213,7 +216,7 @@ def _occluders(random: Random) -> Capsules:
     return Capsules(
         first, first + random.between(-20, 20, _OCCLUDERS, 2), radius, radius,
         torch.stack([random.colour() for _ in range(_OCCLUDERS)], 1),
-        random.chance(0.45, _OCCLUDERS), random.chance(0.3, _OCCLUDERS),
+        random.chance(0.35, _OCCLUDERS), random.chance(0.3, _OCCLUDERS),
         random.between(1, 2, _OCCLUDERS),
     )  # fmt: skip
 
@@ -237,5 +240,5 @@ def _spoil(random: Random, pixels: Tensor) -> Tensor:
     pixels = pixels.lerp(blurred, share)
     contrast = random.between(0.5, 1.1, *by_image)
     pixels = (pixels - 0.5) * contrast + 0.5 + random.between(-0.15, 0.15, *by_image)
-    noise = random.between(-1, 1, 3, SIDE, SIDE) * random.between(0, 0.15, *by_image)
+    noise = random.between(-1, 1, 3, SIDE, SIDE) * random.between(0, 0.1, *by_image)
     return pixels + noise

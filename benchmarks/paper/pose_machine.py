@@ -14,9 +14,9 @@ from benchmarks.paper.skeleton import JOINTS, SIDE
 
 CELLS = 16  # of a heat map, along each side
 CELL = SIDE / CELLS  # pixels
-MAPS = len(JOINTS) + 1  # the last is the background's
+MAPS = len(JOINTS)
 _STACKED = 4 * MAPS  # heat maps as channels of 8x8 places
-_DEVIATION = 1.2  # of a true heat map's bell, cells
+_DEVIATION = 0.7  # of a true heat map's bell, cells
 
 
 def _block(channels: int, out: int, stride: int = 1) -> nn.Sequential:
@@ -35,7 +35,7 @@ class SubNetwork(nn.Module):
         depth: convolutions between the first and the last.
 
     Shape:
-        ``[B, features + 60, 8, 8] -> [B, 60, 8, 8]``.
+        ``[B, features + 56, 8, 8] -> [B, 56, 8, 8]``.
     """
 
     def __init__(self, features: int, width: int, depth: int) -> None:
@@ -45,7 +45,7 @@ class SubNetwork(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.last = nn.Conv2d(width, _STACKED, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(_STACKED)
-        nn.init.constant_(self.norm.weight, 0.1)  # maps go from 0 to 1; corrections begin small
+        nn.init.constant_(self.norm.weight, 0.1)  # corrections begin small
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.norm(self.last(self.blocks(x)))
@@ -61,13 +61,13 @@ class PoseMachine(nn.Module):
         features: channels of the features, as the sub-networks take them.
 
     Shape:
-        ``[B, 3, 64, 64] -> [1 + stages, B, 15, 16, 16]``: the heat maps after the first guess and
-        after every stage.
+        ``[B, 3, 64, 64] -> [1 + stages, B, 14, 16, 16]``: the heat maps after the first guess and
+        after every stage, as logarithms that are not normalised.
 
     Example:
         >>> machine = PoseMachine(nn.Sequential(SubNetwork(16, 8, 1)), features=16)
         >>> machine(torch.zeros(2, 3, 64, 64)).shape
-        torch.Size([2, 2, 15, 16, 16])
+        torch.Size([2, 2, 14, 16, 16])
     """
 
     def __init__(self, stages: nn.Sequential, features: int) -> None:
@@ -89,40 +89,56 @@ class PoseMachine(nn.Module):
 
 
 def heat_maps(joints: Tensor) -> Tensor:
-    """The true heat maps of joints in pixels: ``[B, 14, 2] -> [B, 15, 16, 16]``, 0 to 1.
+    """How likely each cell is to hold a joint, in truth: ``[B, 14, 2] -> [B, 14, 16, 16]``.
+
+    Bells about joints in pixels; every map's sum is 1.
 
     Example:
         >>> maps = heat_maps(torch.full((1, 14, 2), 18.0))
         >>> maps.shape, divmod(int(maps[0, 0].argmax()), 16)
-        (torch.Size([1, 15, 16, 16]), (4, 4))
+        (torch.Size([1, 14, 16, 16]), (4, 4))
     """
     centres = (torch.arange(CELLS) + 0.5) * CELL
     off = (centres - joints[..., None]) / (CELL * _DEVIATION)
-    bell = (-0.5 * off * off).exp()  # [B, 14, 2, 16]
-    maps = bell[:, :, 1, :, None] * bell[:, :, 0, None, :]
-    background = 1 - maps.amax(1, keepdim=True)
-    return torch.cat([maps, background], 1)
+    bell = (-0.5 * off * off).softmax(-1)  # [B, 14, 2, 16]
+    return bell[:, :, 1, :, None] * bell[:, :, 0, None, :]
+
+
+def loss_of(maps: Tensor, truth: Tensor) -> Tensor:
+    """Cross-entropy of heat maps and the truth: the mean of the joints, the sum of the stages.
+
+    Args:
+        maps: as the machine gives them, ``[stages, B, 14, 16, 16]``.
+        truth: ``[B, 14, 16, 16]``.
+
+    Example:
+        >>> truth = heat_maps(torch.full((1, 14, 2), 18.0))
+        >>> round(float(loss_of(torch.zeros(2, 1, 14, 16, 16), truth)), 3)  # 2 log(256)
+        11.09
+    """
+    surprise = -(maps.flatten(3).log_softmax(3) * truth.flatten(2)).sum(3)
+    total: Tensor = surprise.mean((1, 2)).sum()
+    return total
 
 
 def found(maps: Tensor) -> Tensor:
-    """Joints of heat maps, in pixels: ``[B, 15, 16, 16] -> [B, 14, 2]``.
+    """Joints of heat maps, in pixels: ``[B, 14, 16, 16] -> [B, 14, 2]``.
 
-    The mean place of the highest cell and those around it, weighted by the cubes of their heights.
+    The mean place of the likeliest cell and those around it, by how likely they are.
 
     Example:
         >>> joints = torch.full((1, 14, 2), 20.0)
-        >>> float((found(heat_maps(joints)) - joints).abs().max()) < 1
+        >>> float((found(heat_maps(joints).log()) - joints).abs().max()) < 1
         True
     """
-    maps = maps[:, :-1]
     top = maps.flatten(2).argmax(2)
     rows, columns = top // CELLS, top % CELLS
     cells = torch.arange(CELLS)
     near = ((cells - rows[..., None]).abs() <= 1)[..., :, None]
     near = near & ((cells - columns[..., None]).abs() <= 1)[..., None, :]
-    height = (maps.clamp_min(0) ** 3 + 1e-6) * near
-    total = height.sum((2, 3))
+    likely = maps.flatten(2).softmax(2).view(maps.shape) * near
+    total = likely.sum((2, 3))
     centres = (cells + 0.5) * CELL
-    x = (height.sum(2) * centres).sum(2) / total
-    y = (height.sum(3) * centres).sum(2) / total
+    x = (likely.sum(2) * centres).sum(2) / total
+    y = (likely.sum(3) * centres).sum(2) / total
     return torch.stack([x, y], 2)

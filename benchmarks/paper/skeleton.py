@@ -76,7 +76,7 @@ def pose(random: Random) -> Body:
     bow, tilt = random.degrees(-30, 30), random.degrees(-25, 25)
     top = neck + size["head"] * _direction(tilt, -bow) * torch.tensor([1.0, -1.0, 1.0])
     joints = [top, neck]
-    liveliness = random.between(0.3, 1)
+    liveliness = random.between(0.2, 0.9)
     for side in (1.0, -1.0):
         shoulder = neck + left * size["shoulders"] * side - up * 0.03
         out = side * random.degrees(-10, 150) * liveliness
@@ -97,11 +97,12 @@ def pose(random: Random) -> Body:
     toes = [joints[i] + 0.07 * (forward - 0.3 * up) for i in (10, 13)]
     face = forward * size["head"] / 2
     points = torch.stack([*joints, *toes, face], 1)
-    yaw, pitch = random.degrees(-180, 180), random.degrees(-20, 20)
-    # Most stand upright, some lie or hang.
-    roll = torch.where(random.chance(0.8) > 0, random.degrees(-35, 35), random.degrees(-180, 180))
+    # Most show their front, some their back; most stand upright, some lean far.
+    yaw = random.degrees(-75, 75) + random.chance(0.25) * math.pi
+    pitch = random.degrees(-10, 10)
+    roll = random.degrees(-20, 20) * torch.where(random.chance(0.8) > 0, 1.0, 3.0)
     points = points @ _turned(yaw, pitch, roll)
-    height = random.between(40, 62)
+    height = random.between(48, 64)
     seen = flat(points[:, :14])
     low, high = seen.amin(1), seen.amax(1)
     room = SIDE - 2 * MARGIN
