@@ -70,6 +70,7 @@ class ParameterBank(BankState):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _checks.integer("dof", dof, 1, 2**62)  # which a config may leave to groups
         config = RPGConfig(
             dof=dof,
             granularity=granularity,

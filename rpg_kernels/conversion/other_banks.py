@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rpg_kernels.bank.bank_map import DIGITS, BankMap
 from rpg_kernels.bank.parameter_bank import ParameterBank
+from rpg_kernels.nn import VirtualLayer
 
 
 def watch_loading(model: nn.Module) -> None:
@@ -28,10 +29,9 @@ def _is_ours(hook: object) -> bool:
     return getattr(hook, "hook", None) is refuse  # torch wraps it
 
 
-def refuse(
-    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object
-) -> None:  # a function of the module, so that copies and pickles of the model keep it
-    """Before loading: a RuntimeError for the values of another map, or of a bank too many.
+# A function of this module, so that copies and pickles of the model keep it.
+def refuse(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Before loading: a RuntimeError for the values of another map, or a bank or group too many.
 
     The state dict of a model whose layers are in other groups has other banks under the model, or
     under these names banks with other maps. torch would find that out bank by bank, and of a bank
@@ -47,24 +47,34 @@ def refuse(
         for key, child in parent._modules.items()
         if isinstance(child, ParameterBank)
     }
+    if not mine:  # all of its layers have become dense
+        return
+    # Which step of a sequence registers a bank may differ, and what it holds deeper is its own.
     container = isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    converted = False
     for key, digits in state_dict.items():
         if not key.startswith(prefix) or not key.endswith(f".{DIGITS}"):
             continue
         name = key[len(prefix) : -len(DIGITS) - 1]
         if name in mine:
-            bank = mine[name]
+            bank, converted = mine[name], True
             values = any(k.startswith(f"{prefix}{name}.") and k != key for k in state_dict)
             if values and (difference := _difference(digits, bank)):
                 raise _error(
                     f"{prefix}{name}: got values of another generating matrix or layers "
                     f"({difference})"
                 )
-        elif (container or "." not in name) and all(_difference(digits, b) for b in mine.values()):
+        elif "." not in name or (container and all(_difference(digits, b) for b in mine.values())):
             raise _error(
                 f"{prefix}{name}: got a bank that the model lacks, wanted {', '.join(mine)}; "
                 "convert the model as the saved one was, with the same groups"
             )
+    # torch's metadata, if it is there, has what the maps do not say: which layer reads which bank.
+    metadata = getattr(state_dict, "_metadata", None) or {}
+    for name, module in model.named_modules():
+        theirs = metadata.get(f"{prefix}{name}")
+        if converted and theirs is not None and isinstance(module, VirtualLayer):
+            module.check_reads(f"{prefix}{name}.", theirs, dense=True)
 
 
 def _error(reason: str) -> RuntimeError:

@@ -9,7 +9,7 @@ meets the registered bank too, it appears once, under that name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,21 +93,7 @@ class HoldsBank(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        theirs = local_metadata.get(_READS, self._reads())
-        if theirs != self._reads():
-            what = "(number of the layer; rows and columns, of a part of one)"
-            raise RuntimeError(
-                f"Error(s) in loading a state dict: {prefix[:-1] or 'layer'}: got values of a "
-                f"layer that reads its bank at {theirs} {what}, wanted {self._reads()}; build the "
-                "model as the saved one was built, in the same order and with the same ties"
-            )
-        group = local_metadata.get(_GROUP, self.rpg_bank.group)
-        if group != self.rpg_bank.group and self.rpg_bank.group:
-            raise RuntimeError(
-                f"Error(s) in loading a state dict: {prefix[:-1] or 'layer'}: got values of a "
-                f"layer in group {group!r}, wanted {self.rpg_bank.group!r}; build the model with "
-                "the groups of the saved one"
-            )
+        self.check_reads(prefix, local_metadata)
         common = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *common)
         if self._registers():
@@ -121,6 +107,34 @@ class HoldsBank(nn.Module):
                 )
         elif self.rpg_bank.not_yet_loaded(missing_keys):
             missing_keys.append(_OfBank(f"{mine}weight", self.rpg_bank))
+
+    def check_reads(self, prefix: str, metadata: Mapping[str, Any], dense: bool = False) -> None:
+        """Refuse the values of a layer that reads its bank otherwise, or another group's bank.
+
+        Args:
+            prefix: of the layer's keys in a state dict.
+            metadata: torch's, of this layer in the state dict.
+            dense: refuse those of a dense layer too, of which the metadata says nothing.
+
+        Raises:
+            RuntimeError: it does; where the metadata is lost, nothing tells.
+        """
+        mine, group = self._reads(), self.rpg_bank.group
+        theirs, their_group = metadata.get(_READS, mine), metadata.get(_GROUP, group)
+        got = ""
+        if dense and _READS not in metadata:
+            got = f"with a weight of its own, wanted one that reads {bank_name(group)}"
+        elif theirs != mine:
+            what = "(number of the layer; rows and columns, of a part of one)"
+            got = f"that reads its bank at {theirs} {what}, wanted {mine}"
+        elif group and their_group != group:
+            got = f"in group {their_group!r}, wanted {group!r}"
+        if got:
+            raise RuntimeError(
+                f"Error(s) in loading a state dict: {prefix[:-1] or 'layer'}: got values of a "
+                f"layer {got}; build the model as the saved one was built, in the same order, with "
+                "the same ties and groups"
+            )
 
     def _reads(self) -> list[Any]:
         """Which of the bank's layers this is, as metadata of state dicts."""
