@@ -98,7 +98,7 @@ def test_bodies_are_bodies() -> None:
     to_the_right = (joints[:, left, 0] > joints[:, right, 0]).float().mean()
     assert 0.6 < float(to_the_right) < 0.9
     higher = (joints[:, place("head top"), 1] < joints[:, place("left ankle"), 1]).float().mean()
-    assert 0.7 < float(higher) < 0.99
+    assert float(higher) > 0.8
 
 
 @pytest.mark.parametrize(
