@@ -40,16 +40,16 @@ class Recipe:
     epoch_test_images: int  # of the test set, after every epoch
     epochs: int
     batch_size: int
-    width: int = 128
-    depth: int = 1
-    features: int = 128
+    width: int = 64
+    depth: int = 0
+    features: int = 64
     lr: float = 5e-3
     weight_decay: float = 1e-2
     bfloat16: bool = True
 
 
 RECIPES = {
-    "full": Recipe(8000, 2000, 1000, 3, 32),
+    "full": Recipe(8000, 2000, 1000, 6, 32),
     "quick": Recipe(512, 200, 200, 2, 32),
     "tiny": Recipe(16, 16, 8, 1, 8, width=16, features=16),
 }
@@ -201,7 +201,7 @@ def sizes(model: PoseMachine) -> dict[str, int]:
 
     Example:
         >>> sizes(PoseTask("tiny").build(ROWS[1], seed=0))
-        {'dof': 20736, 'virtual_weights': 41472, 'trainable': 94936}
+        {'dof': 18432, 'virtual_weights': 36864, 'trainable': 40112}
     """
     stored = [p for p in model.stages.parameters() if p.dim() > 1]
     return {
@@ -272,14 +272,14 @@ Figures of 14 joints, drawn by code on 64x64 pixels in random poses and clothes,
 side, behind and in front of clutter; places of joints are exact. PCKh@0.5 is the share of
 joints, hidden ones too, that are found nearer than half a head to where they are.
 
-The network is a small convolutional pose machine: a dense stem of five convolutions gives
-features and a first guess of the heat maps; then a sub-network of three 3x3 convolutions
-corrects the maps, once, twice or four times, and every stage is trained by a loss of its own.
-"Shared" uses the same weights each time. "RPG" has one bank of as many numbers as one sub-
-network has weights, and each use reads it by a permutation and signs of its own. "Not shared"
-has a sub-network for each use. In all of them each use has norms of its own, so that shared and
-RPG differ in the permutation alone. Stem and first guess are dense in all rows, and not counted
-in the degrees of freedom.
+The network is a small convolutional pose machine: a dense stem of four convolutions, and one for a
+first guess of the heat maps, see little of the picture; then a sub-network of two 3x3
+convolutions corrects the maps, once, twice or four times, and sees farther each time. Every stage
+is trained by a loss of its own. "Shared" uses the same weights each time. "RPG" has one bank of as
+many numbers as one sub-network has weights, and each use reads it by a permutation and signs of
+its own. "Not shared" has a sub-network for each use. In all of them each use has norms of its own,
+so that shared and RPG differ in the permutation alone. Stem and first guess are dense in all rows,
+and not counted in the degrees of freedom.
 
 The paper's numbers are from photographs of people (MPII) and a network of 3.3 million degrees
 of freedom, so only the order of the rows compares.

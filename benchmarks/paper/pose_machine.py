@@ -73,9 +73,9 @@ class PoseMachine(nn.Module):
     def __init__(self, stages: nn.Sequential, features: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            _block(3, 32, 2), _block(32, 64, 2), _block(64, 64), _block(64, features, 2)
+            _block(3, 24, 2), _block(24, 48, 2), _block(48, features, 2), _block(features, features)
         )
-        self.guess = nn.Conv2d(features, _STACKED, 3, padding=1)
+        self.guess = nn.Conv2d(features, _STACKED, 1)
         self.stages = stages
 
     def forward(self, pixels: Tensor) -> Tensor:

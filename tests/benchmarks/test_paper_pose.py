@@ -91,14 +91,14 @@ def test_bodies_are_bodies() -> None:
     _, joints, heads = figures(192, seed=5)
     lengths = torch.stack([(joints[:, a] - joints[:, b]).norm(dim=1) for a, b in BONES], 1)
     longest = (lengths / heads[:, None]).amax(0)
-    assert float(longest[0]) <= 1.0001  # the head
+    assert float(longest[0]) < 1.001  # the head
     assert float(longest.max()) < 3
     # Most show their front, so that their left is on the right of the picture.
     left, right = place("left shoulder"), place("right shoulder")
     to_the_right = (joints[:, left, 0] > joints[:, right, 0]).float().mean()
     assert 0.6 < float(to_the_right) < 0.9
     higher = (joints[:, place("head top"), 1] < joints[:, place("left ankle"), 1]).float().mean()
-    assert 0.7 < float(higher) < 0.99
+    assert float(higher) > 0.8
 
 
 @pytest.mark.parametrize(
@@ -171,14 +171,14 @@ def test_mirrored_joints_are_those_of_the_mirrored_picture() -> None:
 def test_rows_have_the_sizes_that_they_stand_for(name: str) -> None:
     task, row = pose.PoseTask("tiny"), ROWS[name]
     model = task.build(row, 0)
-    times, one = row.settings["times"], 9 * (72 * 16 + 16 * 16 + 16 * 56)
+    times, one = row.settings["times"], 9 * (72 * 16 + 16 * 56)
     sizes = pose.sizes(model)
     stored = times if row.settings["weights"] == "own" else 1
     assert sizes["dof"] == pytest.approx(one * stored, abs=64)
     assert sizes["dof"] <= one * stored
     assert sizes["virtual_weights"] == one * times
     outside = sum(p.numel() for p in [*model.stem.parameters(), *model.guess.parameters()])
-    assert sizes["trainable"] == sizes["dof"] + outside + 2 * times * (16 + 16 + 56)
+    assert sizes["trainable"] == sizes["dof"] + outside + 2 * times * (16 + 56)
 
 
 def test_uses_differ_in_what_the_row_says() -> None:
@@ -190,8 +190,8 @@ def test_uses_differ_in_what_the_row_says() -> None:
     assert torch.equal(*weights["2x shared"])
     assert not torch.equal(*weights["2x RPG"])
     assert not torch.equal(*weights["2x not shared"])
-    first, second = (sorted(w.abs().flatten().tolist())[::97] for w in weights["2x RPG"])
-    assert first == pytest.approx(second, rel=0.5)
+    first, second = (float(weight.std()) for weight in weights["2x RPG"])
+    assert first == pytest.approx(second, rel=0.1)
     stems = [task.build(row, 0).stem[0][0].weight for row in ROWS.values()]
     assert all(torch.equal(stems[0], stem) for stem in stems)
 
