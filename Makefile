@@ -59,6 +59,7 @@ endif
 
 report: $(VENV)/.dev ## write tables and plots from benchmarks/results (ARGS=--check fails when stale)
 	$(BIN)/python -m benchmarks.harness.report $(ARGS)
+	$(BIN)/python -m benchmarks.paper report $(ARGS)
 
 # Installs nothing: for a machine without a network, whose python3 has torch and pytest.
 gpu-check: ## everything that needs a GPU, in seven minutes (OUT=DIR; ARGS="--parts tests micro")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -19,7 +18,7 @@ from examples.demo import data as demo_data
 from examples.demo import train
 from examples.demo.networks import trainable
 from rpg_kernels import RPGConfig, param_groups
-from rpg_kernels.models.resnet import ResNet, is_block_convolution, share_blocks
+from rpg_kernels.models.resnet import ResNet, blocks, is_block_convolution, share_blocks
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 WIDTH = 64
@@ -106,10 +105,7 @@ class Classification:
         if kind == RPG:
             share_blocks(model, RPGConfig(self._dof(row), laps=row.settings["laps"], seed=seed))
         elif kind == BLK:
-            models = importlib.import_module("rpg_kernels.models")
-            share_blocks(
-                model, models.blocks(dof=self._dof(row), laps=row.settings["laps"], seed=seed)
-            )
+            share_blocks(model, blocks(self._dof(row), laps=row.settings["laps"], seed=seed))
         elif kind != DENSE:
             table = {HASHED: maps.HASHED, UNSIGNED: maps.UNSIGNED}[kind]
             share(model, Ring(maps.Row(row.name, table), self._dof(row), seed))

@@ -66,7 +66,8 @@ def statements(experiment: Experiment, runs: Sequence[Record]) -> list[str]:
     if alone:
         lines += [f"One seed, and so no standard error: {'; '.join(alone)}.", ""]
     for key, title in paper_columns(experiment, metric):
-        lines += [_beside_paper(experiment, metric, found, key, title), ""]
+        text = _beside_paper(experiment, found, key, title)
+        lines += [text, ""] if text else []
     return lines[:-1]
 
 
@@ -87,11 +88,14 @@ def paper_columns(experiment: Experiment, metric: Metric) -> list[tuple[str, str
 
 
 def _beside_paper(
-    experiment: Experiment, metric: Metric, found: Mapping[str, Estimate], key: str, title: str
+    experiment: Experiment, found: Mapping[str, Estimate], key: str, title: str
 ) -> str:
+    """How many pairs are in the paper's order; "" where there is no pair to ask about."""
     paper = {row.name: row.paper[key] for row in experiment.rows if key in row.paper}
     rows = [name for name in paper if name in found]
     pairs = [(a, b) for a, b in combinations(rows, 2) if paper[a] != paper[b]]
+    if not pairs:
+        return ""
     others = [(a, b) for a, b in pairs if (paper[a] > paper[b]) != (found[a].mean > found[b].mean)]
     sure = [(a, b) for a, b in others if differs(found[a], found[b])]
     text = (
@@ -99,14 +103,8 @@ def _beside_paper(
         f"{len(pairs) - len(others)} of them are in the same order here"
     )
     if others:
-        text += f", and these are not: {_named(others)}. Of the latter"
-        text += (
-            f" these differ by more than two standard errors: {_named(sure)}"
-            if sure
-            else (" none differs by more than two standard errors")
-        )
+        text += ". Of the others "
+        text += "these differ" if sure else "none differs"
+        text += " by more than two standard errors"
+        text += ": " + "; ".join(f"{a} and {b}" for a, b in sure) if sure else ""
     return text + "."
-
-
-def _named(pairs: Sequence[tuple[str, str]]) -> str:
-    return "; ".join(f"{a} and {b}" for a, b in pairs)

@@ -283,16 +283,16 @@ def _cell(value: Estimate, metric: Metric) -> str:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    """A recipe in words.
+    """A recipe, or data, in words.
 
     Example:
-        >>> _listed({"batch_size": 64, "augment": True})
-        'batch size 64, augment yes'
+        >>> _listed({"name": "digits", "batch_size": 64, "augment": True})
+        'digits, batch size 64, augment yes'
     """
     said = {True: "yes", False: "no", None: "none"}
     return ", ".join(
-        f"{name.replace('_', ' ')} "
-        f"{said[value] if value is None or isinstance(value, bool) else value}"
+        ("" if name == "name" else f"{name.replace('_', ' ')} ")
+        + f"{said[value] if value is None or isinstance(value, bool) else value}"
         for name, value in values.items()
     )
 
