@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -47,6 +47,7 @@ def select(
     able: dict[str, nn.Module] = {}
     names = []
     compiled = {id(m._modules.get(COMPILED)) for m in model.modules()}
+    held = _held_elsewhere(model)
     for name, module in model.named_modules():
         layer = is_layer(module)
         if not layer and not any(True for _ in module.parameters(recurse=False)):
@@ -56,6 +57,8 @@ def select(
         reason = obstacle(module)
         if id(module) in compiled:
             reason = reason or "torch.compile was called on it alone and goes on calling it"
+        if id(module) in held:
+            reason = reason or f"{held[id(module)]} holds it too and would go on calling it"
         if reason is None:
             able[name] = module
             continue
@@ -83,6 +86,23 @@ def select(
         if filter_fn is not None:
             found.refused[name] = found.skipped[name]
     return found
+
+
+def _held_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Modules by id, and the plain attribute, list or dictionary of another that holds them."""
+    held: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key == "_modules":
+                continue
+            values: Iterable[object] = (value,)
+            if isinstance(value, list | tuple | set):
+                values = value
+            elif isinstance(value, dict):
+                values = value.values()
+            where = f"the attribute {key} of {name or 'the model'}"
+            held.update((id(v), where) for v in values if isinstance(v, nn.Module) and v != module)
+    return held
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -351,3 +351,28 @@ def test_a_weight_of_zeros_stays_dense() -> None:
     assert "starts as zeros" in skipped["1"]
     assert isinstance(net[2], rpg.nn.Linear)
     assert isinstance(net[3], rpg.nn.Linear)
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "attribute"])
+def test_a_layer_that_a_plain_attribute_holds_too_stays_dense(kind: str) -> None:
+    """Replaced among the children alone, it would go on computing with weights of its own."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.second = nn.Linear(16, 16)
+            held = {
+                "list": [self.first],
+                "tuple": (nn.ReLU(), self.first),
+                "dict": {"a": self.first},
+                "attribute": self.first,
+            }
+            self.__dict__["steps"] = held[kind]
+
+    model = Network()
+    with pytest.warns(UserWarning, match="steps"):
+        rpg.convert(model, rpg.RPGConfig(dof=64, granularity=8), lambda m, name: True)
+    assert type(model.first) is nn.Linear
+    assert isinstance(model.second, rpg.nn.Linear)
+    assert "steps" in rpg.summary(model).skipped["first"]
