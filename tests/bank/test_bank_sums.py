@@ -19,6 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import rpg_kernels as rpg
 from rpg_kernels import _bank_sums
 from rpg_kernels.backends.cpu import lanes_linear, unit_conv2d
+from rpg_kernels.backends.reference import conv2d as reference_conv2d
+from rpg_kernels.backends.reference import embedding as reference_embedding
+from rpg_kernels.backends.reference import linear as reference_linear
 from rpg_kernels.bank import virtual_weight
 
 
@@ -122,6 +125,23 @@ def test_products_make_no_gradient_of_their_own(
     assert all(given)
     # Gradients of convolutions without laps are the reference's.
     assert len(given) == (4 if net.bank.generator.laps else 2)
+
+
+def test_the_reference_makes_no_gradient_of_its_own(
+    net: Net, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+
+    def seen(*arguments: Any) -> Tensor:
+        given.append(arguments[3] is not None)
+        return original(*arguments)
+
+    original = reference_linear.bank_accumulator
+    for module in (reference_linear, reference_conv2d, reference_embedding):
+        monkeypatch.setattr(module, "bank_accumulator", seen)
+    with rpg.backend("reference"):
+        net(tokens).backward()
+    assert given == [True] * 5
 
 
 def test_one_node_for_a_graph_and_a_new_one_for_changed_values(net: Net, tokens: Tensor) -> None:

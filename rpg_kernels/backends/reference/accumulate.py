@@ -108,8 +108,13 @@ def cast_tile(
     return unpack_tile(bank, table, p).to(dtype)
 
 
-def bank_accumulator(p: Placement, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros ``[slots, granularity]``: fp32 for banks up to fp32, fp64 for fp64."""
+def bank_accumulator(
+    p: Placement, device: torch.device, dtype: torch.dtype, total: Tensor | None = None
+) -> Tensor:
+    """What a bank gradient is added to: ``total`` where there is one, or zeros ``[slots,
+    granularity]``, fp32 for banks up to fp32, fp64 for fp64."""
+    if total is not None:
+        return total
     g = p.generator
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.zeros((g.slots, g.granularity), device=device, dtype=accumulate)

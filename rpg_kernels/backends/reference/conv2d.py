@@ -172,11 +172,13 @@ def conv2d_bank_grad(
     groups: int,
     dtype: torch.dtype,
     kernels: TileKernels | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]``."""
+    """dy ``[B, out, H', W']``, x ``[B, C, H, W]`` -> dw ``[slots, granularity]``; or ``total``,
+    which it is added to."""
     p = parse(placement)
     geometry = _Geometry(stride, padding, dilation)
-    grad = bank_accumulator(p, dy.device, dtype)
+    grad = bank_accumulator(p, dy.device, dtype, total)
     bytes_per_weight = backward_bytes(p, dy, grad)
     if dy.dtype not in (torch.float32, torch.bfloat16):
         bytes_per_weight += dy.element_size()  # torch's plain path copies the placeholder below
@@ -191,4 +193,4 @@ def conv2d_bank_grad(
             table,
             tile.placement,
         )
-    return grad.to(dtype)
+    return grad.to(dtype) if total is None else total

@@ -35,17 +35,23 @@ def embedding(bank: Tensor, table: Tensor | None, indices: Tensor, placement: st
 
 
 def embedding_bank_grad(
-    dy: Tensor, indices: Tensor, table: Tensor | None, placement: str, dtype: torch.dtype
+    dy: Tensor,
+    indices: Tensor,
+    table: Tensor | None,
+    placement: str,
+    dtype: torch.dtype,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """dy ``[*indices.shape, dim]`` -> dw ``[slots, granularity]``."""
+    """dy ``[*indices.shape, dim]`` -> dw ``[slots, granularity]``; or ``total``, which it is added
+    to."""
     p = parse(placement)
     flat = indices.reshape(-1).long()
     gradient = dy.reshape(flat.numel(), p.selected_shape[1])
-    grad = bank_accumulator(p, dy.device, dtype)
+    grad = bank_accumulator(p, dy.device, dtype, total)
     rows, columns = tile_size(p, dy.device, backward_bytes(p, dy, grad))
     for column, width in split(p.selected_shape[1], columns):
         part = p.narrow(1, column, width)
         for row, height in split(flat.numel(), rows):
             view = gradient[row : row + height, column : column + width]
             pack_tile(grad, view.clone(), table, part, flat[row : row + height])
-    return grad.to(dtype)
+    return grad.to(dtype) if total is None else total

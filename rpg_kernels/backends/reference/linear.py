@@ -70,15 +70,17 @@ def linear_bank_grad(
     placement: str,
     dtype: torch.dtype,
     kernels: TileKernels | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]``."""
+    """dy ``[..., N]``, x ``[..., K]`` -> dw ``[slots, granularity]``; or ``total``, which it is
+    added to."""
     p = parse(placement)
     dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    grad = bank_accumulator(p, dy.device, dtype)
+    grad = bank_accumulator(p, dy.device, dtype, total)
     pack = pack_tile if kernels is None else kernels.pack_tile
     for tile in gradient_tiles(p, dy, backward_bytes(p, dy, grad), kernels):
         pack(grad, dy_rows[:, tile.rows].t() @ x_rows[:, tile.columns], table, tile.placement)
-    return grad.to(dtype)
+    return grad.to(dtype) if total is None else total
 
 
 def _product(added: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -49,6 +49,10 @@ class Reference(Backend):
             "vendor's library"
         )
 
+    def adds(self, call: Call) -> bool:
+        """Of every product and lookup: a sum for each layer would be as large as the bank."""
+        return True
+
     def on_trial(self, call: Call) -> str:
         """What it is lent by a back end that has to prove itself."""
         lender = self._lender(call)
