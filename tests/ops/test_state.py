@@ -255,7 +255,12 @@ def test_checkpointing(use_reentrant: bool) -> None:
         assert isinstance(result, Tensor)
         return result
 
-    assert_same(gradients(model, run), wanted, rtol=0, atol=0)
+    got = gradients(model, run)
+    # Layers add to one sum of their bank, in an order that checkpointing changes.
+    bank, other = (grads.pop("rpg_bank.weight") for grads in (got, wanted))
+    rounding = torch.finfo(torch.float32).eps * other.abs().max().item()
+    torch.testing.assert_close(bank, other, rtol=0, atol=4 * rounding)
+    assert_same(got, wanted, rtol=0, atol=0)
 
 
 def test_checkpointing_part_of_a_model() -> None:
