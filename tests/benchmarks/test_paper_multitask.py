@@ -16,14 +16,11 @@ from benchmarks.paper.multitask import (
     EXPERIMENT,
     ROWS,
     SHOWN,
-    TEST_SEED,
     VANILLA,
-    packed,
     pictures,
-    render,
     task,
-    unpacked,
 )
+from benchmarks.paper.multitask_data import TEST_SEED, packed, render, unpacked
 from benchmarks.paper.multitask_network import BLOCKS, Multitask, build, sizes
 from benchmarks.paper.scenes import (
     BOXES,
