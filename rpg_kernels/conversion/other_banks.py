@@ -50,6 +50,7 @@ def refuse(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
     if not mine:  # all of its layers have become dense
         return
     # Which step of a sequence registers a bank may differ, and what it holds deeper is its own.
+    lacking = [bank for name, bank in mine.items() if f"{prefix}{name}.{DIGITS}" not in state_dict]
     container = isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict)
     converted = False
     for key, digits in state_dict.items():
@@ -64,11 +65,15 @@ def refuse(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
                     f"{prefix}{name}: got values of another generating matrix or layers "
                     f"({difference})"
                 )
-        elif "." not in name or (container and all(_difference(digits, b) for b in mine.values())):
-            raise _error(
-                f"{prefix}{name}: got a bank that the model lacks, wanted {', '.join(mine)}; "
-                "convert the model as the saved one was, with the same groups"
-            )
+        elif container or "." not in name:
+            # Another step registers one of mine, unless mine is there as well.
+            same = [bank for bank in lacking if container and not _difference(digits, bank)]
+            if not same:
+                raise _error(
+                    f"{prefix}{name}: got a bank that the model lacks, wanted {', '.join(mine)}; "
+                    "convert the model as the saved one was, with the same groups"
+                )
+            lacking.remove(same[0])
     # torch's metadata, if it is there, has what the maps do not say: which layer reads which bank.
     metadata = getattr(state_dict, "_metadata", None) or {}
     for name, module in model.named_modules():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from rpg_kernels.bank.parameter_bank import ParameterBank
 from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.conversion.convert import convert
 from rpg_kernels.conversion.kinds import kind_of
+from rpg_kernels.conversion.reach import held_by, plain_attributes, reached
 from rpg_kernels.law.placement import Placement, place
 from rpg_kernels.nn import VirtualLayer
 
@@ -178,11 +177,12 @@ def _separable(module: nn.Module, apart: set[int]) -> None:
         if isinstance(each, torch.jit.ScriptModule) or COMPILED in each._modules:
             wanted = "a plain module; compile what reuse returns"
             raise _cannot(name, f"a {type(each).__name__}", wanted)
-        for what, function in _functions(each):
-            held = _held_by(function)
-            if any(id(x) in parts for x in held):
-                wanted = "a method or a functools.partial, which a copy takes along"
-                raise _cannot(name, f"a function ({what}) that holds a part of the module", wanted)
+        for what, value in plain_attributes(each):
+            for found in reached(value):
+                outside = isinstance(found, nn.Module | nn.Parameter)
+                if not outside and any(id(x) in parts for x in held_by(found)):
+                    got = f"a {type(found).__name__} ({what}) that holds a part of the module"
+                    raise _cannot(name, got, "a bound method, which a copy takes along")
     for key, name in norms.items():
         if key in others:
             wanted = f"parameters of its own, or norm='shared': it is tied to {others[key]}"
@@ -205,21 +205,6 @@ def _copyable(module: nn.Module, apart: set[int]) -> None:
 
 def _cannot(name: str, got: str, wanted: str) -> ValueError:
     return _checks.fail("module", f"{name or 'the module itself'}: {got}", wanted)
-
-
-def _functions(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Plain functions that a module holds: patched methods and hooks."""
-    for key, value in vars(module).items():
-        values = list(value.values()) if isinstance(value, dict) else [value]
-        for each in values:
-            if isinstance(each, FunctionType):
-                yield key, each
-
-
-def _held_by(function: Callable[..., Any]) -> list[object]:
-    cells = getattr(function, "__closure__", None) or ()
-    held = [cell.cell_contents for cell in cells if cell != type(cell)()]
-    return [*held, *(getattr(function, "__defaults__", None) or ())]
 
 
 def _placements(module: nn.Module, times: int) -> list[VirtualWeight]:
@@ -283,13 +268,22 @@ def _kept(module: nn.Module, apart: set[int], *, tensors: bool = False) -> dict[
             kept[id(each.virtual_weight)] = each.virtual_weight
         if _is_norm(each) and id(each) in apart:
             inside.update(id(m) for m in each.modules())
+    own = {id(p) for m in module.modules() if id(m) in inside for p in m._parameters.values()}
+    parts = {id(m) for m in module.modules()}
     for each in module.modules():
-        own: list[Tensor | None] = []
-        if tensors or id(each) not in inside:
-            own += each._parameters.values()
+        held: list[Tensor | None] = list(each._parameters.values())
         if tensors:
-            own += each._buffers.values()
-        kept.update((id(t), t) for t in own if t is not None)
+            held += each._buffers.values()
+        for t in held:
+            # What autograd has made cannot be copied, which is to be found out.
+            if t is not None and (id(t) not in own or tensors) and t.is_leaf:
+                kept[id(t)] = t
+        for _, value in plain_attributes(each) if id(each) in apart else ():
+            for found in reached(value):
+                if isinstance(found, nn.Module) and id(found) not in parts:
+                    kept[id(found)] = found  # not the module's: the same for all
+                elif isinstance(found, nn.Parameter) and id(found) not in own:
+                    kept[id(found)] = found
     return kept
 
 
@@ -307,4 +301,8 @@ def _use(module: nn.Module, apart: set[int], weights: dict[int, VirtualWeight]) 
         if id(each) not in kept:  # a copy: the bank stays registered where it is
             for key in [k for k, m in each._modules.items() if isinstance(m, ParameterBank)]:
                 del each._modules[key]
+    copies = dict(used.named_parameters(remove_duplicate=False))
+    for name, parameter in module.named_parameters():
+        if copies.get(name, parameter) is not parameter:  # of a norm; what was noted on it too
+            vars(copies[name]).update(vars(parameter))
     return used

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels._wrappers import COMPILED
 from rpg_kernels.conversion.kinds import COMPUTING, HOOKS, SHARED_TYPES, attributes, kind_of
+from rpg_kernels.conversion.reach import plain_attributes, reached
 from rpg_kernels.conversion.ties import keep_ties_together
 
 Filter = Callable[[nn.Module, str], bool]
@@ -89,19 +90,13 @@ def select(
 
 
 def _held_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Modules by id, and the plain attribute, list or dictionary of another that holds them."""
+    """Modules by id, and the plain attribute of another module that leads to them."""
     held: dict[int, str] = {}
     for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key == "_modules":
-                continue
-            values: Iterable[object] = (value,)
-            if isinstance(value, list | tuple | set):
-                values = value
-            elif isinstance(value, dict):
-                values = value.values()
+        for key, value in plain_attributes(module):
             where = f"the attribute {key} of {name or 'the model'}"
-            held.update((id(v), where) for v in values if isinstance(v, nn.Module) and v != module)
+            found = (m for m in reached(value) if isinstance(m, nn.Module) and m is not module)
+            held.update((id(m), where) for m in found)
     return held
 
 

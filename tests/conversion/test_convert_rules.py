@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -353,7 +354,21 @@ def test_a_weight_of_zeros_stays_dense() -> None:
     assert isinstance(net[3], rpg.nn.Linear)
 
 
-@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "attribute"])
+HELD = {
+    "list": lambda layer: [layer],
+    "tuple": lambda layer: (nn.ReLU(), layer),
+    "dict": lambda layer: {"a": layer},
+    "attribute": lambda layer: layer,
+    "pairs": lambda layer: [("a", layer)],
+    "key": lambda layer: {layer: 1},
+    "frozenset": lambda layer: frozenset([layer]),
+    "method": lambda layer: layer.forward,
+    "partial": lambda layer: functools.partial(layer),
+    "closure": lambda layer: lambda x: layer(x),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
 def test_a_layer_that_a_plain_attribute_holds_too_stays_dense(kind: str) -> None:
     """Replaced among the children alone, it would go on computing with weights of its own."""
 
@@ -362,13 +377,7 @@ def test_a_layer_that_a_plain_attribute_holds_too_stays_dense(kind: str) -> None
             super().__init__()
             self.first = nn.Linear(16, 16)
             self.second = nn.Linear(16, 16)
-            held = {
-                "list": [self.first],
-                "tuple": (nn.ReLU(), self.first),
-                "dict": {"a": self.first},
-                "attribute": self.first,
-            }
-            self.__dict__["steps"] = held[kind]
+            self.__dict__["steps"] = HELD[kind](self.first)
 
     model = Network()
     with pytest.warns(UserWarning, match="steps"):

@@ -333,3 +333,17 @@ def test_offloaded_models_compute_the_same(name: str, tmp_path: Path) -> None:
         for _ in range(2):
             assert torch.equal(net(X), wanted)
         remove_hook_from_submodules(net)
+
+
+def test_a_sequence_refuses_a_bank_too_many_that_is_like_one_of_its_own() -> None:
+    def build(*groups: rpg.Group) -> nn.Sequential:
+        net = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2)))
+        return rpg.convert(net, rpg.RPGConfig(granularity=8, groups=groups))
+
+    both = build(rpg.Group("a", "0", dof=128), rpg.Group("b", "1", dof=128))
+    one = build(rpg.Group("a", "0", dof=128))
+    before = {key: value.clone() for key, value in one.state_dict().items()}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="a bank that the model lacks"):
+            one.load_state_dict(both.state_dict(), strict=strict)
+        assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())

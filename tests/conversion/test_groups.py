@@ -313,3 +313,16 @@ def test_match_is_fan_out_in_groups_of_a_resnet() -> None:
         (2 / 144) ** 0.5 / model.rpg_bank_two.init_std
     )
     assert rpg.summary(model).layers[2].std == pytest.approx((2 / 72) ** 0.5)
+
+
+def test_a_bank_may_be_as_large_as_its_group() -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    rpg.convert(net, rpg.RPGConfig(granularity=8, groups=[rpg.Group("all", "0", dof=256)]))
+    assert net.rpg_bank_all.dof == 256
+
+
+def test_patterns_are_of_the_plain_model() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(16, 16)), nn.Linear(16, 4))
+    net[0] = torch.compile(net[0])
+    rpg.convert(net, rpg.RPGConfig(granularity=8, groups=[rpg.Group("all", "0.0", dof=128)]))
+    assert net.rpg_bank_all.layers == 1

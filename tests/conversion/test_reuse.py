@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +254,53 @@ def compiled_part() -> nn.Module:
     return module
 
 
+def listed_function() -> nn.Module:
+    module = Holder()
+    inner = [module.inner]
+    module.extra = [{"a": lambda x: inner[0](x)}]
+    return module
+
+
+def default_of_a_function() -> nn.Module:
+    module = Holder()
+
+    def extra(x: Tensor, norm: nn.Module = module.norm) -> Tensor:
+        return norm(x)
+
+    module.extra = functools.partial(extra)
+    return module
+
+
+def keyword_default() -> nn.Module:
+    module = Holder()
+
+    def extra(x: Tensor, *, norm: nn.Module = module.norm) -> Tensor:
+        return norm(x)
+
+    module.extra = lambda x: extra(x)
+    return module
+
+
+def weak() -> nn.Module:
+    module = Holder()
+    module.norm.extra = weakref.ref(module)
+    return module
+
+
+def made_by_autograd() -> nn.Module:
+    module = Holder()
+    module.register_buffer("made", nn.Parameter(torch.ones(16)) * 2)
+    return module
+
+
 @pytest.mark.parametrize(
     ("build", "named"),
     [
+        (listed_function, "extra"),
+        (default_of_a_function, "extra"),
+        (keyword_default, "extra"),
+        (weak, "extra"),
+        (made_by_autograd, "Holder"),
         (closure, "extra"),
         (hooked, "_forward_hooks"),
         (tied_norm, "norm.weight"),
@@ -266,9 +311,11 @@ def compiled_part() -> nn.Module:
 def test_state_that_cannot_be_separated_is_named(build: Any, named: str) -> None:
     module = build()
     before = [(id(m), type(m)) for m in module.modules()]
+    random = torch.random.get_rng_state()
     with pytest.raises(ValueError, match=named):
         rpg.reuse(module, 2, rpg.RPGConfig(dof=64, granularity=8))
     assert [(id(m), type(m)) for m in module.modules()] == before
+    assert torch.equal(torch.random.get_rng_state(), random)
 
 
 def test_what_can_be_separated_is() -> None:
@@ -284,6 +331,49 @@ def test_what_can_be_separated_is() -> None:
     x = torch.randn(2, 16)
     assert not torch.equal(first.again(x), second.again(x))
     assert torch.equal(second.again(x), second(x))
+
+
+def test_what_is_not_the_modules_own_is_the_same_for_all() -> None:
+    """Nobody lists a copy of it, so nobody would train one."""
+    module, outside = Holder(), nn.Linear(16, 16)
+    module.mix, module.number = [outside], [nn.Parameter(torch.ones(1))]
+    module.norm.weight.no_weight_decay = True
+    first, second = rpg.reuse(module, 2, rpg.RPGConfig(dof=64, granularity=8))
+    assert second.mix[0] is first.mix[0] is outside
+    assert second.number[0] is first.number[0]
+    assert second.norm.weight is not first.norm.weight
+    assert second.norm.weight.no_weight_decay
+
+
+def test_taps_of_a_strided_convolution_stay() -> None:
+    net = nn.Sequential(nn.Conv2d(64, 64, 3, stride=2), nn.Conv2d(64, 64, 3))
+    uses = rpg.reuse(net, 3, rpg.RPGConfig(dof=64 * 64, laps=4))
+    taps = [[layer.virtual_weight.placement.taps for layer in use] for use in uses]
+    assert taps == [[1, 3]] * 3
+
+
+def test_without_remapping_laps_are_those_of_one_use() -> None:
+    net = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(ValueError, match="laps: got 4"):
+        rpg.reuse(net, 4, rpg.RPGConfig(dof=256, granularity=8, laps=4), remap=False)
+
+
+def test_what_is_a_norm() -> None:
+    class PreNorm(Holder):
+        pass
+
+    class OwnNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x - self.mean
+
+    first, second = rpg.reuse(nn.Sequential(PreNorm(), OwnNorm()), 2, remap=False)
+    assert second[0].inner is first[0].inner
+    assert second[0].norm is not first[0].norm
+    assert second[1].mean is not first[1].mean
 
 
 def table_bank() -> nn.Module:
