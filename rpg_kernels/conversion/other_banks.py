@@ -43,7 +43,7 @@ def refuse(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: obj
     """
     mine = {
         f"{name}.{key}" if name else key: child
-        for name, parent in model.named_modules()
+        for name, parent in model.named_modules(remove_duplicate=False)  # a part may stand twice
         for key, child in parent._modules.items()
         if isinstance(child, ParameterBank)
     }

@@ -347,3 +347,15 @@ def test_a_sequence_refuses_a_bank_too_many_that_is_like_one_of_its_own() -> Non
         with pytest.raises(RuntimeError, match="a bank that the model lacks"):
             one.load_state_dict(both.state_dict(), strict=strict)
         assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
+
+
+def test_a_part_that_stands_twice_in_a_sequence_has_its_bank_twice_in_a_state_dict() -> None:
+    def build() -> nn.Sequential:
+        part = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        return rpg.convert(nn.Sequential(part, part), rpg.RPGConfig(128, 8), lambda m, name: True)
+
+    first, second = build(), build()
+    assert sum("map_digits" in key for key in first.state_dict()) == 2
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(2, 16)
+    assert torch.equal(second(x), first(x))
