@@ -347,6 +347,10 @@ def test_a_sequence_refuses_a_bank_too_many_that_is_like_one_of_its_own() -> Non
         with pytest.raises(RuntimeError, match="a bank that the model lacks"):
             one.load_state_dict(both.state_dict(), strict=strict)
         assert all(torch.equal(v, before[k]) for k, v in one.state_dict().items())
+    # One of two banks under other names may be the model's, the other cannot.
+    moved = {key.replace("0.0.", "7.0.", 1): value for key, value in both.state_dict().items()}
+    with pytest.raises(RuntimeError, match="a bank that the model lacks"):
+        one.load_state_dict(moved)
 
 
 def test_a_part_that_stands_twice_in_a_sequence_has_its_bank_twice_in_a_state_dict() -> None:
