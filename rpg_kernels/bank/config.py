@@ -157,10 +157,8 @@ class RPGConfig:
 
     def __post_init__(self) -> None:
         self._check_groups()
-        if self.dof is not None:
+        if self.dof is not None or not self.groups:
             _checks.integer("dof", self.dof, 1, 2**62)
-        elif not self.groups:
-            raise _checks.fail("dof", None, f"an int from 1 to {2**62}")
         _checks.granularity(self.granularity)
         _checks.choice("reflect", self.reflect, REFLECT)
         _checks.boolean("permute", self.permute)

@@ -17,9 +17,9 @@ from benchmarks.harness.cases import Case, Layer
 from benchmarks.harness.problem import Problem
 from benchmarks.harness.timing import Work
 from rpg_kernels import native
-from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cuda import rules
+from rpg_kernels.backends.reference.rules import Reference
 from rpg_kernels.backends.triton import rules as triton
 
 HAS_SIMT = native.available() and hasattr(native.module(), "simt")
@@ -60,13 +60,13 @@ def test_what_is_asked_is_what_is_called(
     case = tools.case(op, dtype=dtype, dof=600, window=window, laps=window and 2)
     asked = calls.of(case, tools.CPU, "reference")
     made: list[Call] = []
-    real = dispatch.implementation
+    real = Reference.operator
 
-    def implementation(call: Call) -> Any:
+    def operator(self: Reference, call: Call) -> Any:
         made.append(call)
-        return real(call)
+        return real(self, call)
 
-    monkeypatch.setattr(dispatch, "implementation", implementation)
+    monkeypatch.setattr(Reference, "operator", operator)
     problem = Problem(case, tools.CPU)
     work = Work(problem, baselines.IMPLEMENTATIONS["rpg-reference"].build(problem, 1))
     work.backward(0, work.stack.forward(0))

@@ -242,7 +242,6 @@ def test_a_refused_conversion_changes_nothing(what: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: rpg.RPGConfig(), "dof: got None, wanted an int from 1"),
         (lambda: rpg.RPGConfig(groups=GROUPS), "dof: got None, and group 'enc' has none"),
         (lambda: rpg.RPGConfig(5, groups=[rpg.Group("x", "y", dof=5)]), "every group has a dof"),
         (lambda: rpg.RPGConfig(5, groups=[GROUPS[0], GROUPS[0]]), "two called 'enc'"),
