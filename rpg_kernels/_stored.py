@@ -136,7 +136,7 @@ class StoredValues(Tensor):
             raise RuntimeError(_not_trained(self))
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StoredValues({list(self.shape)}, {self.dtype}, as {self.form})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, str]]:
