@@ -263,6 +263,41 @@ _OWN: dict[Any, Callable[..., Any]] = {
 }
 
 
+def check_parts(parts: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+    """Refuse parts from elsewhere that are not those of one bank: kernels read where places point.
+
+    Args:
+        parts: codes and, where they are there, scales and places.
+        shape: slots and granularity of the bank.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, places beyond the rows, scales that are no
+            finite numbers from 0 on, codes that are NaN.
+    """
+    slots, granularity = shape
+    codes, scales, places = (parts.get(name) for name in PARTS)
+    if codes is None or codes.dim() != 2 or codes.shape[1] != granularity:
+        got = None if codes is None else f"shape {list(codes.shape)}"
+        raise _checks.fail("codes", got, f"[rows, {granularity}]")
+    rows = len(codes)
+    if places is None and rows != slots:
+        raise _checks.fail("codes", f"{rows} rows", f"{slots}, as there are no places")
+    if places is not None and (places.dtype, tuple(places.shape)) != (torch.int32, (slots,)):
+        got = f"{places.dtype} {list(places.shape)}"
+        raise _checks.fail("places", got, f"torch.int32 [{slots}]")
+    if scales is not None and (scales.dtype, tuple(scales.shape)) != (torch.float32, (rows,)):
+        got = f"{scales.dtype} {list(scales.shape)}"
+        raise _checks.fail("scales", got, f"torch.float32 [{rows}]")
+    if codes.is_meta:
+        return
+    if places is not None and bool(((places < ABSENT) | (places >= rows)).any()):
+        raise _checks.fail("places", "numbers beyond the rows", f"{ABSENT} to {rows - 1}")
+    if scales is not None and not bool((scales.isfinite() & (scales >= 0)).all()):
+        raise _checks.fail("scales", "NaN, infinite or negative ones", "finite numbers from 0 on")
+    if scales is not None and codes.is_floating_point() and bool(codes.float().isnan().any()):
+        raise _checks.fail("codes", "NaN", "numbers")
+
+
 def check_activations(activations: str) -> str:
     """One of ``ACTIVATIONS``."""
     return _checks.choice("activations", activations, ACTIVATIONS)
