@@ -136,8 +136,8 @@ def compact(model: Module) -> Module:
     Raises:
         TypeError: model is not an nn.Module.
         ValueError: the model has no bank, or no slot that is wholly zero; a bank is compacted
-            already, is all zeros, holds NaN or infinity, is on meta, has a table, or is pruned or parametrised (make
-            that permanent first, so that the mask goes). The model is unchanged.
+            already, is all zeros, holds NaN or infinity, is on meta, has a table, or is pruned or
+            parametrised (make that permanent first, so that the mask goes). The model is unchanged.
 
     Example:
         >>> import rpg_kernels as rpg
@@ -201,7 +201,7 @@ def expand(model: Module) -> Module:
         scales = stored.scales.new_zeros(len(stored))
         here = stored.places >= 0
         rows = stored.places[here].long()
-                codes.view(torch.uint8)[here] = stored.codes.view(torch.uint8)[rows]
+        codes.view(torch.uint8)[here] = stored.codes.view(torch.uint8)[rows]
         scales[here] = stored.scales[rows]
         bank.hold(StoredValues(codes, scales, None, stored.dtype, stored.activations))
     return model
