@@ -26,6 +26,7 @@ from rpg_kernels.conversion import (
 from rpg_kernels.explanation import explain
 from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.proof import prove
+from rpg_kernels.pruning import finish_pruning, prune, rewind
 from rpg_kernels.settings import scratch_limit
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "backend",
     "convert",
     "explain",
+    "finish_pruning",
     "flops",
     "freeze",
     "functional",
@@ -49,7 +51,9 @@ __all__ = [
     "nn",
     "param_groups",
     "prove",
+    "prune",
     "reuse",
+    "rewind",
     "save",
     "scratch_limit",
     "summary",
