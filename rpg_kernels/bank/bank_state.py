@@ -301,8 +301,9 @@ class BankState(nn.Module):
             self._take_scales(theirs)
         digits = self._buffers[DIGITS]
         assert digits is not None
-        if digits.is_meta and not self.weight.is_meta:
-            self._buffers[DIGITS] = torch.empty_like(digits, device=self.weight.device)
+        trained = next(self.parameters())  # ``weight`` may be what a hook computed before
+        if digits.is_meta and not trained.is_meta:
+            self._buffers[DIGITS] = torch.empty_like(digits, device=trained.device)
         self.write_map()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BankState:

@@ -147,6 +147,18 @@ def test_moving_and_casting(make: Any) -> None:
     assert next(m for m in net.modules() if isinstance(m, rpg.ParameterBank)).weight.is_meta
 
 
+@pytest.mark.parametrize("make", MAKE)
+def test_from_meta(make: Any) -> None:
+    net = pruned(make).eval()
+    wanted, state = net(X), copy.deepcopy(net.state_dict())
+    net.to("meta")
+    with pytest.raises(ValueError, match="its mask is data"):
+        rpg.initialize(net)
+    net.load_state_dict(state, assign=True)
+    assert torch.equal(net(X), wanted)
+    assert not any(value.is_meta for value in net.state_dict().values())
+
+
 def test_drawing_a_pruned_bank_anew() -> None:
     net = pruned()
     before, of_net = net.rpg_bank.weight_orig.detach().clone(), masks(net)
