@@ -52,7 +52,7 @@ def contents_of(model: nn.Module) -> Contents:
     for name, module in modules:
         if isinstance(module, VirtualLayer):
             weight = module.virtual_weight
-            place = weight.placement.layer, *map(list, weight.placement.selection)
+            place = weight.placement.layer, *weight.placement.selection_record()
             layers[name] = [first_names[id(weight.bank)], *place]
     contents = Contents(plain, {}, {}, banks, {}, layers)
     maps = {join(name, DIGITS): name for name in banks}

@@ -140,7 +140,7 @@ class HoldsBank(nn.Module):
         """Which of the bank's layers this is, as metadata of state dicts."""
         placement = self.virtual_weight.placement
         whole = placement.selected_shape == placement.shape
-        return [placement.layer, *([] if whole else map(list, placement.selection))]
+        return [placement.layer, *([] if whole else placement.selection_record())]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HoldsBank:
         alone = not memo
