@@ -26,6 +26,7 @@ from rpg_kernels.conversion import (
 from rpg_kernels.explanation import explain
 from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.proof import prove
+from rpg_kernels.pruning import keep_channels, kept_channels, prune_channels
 from rpg_kernels.settings import scratch_limit
 
 __all__ = [
@@ -44,11 +45,14 @@ __all__ = [
     "freeze",
     "functional",
     "initialize",
+    "keep_channels",
+    "kept_channels",
     "load",
     "materialize",
     "nn",
     "param_groups",
     "prove",
+    "prune_channels",
     "reuse",
     "save",
     "scratch_limit",

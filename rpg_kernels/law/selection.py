@@ -65,8 +65,7 @@ def checked(name: str, selection: object, size: int) -> Selection:
     """
     if isinstance(selection, Chosen):
         _checks.integer(f"{name} index", selection.indices[-1], 0, size - 1)
-        runs = selection.runs
-        return (runs[0], runs[1]) if len(runs) == 2 else selection
+        return _short(selection)
     selection = (0, size) if selection is None else selection
     if not isinstance(selection, tuple) or len(selection) != 2:
         raise _checks.fail(name, repr(selection), "a pair (offset, length), or Chosen")
@@ -74,6 +73,13 @@ def checked(name: str, selection: object, size: int) -> Selection:
     _checks.integer(f"{name} offset", offset, 0, size - 1)
     _checks.integer(f"{name} length", length, 1, size - offset)
     return offset, length
+
+
+def _short(chosen: Chosen) -> Selection:
+    """Neighbours as a range."""
+    first, last = chosen.indices[0], chosen.indices[-1]
+    size = last - first + 1
+    return (first, size) if size == len(chosen.indices) else chosen
 
 
 def indices_of(selection: Selection) -> Sequence[int]:
@@ -110,7 +116,7 @@ def narrowed(selection: Selection, start: int, length: int) -> Selection:
     _checks.integer("start", start, 0, size - 1)
     _checks.integer("length", length, 1, size - start)
     if isinstance(selection, Chosen):
-        return Chosen(selection.indices[start : start + length])
+        return _short(Chosen(selection.indices[start : start + length]))
     return selection[0] + start, length
 
 
@@ -127,7 +133,7 @@ def composed(selection: Selection, indices: Iterable[int]) -> Selection:
     of = indices_of(selection)
     wanted = Chosen(tuple(indices)).indices
     _checks.integer("indices", wanted[-1], 0, len(of) - 1)
-    return Chosen(tuple(of[index] for index in wanted))
+    return _short(Chosen(tuple(of[index] for index in wanted)))
 
 
 def record(selection: Selection) -> list[int] | dict[str, list[int]]:
@@ -156,7 +162,7 @@ def from_record(name: str, given: object) -> Selection:
     """
     wanted = "a list of ints, or runs of chosen indices"
     if isinstance(given, list):
-        return tuple(given)  # type: ignore[return-value]  # its length is checked by Placement
+        return tuple(given)  # its length is checked where the size is known
     runs = given.get("chosen") if isinstance(given, dict) and len(given) == 1 else None
     if not isinstance(runs, list) or not runs or len(runs) % 2:
         raise _checks.fail(name, repr(given), wanted)
@@ -168,4 +174,4 @@ def from_record(name: str, given: object) -> Selection:
         if length == 0 or (indices and offset <= indices[-1]):
             raise _checks.fail(name, repr(given), "ascending runs, none of them empty")
         indices += range(offset, offset + length)
-    return Chosen(tuple(indices))
+    return _short(Chosen(tuple(indices)))

@@ -44,7 +44,8 @@ MAY = {
     "flops": BACKENDS | {"ops"},
     "conversion": MODELS,
     "models": MODELS | {"models"},
-    "checkpoint": MODELS | {"checkpoint"},
+    "pruning": MODELS | {"pruning"},
+    "checkpoint": MODELS | {"checkpoint", "pruning"},
     "interop": MODELS | {"models", "interop"},
 }
 ANY = {"__init__", "cli", "doctor", "timing"}  # at the top; the package's own names are theirs too
