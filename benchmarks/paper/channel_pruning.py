@@ -116,8 +116,8 @@ class Pruning(Classification):
             values = {name: value.clone() for name, value in model.state_dict().items()}
             accuracy = train.accuracy(model, self._pixels, self._schedule)
             self._whole[key] = values, accuracy
-        values, accuracy = self._whole[key]
-        model.load_state_dict(values)
+        trained, accuracy = self._whole[key]
+        model.load_state_dict(trained)
         return accuracy
 
     def _prune(self, model: ResNet, row: Row, importance: Any = None) -> None:
@@ -199,14 +199,15 @@ EXPERIMENT = Experiment(
     unshared="ResNet-18, vanilla",
     task=task,
     text="""\
-The paper's coarse-grained pruning, with the networks, images and recipe of the classification
-tables: each network is trained, and tuned for two more epochs; or it is trained, `rpg.prune_channels`
-removes output channels until a forward takes half of the FLOPs, and it is tuned as long. Dense
-networks and those that read a bank are pruned by the same code: importance is first-order Taylor on
-eight batches of training images, the channels of least importance for each FLOP go first, the
-residual ones together, and multiples of 16 remain. "Before tuning" is the accuracy at the end of
-training, or right after channels were removed. A pruned layer reads the same elements of the bank as
-the whole one, so that the degrees of freedom stay. FLOPs are those of torch's counter, which counts
-a multiplication as two. Times are of networks of half the FLOPs too, pruned as they start.
+The paper's coarse-grained pruning, with networks and images of the classification tables: each
+network is trained, and tuned for two more epochs; or it is trained, `rpg.prune_channels` removes
+output channels until a forward takes half of the FLOPs, and it is tuned as long. Dense networks and
+those that read a bank are pruned by the same code: importance is first-order Taylor on eight
+batches of training images, the channels of least importance for each FLOP go first, the residual
+ones together, and multiples of 16 remain. "Before tuning" is the accuracy at the end of training,
+or right after channels were removed. A pruned layer reads its part of the bank where the whole one
+reads it, and the bank stays as large, so the degrees of freedom do too. FLOPs are those of torch's
+counter, which counts a multiplication as two. The pruned networks that are timed are pruned as they
+start, by the magnitude of their filters.
 """,
 )

@@ -20,6 +20,9 @@ from rpg_kernels.nn import VirtualLayer
 EXTRA_STATE = "_extra_state"  # torch's suffix for what get_extra_state returns
 
 
+CHANNELS = "rpg_channels"  # key of a file's metadata: what ``kept_channels`` gives
+
+
 @dataclass(frozen=True)
 class Contents:
     """A model's state, by the names that files use."""

@@ -81,7 +81,7 @@ def taylor(model: nn.Module, graph: ChannelGraph, losses: Losses) -> dict[int, f
                 got = f"a {type(loss).__name__}"
                 raise TypeError(f"importance: got {got} from it, wanted the loss of each batch")
             if not loss.requires_grad or not bool(torch.isfinite(loss)):
-                got = f"a loss of {float(loss)}" + ("" if loss.requires_grad else ", no gradient")
+                got = f"a loss of {loss.item()}" + ("" if loss.requires_grad else ", no gradient")
                 raise _checks.fail("importance", got, "a finite loss with a gradient")
             grads = torch.autograd.grad(loss, gates, allow_unused=True)
             change: dict[int, float] = defaultdict(float)

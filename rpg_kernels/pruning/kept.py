@@ -95,7 +95,11 @@ def _cut_of(name: str, layer: nn.Module | None, record: object) -> Cut:
     out, into = (
         tuple(
             selections.indices_of(
-                selections.checked(f"kept: layer {name!r}", selections.from_record(name, one), size)
+                selections.checked(
+                    f"kept: layer {name!r}",
+                    selections.from_record(f"kept: layer {name!r}", one),
+                    size,
+                )
             )
         )
         for one, size in sizes

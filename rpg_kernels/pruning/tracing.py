@@ -16,14 +16,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from rpg_kernels import _checks
 from rpg_kernels.nn import VirtualLayer
 from rpg_kernels.pruning import operations as known
 from rpg_kernels.pruning.channel_graph import ChannelGraph, Use
 from rpg_kernels.pruning.cutting import (
-    CONVOLUTIONS,
     LAYERS,
     LINEAR,
     NORMS,
@@ -113,7 +111,7 @@ class _Run(fx.Interpreter):
                 yield use, "which has groups"
             elif tied:
                 yield use, "whose parameters are another layer's too"
-            elif not own or parametrize.is_parametrized(layer):
+            elif not own:  # a parametrised layer has a type of its own, and is not known at all
                 yield use, "whose weight is computed from other parameters"
             elif layer._forward_hooks or layer._forward_pre_hooks:
                 yield use, "which has hooks"
@@ -228,7 +226,7 @@ class _Run(fx.Interpreter):
         """Whether a node asks for sizes other than that of the channels."""
         if n.target in known.SIZES and len(n.args) == 2:
             asked = [n.args[1]]
-        elif n.target is getattr and n.args[1:] == ("shape",) or n.target in known.SIZES:
+        elif (n.target is getattr and n.args[1:] == ("shape",)) or n.target in known.SIZES:
             if any(user.target is not operator.getitem for user in n.users):
                 return False
             asked = [user.args[1] for user in n.users]
