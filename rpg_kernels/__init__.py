@@ -30,7 +30,14 @@ from rpg_kernels.conversion import (
 from rpg_kernels.explanation import explain
 from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.proof import prove
-from rpg_kernels.pruning import finish_pruning, prune, rewind
+from rpg_kernels.pruning import (
+    finish_pruning,
+    keep_channels,
+    kept_channels,
+    prune,
+    prune_channels,
+    rewind,
+)
 from rpg_kernels.settings import scratch_limit
 
 __all__ = [
@@ -53,12 +60,15 @@ __all__ = [
     "freeze",
     "functional",
     "initialize",
+    "keep_channels",
+    "kept_channels",
     "load",
     "materialize",
     "nn",
     "param_groups",
     "prove",
     "prune",
+    "prune_channels",
     "quantize",
     "reuse",
     "rewind",

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from benchmarks.accuracy import jobs
 from benchmarks.harness import machine, memory
 from benchmarks.paper import running
-from benchmarks.paper.experiment import Experiment, Task
+from benchmarks.paper.experiment import Experiment, Infers, Task
 from examples.demo import train
 from rpg_kernels._extras import require
 
@@ -62,6 +62,10 @@ def measure(experiment: Experiment, task: Task, pattern: str = "*") -> dict[str,
     steps = [task.training_step(model) for model in models]
     bytes_ = [_bytes(model, step) for model, step in zip(models, steps, strict=True)]
     seconds = in_turn(steps)
+    forwards: list[dict[str, Any]] = [{} for _ in rows]
+    if isinstance(task, Infers):
+        of_forwards = in_turn([task.inference(model) for model in models])
+        forwards = [{"inference_seconds": statistics.median(of)} for of in of_forwards]
     return {
         "experiment": experiment.name,
         **running.common(task),
@@ -74,8 +78,11 @@ def measure(experiment: Experiment, task: Task, pattern: str = "*") -> dict[str,
                 "step_seconds": statistics.median(of_row),
                 "rounds": of_row,
                 **of_memory,
+                **of_forward,
             }
-            for row, of_row, of_memory in zip(rows, seconds, bytes_, strict=True)
+            for row, of_row, of_memory, of_forward in zip(
+                rows, seconds, bytes_, forwards, strict=True
+            )
         },
     }
 

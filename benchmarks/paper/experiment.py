@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -77,6 +77,14 @@ class Task(Protocol):
 
     def training_step(self, model: nn.Module) -> Callable[[], object]:
         """A function that makes one step on one fixed batch, to be timed beside other networks'."""
+
+
+@runtime_checkable
+class Infers(Protocol):
+    """A task whose costs have a forward without gradients too."""
+
+    def inference(self, model: nn.Module) -> Callable[[], object]:
+        """A function that runs one fixed batch, to be timed beside other networks'."""
 
 
 @dataclass(frozen=True)

@@ -190,16 +190,20 @@ def provenance(experiment: Experiment, runs: Sequence[Record]) -> list[str]:
 
 def costs_table(experiment: Experiment, timed: Mapping[str, Any]) -> list[str]:
     """One line for each row, beside the unshared one."""
-    head = ("network", "training step", "of unshared", "memory between steps", "of unshared",
-            "saved beyond activations")  # fmt: skip
+    infers = any("inference_seconds" in one for one in timed["rows"].values())
+    head = ["network", "training step", "of unshared", "memory between steps", "of unshared",
+            "saved beyond activations"]  # fmt: skip
+    head += ["inference", "of unshared"] if infers else []
     table = []
     for row in experiment.rows:
         one = timed["rows"].get(row.name)
         if one is None:
-            table.append((row.name, *["not measured"] * 5))
+            table.append((row.name, *["not measured"] * (len(head) - 1)))
             continue
         base = timed["rows"].get(row.unshared or experiment.unshared, {})
         saved = one["saved_beyond_activations_bytes"]
+        forward = one.get("inference_seconds")
+        beside = (seconds(forward), ratio(forward, base.get("inference_seconds"))) if infers else ()
         table.append(
             (
                 row.name,
@@ -208,6 +212,7 @@ def costs_table(experiment: Experiment, timed: Mapping[str, Any]) -> list[str]:
                 f"{one['state_bytes'] / 1e6:.1f} MB",
                 ratio(one["state_bytes"], base.get("state_bytes")),
                 "not measured" if saved is None else f"{saved / 1e6:.2f} MB",
+                *beside,
             )
         )
     e, rounds = timed["environment"], len(next(iter(timed["rows"].values()))["rounds"])
@@ -218,6 +223,7 @@ def costs_table(experiment: Experiment, timed: Mapping[str, Any]) -> list[str]:
         "Memory between steps: weights, gradients, the optimiser's state, and tables and buffers. "
         "Saved beyond activations: what a forward keeps for the backward that is the same for any "
         "batch, that is tables and copies of weights. "
+        f"{'Inference: a forward of the same batch. ' if infers else ''}"
         f"{e['device_name']}, {e['threads']} thread{'s' * (e['threads'] > 1)}, torch {e['torch']}, "
         f"commit {(e['commit'] or 'unknown')[:12]}."
     )

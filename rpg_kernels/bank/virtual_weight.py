@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -129,6 +129,25 @@ class VirtualWeight(TensorLike):
         placement = self.placement.narrow(dim, start, length)
         return VirtualWeight(self.bank, placement, self.root or self)
 
+    def select(self, dim: int, indices: Sequence[int]) -> VirtualWeight:
+        """Chosen rows (dim 0) or columns (dim 1, in-channels of a convolution).
+
+        Args:
+            dim: 0 or 1.
+            indices: strictly ascending numbers of this weight's rows or columns.
+
+        Raises:
+            IndexError, TypeError, ValueError: dim or indices are out of range or order.
+
+        Example:
+            >>> from rpg_kernels import ParameterBank
+            >>> vw = ParameterBank(dof=640, granularity=64).place((8, 128))
+            >>> torch.equal(vw.select(0, [1, 4, 5]).unpack(), vw.unpack()[[1, 4, 5]])
+            True
+        """
+        placement = self.placement.select(dim, indices)
+        return VirtualWeight(self.bank, placement, self.root or self)
+
     def whole(self) -> VirtualWeight:
         """The weight that this is a part of, or itself."""
         return self.root or self
@@ -245,11 +264,18 @@ class VirtualWeight(TensorLike):
     def __repr__(self) -> str:
         p = self.placement
         full = tuple(p.shape)
-        part = "" if p.selected_shape == full else f" of {full} at {p.rows}, {p.columns}"
+        part = "" if p.selected_shape == full else f" of {full} at {_places(p)}"
         return (
             f"VirtualWeight({tuple(self.shape)}{part}, layer={p.layer}, start={p.start}, "
             f"scale={self.scale:.4g}, dof={self.bank.dof})"
         )
+
+
+def _places(p: Placement) -> str:
+    """Rows and columns, for readers."""
+    chosen = p.rows_chosen, p.columns_chosen
+    ranges = zip(chosen, (p.rows, p.columns), strict=True)
+    return ", ".join(str(pair) if c is None else f"{len(c)} chosen" for c, pair in ranges)
 
 
 def _texts(placement: Placement) -> tuple[str, str]:

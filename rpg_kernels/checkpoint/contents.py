@@ -20,6 +20,9 @@ from rpg_kernels.nn import VirtualLayer
 EXTRA_STATE = "_extra_state"  # torch's suffix for what get_extra_state returns
 
 
+CHANNELS = "rpg_channels"  # key of a file's metadata: what ``kept_channels`` gives
+
+
 @dataclass(frozen=True)
 class Contents:
     """A model's state, by the names that files use."""
@@ -52,7 +55,7 @@ def contents_of(model: nn.Module) -> Contents:
     for name, module in modules:
         if isinstance(module, VirtualLayer):
             weight = module.virtual_weight
-            place = weight.placement.layer, *map(list, weight.placement.selection)
+            place = weight.placement.layer, *weight.placement.selection_record()
             layers[name] = [first_names[id(weight.bank)], *place]
     contents = Contents(plain, {}, {}, banks, {}, layers)
     maps = {join(name, DIGITS): name for name in banks}

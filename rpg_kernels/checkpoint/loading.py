@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,16 @@ from rpg_kernels._json import parse_json
 from rpg_kernels._tensors import memory
 from rpg_kernels.bank.bank_map import BankMap
 from rpg_kernels.checkpoint import file_format, stored_banks
-from rpg_kernels.checkpoint.contents import EXTRA_STATE, Contents, contents_of, join, some, ties
+from rpg_kernels.checkpoint.contents import (
+    CHANNELS,
+    EXTRA_STATE,
+    Contents,
+    contents_of,
+    join,
+    some,
+    ties,
+)
+from rpg_kernels.pruning import keep_channels, kept_channels
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,8 +36,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     are, floating-point ones cast to their dtype, so that optimisers keep them; parameters on
     meta are made anew on the CPU, in their dtype. The layers' scales are those of the file. A bank
     that the file holds in another form, quantised, compacted or neither, takes that form, as a new
-    parameter.
-    Nothing is unpickled. The file's tensors are held in CPU memory meanwhile.
+    parameter. A pruned model's file prunes a whole model alike: the layers that lost channels then
+    have new parameters. Nothing is unpickled. The file's tensors are held in CPU memory meanwhile.
 
     Args:
         model: built as the saved one was; it may be on meta, wholly or in part. Buffers that no
@@ -63,15 +73,44 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     try:
         tensors, metadata = file_format.read(path)
         stored = _record(metadata, "rpg_stored") if "rpg_stored" in metadata else {}
-        forms = stored_banks.forms_of(contents, stored, tensors)
-        stored_banks.in_forms(contents, forms)
-        state = _state(contents, tensors, metadata)
+        with _pruned_alike(contents.model, metadata):
+            contents = contents_of(model)
+            forms = stored_banks.forms_of(contents, stored, tensors)
+            stored_banks.in_forms(contents, forms)
+            state = _state(contents, tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error)[:1000]}") from error
     stored_banks.take_forms(contents, forms)
     _materialize(contents.model)
     contents.model.load_state_dict(state)
     return model
+
+
+@contextmanager
+def _pruned_alike(model: nn.Module, metadata: dict[str, str]) -> Iterator[None]:
+    """Remove the channels that the saved model lacks; whole again where the context fails.
+
+    Raises:
+        ValueError: the model has lost other channels before, or its layers are others.
+    """
+    theirs = _record(metadata, CHANNELS) if CHANNELS in metadata else {}
+    mine = kept_channels(model)
+    if theirs == mine:
+        yield
+        return
+    if mine:
+        got = f"those of a model that was pruned otherwise ({some(sorted({*theirs, *mine}))})"
+        wanted = "those that this model kept, or load into a whole model, which is pruned alike"
+        raise _checks.fail(CHANNELS, got, wanted)
+    try:
+        undo = keep_channels(model, theirs)
+    except TypeError as error:
+        raise ValueError(f"{CHANNELS}: {error}") from error
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 def _state(
@@ -100,7 +139,8 @@ def _state(
     for name, wanted in contents.layers.items():
         if layers[name] != wanted:
             what = "(bank, layer number, rows, columns)"
-            raise ValueError(f"{name or 'model'}: got {layers[name]}, wanted {wanted} {what}")
+            got = f"{str(layers[name])[:200]}, wanted {str(wanted)[:200]}"
+            raise ValueError(f"{name or 'model'}: got {got} {what}")
     _same_names("tensors", values, contents.tensors)
     for name, tensor in contents.tensors.items():
         if name.endswith(EXTRA_STATE):  # another module's, which may be of any kind

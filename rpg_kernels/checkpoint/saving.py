@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from rpg_kernels import _checks
 from rpg_kernels._version import __version__
 from rpg_kernels.checkpoint import file_format
-from rpg_kernels.checkpoint.contents import contents_of, some, ties
+from rpg_kernels.checkpoint.contents import CHANNELS, contents_of, some, ties
 from rpg_kernels.checkpoint.stored_banks import record_of
+from rpg_kernels.pruning import kept_channels
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model's values to a safetensors file that only a model of the same map loads.
+
+    A pruned model's file says which channels remain, so that ``load`` prunes a whole one alike.
 
     The file holds parameters and persistent buffers, tied ones once: bank elements, what is not
     shared, and a header. Its metadata holds each bank's map (generator and layers, with scales)
@@ -72,6 +75,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     if stored:
         metadata["rpg_stored"] = _dump(stored)
+    kept = kept_channels(contents.model)
+    if kept:
+        metadata[CHANNELS] = _dump(kept)
     file_format.write(os.path.realpath(os.fsdecode(path)), tensors, metadata)
 
 

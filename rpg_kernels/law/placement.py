@@ -9,20 +9,22 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 from rpg_kernels import _checks
+from rpg_kernels.law import selection as selections
 from rpg_kernels.law import unit as unit_law
 from rpg_kernels.law.generator import Generator, TableGenerator, parse_generator
 from rpg_kernels.law.geometry import VirtualMatrix
 from rpg_kernels.law.ring import LAW_VERSION, MAX_BAND, LayerLaw
+from rpg_kernels.law.selection import Chosen, Range, Selection
 from rpg_kernels.law.unit import UNIT_LAW, UnitLaw
 
-Range = tuple[int, int]
 _KEYS = ("generator", "layer", "start", "shape", "scale", "rows", "columns")
 
 
 @dataclass(frozen=True)
 class BlockColumns:
     """What selected columns need of each run of a row: ``count`` blocks from block ``low``, and
-    ``length`` of their elements from element ``first``."""
+    ``length`` of their elements from element ``first``. Of chosen columns: what the smallest
+    range needs that holds them."""
 
     low: int
     count: int
@@ -42,8 +44,8 @@ class Placement:
             ``alignment`` of the law; with a table the first entry.
         shape: torch's shape of the full weight, ``[N, K]`` or ``[out, in/groups, *kernel]``.
         scale: the layer's multiplier; finite and not zero.
-        rows, columns: the selection along dimensions 0 and 1 of the shape as (offset, length);
-            None for all of it.
+        rows, columns: the selection along dimensions 0 and 1 of the shape: (offset, length) or
+            ``Chosen`` indices, which become a range where they are neighbours; None for all of it.
         taps: of a unit (law 3): a divisor of the kernel's, at most the laps; None for the largest,
             or where there are no units.
 
@@ -54,6 +56,8 @@ class Placement:
         >>> p = Placement(Generator(100, 8, "vector"), layer=0, start=0, shape=(6, 20), scale=2.0)
         >>> p.narrow(0, 2, 3).selected_shape, parse(p.to_json()) == p
         ((3, 20), True)
+        >>> p.select(0, [1, 4, 5]).narrow(0, 1, 2).rows, p.select(1, [1, 3]).columns_chosen
+        ((4, 2), (1, 3))
     """
 
     generator: Generator | TableGenerator
@@ -61,8 +65,8 @@ class Placement:
     start: int
     shape: tuple[int, ...]
     scale: float
-    rows: Range | None = None
-    columns: Range | None = None
+    rows: Selection | None = None
+    columns: Selection | None = None
     taps: int | None = None
     matrix: VirtualMatrix = field(init=False, repr=False, compare=False)  # the full weight
     selected_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -75,16 +79,9 @@ class Placement:
         matrix = VirtualMatrix(self.shape, self.generator.granularity)
         object.__setattr__(self, "matrix", matrix)
         for name, size in (("rows", self.matrix.rows), ("columns", self.matrix.channels)):
-            selection = getattr(self, name)
-            selection = (0, size) if selection is None else selection
-            if not isinstance(selection, tuple) or len(selection) != 2:
-                raise _checks.fail(name, repr(selection), "a pair (offset, length)")
-            offset, length = selection
-            _checks.integer(f"{name} offset", offset, 0, size - 1)
-            _checks.integer(f"{name} length", length, 1, size - offset)
-            object.__setattr__(self, name, (offset, length))
-        (_, rows), (_, columns) = self.selection
-        object.__setattr__(self, "selected_shape", (rows, columns, *self.shape[2:]))
+            object.__setattr__(self, name, selections.checked(name, getattr(self, name), size))
+        selected = (selections.count(self.selected(dim)) for dim in (0, 1))
+        object.__setattr__(self, "selected_shape", (*selected, *self.shape[2:]))
         g = self.generator
         laps = g.laps if isinstance(g, Generator) and g.law == UNIT_LAW else None
         if laps is not None and self.taps is None:
@@ -153,12 +150,38 @@ class Placement:
             return unit_law.span_of(self.matrix)
         return self.matrix.span
 
+    def selected(self, dim: int) -> Selection:
+        """The rows (dim 0) or columns (dim 1), never None."""
+        selection = self.columns if dim else self.rows
+        assert selection is not None
+        return selection
+
+    @property
+    def rows_chosen(self) -> tuple[int, ...] | None:
+        """The chosen rows; None where the rows are a range."""
+        return self.rows.indices if isinstance(self.rows, Chosen) else None
+
+    @property
+    def columns_chosen(self) -> tuple[int, ...] | None:
+        """The chosen columns; None where the columns are a range."""
+        return self.columns.indices if isinstance(self.columns, Chosen) else None
+
     @property
     def selection(self) -> tuple[Range, Range]:
-        """Rows and columns as (offset, length), never None."""
-        assert self.rows is not None
-        assert self.columns is not None
-        return self.rows, self.columns
+        """Rows and columns as (offset, length), for code that reads ranges only.
+
+        Raises:
+            ValueError: rows or columns are chosen.
+        """
+        rows, columns = self.selected(0), self.selected(1)
+        if isinstance(rows, Chosen) or isinstance(columns, Chosen):
+            got = "chosen rows or columns"
+            raise _checks.fail("selection", got, "ranges; see rows_chosen and columns_chosen")
+        return rows, columns
+
+    def hull(self, dim: int) -> Range:
+        """The smallest range that holds the selected rows (dim 0) or columns (dim 1)."""
+        return selections.hull(self.selected(dim))
 
     @property
     def numel(self) -> int:
@@ -172,13 +195,33 @@ class Placement:
             IndexError: dim is neither 0 nor 1.
             ValueError: the part is empty or reaches beyond the selection.
         """
+        return self._with(dim, selections.narrowed(self._along(dim), start, length))
+
+    def select(self, dim: int, indices: Sequence[int]) -> Placement:
+        """Chosen rows (dim 0) or columns (dim 1) of this placement.
+
+        Args:
+            dim: 0 or 1.
+            indices: strictly ascending numbers within the selection.
+
+        Raises:
+            IndexError: dim is neither 0 nor 1.
+            TypeError, ValueError: the indices are none, not ascending, or reach beyond the
+                selection.
+        """
+        return self._with(dim, selections.composed(self._along(dim), indices))
+
+    def _along(self, dim: int) -> Selection:
         if dim not in (0, 1):
             raise IndexError(f"dim: got {dim}, wanted 0 (rows) or 1 (columns)")
-        offset, size = self.selection[dim]
-        _checks.integer("start", start, 0, size - 1)
-        _checks.integer("length", length, 1, size - start)
-        part = (offset + start, length)
-        return replace(self, rows=part) if dim == 0 else replace(self, columns=part)
+        return self.selected(dim)
+
+    def _with(self, dim: int, selection: Selection) -> Placement:
+        return replace(self, columns=selection) if dim else replace(self, rows=selection)
+
+    def selection_record(self) -> list[list[int] | dict[str, list[int]]]:
+        """Rows and columns as JSON and state dicts keep them."""
+        return [selections.record(self.selected(dim)) for dim in (0, 1)]
 
     def of_images(self) -> Placement:
         """Of a sequence's convolution the same weight, for images of height one; else itself.
@@ -200,19 +243,20 @@ class Placement:
         Rows whose run holds all taps are taken whole; the caller selects their columns.
         """
         matrix = self.matrix
-        offset, length = self.selection[1] if matrix.by_tap else (0, matrix.run)
+        offset, length = self.hull(1) if matrix.by_tap else (0, matrix.run)
         low, high = offset // matrix.block, -(-(offset + length) // matrix.block)
         return BlockColumns(low, high - low, offset - low * matrix.block, length)
 
     def to_json(self) -> str:
         """One line of JSON: the operators' argument, and what a checkpoint keeps."""
-        (rows, columns), shape = self.selection, list(self.shape)
+        rows, columns = (selections.text(self.selected(dim)) for dim in (0, 1))
+        shape = list(self.shape)
         taps = "" if self.taps is None else f',"taps":{self.taps}'
         # Written out, since torch.compile cannot trace the json module.
         return (
             f'{{"generator":{self.generator.to_json()},"layer":{self.layer},"start":{self.start},'
-            f'"shape":{shape},"scale":{float(self.scale)!r},"rows":{list(rows)},'
-            f'"columns":{list(columns)}{taps}}}'
+            f'"shape":{shape},"scale":{float(self.scale)!r},"rows":{rows},'
+            f'"columns":{columns}{taps}}}'
         )
 
 
@@ -294,10 +338,11 @@ def parse(text: str) -> Placement:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise _checks.fail("placement", repr(text[:80]), "the JSON of a Placement") from error
     generator = parse_generator(json.dumps(given.pop("generator")))
-    for name in ("shape", "rows", "columns"):
-        if not isinstance(given[name], list):
-            raise _checks.fail(name, repr(given[name]), "a list of ints")
-        given[name] = tuple(given[name])
+    if not isinstance(given["shape"], list):
+        raise _checks.fail("shape", repr(given["shape"]), "a list of ints")
+    given["shape"] = tuple(given["shape"])
+    for name in ("rows", "columns"):
+        given[name] = selections.from_record(name, given[name])
     return Placement(generator, **given)
 
 

@@ -126,21 +126,21 @@ class HoldsBank(nn.Module):
             got = f"with a weight of its own, wanted one that reads {bank_name(group)}"
         elif theirs != mine:
             what = "(number of the layer; rows and columns, of a part of one)"
-            got = f"that reads its bank at {theirs} {what}, wanted {mine}"
+            got = f"that reads its bank at {str(theirs)[:200]} {what}, wanted {str(mine)[:200]}"
         elif group and their_group != group:
             got = f"in group {their_group!r}, wanted {group!r}"
         if got:
             raise RuntimeError(
                 f"Error(s) in loading a state dict: {prefix[:-1] or 'layer'}: got values of a "
                 f"layer {got}; build the model as the saved one was built, in the same order, with "
-                "the same ties and groups"
+                "the same ties and groups, and prune it alike (rpg.keep_channels)"
             )
 
     def _reads(self) -> list[Any]:
         """Which of the bank's layers this is, as metadata of state dicts."""
         placement = self.virtual_weight.placement
         whole = placement.selected_shape == placement.shape
-        return [placement.layer, *([] if whole else map(list, placement.selection))]
+        return [placement.layer, *([] if whole else placement.selection_record())]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HoldsBank:
         alone = not memo

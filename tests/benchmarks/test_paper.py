@@ -354,6 +354,7 @@ def test_committed_pages_are_what_the_files_give() -> None:
 
 def test_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["nothing"]) == 1
-    assert "name: got 'nothing', wanted one of: blocks, classification" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "name: got 'nothing', wanted one of: blocks, channel_pruning, classification" in said
     assert __main__.main(["classification", "--threads", "0"]) == 1
     assert __main__.main(["report", "nothing"]) == 1

@@ -7,6 +7,7 @@ taps, padding, the ring, segments and selections are worked out anew, entry by e
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -144,9 +145,18 @@ def index_and_sign(weight: rpg.VirtualWeight) -> tuple[Tensor, Tensor]:
     whole = Placement(p.generator, p.layer, p.start, p.shape, p.scale, taps=p.taps)
     table = weight.bank.table
     index, sign = _full(whole) if table is None else _from_table(whole, table)
-    (row, rows), (column, columns) = p.selection
-    part = (slice(row, row + rows), slice(column, column + columns))
+    part = torch.meshgrid(*(selected_along(p, dim) for dim in (0, 1)), indexing="ij")
     return index[part], sign[part]
+
+
+def selected_along(p: Placement, dim: int) -> Tensor:
+    """The selected rows or columns, from what the placement says as JSON."""
+    record = json.loads(p.to_json())[("rows", "columns")[dim]]
+    runs = record["chosen"] if isinstance(record, dict) else record
+    numbers: list[int] = []
+    for offset, length in zip(runs[::2], runs[1::2], strict=True):
+        numbers += range(offset, offset + length)
+    return torch.tensor(numbers)
 
 
 def generating_matrix(weight: rpg.VirtualWeight) -> Tensor:

@@ -43,6 +43,16 @@ def part(rng: random.Random, weight: rpg.VirtualWeight) -> rpg.VirtualWeight:
     return weight
 
 
+def chosen(rng: random.Random, weight: rpg.VirtualWeight) -> rpg.VirtualWeight:
+    """Some rows and columns that are not neighbours, of the weight or of a part of it."""
+    weight = part(rng, weight)
+    for dim in (0, 1):
+        size = weight.shape[dim]
+        count = rng.choice([1, 2, size // 2 + 1, size])
+        weight = weight.select(dim, sorted(rng.sample(range(size), min(size, count))))
+    return weight
+
+
 def arguments(
     weight: rpg.VirtualWeight, rng: random.Random, dtype: torch.dtype, groups: int = 1
 ) -> dict[str, list[Any]]:

@@ -46,7 +46,7 @@ MAY = {
     "conversion": MODELS,
     "models": MODELS | {"models"},
     "pruning": MODELS | {"pruning"},
-    "checkpoint": MODELS | {"checkpoint"},
+    "checkpoint": MODELS | {"checkpoint", "pruning"},
     "interop": MODELS | {"models", "interop"},
 }
 ANY = {"__init__", "cli", "doctor", "timing"}  # at the top; the package's own names are theirs too

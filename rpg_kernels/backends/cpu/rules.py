@@ -50,7 +50,10 @@ def unsupported_kind(op: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def unsupported_lookup(placement: str) -> str:
     """Why rows of a weight cannot be looked up here, or ""."""
-    if isinstance(parse(placement).generator, Generator):
+    p = parse(placement)
+    if p.rows_chosen is not None or p.columns_chosen is not None:
+        return "the CPU kernels look up ranges of rows and columns, not chosen ones"
+    if isinstance(p.generator, Generator):
         return ""
     return "the CPU kernels read weights of a packing law, not of a table"
 

@@ -175,7 +175,7 @@ def precision_switches() -> tuple[Any, Any]:
 
 def _fewer_rows(p: Placement) -> Placement:
     """The weight at the beginning of the ring, its scale a power of two, in at most WEIGHTS."""
-    (first, rows), _ = p.selection
+    rows = p.selected_shape[0]
     scale = -0.5 if p.scale < 0 else 0.5
     small = replace(p, layer=0, start=0, scale=scale)
     if p.numel <= WEIGHTS or len(p.shape) > 2:
@@ -183,7 +183,7 @@ def _fewer_rows(p: Placement) -> Placement:
     kept = min(rows, max(1, WEIGHTS // p.selected_shape[1] // 1024) * 1024 + rows % 1024)
     if rows == p.shape[0]:
         return replace(small, shape=(kept, p.shape[1]), rows=(0, kept))
-    return replace(small, rows=(first, kept))
+    return small.narrow(0, 0, kept)
 
 
 def _batch(call: Call) -> int:

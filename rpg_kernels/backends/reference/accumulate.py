@@ -17,7 +17,7 @@ from rpg_kernels.law.placement import Placement
 def _copies(p: Placement) -> int:
     """Arrays of a tile's size alive at once: one, and one more where it must be rearranged."""
     matrix = p.matrix
-    padded = matrix.run % matrix.block != 0 or p.selection[1] != (0, matrix.channels)
+    padded = matrix.run % matrix.block != 0 or p.columns != (0, matrix.channels)
     return 2 if padded or matrix.taps > 1 or not matrix.by_tap else 1
 
 
@@ -42,7 +42,8 @@ def product(p: Placement, bank: Tensor, x: Tensor, summed: int) -> tuple[int, to
     bytes_per_weight = forward_bytes(p, bank, x.dtype)
     if x.dtype in LOW_PRECISION:
         size = fitting_size(p, x.device, bytes_per_weight)
-        if size is None or size[summed] < p.selected_shape[summed]:
+        whole = p.selected_shape[0], p.hull(1)[1]
+        if size is None or size[summed] < whole[summed]:
             return forward_bytes(p, bank, torch.float32), torch.float32
     return bytes_per_weight, x.dtype
 

@@ -13,7 +13,12 @@ from rpg_kernels.backends.reference.accumulate import (
     bank_accumulator,
     forward_bytes,
 )
-from rpg_kernels.backends.reference.tiles import pack_tile, tile_size, unpack_tile
+from rpg_kernels.backends.reference.tiles import (
+    column_spans,
+    pack_tile,
+    tile_size,
+    unpack_tile,
+)
 from rpg_kernels.law.placement import parse, split
 
 
@@ -25,7 +30,7 @@ def embedding(bank: Tensor, table: Tensor | None, indices: Tensor, placement: st
     out = y.view(flat.numel(), y.shape[-1])
     bank = bank.contiguous()
     rows, columns = tile_size(p, bank.device, forward_bytes(p, bank, bank.dtype))
-    for column, width in split(p.selected_shape[1], columns):
+    for column, width in column_spans(p, columns):
         part = p.narrow(1, column, width)
         for row, height in split(flat.numel(), rows):
             lookup = flat[row : row + height]
@@ -49,7 +54,7 @@ def embedding_bank_grad(
     gradient = dy.reshape(flat.numel(), p.selected_shape[1])
     grad = bank_accumulator(p, dy.device, dtype, total)
     rows, columns = tile_size(p, dy.device, backward_bytes(p, dy, grad))
-    for column, width in split(p.selected_shape[1], columns):
+    for column, width in column_spans(p, columns):
         part = p.narrow(1, column, width)
         for row, height in split(flat.numel(), rows):
             view = gradient[row : row + height, column : column + width]

@@ -10,11 +10,12 @@ from torch import Tensor, einsum
 from torch.nn import functional, grad
 
 from rpg_kernels.law.placement import Placement, parse
+from rpg_kernels.law.selection import indices_of
 
 
 def weights(p: Placement, table: Tensor | None) -> Iterator[tuple[int, int, int]]:
     """(slot, element of the slot, sign) of each selected weight [n, c, tap]: all that G is."""
-    m, (rows, columns) = p.matrix, (range(first, first + size) for first, size in p.selection)
+    m, (rows, columns) = p.matrix, (indices_of(p.selected(dim)) for dim in (0, 1))
     if table is None:
         blocks = torch.arange(m.rows)[:, None], torch.arange(m.blocks)
         slot, negative = p.law.slot(*blocks).tolist(), p.law.negative(*blocks).tolist()

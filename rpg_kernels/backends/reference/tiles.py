@@ -19,8 +19,9 @@ from torch import Tensor
 
 from rpg_kernels import _checks, native, settings
 from rpg_kernels._stored import StoredValues
-from rpg_kernels.law.placement import Placement, Range, split
+from rpg_kernels.law.placement import Placement, split
 from rpg_kernels.law.ring import WORD_BITS, sign_bits
+from rpg_kernels.law.selection import Range
 
 _LAW_BYTES = 96  # per position: twelve int64 tensors alive at once in the law
 _LAPS_BYTES = 200  # 25 of them in laws 2 and 3, which have laps
@@ -64,10 +65,9 @@ def tiles(
         RuntimeError: not even the smallest tile fits.
     """
     rows, columns = tile_size(p, device, bytes_per_weight)
-    total, channels = p.selected_shape[:2]
-    for row, height in row_spans(total, rows, groups):
+    for row, height in row_spans(p.selected_shape[0], rows, groups):
         part = p.narrow(0, row, height)
-        for column, width in split(channels, columns):
+        for column, width in column_spans(p, columns):
             yield Tile(row, column, part.narrow(1, column, width))
 
 
@@ -93,8 +93,30 @@ def row_spans(total: int, most: int, groups: int) -> list[Range]:
     ]
 
 
+def column_spans(p: Placement, most: int) -> list[Range]:
+    """(first column, columns) of parts that lie within at most ``most`` neighbouring columns of the
+    whole weight, counted in selected ones.
+
+    Example:
+        >>> from rpg_kernels import Generator
+        >>> p = Placement(Generator(100, 8, "vector"), 0, 0, (6, 20), 1.0)
+        >>> column_spans(p, 8), column_spans(p.select(1, [0, 7, 8, 19]), 8)
+        ([(0, 8), (8, 8), (16, 4)], [(0, 2), (2, 1), (3, 1)])
+    """
+    chosen = p.columns_chosen
+    if chosen is None:
+        return list(split(p.selected_shape[1], most))
+    spans, first = [], 0
+    for number, column in enumerate((*chosen, chosen[-1] + most + 1)):
+        if column - chosen[first] >= most:
+            spans.append((first, number - first))
+            first = number
+    return spans
+
+
 def tile_size(p: Placement, device: torch.device, bytes_per_weight: int) -> tuple[int, int]:
-    """(rows, columns) of a tile; columns only fall below all of them when a row does not fit.
+    """(rows, columns) of a tile; columns only fall below all of them when a row does not fit. Of
+    chosen columns: those from the first to the last, chosen or not, as ``column_spans`` takes it.
 
     Raises:
         RuntimeError: not even one block of each run fits, with the limit that would do.
@@ -120,22 +142,23 @@ def fitting_size(
     row, smallest, straddle = _row(p)
     if law_bytes < _position_bytes(p) or smallest > budget:
         return None
-    rows, channels = p.selected_shape[:2]
     if row <= budget:
-        return min(rows, budget // row), channels
+        return min(p.selected_shape[0], budget // row), p.hull(1)[1]
     block_of_runs = p.matrix.runs * p.matrix.block
     return 1, (budget // block_of_runs - straddle) * p.matrix.block
 
 
 def _row(p: Placement) -> tuple[int, int, int]:
     """Weights, padding counted, of a row and of the least that a tile can hold; and 1 where the
-    selection begins inside a block, so that a tile of whole widths touches one block more."""
+    selection, or a part of chosen columns, begins inside a block, so that a tile of whole widths
+    touches one block more."""
     matrix = p.matrix
     if not matrix.by_tap:
         row = matrix.run_blocks * matrix.block
         return row, row, 0
-    straddle = int(p.selection[1][0] % matrix.block != 0)
-    run_blocks = min(matrix.run_blocks, -(-p.selected_shape[1] // matrix.block) + straddle)
+    offset, length = p.hull(1)
+    straddle = int(offset % matrix.block != 0 or p.columns_chosen is not None)
+    run_blocks = min(matrix.run_blocks, -(-length // matrix.block) + straddle)
     block_of_runs = matrix.runs * matrix.block  # one more block in every run
     least = block_of_runs * min(run_blocks, 1 + straddle)
     return block_of_runs * run_blocks, least, straddle
@@ -174,6 +197,7 @@ def unpack_tile(
     ring = bank if stored is not None else bank.view(-1, block)
     rows = p.selected_shape[0] if lookup is None else lookup.numel()
     out = bank.new_empty((rows * p.matrix.runs * p.block_columns.count, block))
+    lookup = _chosen_rows(p, bank.device, lookup)
     if stored is None and table is None and native.handles(ring, out):
         native.unpack(p.law, ring, out, p.scale, _region(p, rows), lookup)
     else:
@@ -185,8 +209,10 @@ def unpack_tile(
             else:
                 stored.read_blocks(slot, part)
             _reflect_(part, negative, p.scale)
-    runs = out.view(rows, p.matrix.runs, -1)
-    return _torch_layout(_selected(runs, p), p)
+    taps = _neighbours(out.view(rows, p.matrix.runs, -1), p)
+    if p.columns_chosen is not None:
+        taps = taps.index_select(2, _chosen_columns(p, bank.device))
+    return _torch_layout(taps, p)
 
 
 def pack_tile(
@@ -211,10 +237,14 @@ def pack_tile(
     width = p.block_columns.count * block
     if not (p.matrix.by_tap and runs.shape[2] == width and runs.is_contiguous()):
         padded = runs.new_zeros((runs.shape[0], p.matrix.runs, width))
-        _selected(padded, p).copy_(runs)
+        if p.columns_chosen is None:
+            _neighbours(padded, p).copy_(runs)
+        else:
+            _neighbours(padded, p).index_copy_(2, _chosen_columns(p, grad.device), runs)
         runs = padded
     del dense  # the last reference, when the caller keeps none
     source = runs.view(-1, block)
+    lookup = _chosen_rows(p, grad.device, lookup)
     if table is None and native.handles(source, grad):
         law_bytes, _ = _shares(grad.device)
         region = _region(p, runs.shape[0])
@@ -233,13 +263,27 @@ def pack_tile(
             ring.index_add_(0, slot, part)
 
 
-def _selected(runs: Tensor, p: Placement) -> Tensor:
-    """``[rows, runs, padded elements]`` -> its selected ``[rows, taps, columns]``, a view."""
+def _chosen_rows(p: Placement, device: torch.device, lookup: Tensor | None) -> Tensor | None:
+    """Where rows are chosen: int64 row numbers of the whole weight, in place of a lookup."""
+    if p.rows_chosen is None:
+        return lookup
+    rows = torch.tensor(p.rows_chosen, device=device)
+    return rows if lookup is None else rows[lookup]
+
+
+def _chosen_columns(p: Placement, device: torch.device) -> Tensor:
+    """int64 numbers of the chosen columns among their neighbours."""
+    return torch.tensor(p.columns_chosen, device=device).sub_(p.hull(1)[0])
+
+
+def _neighbours(runs: Tensor, p: Placement) -> Tensor:
+    """``[rows, runs, padded elements]`` -> ``[rows, taps, columns]`` from the first of the selected
+    columns to the last, a view."""
     first = p.block_columns.first
     elements = runs[:, :, first : first + p.block_columns.length]
     if p.matrix.by_tap:
         return elements
-    offset, columns = p.selection[1]
+    offset, columns = p.hull(1)
     by_tap: Tensor = elements.squeeze(1).unflatten(1, (p.matrix.taps, p.matrix.channels))
     return by_tap[:, :, offset : offset + columns]
 
@@ -255,18 +299,22 @@ def _torch_layout(taps: Tensor, p: Placement) -> Tensor:
 def _region(p: Placement, rows: int) -> tuple[int, int, int, int, int, int]:
     """The positions of a tile as native.unpack and native.pack take them."""
     matrix, columns = p.matrix, p.block_columns
-    first_row = p.selection[0][0]
-    return first_row, rows, matrix.runs, matrix.run_blocks, columns.low, columns.count
+    return _first_row(p), rows, matrix.runs, matrix.run_blocks, columns.low, columns.count
+
+
+def _first_row(p: Placement) -> int:
+    """That lookups count from: the first of a range; chosen rows are those of the whole weight."""
+    return p.hull(0)[0] if p.rows_chosen is None else 0
 
 
 def _position_groups(
     p: Placement, device: torch.device, lookup: Tensor | None
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(offset, rows n, blocks b) over the positions of a tile, some at a time."""
-    first_row, rows = p.selection[0]
+    first_row = _first_row(p)
     matrix, columns = p.matrix, p.block_columns
     per_row = matrix.runs * columns.count
-    rows = rows if lookup is None else lookup.numel()
+    rows = p.selected_shape[0] if lookup is None else lookup.numel()
     law_bytes, _ = _shares(device)
     step = max(1, min(_MAX_POSITIONS, law_bytes // _position_bytes(p)))
     for offset, count in split(rows * per_row, step):

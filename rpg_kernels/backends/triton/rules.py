@@ -87,6 +87,24 @@ def unsupported_kind(op: str, device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+def unsupported_weight(placement: str) -> str:
+    """Why a weight cannot be read here, or "".
+
+    Example:
+        >>> from rpg_kernels import Generator
+        >>> from rpg_kernels.law.placement import Placement
+        >>> p = Placement(Generator(100, 8, "vector"), 0, 0, (6, 16), 1.0)
+        >>> unsupported_weight(p.narrow(0, 1, 2).to_json())
+        ''
+        >>> unsupported_weight(p.select(0, [0, 2]).to_json())
+        'the Triton kernels read ranges of rows and columns, not chosen ones'
+    """
+    p = parse(placement)
+    if p.rows_chosen is None and p.columns_chosen is None:
+        return ""
+    return "the Triton kernels read ranges of rows and columns, not chosen ones"
+
+
 def unpacked_once(call: Call) -> bool:
     """Whether unpacking within scratch, then the library's product, is predicted to be faster."""
     if call.op not in _SIGNED or not call.placement or call.rows < ELEMENT_SIGNS_FROM:
@@ -119,10 +137,11 @@ class Triton(Backend):
     must_prove = True
 
     def unsupported(self, call: Call) -> str:
-        """See ``unsupported_kind``: all weights are supported."""
+        """See ``unsupported_kind`` and ``unsupported_weight``."""
         if call.stored is not None:
             return f"the Triton kernels read float banks, not one stored as {call.stored.form}"
-        return unsupported_kind(call.op, call.device, call.dtype)
+        kind = unsupported_kind(call.op, call.device, call.dtype)
+        return kind or (unsupported_weight(call.placement) if call.placement else "")
 
     def preferred(self, call: Call) -> bool:
         """Unless unpacking once is predicted to be faster; never in the interpreter."""

@@ -19,7 +19,8 @@ op = torch.ops.rpg_kernels
 
 
 def some(seed: int) -> tuple[random.Random, rpg.VirtualWeight, int]:
-    """A part of a matrix or of a convolution of some groups; every seventh time of a table."""
+    """A part of a matrix or of a convolution of some groups, every third time chosen rows and
+    columns; every seventh time of a table."""
     rng = random.Random(seed)
     groups, shape = 1, (rng.choice([1, 9, 20]), rng.choice([1, 13, 40]))
     if seed % 2:
@@ -32,7 +33,8 @@ def some(seed: int) -> tuple[random.Random, rpg.VirtualWeight, int]:
         weight = bank.place(shape, scale=0.7)
     else:
         weight = calls.drawn(rng, shape)
-    return rng, calls.part(rng, weight) if groups == 1 else weight, groups
+    take = calls.chosen if seed % 3 == 0 else calls.part
+    return rng, take(rng, weight) if groups == 1 else weight, groups
 
 
 @pytest.mark.parametrize("seed", range(42))

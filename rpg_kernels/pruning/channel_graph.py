@@ -1,0 +1,93 @@
+"""Which channels of a network hang together: numbers of channels, and what ties and holds them.
+
+Every out-channel of a layer is given a number. What is tied can only be removed together: it is one
+*unit* of pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import nn
+
+from rpg_kernels.pruning.cutting import LINEAR, NORMS, is_depthwise
+
+
+@dataclass
+class Use:
+    """A layer as the network calls it.
+
+    Args:
+        name, layer: in the model.
+        out, into: numbers of its channels; of a norm they are the same ones.
+        positions: at which the weight is multiplied, all calls and images together.
+        gate: whether its output is what an activation or a sum sees, no norm coming after it.
+    """
+
+    name: str
+    layer: nn.Module
+    out: tuple[int, ...]
+    into: tuple[int, ...]
+    positions: int = 0
+    gate: bool = True
+
+    @property
+    def flops_of_pair(self) -> float:
+        """Of an out-channel with one in-channel: two for each multiplication, as torch counts. Of a
+        depthwise convolution: of an out-channel."""
+        if isinstance(self.layer, NORMS):
+            return 0.0
+        if isinstance(self.layer, LINEAR):
+            return 2.0 * self.positions
+        has = cast(Any, self.layer)
+        taps = 1
+        for size in has.kernel_size:
+            taps *= size
+        groups = 1 if is_depthwise(self.layer) else has.groups
+        return 2.0 * self.positions * taps / groups
+
+
+@dataclass
+class ChannelGraph:
+    """The layers of a network and the ties of their channels.
+
+    Args:
+        uses: by name of the layer.
+        held: number of a channel that stays -> what it meets.
+    """
+
+    uses: dict[str, Use] = field(default_factory=dict)
+    held: dict[int, str] = field(default_factory=dict)
+    _parent: list[int] = field(default_factory=list)
+
+    def new(self, count: int) -> tuple[int, ...]:
+        """Numbers that are tied to none."""
+        first = len(self._parent)
+        self._parent.extend(range(first, first + count))
+        return tuple(range(first, first + count))
+
+    def unit(self, number: int) -> int:
+        """One number that stands for all that are tied to it."""
+        root = number
+        while self._parent[root] != root:
+            root = self._parent[root]
+        while self._parent[number] != root:
+            self._parent[number], number = root, self._parent[number]
+        return root
+
+    def tie(self, ones: Iterable[int], others: Iterable[int]) -> None:
+        """Pairs of numbers that stay or go together."""
+        for one, other in zip(ones, others, strict=True):
+            a, b = self.unit(one), self.unit(other)
+            self._parent[max(a, b)] = min(a, b)
+
+    def hold(self, numbers: Iterable[int] | None, why: str) -> None:
+        """Channels that stay."""
+        for number in numbers or ():
+            self.held.setdefault(number, why)
+
+    def held_units(self) -> dict[int, str]:
+        """The same by unit."""
+        return {self.unit(number): why for number, why in self.held.items()}
