@@ -156,8 +156,9 @@ class Chosen {
 
  private:
   void count_rows(int64_t rows, int64_t octets) {
+    first_row_.resize(octets + 1);
     for (int64_t o = 0; o <= octets; ++o) {
-      first_row_.push_back(static_cast<int32_t>(std::min(o * int64_t{kOctet}, rows)));
+      first_row_[o] = static_cast<int32_t>(std::min(o * int64_t{kOctet}, rows));
     }
     if (!selection_.rows) return;
     number_of_.assign(octets * kOctet, -1);
@@ -172,8 +173,9 @@ class Chosen {
   }
 
   void count_columns(int64_t run, int64_t blocks) {
+    first_column_.resize(blocks + 1);
     for (int64_t b = 0; b <= blocks; ++b) {
-      first_column_.push_back(static_cast<int32_t>(std::min(b * block_, run)));
+      first_column_[b] = static_cast<int32_t>(std::min(b * block_, run));
     }
     pitch_ = block_;
     if (!selection_.columns) return;

@@ -226,7 +226,8 @@ class UnitGrads {
     for (int64_t k = 0; k < count; ++k) {
       float* t = memory.t + (pairs ? 0 : k * kOctet * plane);
       read[k] = static_cast<uint8_t>(sum(planned, group, column, o + k, tile, memory, t));
-      whole &= read[k] == 0xFF;
+      // A Source that reaches lanes one by one, where anything is not finite, meets zeros elsewhere.
+      whole &= read[k] == 0xFF || Source::kReaches;
       if (pairs) round_octet(tile, k, t, memory);
     }
     if (careful) {
@@ -236,7 +237,7 @@ class UnitGrads {
       }
       return;
     }
-    const auto is_read = [&read](int64_t j) { return read[j / kOctet] >> j % kOctet & 1; };
+    const auto is_read = [&](int64_t j) { return whole || read[j / kOctet] >> j % kOctet & 1; };
     if (args_.dx && !whole) {
       if (window != memory.window) {
         for (int64_t j = 0; j < size; ++j) {
@@ -251,14 +252,18 @@ class UnitGrads {
     if (args_.dx) multiply_dx(tile, column, size, window, memory);
     if (!args_.dw) return;
     const int valid = chosen_.count(channels);
-    if (!args_.pairs && whole && zones_.inside(part, first, size) == size && valid == block) {
+    const bool inside = zones_.inside(part, first, size) == size;
+    if (!args_.pairs && whole && inside && valid == block) {
       multiply_dw<true>(tile, size, padded, xc, x_words, memory, args_.dw + first * block);
       return;
     }
     multiply_dw<false>(tile, size, padded, xc, x_words, memory, memory.products);
     for (int64_t j = 0; j < size; ++j) {
       if (!is_read(j)) continue;
-      float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
+      float* target = args_.dw + (first + j) * block;
+      if (!inside) {
+        target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
+      }
       const float* products = memory.products + j * padded;
       if (chosen_.has_columns()) {
         chosen_.add_spread(channels, args_.scale_of_sums, products, target);

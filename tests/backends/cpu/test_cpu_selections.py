@@ -55,7 +55,7 @@ def drawn(rng: random.Random, size: int) -> Indices:
     if kind == 4:
         part = rng.choice([8, 16, 64])
         kept = {rng.randrange(-(-size // part)) for _ in range(2)}
-        return [i for i in range(size) if i // part in kept and i % 3 != 1 or i == size - 1]
+        return [i for i in range(size) if (i // part in kept and i % 3 != 1) or i == size - 1]
     return sorted(rng.sample(range(size), rng.randint(1, size)))
 
 
