@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bindings/module.h"
+#include "bindings/selection.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -154,9 +155,10 @@ void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
   kernels().conv2d(law, args);
 }
 
-Image unit_image(const LayerLaw& law, const Int64Four& size, const Int64Four& stride,
-                 bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
-                 const Int64Pair& padding, const Int64Pair& dilation, int threads, int lanes) {
+Image unit_image(const LayerLaw& law, Int64Four size, const Int64Four& stride, bool channels_last,
+                 const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
+                 const Int64Pair& padding, const Int64Pair& dilation, int threads, int lanes,
+                 const SelectionLists* selection) {
   require(law.taps >= 1 && law.taps <= kMaxUnitLaps && bands_of(law) == 1,
           "law: wanted the unit law with up to 64 taps, in one band");
   require(size[2] >= 1 && size[3] >= 1, "size: wanted pixels");
@@ -168,9 +170,15 @@ Image unit_image(const LayerLaw& law, const Int64Four& size, const Int64Four& st
   require(threads >= 1, "threads: wanted at least 1");
   require(lanes == 1 || (lanes >= 8 && lanes <= 64 && lanes % 8 == 0),
           "lanes: wanted 1, or a multiple of 8 up to 64");
-  const Image image =
+  const int64_t channels = size[1];
+  if (selection) {
+    require(channels == selection->columns(), "size: wanted the selection's channels");
+    size[1] = selection->all_columns();
+  }
+  Image image =
       checked_image(law, size, stride, kernel, by_tap, step, padding, dilation, channels_last);
   require(law.run_blocks == image.run_blocks, "law: that of another kernel");
+  image.channels = channels;
   return image;
 }
 
@@ -184,11 +192,12 @@ UnitConv2dArgs unit_conv2d_args(const LayerLaw& law, const Int64Four& size, cons
                                 bool channels_last, const Int64Pair& kernel, bool by_tap,
                                 const Int64Pair& step, const Int64Pair& padding,
                                 const Int64Pair& dilation, int threads, int lanes, int64_t rows,
-                                bool pairs) {
+                                bool pairs, const SelectionLists* selection) {
   UnitConv2dArgs args{};
   args.pairs = pairs;
   args.image = unit_image(law, size, stride, channels_last, kernel, by_tap, step, padding, dilation,
-                          threads, lanes);
+                          threads, lanes, selection);
+  if (selection) args.selection = selection->of(law.rows, args.image.run);
   const Image& g = args.image;
   require(rows >= 1 && rows <= g.out_height, "rows: wanted 1 to the height of the output");
   // At least what a phase of a tile has (cpu/unit_conv2d_tile.h).
@@ -204,11 +213,13 @@ UnitConv2dGradsArgs unit_conv2d_grads_args(const LayerLaw& law, const Int64Four&
                                            const Int64Pair& kernel, bool by_tap,
                                            const Int64Pair& step, const Int64Pair& padding,
                                            const Int64Pair& dilation, int threads, int lanes,
-                                           int64_t rows, bool dx, bool dw, bool pairs) {
+                                           int64_t rows, bool dx, bool dw, bool pairs,
+                                           const SelectionLists* selection) {
   UnitConv2dGradsArgs args{};
   args.pairs = pairs;
   args.image = unit_image(law, size, stride, channels_last, kernel, by_tap, step, padding, dilation,
-                          threads, lanes);
+                          threads, lanes, selection);
+  if (selection) args.selection = selection->of(law.rows, args.image.run);
   const Image& g = args.image;
   require(rows >= 1 && rows <= g.height, "rows: wanted 1 to the height of x");
   check_pixels(rows + g.dilation[0] * (kernel[0] - 1), g.width + g.dilation[1] * (kernel[1] - 1),
@@ -225,10 +236,11 @@ WorkspaceBytes unit_conv2d_grads_workspace(const LayerLaw& law, const Int64Four&
                                            const Int64Pair& kernel, bool by_tap,
                                            const Int64Pair& step, const Int64Pair& padding,
                                            const Int64Pair& dilation, int threads, int lanes,
-                                           int64_t rows, bool dx, bool dw, bool pairs) {
+                                           int64_t rows, bool dx, bool dw, bool pairs,
+                                           const SelectionLists* selection) {
   const UnitConv2dGradsArgs args =
       unit_conv2d_grads_args(law, size, {1, 1, 1, 1}, false, kernel, by_tap, step, padding,
-                             dilation, threads, lanes, rows, dx, dw, pairs);
+                             dilation, threads, lanes, rows, dx, dw, pairs, selection);
   const Workspace bytes = kernels().unit_conv2d_grads_workspace(law, args);
   return {bytes.bytes, bytes.activations};
 }
@@ -239,10 +251,10 @@ void unit_conv2d_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uint
                        const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                        const Int64Pair& padding, const Int64Pair& dilation, double scale,
                        int threads, int lanes, int64_t rows, uintptr_t workspace_address,
-                       bool pairs) {
+                       bool pairs, const SelectionLists* selection) {
   UnitConv2dGradsArgs args =
       unit_conv2d_grads_args(law, size, stride, channels_last, kernel, by_tap, step, padding,
-                             dilation, threads, lanes, rows, dx, dw, pairs);
+                             dilation, threads, lanes, rows, dx, dw, pairs, selection);
   require(!dx || ring, "ring: wanted for dx");
   require(!dw || x, "x: wanted for dw");
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
@@ -258,9 +270,11 @@ void unit_conv2d_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uint
 WorkspaceBytes unit_conv2d_workspace(const LayerLaw& law, const Int64Four& size,
                                      const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                                      const Int64Pair& padding, const Int64Pair& dilation,
-                                     int threads, int lanes, int64_t rows, bool pairs) {
-  const UnitConv2dArgs args = unit_conv2d_args(law, size, {1, 1, 1, 1}, false, kernel, by_tap, step,
-                                               padding, dilation, threads, lanes, rows, pairs);
+                                     int threads, int lanes, int64_t rows, bool pairs,
+                                     const SelectionLists* selection) {
+  const UnitConv2dArgs args =
+      unit_conv2d_args(law, size, {1, 1, 1, 1}, false, kernel, by_tap, step, padding, dilation,
+                       threads, lanes, rows, pairs, selection);
   const Workspace bytes = kernels().unit_conv2d_workspace(law, args);
   return {bytes.bytes, bytes.activations};
 }
@@ -269,9 +283,10 @@ void unit_conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t 
                  const Int64Four& size, const Int64Four& stride, uintptr_t bias, uintptr_t y,
                  bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                  const Int64Pair& padding, const Int64Pair& dilation, double scale, int threads,
-                 int lanes, int64_t rows, uintptr_t workspace_address, bool pairs) {
+                 int lanes, int64_t rows, uintptr_t workspace_address, bool pairs,
+                 const SelectionLists* selection) {
   UnitConv2dArgs args = unit_conv2d_args(law, size, stride, channels_last, kernel, by_tap, step,
-                                         padding, dilation, threads, lanes, rows, pairs);
+                                         padding, dilation, threads, lanes, rows, pairs, selection);
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
   args.dtype = checked_dtype(dtype), args.x = address<const void>(x);
   args.bias = address<const float>(bias), args.y = address<void>(y);
@@ -315,6 +330,7 @@ using SizeLinearGrads = Workspace (*)(const LayerLaw&, const LanesLinearGradsArg
 
 // The kernels of a family, whose calls look alike.
 struct UnitFamily {
+  static constexpr bool kSelects = true;  // reads parts of a weight
   static RunLinear run(int lanes) {
     return lanes > kFewLanes ? kernels().unit_linear : kernels().unit_linear_few;
   }
@@ -337,6 +353,7 @@ struct UnitFamily {
 };
 
 struct TileFamily {
+  static constexpr bool kSelects = false;
   static RunLinear run(int) { return kernels().tile_linear; }
   static SizeLinear size(int) { return kernels().tile_linear_workspace; }
   static RunLinearGrads run_grads() { return kernels().tile_linear_grads; }
@@ -351,11 +368,19 @@ struct TileFamily {
 };
 
 template <class Family>
+Selection selection_of(const LayerLaw& law, int64_t columns, const SelectionLists* selection) {
+  if (!selection) return {};
+  require(Family::kSelects, "selection: wanted none, of units alone");
+  return selection->of(law.rows, columns);
+}
+
+template <class Family>
 LanesLinearArgs lanes_args(const LayerLaw& law, int64_t batch, int64_t columns, int threads,
-                           int lanes, bool pairs) {
+                           int lanes, bool pairs, const SelectionLists* selection) {
   check_lanes(law, batch, columns, threads);
   Family::check(law, batch, lanes, pairs);
   LanesLinearArgs args{};
+  args.selection = selection_of<Family>(law, columns, selection);
   args.pairs = pairs;
   args.batch = batch, args.columns = columns, args.threads = threads, args.lanes = lanes;
   return args;
@@ -363,17 +388,19 @@ LanesLinearArgs lanes_args(const LayerLaw& law, int64_t batch, int64_t columns, 
 
 template <class Family>
 WorkspaceBytes lanes_linear_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
-                                      int threads, int lanes, bool pairs) {
-  const Workspace size =
-      Family::size(lanes)(law, lanes_args<Family>(law, batch, columns, threads, lanes, pairs));
+                                      int threads, int lanes, bool pairs,
+                                      const SelectionLists* selection) {
+  const Workspace size = Family::size(lanes)(
+      law, lanes_args<Family>(law, batch, columns, threads, lanes, pairs, selection));
   return {size.bytes, size.activations};
 }
 
 template <class Family>
 void lanes_linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
                   uintptr_t bias, uintptr_t y, int64_t batch, int64_t columns, double scale,
-                  int threads, int lanes, uintptr_t workspace, bool pairs) {
-  LanesLinearArgs args = lanes_args<Family>(law, batch, columns, threads, lanes, pairs);
+                  int threads, int lanes, uintptr_t workspace, bool pairs,
+                  const SelectionLists* selection) {
+  LanesLinearArgs args = lanes_args<Family>(law, batch, columns, threads, lanes, pairs, selection);
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
   args.x_dtype = checked_dtype(x_dtype), args.x = address<const void>(x);
   args.bias = address<const float>(bias), args.y = address<void>(y);
@@ -384,10 +411,12 @@ void lanes_linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t
 
 template <class Family>
 LanesLinearGradsArgs lanes_grads_args(const LayerLaw& law, int64_t batch, int64_t columns,
-                                      int threads, int lanes, bool dx, bool dw, bool pairs) {
+                                      int threads, int lanes, bool dx, bool dw, bool pairs,
+                                      const SelectionLists* selection) {
   check_lanes(law, batch, columns, threads);
   Family::check_grads(law, lanes, pairs);
   LanesLinearGradsArgs args{};
+  args.selection = selection_of<Family>(law, columns, selection);
   args.pairs = pairs;
   args.batch = batch, args.columns = columns, args.threads = threads, args.lanes = lanes;
   // Only whether they are there counts for the size of the workspace.
@@ -397,9 +426,10 @@ LanesLinearGradsArgs lanes_grads_args(const LayerLaw& law, int64_t batch, int64_
 
 template <class Family>
 WorkspaceBytes lanes_linear_grads_workspace(const LayerLaw& law, int64_t batch, int64_t columns,
-                                            int threads, int lanes, bool dx, bool dw, bool pairs) {
+                                            int threads, int lanes, bool dx, bool dw, bool pairs,
+                                            const SelectionLists* selection) {
   const Workspace size = Family::size_grads()(
-      law, lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw, pairs));
+      law, lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw, pairs, selection));
   return {size.bytes, size.activations};
 }
 
@@ -407,9 +437,9 @@ template <class Family>
 void lanes_linear_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
                         uintptr_t x, int dtype, uintptr_t dx, uintptr_t dw, int64_t batch,
                         int64_t columns, double scale, int threads, int lanes, uintptr_t workspace,
-                        bool pairs) {
+                        bool pairs, const SelectionLists* selection) {
   LanesLinearGradsArgs args =
-      lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw, pairs);
+      lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw, pairs, selection);
   require(!dx || ring, "ring: wanted for dx");
   require(!dw || x, "x: wanted for dw");
   args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
@@ -423,28 +453,33 @@ void lanes_linear_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uin
 template <class Family>
 void bind_family(py::class_<LayerLaw>& law, const std::string& name) {
   using Release = py::call_guard<py::gil_scoped_release>;
+  const auto selection = py::arg("selection") = py::none();
   const auto define = [&](const char* rest, auto function, auto... arguments) {
     law.def((name + rest).c_str(), function, Release(), arguments...);
   };
   define("_workspace", &lanes_linear_workspace<Family>, py::arg("batch"), py::arg("columns"),
-         py::arg("threads"), py::arg("lanes"), py::arg("pairs") = false);
+         py::arg("threads"), py::arg("lanes"), py::arg("pairs") = false, selection);
   define("", &lanes_linear<Family>, py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
          py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"),
          py::arg("scale"), py::arg("threads"), py::arg("lanes"), py::arg("workspace"),
-         py::arg("pairs") = false);
+         py::arg("pairs") = false, selection);
   define("_grads_workspace", &lanes_linear_grads_workspace<Family>, py::arg("batch"),
          py::arg("columns"), py::arg("threads"), py::arg("lanes"), py::arg("dx"), py::arg("dw"),
-         py::arg("pairs") = false);
+         py::arg("pairs") = false, selection);
   define("_grads", &lanes_linear_grads<Family>, py::arg("ring"), py::arg("bank_dtype"),
          py::arg("dy"), py::arg("x"), py::arg("dtype"), py::arg("dx"), py::arg("dw"),
          py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("threads"),
-         py::arg("lanes"), py::arg("workspace"), py::arg("pairs") = false);
+         py::arg("lanes"), py::arg("workspace"), py::arg("pairs") = false, selection);
 }
 
 }  // namespace
 
-void bind_linear(py::class_<LayerLaw>& law) {
+void bind_linear(py::module_& m, py::class_<LayerLaw>& law) {
   using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<SelectionLists>(m, "Selection")
+      .def(py::init<SelectionLists::List, SelectionLists::List, const Int64Pair&>(),
+           py::arg("rows"), py::arg("columns"), py::arg("shape"));
+  const auto selection = py::arg("selection") = py::none();
   law.def("linear_workspace", &linear_workspace, Release(), py::arg("columns"), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
   law.def("linear", &linear, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
@@ -456,24 +491,24 @@ void bind_linear(py::class_<LayerLaw>& law) {
   law.def("unit_conv2d_workspace", &unit_conv2d_workspace, Release(), py::arg("size"),
           py::arg("kernel"), py::arg("by_tap"), py::arg("step"), py::arg("padding"),
           py::arg("dilation"), py::arg("threads"), py::arg("lanes"), py::arg("rows"),
-          py::arg("pairs") = false);
+          py::arg("pairs") = false, selection);
   law.def("unit_conv2d", &unit_conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"),
           py::arg("x"), py::arg("dtype"), py::arg("size"), py::arg("stride"), py::arg("bias"),
           py::arg("y"), py::arg("channels_last"), py::arg("kernel"), py::arg("by_tap"),
           py::arg("step"), py::arg("padding"), py::arg("dilation"), py::arg("scale"),
           py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"),
-          py::arg("pairs") = false);
+          py::arg("pairs") = false, selection);
   law.def("unit_conv2d_grads_workspace", &unit_conv2d_grads_workspace, Release(), py::arg("size"),
           py::arg("kernel"), py::arg("by_tap"), py::arg("step"), py::arg("padding"),
           py::arg("dilation"), py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("dx"),
-          py::arg("dw"), py::arg("pairs") = false);
+          py::arg("dw"), py::arg("pairs") = false, selection);
   law.def("unit_conv2d_grads", &unit_conv2d_grads, Release(), py::arg("ring"),
           py::arg("bank_dtype"), py::arg("dy"), py::arg("dy_stride"), py::arg("x"),
           py::arg("dtype"), py::arg("size"), py::arg("stride"), py::arg("dx"),
           py::arg("channels_last"), py::arg("dw"), py::arg("kernel"), py::arg("by_tap"),
           py::arg("step"), py::arg("padding"), py::arg("dilation"), py::arg("scale"),
           py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"),
-          py::arg("pairs") = false);
+          py::arg("pairs") = false, selection);
   law.def("conv2d_workspace", &conv2d_workspace, Release(), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
   law.def("conv2d", &conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),

@@ -213,7 +213,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("rows"), py::arg("lookup"), py::arg("runs"), py::arg("run_blocks"),
            py::arg("low"), py::arg("count"), py::arg("first"), py::arg("length"),
            py::arg("threads"), py::arg("workspace"), py::arg("workspace_entries"));
-  bind_linear(law);
+  bind_linear(m, law);
   bind_cuda(m);
 #if defined(RPG_HAVE_SIMT)
   bind_development(m);

@@ -19,8 +19,8 @@ inline void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-// Adds the methods that run linear layers and convolutions.
-void bind_linear(pybind11::class_<LayerLaw>& law);
+// Adds the methods that run linear layers and convolutions, and the selections that they take.
+void bind_linear(pybind11::module_& m, pybind11::class_<LayerLaw>& law);
 
 // Adds the submodule of the CUDA kernels.
 void bind_cuda(pybind11::module_& m);

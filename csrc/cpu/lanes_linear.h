@@ -6,10 +6,12 @@
 #include <cstdint>
 
 #include "cpu/linear.h"
+#include "cpu/selection.h"
 
 namespace rpg {
 
-// y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; all contiguous.
+// y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; all contiguous. With a selection, of
+// units, x has the chosen columns alone, and y and the bias have the chosen rows.
 struct LanesLinearArgs {
   Dtype bank_dtype;
   const void* ring;   // [slots, block]
@@ -24,11 +26,12 @@ struct LanesLinearArgs {
   int lanes;        // rows of x at a time
   void* workspace;  // as many bytes as the kernel says, aligned to 64
   bool pairs;       // products of pairs (pairs.h): x and the bank are bfloat16; of units
+  Selection selection;
 };
 
 // dx [batch, K] = scale · dy [batch, N] · (G ring), and
 // dw [slots, block] += scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]); all
-// contiguous.
+// contiguous. With a selection x and dx have the chosen columns alone, and dy has the chosen rows.
 struct LanesLinearGradsArgs {
   Dtype bank_dtype;
   const void* ring;  // [slots, block]; for dx
@@ -44,6 +47,7 @@ struct LanesLinearGradsArgs {
   int lanes;
   void* workspace;  // as many bytes as the kernel says, aligned to 64
   bool pairs;       // products of pairs (pairs.h): dy, x and the bank are bfloat16; of units
+  Selection selection;
 };
 
 }  // namespace rpg

@@ -34,6 +34,10 @@
 // each with a load of S; y is read and written once for all taps that are added together.
 //
 // A thread does whole tiles of images; results do not depend on the number of threads.
+//
+// With a selection (chosen.h) a block has its chosen channels alone, windows are squeezed to them,
+// and y has the chosen rows alone: multiplications shrink with the channels, additions with the
+// rows.
 
 #include "cpu/unit_conv2d.h"
 
@@ -53,7 +57,8 @@ class UnitConv2d {
         args_(args),
         image_(args.image),
         plan_(law),
-        layout_(layout_of(law, plan_, args)),
+        chosen_(law, plan_, args.selection, args.image.run),
+        layout_(layout_of(law, plan_, chosen_, args)),
         tile_(layout_.tile),
         ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
 
@@ -139,20 +144,16 @@ class UnitConv2d {
       }
     }
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
-      for (int64_t first = 0; first < plan_.band.columns; first += layout_.together) {
-        const int64_t count = std::min<int64_t>(plan_.band.columns - first, layout_.together);
+      if (!chosen_.rows_of(plan_, group)) continue;
+      for (int64_t first = 0; first < chosen_.columns(); first += layout_.together) {
+        const int64_t count = std::min(chosen_.columns() - first, layout_.together);
         for (int64_t k = 0; k < count; ++k) {
-          multiply_unit<Element>(memory, group, first + k, k, out_row, filled[k]);
+          multiply_unit<Element>(memory, group, chosen_.column(first + k), k, out_row, filled[k]);
         }
         add_lines(memory, group, first, static_cast<int>(count));
       }
       write(memory, group, image, images, out_row);
     }
-  }
-
-  int valid_of(int64_t block) const {
-    return static_cast<int>(
-        std::min<int64_t>(image_.run - block * law_.granularity, law_.granularity));
   }
 
   // x from the first pixel inside of a phase on, from which on rows and columns are a stride apart.
@@ -171,8 +172,15 @@ class UnitConv2d {
   }
 
   TilePart part_of(int64_t block, int64_t image, int64_t images, const Inside& in) const {
-    return {image, images,        args_.lanes, block * law_.granularity, valid_of(block),
-            0,     in.rows.count, 0,           in.columns.count};
+    return {image,
+            images,
+            args_.lanes,
+            chosen_.first_element(block),
+            chosen_.count(block),
+            0,
+            in.rows.count,
+            0,
+            in.columns.count};
   }
 
   // Panels of a phase of a block of channels, by way of x [block, rows, columns, L] as far as it is
@@ -180,10 +188,10 @@ class UnitConv2d {
   template <class Element>
   void load_panels(const UnitConvMemory& memory, int64_t block, const Inside& in,
                    const ImageView& x, const TilePart& part, Element* panels) const {
-    if (!in.rows.count) return;
+    if (!in.rows.count || !chosen_.count(block)) return;
     const int64_t lanes = args_.lanes, columns = vectors(pixels_of(in)), plane = tile_.plane;
     const TileLayoutOf layout{plane, in.columns.count * lanes, lanes};
-    const int valid = valid_of(block);
+    const int valid = chosen_.count(block);
     if (args_.pairs && channels_side_by_side(x)) {
       load_pairs(x, part, layout, reinterpret_cast<uint32_t*>(memory.x));
       fill_panels(memory.x, plane, steps_of(valid, panels), columns, tile_.panel,
@@ -201,25 +209,18 @@ class UnitConv2d {
                                       (block * tile_.phases() + phase) * layout_.phase_panels);
   }
 
-  Factor read_window(const UnitWindow& window, int slots, int, float* buffer) const {
-    return {window_rows(ring_, window.base, slots, buffer), law_.granularity, 1};
-  }
-  PairFactor read_window(const UnitWindow& window, int slots, int valid, uint32_t* buffer) const {
-    return window_pairs(ring_, window.base, slots, valid, buffer);
-  }
-
   // S of a unit of column `column`, and its entries, as number `k` of those that are added
   // together: zeros where pixels are outside of the images.
   template <class Element>
-  void multiply_unit(const UnitConvMemory& memory, uint32_t group, int64_t column, int64_t k,
+  void multiply_unit(const UnitConvMemory& memory, uint32_t group, uint32_t column, int64_t k,
                      int64_t out_row, Inside& filled) const {
-    const PlannedUnit& planned = plan_.unit_of(group, static_cast<uint32_t>(column));
+    const PlannedUnit& planned = plan_.unit_of(group, column);
     unit_entries(plan_.band, planned.unit, planned.window,
                  memory.entries + k * entries_room(plan_.most_octets), memory.shuffled);
     const int64_t block = column % law_.run_blocks;
     const int64_t phase = phase_of(column / law_.run_blocks * plan_.band.taps);
     const int slots = static_cast<int>(planned.window.octets * kOctet);
-    const int valid = valid_of(block);
+    const int valid = chosen_.count(block);
     const int64_t room = plan_.most_window * kOctet * tile_.plane;
     float* s = memory.s + k * room;
     const Inside in = inside_of(phase, out_row);
@@ -228,8 +229,8 @@ class UnitConv2d {
       filled = in;
     }
     const Element* panels = panels_of<Element>(memory, block, phase);
-    const auto window =
-        read_window(planned.window, slots, valid, static_cast<Element*>(memory.window));
+    const auto window = chosen_window(ring_, chosen_, block, planned.window.base, slots,
+                                      static_cast<Element*>(memory.window));
     const int64_t row = tile_.columns * args_.lanes, width = in.columns.count * args_.lanes;
     s += in.rows.first * row + in.columns.first * args_.lanes;
     if (!tile_.direct) {
@@ -255,37 +256,39 @@ class UnitConv2d {
     const OctetEntry* entry[kMostUses];
     for (int u = 0; u < uses; ++u) {
       const int64_t k = u / taps;
-      const int64_t tap = (first + k) / law_.run_blocks * taps + u % taps;
+      const int64_t tap = chosen_.column(first + k) / law_.run_blocks * taps + u % taps;
       const int64_t shift = tile_.high.shift(tap / image_.kernel_width) * row +
                             tile_.wide.shift(tap % image_.kernel_width) * args_.lanes;
       base[u] = memory.s + k * plan_.most_window * kOctet * tile_.plane + shift;
       entry[u] = memory.entries + k * room + u % taps * octets;
     }
-    for (int64_t o = 0; o < octets; ++o) {
-      for (int r = 0; r < 8; ++r) {
-        const float* line[kMostUses];
-        float sign[kMostUses];
-        for (int u = 0; u < uses; ++u) {
-          const OctetEntry e = entry[u][o];
-          const int64_t slot = kOctet * int64_t{e.octet} + residues[e.pattern][r];
-          line[u] = base[u] + slot * tile_.plane;
-          sign[u] = kSigns[e.signs >> r & 1];
-        }
-        add_rows(line, sign, uses, tile_.lines, tile_.line, row, tile_.line, first > 0,
-                 memory.y + (o * kOctet + r) * tile_.y_plane);
+    const int64_t first_octet_of = first_octet(plan_.band, group),
+                  rows = chosen_.rows_of(plan_, group);
+    const int64_t begin = chosen_.first_row(first_octet_of);
+    for (int64_t n = 0; n < rows; ++n) {
+      const int64_t number = chosen_.row(begin + n), o = number / kOctet - first_octet_of;
+      const int r = static_cast<int>(number % kOctet);
+      const float* line[kMostUses];
+      float sign[kMostUses];
+      for (int u = 0; u < uses; ++u) {
+        const OctetEntry e = entry[u][o];
+        const int64_t slot = kOctet * int64_t{e.octet} + residues[e.pattern][r];
+        line[u] = base[u] + slot * tile_.plane;
+        sign[u] = kSigns[e.signs >> r & 1];
       }
+      add_rows(line, sign, uses, tile_.lines, tile_.line, row, tile_.line, first > 0,
+               memory.y + n * tile_.y_plane);
     }
   }
 
   void write(const UnitConvMemory& memory, uint32_t group, int64_t image, int64_t images,
              int64_t out_row) const {
-    const int64_t channel = int64_t{first_octet(plan_.band, group)} * kOctet;
-    const int64_t channels =
-        std::min<int64_t>(law_.rows - channel, group_size(plan_.band, group) * kOctet);
+    const int64_t channel = chosen_.first_row(first_octet(plan_.band, group));
+    const int64_t channels = chosen_.rows_of(plan_, group), all = chosen_.rows();
     const int64_t area = image_.out_height * image_.out_width, lanes = args_.lanes;
-    ImageView y{args_.dtype, args_.y, {law_.rows * area, area, image_.out_width, 1}};
+    ImageView y{args_.dtype, args_.y, {all * area, area, image_.out_width, 1}};
     if (image_.channels_last)
-      y = {args_.dtype, args_.y, {law_.rows * area, 1, image_.out_width * law_.rows, law_.rows}};
+      y = {args_.dtype, args_.y, {all * area, 1, image_.out_width * all, all}};
     const TilePart part{image,
                         images,
                         args_.lanes,
@@ -304,6 +307,7 @@ class UnitConv2d {
   const UnitConv2dArgs& args_;
   const Image& image_;
   UnitPlan plan_;
+  Chosen chosen_;
   UnitConvLayout layout_;
   ConvTile tile_;
   Ring ring_;
@@ -313,8 +317,10 @@ class UnitConv2d {
 
 Workspace unit_conv2d_workspace(const LayerLaw& law, const UnitConv2dArgs& args) {
   const UnitPlan plan(law);
-  const UnitConvLayout layout = layout_of(law, plan, args);
-  return {args.threads * layout.bytes() + plan.bytes(), args.threads * (layout.panels + layout.x)};
+  const Chosen chosen(law, plan, args.selection, args.image.run);
+  const UnitConvLayout layout = layout_of(law, plan, chosen, args);
+  return {args.threads * layout.bytes() + plan.bytes() + chosen.bytes(),
+          args.threads * (layout.panels + layout.x)};
 }
 
 void unit_conv2d(const LayerLaw& law, const UnitConv2dArgs& args) { UnitConv2d(law, args).run(); }

@@ -3,11 +3,13 @@
 #pragma once
 
 #include "cpu/conv2d.h"
+#include "cpu/selection.h"
 
 namespace rpg {
 
 // y [images, N, out_height, out_width] = scale · conv2d(x [images, C, height, width], G ring) +
-// bias.
+// bias. With a selection N and C are the chosen rows and columns, of x, y and the bias;
+// image.channels counts the chosen, image.run all.
 struct UnitConv2dArgs {
   Dtype bank_dtype;
   const void* ring;  // [slots, block]
@@ -24,6 +26,7 @@ struct UnitConv2dArgs {
   int64_t rows;     // of the output at a time
   void* workspace;  // as many bytes as the kernel says, aligned to 64
   bool pairs;       // products of pairs (pairs.h): x and the bank are bfloat16
+  Selection selection;
 };
 
 // dx [images, C, height, width] of dy [images, N, out_height, out_width], and what is added to dw
@@ -46,6 +49,7 @@ struct UnitConv2dGradsArgs {
   int64_t rows;     // of x at a time; all of them where the convolution has a stride
   void* workspace;  // as many bytes as the kernel says, aligned to 64
   bool pairs;       // products of pairs (pairs.h): dy, x and the bank are bfloat16
+  Selection selection;
 };
 
 }  // namespace rpg

@@ -35,9 +35,9 @@ constexpr int64_t kLinesBytes = 256 << 10;  // of T
 
 class ConvSource {
  public:
-  ConvSource(const LayerLaw& law, const UnitPlan& plan, const UnitConv2dGradsArgs& args)
+  ConvSource(const LayerLaw& law, const Chosen& chosen, const UnitConv2dGradsArgs& args)
       : law_(law),
-        plan_(plan),
+        chosen_(chosen),
         args_(args),
         g_(args.image),
         scales_(scales_of(args.scale, args.pairs)) {
@@ -59,11 +59,11 @@ class ConvSource {
   }
 
   SourceLayout layout() const {
-    const int64_t in_rows = 4 * pixels_ * law_.granularity * law_.run_blocks;
-    const int64_t own = shifts_ ? 0 : 8 * dy_rows_ * dy_columns_ * args_.lanes * law_.granularity;
+    const int64_t pitch = chosen_.pitch(), in_rows = 4 * pixels_ * pitch * law_.run_blocks;
+    const int64_t own = shifts_ ? 0 : 8 * dy_rows_ * dy_columns_ * args_.lanes * pitch;
     const int64_t octet = 4 * kOctet * t_plane_;
     const int64_t chunk = std::min(std::max<int64_t>(kLinesBytes / octet, 1), kMostChunk);
-    return {4 * plan_.band.octets * kOctet * dy_plane_,
+    return {4 * octets_for(chosen_.rows()) * kOctet * dy_plane_,
             in_rows,
             in_rows,
             own,
@@ -97,13 +97,13 @@ class ConvSource {
 
   // Where what lane q gives to dx is added; null: to nothing.
   float* dx_row(int64_t column, int64_t q, float* dx) const {
-    const int64_t block = law_.granularity;
-    float* out = dx + column % law_.run_blocks * pixels_ * block;
-    if (shifts_) return out + q * block;
+    const int64_t pitch = chosen_.pitch();
+    float* out = dx + column % law_.run_blocks * pixels_ * pitch;
+    if (shifts_) return out + q * pitch;
     const int64_t tap = column / law_.run_blocks, pixel = q / args_.lanes;
     const int64_t row = pixel / g_.out_width * g_.step[0] - g_.padding[0] + g_.tap_row(tap);
     const int64_t x_column = pixel % g_.out_width * g_.step[1] - g_.padding[1] + g_.tap_column(tap);
-    return out + ((row * g_.width + x_column) * args_.lanes + q % args_.lanes) * block;
+    return out + ((row * g_.width + x_column) * args_.lanes + q % args_.lanes) * pitch;
   }
 
   int64_t tiles() const {
@@ -114,13 +114,8 @@ class ConvSource {
     if (!shifts_) return dy_rows_ * dy_columns_ * args_.lanes;
     return ((rows_of(tile) - 1) * columns_ + g_.width) * args_.lanes;
   }
-  int valid_of(int64_t column) const {
-    const int64_t channel = column % law_.run_blocks * law_.granularity;
-    return static_cast<int>(std::min<int64_t>(g_.channels - channel, law_.granularity));
-  }
-
   void pack_dy(int64_t tile, int64_t octet, float* dy) const {
-    const int64_t octets = std::min<int64_t>(plan_.band.octets - octet, kPackedOctets);
+    const int64_t octets = std::min<int64_t>(octets_for(chosen_.rows()) - octet, kPackedOctets);
     const int64_t floats = octets * kOctet * dy_plane_;
     float* out = dy + octet * kOctet * dy_plane_;
     std::memset(out, 0, sizeof(float) * floats);
@@ -141,7 +136,7 @@ class ConvSource {
                         images_of(tile),
                         args_.lanes,
                         channel,
-                        std::min<int64_t>(law_.rows - channel, octets * kOctet),
+                        std::min<int64_t>(chosen_.rows() - channel, octets * kOctet),
                         row,
                         end - row,
                         column,
@@ -152,16 +147,17 @@ class ConvSource {
     see(out, floats);
   }
 
-  // x [pixels, block] of a block of channels.
+  // x [pixels, pitch] of a block of channels.
   void pack_x(int64_t tile, int64_t block, float* x) const {
-    float* out = x + block * pixels_ * law_.granularity;
-    std::memset(out, 0, sizeof(float) * pixels_ * law_.granularity);
+    const int64_t size = chosen_.pitch(), step = args_.lanes * size;
+    const int64_t channel = chosen_.first_element(block);
+    const int valid = chosen_.count(block);
+    float* out = x + block * pixels_ * size;
+    std::memset(out, 0, sizeof(float) * pixels_ * size);
     const Activations source{args_.dtype, args_.x};
-    const int64_t size = law_.granularity, step = args_.lanes * size;
-    const int valid = valid_of(block);
     for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
       const int64_t first =
-          image * g_.stride[0] + block * size * g_.stride[1] + (row_of(tile) + row) * g_.stride[2];
+          image * g_.stride[0] + channel * g_.stride[1] + (row_of(tile) + row) * g_.stride[2];
       float* target = out + place * step + lane * size;
       if (g_.stride[1] == 1 || g_.stride[3] != 1) {
         for (int64_t j = 0; j < g_.width; ++j, target += step) {
@@ -188,26 +184,26 @@ class ConvSource {
         }
       }
     });
-    see(out, pixels_ * law_.granularity);
+    see(out, pixels_ * size);
   }
 
   const float* x_of(int64_t tile, int64_t column, const float* x, float* own) const {
-    const int64_t block = law_.granularity;
-    const float* rows = x + column % law_.run_blocks * pixels_ * block;
+    const int64_t pitch = chosen_.pitch(), size = args_.lanes * pitch;
+    const float* rows = x + column % law_.run_blocks * pixels_ * pitch;
     if (shifts_) return rows;
-    std::memset(own, 0, sizeof(float) * lanes(tile) * block);
+    std::memset(own, 0, sizeof(float) * lanes(tile) * pitch);
     for_pixels(column, [&](int64_t out, int64_t in) {
-      std::memcpy(own + out * args_.lanes * block, rows + in * args_.lanes * block,
-                  sizeof(float) * args_.lanes * block);
+      std::memcpy(own + out * size, rows + in * size, sizeof(float) * size);
     });
     return own;
   }
 
-  void sum_octet(int64_t tile, int64_t column, uint32_t first, uint32_t octets_of_group,
-                 const OctetEntry* entry, const uint16_t* octets, int count,
-                 const int32_t (*rows)[8], const float* dy, float* t) const {
+  // As sum_octet of linear layers.
+  uint32_t sum_octet(int64_t tile, int64_t column, uint32_t first, uint32_t octets_of_group,
+                     const OctetEntry* entry, const uint16_t* octets, int count,
+                     const int32_t (*rows)[8], const float* dy, float* t) const {
     const int64_t row_floats = dy_columns_ * args_.lanes;
-    int64_t shift[kMostUses];
+    int64_t shift[kMostUses], first_row[kMostUses];
     for (int u = 0; u < count; ++u) {
       const int64_t tap = column / law_.run_blocks * law_.taps + octets[u] / octets_of_group;
       const int64_t row_shift = args_.kernel[0] - 1 - tap / g_.kernel_width;
@@ -215,49 +211,61 @@ class ConvSource {
       shift[u] =
           shifts_ ? row_shift * g_.dilation[0] * row_floats + right * g_.dilation[1] * args_.lanes
                   : 0;
-      shift[u] += (first + octets[u] % octets_of_group) * int64_t{kOctet} * dy_plane_;
+      first_row[u] = (first + octets[u] % octets_of_group) * int64_t{kOctet};
     }
+    const int32_t* number_of = chosen_.has_rows() ? chosen_.number_of() : nullptr;
+    uint32_t read = 0;
     const int64_t height = compact_ && shifts_ ? rows_of(tile) : 1;
     const int64_t line = lanes(tile) / height;
     for (int c = 0; c < 8; ++c) {
       const float* source[kMostUses];
       float sign[kMostUses];
+      int uses = 0;  // of rows that are there
       for (int u = 0; u < count; ++u) {
         const OctetEntry e = entry[octets[u]];
         const int32_t row = rows[e.pattern][c];
-        source[u] = dy + shift[u] + row * dy_plane_;
-        sign[u] = kSigns[e.signs >> row & 1];
+        const int64_t number = number_of ? number_of[first_row[u] + row] : first_row[u] + row;
+        source[uses] = dy + shift[u] + std::max<int64_t>(number, 0) * dy_plane_;
+        sign[uses] = kSigns[e.signs >> row & 1];
+        uses += number >= 0;
       }
+      read |= (uses ? 1u : 0u) << c;
       float* out = t + c * t_plane_;
-      add_rows(source, sign, count, height, line, row_floats, line, false, out);
+      add_rows(source, sign, uses, height, line, row_floats, line, false, out);
       // Between rows that are not compact lies what no pixel is.
       const int64_t gap = (columns_ - g_.width) * args_.lanes;
       for (int64_t i = 1; shifts_ && gap && i < rows_of(tile); ++i) {
         std::memset(out + i * columns_ * args_.lanes - gap, 0, sizeof(float) * gap);
       }
     }
+    return read;
   }
 
   template <class Element>
   void add_dx(int64_t tile, int64_t column, const FactorOf<Element>& t, const Element* window,
               int steps, float* dx, float* own) const {
-    const int block = law_.granularity, rows = static_cast<int>(lanes(tile));
-    float* out = dx + column % law_.run_blocks * pixels_ * block;
-    if (shifts_) return multiply<true>(rows, block, t, window, block, steps, out, block);
-    float* products = own + lanes(tile) * block;
-    multiply<false>(rows, block, t, window, block, steps, products, block);
+    const int64_t block = column % law_.run_blocks;
+    const int pitch = chosen_.pitch(), padded = chosen_.padded(block);
+    const int rows = static_cast<int>(lanes(tile));
+    float* out = dx + block * pixels_ * pitch;
+    if (shifts_) return multiply<true>(rows, padded, t, window, padded, steps, out, pitch);
+    float* products = own + lanes(tile) * pitch;
+    multiply<false>(rows, padded, t, window, padded, steps, products, padded);
     for_pixels(column, [&](int64_t pixel, int64_t in) {
-      const int64_t size = args_.lanes * block;
-      for (int64_t i = 0; i < size; i += 8) {
-        float* target = out + in * size + i;
-        store<8>(target, load<8>(target) + load<8>(products + pixel * size + i));
+      for (int64_t lane = 0; lane < args_.lanes; ++lane) {
+        const float* added = products + (pixel * args_.lanes + lane) * padded;
+        float* target = out + (in * args_.lanes + lane) * pitch;
+        for (int64_t i = 0; i < padded; i += kVector) {
+          store<kVector>(target + i, load<kVector>(target + i) + load<kVector>(added + i));
+        }
       }
     });
   }
 
   void write_dx(int64_t tile, int64_t block, const std::vector<float*>& parts) const {
-    const int64_t size = law_.granularity, step = args_.lanes * size, area = g_.height * g_.width;
-    const int valid = valid_of(block);
+    const int64_t size = chosen_.pitch(), step = args_.lanes * size, area = g_.height * g_.width;
+    const int64_t channel = chosen_.first_element(block);
+    const int valid = chosen_.count(block);
     ImageView view{args_.dtype, args_.dx, {g_.channels * area, area, g_.width, 1}};
     if (g_.channels_last)
       view = {args_.dtype, args_.dx, {g_.channels * area, 1, g_.width * g_.channels, g_.channels}};
@@ -269,7 +277,7 @@ class ConvSource {
     for_rows(tile, [&](int64_t image, int64_t lane, int64_t row, int64_t place) {
       const int64_t offset = block * pixels_ * size + place * step + lane * size;
       if (g_.channels_last) {
-        void* target = view.element(view.index(image, block * size, row_of(tile) + row, 0));
+        void* target = view.element(view.index(image, channel, row_of(tile) + row, 0));
         const int64_t bytes = g_.channels * element_bytes(args_.dtype);
         for (int64_t j = 0; j < g_.width; ++j, target = static_cast<char*>(target) + bytes) {
           alignas(64) float values[128];
@@ -285,8 +293,7 @@ class ConvSource {
           for (int i = 0; i < count; ++i) square[i] = sum_at(offset + (j + i) * step + e);
           transpose8(square);
           for (int i = 0; i < channels; ++i) {
-            void* target =
-                view.element(view.index(image, block * size + e + i, row_of(tile) + row, j));
+            void* target = view.element(view.index(image, channel + e + i, row_of(tile) + row, j));
             if (count == 8) {
               store_eight(view.dtype, square[i], target);
               continue;
@@ -350,7 +357,7 @@ class ConvSource {
   }
 
   const LayerLaw& law_;
-  const UnitPlan& plan_;
+  const Chosen& chosen_;
   const UnitConv2dGradsArgs& args_;
   const Image& g_;
   Scales scales_;
@@ -371,17 +378,19 @@ UnitGradsArgs grads_args(const UnitConv2dGradsArgs& args) {
 
 Workspace unit_conv2d_grads_workspace(const LayerLaw& law, const UnitConv2dGradsArgs& args) {
   const UnitPlan plan(law);
-  const SourceLayout source = ConvSource(law, plan, args).layout();
-  const UnitGradsLayout layout = unit_grads_layout(law, plan, grads_args(args), source);
-  return {layout.shared() + args.threads * layout.of_thread() + plan.bytes(),
+  const Chosen chosen(law, plan, args.selection, args.image.run);
+  const SourceLayout source = ConvSource(law, chosen, args).layout();
+  const UnitGradsLayout layout = unit_grads_layout(law, plan, chosen, grads_args(args), source);
+  return {layout.shared() + args.threads * layout.of_thread() + plan.bytes() + chosen.bytes(),
           layout.shared() + args.threads * layout.dx};
 }
 
 void unit_conv2d_grads(const LayerLaw& law, const UnitConv2dGradsArgs& args) {
   const UnitPlan plan(law);
-  const ConvSource source(law, plan, args);
+  const Chosen chosen(law, plan, args.selection, args.image.run);
+  const ConvSource source(law, chosen, args);
   const UnitGradsArgs of_layer = grads_args(args);
-  UnitGrads<ConvSource>(law, plan, of_layer, source).run();
+  UnitGrads<ConvSource>(law, plan, chosen, of_layer, source).run();
 }
 
 }  // namespace rpg::RPG_ISA

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "cpu/chosen.h"
 #include "cpu/unit_conv2d.h"
 #include "cpu/unit_lines.h"
 #include "cpu/unit_window.h"
@@ -107,21 +108,21 @@ struct UnitConvLayout {
   int64_t bytes() const { return panels + x + products + s + y + window + entries + shuffled; }
 };
 
-inline UnitConvLayout layout_of(const LayerLaw& law, const UnitPlan& plan,
+inline UnitConvLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const Chosen& chosen,
                                 const UnitConv2dArgs& args) {
   UnitConvLayout out{};
   out.tile = tile_of(args);
   const int64_t slots = plan.most_window * kOctet, s = 4 * slots * out.tile.plane;
   out.together =
       std::max<int64_t>(1, std::min<int64_t>(kTogetherBytes / s, kMostUses / plan.band.taps));
-  out.together = std::min<int64_t>(out.together, plan.band.columns);
+  out.together = std::min(out.together, chosen.columns());
   const int64_t size = args.pairs ? 2 : 4;  // bytes of an operand's element
-  out.phase_panels = lines(size * law.granularity * vectors(out.tile.pixels));
+  out.phase_panels = lines(size * chosen.pitch() * vectors(out.tile.pixels));
   out.panels = out.phase_panels * out.tile.phases() * law.run_blocks;
-  out.x = lines(4 * law.granularity * out.tile.plane);
+  out.x = lines(4 * chosen.pitch() * out.tile.plane);
   out.products = out.tile.direct ? 0 : lines(s);
   out.s = lines(out.together * s);
-  out.y = lines(4 * group_size(plan.band, 0) * kOctet * out.tile.y_plane);
+  out.y = lines(4 * chosen.most_rows() * out.tile.y_plane);
   out.window = lines(size * slots * law.granularity);
   out.entries = lines(out.together * entries_room(plan.most_octets) * sizeof(OctetEntry));
   out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));

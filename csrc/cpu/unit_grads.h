@@ -15,11 +15,14 @@
 // bits.
 //
 // A slot that no row reads is not multiplied: it may hold an infinity, and x as well. There are
-// some where the last octet of rows is not whole.
+// some where the last octet of rows is not whole, and where rows are chosen.
 //
 // Nor is a lane that none of a slot's taps reaches, at the border of an image: T is zero there, but
 // what it meets may be infinite. Where something is not finite, such products are left out one by
 // one (`add_reached`), from the first tile on that has an infinity or NaN in dy or x.
+//
+// With a selection (chosen.h) x and dx have chosen columns of a block alone, the window is squeezed
+// to them and what dw gets is spread again; T adds chosen rows alone.
 //
 // With pairs (pairs.h) T is rounded to bfloat16 before it is multiplied, in words of two slots for
 // dx and of two lanes for dw; x and the window are joined to words as well. Products that are left
@@ -60,17 +63,18 @@ inline void multiply_all(float factor, int64_t count, float* values) {
 template <class Source>
 class UnitGrads {
  public:
-  UnitGrads(const LayerLaw& law, const UnitPlan& plan, const UnitGradsArgs& args,
-            const Source& source)
+  UnitGrads(const LayerLaw& law, const UnitPlan& plan, const Chosen& chosen,
+            const UnitGradsArgs& args, const Source& source)
       : law_(law),
         args_(args),
         plan_(plan),
+        chosen_(chosen),
         source_(source),
         size_(source.layout()),
-        layout_(unit_grads_layout(law, plan, args, size_)),
+        layout_(unit_grads_layout(law, plan, chosen, args, size_)),
         zones_(law, plan, args.threads),
         ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity},
-        last_rows_(static_cast<int>(law.rows % kOctet)) {}
+        last_rows_(chosen.has_rows() ? 0 : static_cast<int>(law.rows % kOctet)) {}
 
   void run() {
     const int zones = zones_.count();
@@ -82,17 +86,19 @@ class UnitGrads {
       }
       for (int64_t tile = 0; tile < source_.tiles(); ++tile) {
 #pragma omp for schedule(static)
-        for (int64_t octet = 0; octet < int64_t{plan_.band.octets}; octet += kPackedOctets) {
+        for (int64_t octet = 0; octet < octets_for(chosen_.rows()); octet += kPackedOctets) {
           source_.pack_dy(tile, octet, dy());
         }
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) {
-          if (args_.dw) pack_x(tile, block);
+          if (args_.dw && chosen_.count(block)) pack_x(tile, block);
         }
 #pragma omp for schedule(static)
         for (int part = 0; part < zones; ++part) add_zone(part, tile);
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) write_dx(tile, block);
+        for (int64_t block = 0; block < int64_t{law_.run_blocks}; ++block) {
+          if (args_.dx && chosen_.count(block)) write_dx(tile, block);
+        }
       }
     }
     for (int part = 0; args_.dw && part < zones; ++part) {
@@ -130,9 +136,12 @@ class UnitGrads {
   void pack_x(int64_t tile, int64_t block) const {
     source_.pack_x(tile, block, x());
     if (!args_.pairs || size_.gathers) return;
-    const int64_t size = law_.granularity;
-    join_rows(source_.x_of(tile, block, x(), nullptr), size, source_.lanes(tile), size,
-              x_words(block));
+    join_x(tile, block, source_.x_of(tile, block, x(), nullptr), x_words(block));
+  }
+
+  // Words of two lanes of a block of x.
+  void join_x(int64_t tile, int64_t block, const float* x, uint32_t* words) const {
+    join_rows(x, chosen_.pitch(), source_.lanes(tile), chosen_.padded(block), words);
   }
 
   // What the slots of a zone add for a tile.
@@ -140,7 +149,9 @@ class UnitGrads {
     const UnitGradsMemory memory = memory_of(part);
     if (args_.dx) std::memset(memory.dx, 0, layout_.dx);
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
-      for (uint32_t column = 0; column < plan_.band.columns; ++column) {
+      if (!chosen_.rows_of(plan_, group)) continue;
+      for (int64_t i = 0; i < chosen_.columns(); ++i) {
+        const uint32_t column = chosen_.column(i);
         const PlannedUnit& planned = plan_.unit_of(group, column);
         const float* xc = nullptr;
         const uint32_t* words = x_words(column % law_.run_blocks);
@@ -150,8 +161,7 @@ class UnitGrads {
           if (!dealt && args_.dw) {
             xc = source_.x_of(tile, column, x(), memory.own);
             if (args_.pairs && size_.gathers) {
-              join_rows(xc, law_.granularity, source_.lanes(tile), law_.granularity,
-                        memory.own_words);
+              join_x(tile, column % law_.run_blocks, xc, memory.own_words);
               words = memory.own_words;
             }
           }
@@ -181,8 +191,10 @@ class UnitGrads {
     const int64_t end = std::min<int64_t>((o + 1) * laps - used, planned.unit.size);
     const uint16_t* octets = memory.octet_at + begin;
     const int count = static_cast<int>(end - begin);
-    source_.sum_octet(tile, column, first_octet(plan_.band, group), group_size(plan_.band, group),
-                      memory.entries, octets, count, rows_of_slots_, dy(), t);
+    const uint32_t of_chosen = source_.sum_octet(tile, column, first_octet(plan_.band, group),
+                                                 group_size(plan_.band, group), memory.entries,
+                                                 octets, count, rows_of_slots_, dy(), t);
+    if (chosen_.has_rows()) return of_chosen;
     if (!last_rows_ || group + 1 < plan_.band.groups) return 0xFF;
     const uint32_t rows = group_size(plan_.band, group);
     uint32_t read = 0;
@@ -206,12 +218,16 @@ class UnitGrads {
     const bool careful = Source::kReaches && (source_.is_careful() ||
                                               (window && !all_below(limit, window, size * block)));
     const bool pairs = args_.pairs && !careful;
+    const int64_t channels = column % law_.run_blocks;
+    const int padded = chosen_.padded(channels);
+    if (window) window = chosen_.squeezed(channels, window, size, memory.window);
     uint8_t read[kMostChunk];
     bool whole = true;
     for (int64_t k = 0; k < count; ++k) {
       float* t = memory.t + (pairs ? 0 : k * kOctet * plane);
       read[k] = static_cast<uint8_t>(sum(planned, group, column, o + k, tile, memory, t));
-      whole &= read[k] == 0xFF;
+      // A Source that reaches lanes one by one, where anything is not finite, meets zeros elsewhere.
+      whole &= read[k] == 0xFF || Source::kReaches;
       if (pairs) round_octet(tile, k, t, memory);
     }
     if (careful) {
@@ -221,30 +237,38 @@ class UnitGrads {
       }
       return;
     }
-    const auto is_read = [&read](int64_t j) { return read[j / kOctet] >> j % kOctet & 1; };
+    const auto is_read = [&](int64_t j) { return whole || read[j / kOctet] >> j % kOctet & 1; };
     if (args_.dx && !whole) {
       if (window != memory.window) {
         for (int64_t j = 0; j < size; ++j) {
-          std::memcpy(memory.window + j * block, window + j * block, sizeof(float) * block);
+          std::memcpy(memory.window + j * padded, window + j * padded, sizeof(float) * padded);
         }
       }
       window = memory.window;
       for (int64_t j = 0; j < size; ++j) {
-        if (!is_read(j)) std::memset(memory.window + j * block, 0, sizeof(float) * block);
+        if (!is_read(j)) std::memset(memory.window + j * padded, 0, sizeof(float) * padded);
       }
     }
     if (args_.dx) multiply_dx(tile, column, size, window, memory);
     if (!args_.dw) return;
-    const int valid = source_.valid_of(column);
-    if (!args_.pairs && whole && zones_.inside(part, first, size) == size && valid == block) {
-      multiply_dw<true>(tile, size, xc, x_words, memory, args_.dw + first * block);
+    const int valid = chosen_.count(channels);
+    const bool inside = zones_.inside(part, first, size) == size;
+    if (!args_.pairs && whole && inside && valid == block) {
+      multiply_dw<true>(tile, size, padded, xc, x_words, memory, args_.dw + first * block);
       return;
     }
-    multiply_dw<false>(tile, size, xc, x_words, memory, memory.products);
+    multiply_dw<false>(tile, size, padded, xc, x_words, memory, memory.products);
     for (int64_t j = 0; j < size; ++j) {
       if (!is_read(j)) continue;
-      float* target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
-      const float* products = memory.products + j * block;
+      float* target = args_.dw + (first + j) * block;
+      if (!inside) {
+        target = zones_.target(part, (first + j) % slots, args_.dw, memory.spill, block);
+      }
+      const float* products = memory.products + j * padded;
+      if (chosen_.has_columns()) {
+        chosen_.add_spread(channels, args_.scale_of_sums, products, target);
+        continue;
+      }
       for (int e = 0; e < valid; ++e) target[e] += args_.scale_of_sums * products[e];
     }
   }
@@ -265,36 +289,37 @@ class UnitGrads {
     }
   }
 
-  // dx_c [lanes, block] += Tᵀ · window [slots, block]. With pairs, whose words take the window's
+  // dx_c [lanes, padded] += Tᵀ · window [slots, padded]. With pairs, whose words take the window's
   // memory.
   void multiply_dx(int64_t tile, int64_t column, int64_t slots, const float* window,
                    const UnitGradsMemory& memory) const {
-    const int64_t block = law_.granularity, plane = size_.t_plane;
+    const int64_t plane = size_.t_plane, padded = chosen_.padded(column % law_.run_blocks);
     if (!args_.pairs) {
       source_.add_dx(tile, column, Factor{memory.t, 1, plane}, window, static_cast<int>(slots),
                      memory.dx, memory.own);
       return;
     }
     uint32_t* words = reinterpret_cast<uint32_t*>(memory.window);
-    join_rows(window, block, slots, block, words);
+    join_rows(window, padded, slots, padded, words);
     source_.add_dx(tile, column, PairFactor{memory.t_words, 1, plane}, words,
                    static_cast<int>(slots / 2), memory.dx, memory.own);
   }
 
-  // products [slots, block] (+)= T [slots, lanes] · x_c [lanes, block], of which there are words.
+  // products [slots, padded] (+)= T [slots, lanes] · x_c [lanes, padded], of which there are words.
   template <bool ADD>
-  void multiply_dw(int64_t tile, int64_t slots, const float* xc, const uint32_t* x_words,
-                   const UnitGradsMemory& memory, float* products) const {
+  void multiply_dw(int64_t tile, int64_t slots, int padded, const float* xc,
+                   const uint32_t* x_words, const UnitGradsMemory& memory, float* products) const {
     const int64_t plane = size_.t_plane;
-    const int rows = static_cast<int>(slots), block = law_.granularity;
+    const int rows = static_cast<int>(slots);
     const int lanes = static_cast<int>(source_.lanes(tile));
     if (!args_.pairs) {
-      multiply<ADD>(rows, block, Factor{memory.t, plane, 1}, xc, block, lanes, products, block);
+      multiply<ADD>(rows, padded, Factor{memory.t, plane, 1}, xc, chosen_.pitch(), lanes, products,
+                    padded);
       return;
     }
     const uint32_t* t = reinterpret_cast<const uint32_t*>(memory.t_halves);
-    multiply<ADD>(rows, block, PairFactor{t, plane / 2, 1}, x_words, block, (lanes + 1) / 2,
-                  products, block);
+    multiply<ADD>(rows, padded, PairFactor{t, plane / 2, 1}, x_words, padded, (lanes + 1) / 2,
+                  products, padded);
   }
 
   // What octet o of a window adds: of a slot those lanes that its taps reach, and no product else.
@@ -306,14 +331,15 @@ class UnitGrads {
     const int64_t end = std::min<int64_t>((o + 1) * laps - used, planned.unit.size);
     const uint32_t octets = group_size(plan_.band, group), first = first_octet(plan_.band, group);
     const int64_t lanes = source_.lanes(tile);
-    const int valid = source_.valid_of(column);
+    const int64_t channels = column % law_.run_blocks, pitch = chosen_.pitch();
+    const int valid = chosen_.count(channels);
     std::vector<uint8_t> reached(lanes);
     for (int c = 0; c < 8; ++c, t += size_.t_plane) {
       std::fill(reached.begin(), reached.end(), uint8_t{0});
       for (int64_t u = begin; u < end; ++u) {
         const uint32_t octet = memory.octet_at[u];
         const int row = rows_of_slots_[memory.entries[octet].pattern][c];
-        if ((first + octet % octets) * int64_t{kOctet} + row >= law_.rows) continue;
+        if (!is_chosen((first + octet % octets) * int64_t{kOctet} + row)) continue;
         source_.reach(tile, column, octet / octets, reached.data());
       }
       const int64_t slot = (planned.window.base + o * kOctet + c) % law_.slots;
@@ -322,16 +348,20 @@ class UnitGrads {
       for (int64_t q = 0; q < lanes; ++q) {
         if (!reached[q]) continue;
         float* dx = args_.dx ? source_.dx_row(column, q, memory.dx) : nullptr;
-        for (int e = 0; e < valid; ++e) {
-          if (dx) dx[e] += t[q] * window[e];
-          if (dw) dw[e] += args_.scale_of_sums * t[q] * xc[q * block + e];
+        for (int i = 0; i < valid; ++i) {
+          const int e = chosen_.element(channels, i);
+          if (dx) dx[i] += t[q] * window[e];
+          if (dw) dw[e] += args_.scale_of_sums * t[q] * xc[q * pitch + i];
         }
       }
     }
   }
 
+  bool is_chosen(int64_t row) const {
+    return chosen_.has_rows() ? chosen_.number_of()[row] >= 0 : row < law_.rows;
+  }
+
   void write_dx(int64_t tile, int64_t block) const {
-    if (!args_.dx) return;
     std::vector<float*> parts;
     for (int part = 0; part < zones_.count(); ++part) parts.push_back(memory_of(part).dx);
     source_.write_dx(tile, block, parts);
@@ -340,6 +370,7 @@ class UnitGrads {
   const LayerLaw& law_;
   const UnitGradsArgs& args_;
   const UnitPlan& plan_;
+  const Chosen& chosen_;
   const Source& source_;
   SourceLayout size_;
   UnitGradsLayout layout_;

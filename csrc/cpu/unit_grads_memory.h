@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cpu/chosen.h"
 #include "cpu/unit_window.h"
 #include "cpu/workspace.h"
 
@@ -64,7 +65,8 @@ struct UnitGradsMemory {
 };
 
 inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& plan,
-                                         const UnitGradsArgs& args, const SourceLayout& source) {
+                                         const Chosen& chosen, const UnitGradsArgs& args,
+                                         const SourceLayout& source) {
   UnitGradsLayout out{};
   const int64_t block = law.granularity, room = entries_room(plan.most_octets);
   const int64_t slots = source.chunk * kOctet;
@@ -82,7 +84,7 @@ inline UnitGradsLayout unit_grads_layout(const LayerLaw& law, const UnitPlan& pl
   const int64_t t_bytes = lines(2 * slots * source.t_plane);
   out.t_words = args.pairs && args.dx ? t_bytes : 0;
   out.t_halves = args.pairs && args.dw ? t_bytes : 0;
-  const int64_t words = args.pairs && args.dw ? lines(2 * source.t_plane * block) : 0;
+  const int64_t words = args.pairs && args.dw ? lines(2 * source.t_plane * chosen.pitch()) : 0;
   out.x_words = source.gathers ? 0 : words * law.run_blocks;
   out.own_words = source.gathers ? words : 0;
   return out;

@@ -24,9 +24,14 @@
 // Where there are as many tiles of L rows as threads, a thread does whole tiles, and results do not
 // depend on the number of threads. Otherwise threads share the columns of each tile, and add up
 // what they have in order.
+//
+// With a selection (chosen.h) x has chosen columns of a block alone, the window is squeezed to
+// them, and y has chosen rows alone: multiplications shrink with the columns, additions with the
+// rows.
 
 #include <vector>
 
+#include "cpu/chosen.h"
 #include "cpu/lanes_linear.h"
 #include "cpu/product.h"
 #include "cpu/unit_window.h"
@@ -44,15 +49,16 @@ struct UnitLinearLayout {
   int64_t bytes() const { return x + s + y + window + entries + shuffled; }
 };
 
-UnitLinearLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const LanesLinearArgs& args) {
+UnitLinearLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const Chosen& chosen,
+                           const LanesLinearArgs& args) {
   UnitLinearLayout out{};
   const int64_t lanes = args.lanes, block = law.granularity;
   const int64_t tiles = (args.batch + lanes - 1) / lanes;
   out.by_tiles = tiles >= args.threads;
-  const int64_t columns = out.by_tiles ? plan.band.columns : plan.band.columns / args.threads + 1;
-  const int64_t rows = kOctet * (out.by_tiles ? plan.most_octets : int64_t{plan.band.octets});
+  const int64_t columns = out.by_tiles ? chosen.columns() : chosen.columns() / args.threads + 1;
+  const int64_t rows = octets_for(out.by_tiles ? chosen.most_rows() : chosen.rows()) * kOctet;
   const int64_t size = args.pairs ? 2 : 4;  // bytes of an operand's element
-  out.x = lines(size * columns * block * lanes);
+  out.x = lines(size * columns * chosen.pitch() * lanes);
   out.s = lines(4 * kTogether * plan.most_window * kOctet * lanes);
   out.y = lines(4 * rows * lanes);
   out.window = lines(size * plan.most_window * kOctet * block);
@@ -61,37 +67,44 @@ UnitLinearLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const Lane
   return out;
 }
 
-// y [8 octets, L] (+)= ± S[slot] of `count` columns, where L is NV vectors.
+// Rows of a group: `count` chosen ones from number `begin` on, of which a unit counts from its
+// first row, `first`.
+struct GroupRows {
+  int64_t begin, count, first;
+};
+
+// y [rows, L] (+)= ± S[slot] of `count` columns, where L is NV vectors.
 template <int NV>
-void add_lines(const OctetEntry* const* entry, const float* const* s, int count, int64_t octets,
-               const int32_t (*residues)[8], bool add, float* y) {
+void add_lines(const OctetEntry* const* entry, const float* const* s, int count,
+               const Chosen& chosen, const GroupRows& rows, const int32_t (*residues)[8], bool add,
+               float* y) {
   typedef Floats<kVector> Vector;
   constexpr int64_t kLanes = NV * kVector;
-  for (int64_t i = 0; i < octets; ++i) {
-    for (int r = 0; r < 8; ++r, y += kLanes) {
-      Vector sum[NV];
+  for (int64_t n = 0; n < rows.count; ++n, y += kLanes) {
+    const uint32_t row = static_cast<uint32_t>(chosen.row(rows.begin + n) - rows.first);
+    const uint32_t i = row / kOctet, r = row % kOctet;
+    Vector sum[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) sum[v] = add ? load<kVector>(y + v * kVector) : Vector{};
-      for (int g = 0; g < count; ++g) {
-        const OctetEntry e = entry[g][i];
-        const float* line = s[g] + (kOctet * int64_t{e.octet} + residues[e.pattern][r]) * kLanes;
-        const Vector sign = splat<kVector>(kSigns[e.signs >> r & 1]);
+    for (int v = 0; v < NV; ++v) sum[v] = add ? load<kVector>(y + v * kVector) : Vector{};
+    for (int g = 0; g < count; ++g) {
+      const OctetEntry e = entry[g][i];
+      const float* line = s[g] + (kOctet * int64_t{e.octet} + residues[e.pattern][r]) * kLanes;
+      const Vector sign = splat<kVector>(kSigns[e.signs >> r & 1]);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[v] += sign * load<kVector>(line + v * kVector);
-      }
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store<kVector>(y + v * kVector, sum[v]);
+      for (int v = 0; v < NV; ++v) sum[v] += sign * load<kVector>(line + v * kVector);
     }
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store<kVector>(y + v * kVector, sum[v]);
   }
 }
 
 class UnitLinear {
  public:
   UnitLinear(const LayerLaw& law, const LanesLinearArgs& args)
-      : law_(law),
-        args_(args),
+      : args_(args),
         plan_(law),
-        layout_(layout_of(law, plan_, args)),
+        chosen_(law, plan_, args.selection, args.columns),
+        layout_(layout_of(law, plan_, chosen_, args)),
         ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
 
   void run() {
@@ -135,64 +148,72 @@ class UnitLinear {
   // The last tile may have fewer rows than the others, and fewer lanes.
   int lanes_of(int64_t tile) const { return lanes_for(rows_of(tile), args_.lanes); }
 
-  // x of columns `low` to `high` - 1 of blocks, in lanes.
+  // x of columns number `low` to `high` - 1 of blocks, in lanes, [columns, pitch, L].
   void pack(const UnitLinearMemory& memory, int64_t tile, int64_t low, int64_t high) const {
-    const int64_t first = low * law_.granularity;
-    const int64_t columns = std::min(args_.columns, high * law_.granularity) - first;
     const Activations x{args_.x_dtype, args_.x};
-    const int64_t element = tile * args_.lanes * args_.columns + first;
-    if (args_.pairs) {
-      pack_lane_pairs(x, element, args_.columns, rows_of(tile), columns, lanes_of(tile),
-                      static_cast<uint32_t*>(memory.x));
-      return;
+    const int64_t stride = chosen_.elements(), row = tile * args_.lanes * stride;
+    for (int64_t i = low; i < high; ++i) {
+      const int64_t column = chosen_.column(i), first = row + chosen_.first_element(column);
+      const int64_t place = (i - low) * chosen_.pitch() * lanes_of(tile);
+      if (args_.pairs) {
+        pack_lane_pairs(x, first, stride, rows_of(tile), chosen_.count(column), lanes_of(tile),
+                        static_cast<uint32_t*>(memory.x) + place / 2);
+      } else {
+        pack_lanes(x, first, stride, rows_of(tile), chosen_.count(column), lanes_of(tile),
+                   static_cast<float*>(memory.x) + place);
+      }
     }
-    pack_lanes(x, element, args_.columns, rows_of(tile), columns, lanes_of(tile),
-               static_cast<float*>(memory.x));
+  }
+
+  // The number of a group's first chosen row.
+  int64_t first_row(uint32_t group) const {
+    return chosen_.first_row(first_octet(plan_.band, group));
   }
 
   void whole_tile(int part, int64_t tile) const {
     const UnitLinearMemory memory = memory_of(part);
-    pack(memory, tile, 0, plan_.band.columns);
+    pack(memory, tile, 0, chosen_.columns());
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
-      add_group(memory, group, 0, plan_.band.columns, lanes_of(tile), memory.y);
-      const int64_t row = int64_t{first_octet(plan_.band, group)} * kOctet;
-      const int64_t rows = int64_t{group_size(plan_.band, group)} * kOctet;
+      const int64_t rows = chosen_.rows_of(plan_, group);
+      if (!rows) continue;
+      add_group(memory, group, 0, chosen_.columns(), lanes_of(tile), memory.y);
       const float* sums[1] = {memory.y};
-      write(sums, 1, row, rows, tile);
+      write(sums, 1, first_row(group), rows, tile);
     }
   }
 
   void columns_of_tile(int part, int64_t tile) const {
     const UnitLinearMemory memory = memory_of(part);
-    const int64_t columns = plan_.band.columns;
+    const int64_t columns = chosen_.columns();
     const int64_t low = columns * part / args_.threads;
     const int64_t high = columns * (part + 1) / args_.threads;
     if (low == high) return;
     pack(memory, tile, low, high);
     for (uint32_t group = 0; group < plan_.band.groups; ++group) {
+      if (!chosen_.rows_of(plan_, group)) continue;
       add_group(memory, group, low, high, lanes_of(tile),
-                memory.y + int64_t{first_octet(plan_.band, group)} * kOctet * lanes_of(tile));
+                memory.y + first_row(group) * lanes_of(tile));
     }
   }
 
   // This part's share of the rows, of which every part has summed some columns.
   void join(int part, int64_t tile) const {
     std::vector<const float*> sums;
-    const int64_t columns = plan_.band.columns, threads = args_.threads;
-    const int64_t octets = plan_.band.octets;
-    const int64_t first = octets * part / threads, end = octets * (part + 1) / threads;
+    const int64_t columns = chosen_.columns(), threads = args_.threads;
+    const int64_t octets = octets_for(chosen_.rows());
+    const int64_t first = octets * part / threads * kOctet;
+    const int64_t end = std::min(octets * (part + 1) / threads * kOctet, chosen_.rows());
     for (int64_t peer = 0; peer < threads; ++peer) {
       if (columns * peer / threads < columns * (peer + 1) / threads) {
-        sums.push_back(memory_of(static_cast<int>(peer)).y + first * kOctet * lanes_of(tile));
+        sums.push_back(memory_of(static_cast<int>(peer)).y + first * lanes_of(tile));
       }
     }
-    write(sums.data(), static_cast<int>(sums.size()), first * kOctet, (end - first) * kOctet, tile);
+    write(sums.data(), static_cast<int>(sums.size()), first, end - first, tile);
   }
 
-  // y [rows of the group, L] = the sum over columns `low` to `high` - 1, whose x is packed.
+  // y [rows of the group, L] = the sum over columns number `low` to `high` - 1, whose x is packed.
   void add_group(const UnitLinearMemory& memory, uint32_t group, int64_t low, int64_t high,
                  int64_t lanes, float* y) const {
-    const int64_t block = law_.granularity;
     const int64_t room = entries_room(plan_.most_octets);
     const int64_t s_size = plan_.most_window * kOctet * lanes;
     for (int64_t first = low; first < high; first += kTogether) {
@@ -200,55 +221,57 @@ class UnitLinear {
       const OctetEntry* entry[kTogether];
       const float* s[kTogether];
       for (int g = 0; g < count; ++g) {
-        const int64_t column = first + g;
-        const PlannedUnit& planned = plan_.unit_of(group, static_cast<uint32_t>(column));
+        const uint32_t column = chosen_.column(first + g);
+        const PlannedUnit& planned = plan_.unit_of(group, column);
         OctetEntry* entries = memory.entries + g * room;
         unit_entries(plan_.band, planned.unit, planned.window, entries, memory.shuffled);
         const int rows = static_cast<int>(planned.window.octets * kOctet);
         float* products = memory.s + g * s_size;
-        const int valid = static_cast<int>(std::min(args_.columns - column * block, block));
-        const void* next =
-            column + 1 < high ? ring_.slot(plan_.unit_of(group, column + 1).window.base) : nullptr;
-        const int64_t place = (column - low) * block * lanes;
+        const int count_of = chosen_.count(column);
+        const void* next = nullptr;
+        if (first + g + 1 < high) {
+          next = ring_.slot(plan_.unit_of(group, chosen_.column(first + g + 1)).window.base);
+        }
+        const int64_t place = (first + g - low) * chosen_.pitch() * lanes;
         if (args_.pairs) {
-          const PairFactor window = window_pairs(ring_, planned.window.base, rows, valid,
-                                                 static_cast<uint32_t*>(memory.window));
+          const PairFactor window = chosen_window(ring_, chosen_, column, planned.window.base, rows,
+                                                  static_cast<uint32_t*>(memory.window));
           multiply<false>(rows, static_cast<int>(lanes), window,
                           static_cast<const uint32_t*>(memory.x) + place / 2, lanes,
-                          (valid + 1) / 2, products, lanes, next);
+                          (count_of + 1) / 2, products, lanes, next);
         } else {
-          const float* window =
-              window_rows(ring_, planned.window.base, rows, static_cast<float*>(memory.window));
-          multiply<false>(rows, static_cast<int>(lanes), {window, block, 1},
-                          static_cast<const float*>(memory.x) + place, lanes, valid, products,
+          const Factor window = chosen_window(ring_, chosen_, column, planned.window.base, rows,
+                                              static_cast<float*>(memory.window));
+          multiply<false>(rows, static_cast<int>(lanes), window,
+                          static_cast<const float*>(memory.x) + place, lanes, count_of, products,
                           lanes, next);
         }
         entry[g] = entries, s[g] = products;
       }
-      const int64_t octets = group_size(plan_.band, group);
+      const GroupRows rows{first_row(group), chosen_.rows_of(plan_, group),
+                           int64_t{first_octet(plan_.band, group)} * kOctet};
       const int32_t (*residues)[8] = residues_of(plan_.band);
       const bool add = first > low;
       switch (lanes / kVector) {
-        case 1: add_lines<1>(entry, s, count, octets, residues, add, y); break;
-        case 2: add_lines<2>(entry, s, count, octets, residues, add, y); break;
-        case 4: add_lines<4>(entry, s, count, octets, residues, add, y); break;
-        case 8: add_lines<8>(entry, s, count, octets, residues, add, y); break;
-        default: add_lines<16>(entry, s, count, octets, residues, add, y); break;
+        case 1: add_lines<1>(entry, s, count, chosen_, rows, residues, add, y); break;
+        case 2: add_lines<2>(entry, s, count, chosen_, rows, residues, add, y); break;
+        case 4: add_lines<4>(entry, s, count, chosen_, rows, residues, add, y); break;
+        case 8: add_lines<8>(entry, s, count, chosen_, rows, residues, add, y); break;
+        default: add_lines<16>(entry, s, count, chosen_, rows, residues, add, y); break;
       }
     }
   }
 
-  // Rows of y, the first of them the first of `sums`.
+  // Chosen rows of y, the first of them the first of `sums`.
   void write(const float* const* sums, int count, int64_t row, int64_t rows, int64_t tile) const {
-    const Stored out{args_.x_dtype, args_.y, law_.rows, static_cast<float>(args_.scale),
+    const Stored out{args_.x_dtype, args_.y, chosen_.rows(), static_cast<float>(args_.scale),
                      args_.bias};
-    store_lanes(out, sums, count, lanes_of(tile), row, std::min(law_.rows - row, rows),
-                tile * args_.lanes, rows_of(tile));
+    store_lanes(out, sums, count, lanes_of(tile), row, rows, tile * args_.lanes, rows_of(tile));
   }
 
-  const LayerLaw& law_;
   const LanesLinearArgs& args_;
   UnitPlan plan_;
+  Chosen chosen_;
   UnitLinearLayout layout_;
   Ring ring_;
 };
@@ -257,8 +280,9 @@ class UnitLinear {
 
 Workspace unit_linear_workspace(const LayerLaw& law, const LanesLinearArgs& args) {
   const UnitPlan plan(law);
-  const UnitLinearLayout layout = layout_of(law, plan, args);
-  return {args.threads * layout.bytes() + plan.bytes(), args.threads * layout.x};
+  const Chosen chosen(law, plan, args.selection, args.columns);
+  const UnitLinearLayout layout = layout_of(law, plan, chosen, args);
+  return {args.threads * layout.bytes() + plan.bytes() + chosen.bytes(), args.threads * layout.x};
 }
 
 void unit_linear(const LayerLaw& law, const LanesLinearArgs& args) { UnitLinear(law, args).run(); }

@@ -13,9 +13,14 @@
 // octet of rows: an entry, a load of S, a permutation, a sign and an addition.
 //
 // Threads share the columns, and add up what they have in order.
+//
+// With a selection (chosen.h) x_b has zeros where a column is not chosen, and the bank's words are
+// masked there, which takes an instruction for a vector of it; squeezing them would take three. All
+// rows of an octet are added together, so only groups without a chosen row are left out.
 
 #include <vector>
 
+#include "cpu/chosen.h"
 #include "cpu/lanes_linear.h"
 #include "cpu/unit_window.h"
 
@@ -35,14 +40,15 @@ typedef FloatsOf<kDotVector>::integers DotIntegers;
 
 // How the workspace is divided; bytes of one thread.
 struct FewLayout {
-  int64_t x, s, y, rows, entries, shuffled;
-  int64_t bytes() const { return x + s + y + rows + entries + shuffled; }
+  int64_t x, mask, s, y, rows, entries, shuffled;
+  int64_t bytes() const { return x + mask + s + y + rows + entries + shuffled; }
 };
 
 FewLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const LanesLinearArgs& args) {
   FewLayout out{};
   const int64_t room = entries_room(plan.most_octets);
   out.x = lines(4 * args.lanes * law.granularity);
+  out.mask = args.selection.columns ? lines(4 * law.granularity) : 0;
   out.s = lines(4 * plan.most_window * kOctet * args.lanes);
   out.y = lines(4 * int64_t{plan.band.octets} * kOctet * args.lanes);
   out.rows = lines(4 * kOctet * law.granularity);
@@ -51,10 +57,21 @@ FewLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const LanesLinear
   return out;
 }
 
-// The even and the odd elements of kDotVector words of two bfloat16.
-inline void load_pairs(const char* source, DotVector& even, DotVector& odd) {
-  DotIntegers words, upper, lower;
+// kDotVector words of the bank; MASKED: those bits of them that `mask` has.
+template <bool MASKED>
+inline DotIntegers load_bank(const char* source, const int32_t* mask) {
+  DotIntegers words, kept;
   std::memcpy(&words, source, sizeof words);
+  if constexpr (MASKED) {
+    std::memcpy(&kept, mask, sizeof kept);
+    words &= kept;
+  }
+  return words;
+}
+
+// The even and the odd elements of words of two bfloat16.
+inline void split_pairs(const DotIntegers& words, DotVector& even, DotVector& odd) {
+  DotIntegers upper, lower;
   lower = words << 16;
   upper = words & static_cast<int32_t>(0xFFFF0000);
   std::memcpy(&even, &lower, sizeof even);
@@ -94,8 +111,10 @@ inline Floats<8> sum_eight(const Floats<LANES> (&x)[8]) {
 }
 
 // s [M, 8]: 8 slots, `stride` bytes apart, times x_b [M, block] (PAIRS: even elements first).
-template <int M, bool PAIRS>
-inline void dot_octet(const char* slots, int64_t stride, const float* x, int block, float* s) {
+// MASKED: of those bits of a slot's words alone that `mask` has.
+template <int M, bool PAIRS, bool MASKED>
+inline void dot_octet(const char* slots, int64_t stride, const int32_t* mask, const float* x,
+                      int block, float* s) {
   constexpr int kSlots = 8 / M;  // whose sums stay in registers
 #pragma GCC unroll 4
   for (int first = 0; first < 8; first += kSlots) {
@@ -106,10 +125,11 @@ inline void dot_octet(const char* slots, int64_t stride, const float* x, int blo
     for (int e = 0; e < block; e += kStep) {
 #pragma GCC unroll 8
       for (int i = 0; i < kSlots; ++i) {
-        const char* source = slots + (first + i) * stride + e * (PAIRS ? 2 : 4);
+        const DotIntegers words = load_bank<MASKED>(
+            slots + (first + i) * stride + e * (PAIRS ? 2 : 4), mask + e / (PAIRS ? 2 : 1));
         if constexpr (PAIRS) {
           DotVector even, odd;
-          load_pairs(source, even, odd);
+          split_pairs(words, even, odd);
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
             const float* xm = x + m * block + e;
@@ -117,7 +137,8 @@ inline void dot_octet(const char* slots, int64_t stride, const float* x, int blo
             sum[m * kSlots + i] += odd * load<kDotVector>(xm + kDotVector);
           }
         } else {
-          const DotVector w = load<kDotVector>(reinterpret_cast<const float*>(source));
+          DotVector w;
+          std::memcpy(&w, &words, sizeof w);
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
             sum[m * kSlots + i] += w * load<kDotVector>(x + m * block + e);
@@ -172,6 +193,7 @@ class UnitLinearFew {
       : law_(law),
         args_(args),
         plan_(law),
+        chosen_(law, plan_, args.selection, args.columns),
         layout_(layout_of(law, plan_, args)),
         ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
 
@@ -193,7 +215,9 @@ class UnitLinearFew {
 
  private:
   struct FewMemory {
-    float *x, *s, *y, *rows;
+    float* x;
+    int32_t* mask;
+    float *s, *y, *rows;
     OctetEntry* entries;
     uint16_t* shuffled;
   };
@@ -201,21 +225,29 @@ class UnitLinearFew {
   FewMemory memory_of(int part) const {
     Carver carver(args_.workspace, part * layout_.bytes());
     FewMemory out{};
-    carver.take(out.x, layout_.x), carver.take(out.s, layout_.s), carver.take(out.y, layout_.y);
+    carver.take(out.x, layout_.x), carver.take(out.mask, layout_.mask);
+    carver.take(out.s, layout_.s), carver.take(out.y, layout_.y);
     carver.take(out.rows, layout_.rows), carver.take(out.entries, layout_.entries);
     carver.take(out.shuffled, layout_.shuffled);
     return out;
   }
 
-  // x_b [M, block], zeros where it ends before.
-  void load_x(const FewMemory& memory, int64_t column, int valid, bool pairs) const {
+  // x_b [M, block], zeros where it ends before and where a column is not chosen.
+  void load_x(const FewMemory& memory, int64_t column, bool pairs) const {
     const int block = law_.granularity;
     const Activations x{args_.x_dtype, args_.x};
     for (int m = 0; m < args_.lanes; ++m) {
       float* target = memory.x + m * block;
       std::memset(target, 0, sizeof(float) * block);
       if (m >= args_.batch) continue;
-      read_some(x.dtype, x.element(m * args_.columns + column * block), valid, target);
+      const void* source = x.element(m * chosen_.elements() + chosen_.first_element(column));
+      if (chosen_.has_columns()) {
+        float values[128] = {};
+        read_some(x.dtype, source, chosen_.count(column), values);
+        chosen_.spread(column, values, target);
+      } else {
+        read_some(x.dtype, source, chosen_.count(column), target);
+      }
       if (!pairs) continue;
       for (int e = 0; e < block; e += 2 * kDotVector) {
         float split[2 * kDotVector];
@@ -227,19 +259,34 @@ class UnitLinearFew {
     }
   }
 
+  // Which bits of a slot are of chosen columns.
+  void fill_mask(const FewMemory& memory, int64_t column, bool pairs) const {
+    const int size = pairs ? 2 : 4;
+    std::memset(memory.mask, 0, size * law_.granularity);
+    for (int i = 0; i < chosen_.count(column); ++i) {
+      const int element = chosen_.element(column, i);
+      std::memset(reinterpret_cast<char*>(memory.mask) + element * size, 0xFF, size);
+    }
+  }
+
   template <int M>
   void add_columns(int part) const {
     const FewMemory memory = memory_of(part);
-    const int64_t columns = plan_.band.columns, block = law_.granularity;
+    const int64_t columns = chosen_.columns();
+    const int block = law_.granularity;
     const int64_t low = columns * part / args_.threads, high = columns * (part + 1) / args_.threads;
     if (low == high) return;
     std::memset(memory.y, 0, layout_.y);
-    for (int64_t column = low; column < high; ++column) {
-      const int valid = static_cast<int>(std::min(args_.columns - column * block, block));
+    for (int64_t i = low; i < high; ++i) {
+      const uint32_t column = chosen_.column(i);
+      // A mask leaves out what a block lacks at its end, too.
+      const int valid = chosen_.has_columns() ? block : chosen_.count(column);
       const bool pairs = ring_.dtype == Dtype::kBfloat16 && valid == block;
-      load_x(memory, column, valid, pairs);
+      load_x(memory, column, pairs);
+      if (chosen_.has_columns()) fill_mask(memory, column, pairs);
       for (uint32_t group = 0; group < plan_.band.groups; ++group) {
-        const PlannedUnit& planned = plan_.unit_of(group, static_cast<uint32_t>(column));
+        if (!chosen_.rows_of(plan_, group)) continue;
+        const PlannedUnit& planned = plan_.unit_of(group, column);
         dot_window<M>(planned.window, valid, pairs, memory);
         unit_entries(plan_.band, planned.unit, planned.window, memory.entries, memory.shuffled);
         add_octets<M>(memory.entries, group_size(plan_.band, group), memory.s,
@@ -263,12 +310,22 @@ class UnitLinearFew {
         // which may hold infinities.
         slots = copy_octet(first, valid, pairs, memory);
       }
-      if (pairs) {
-        dot_octet<M, true>(slots, stride, memory.x, block, s);
+      if (chosen_.has_columns()) {
+        dot_slots<M, true>(slots, pairs, memory, s);
       } else {
-        dot_octet<M, false>(slots, 4 * block, memory.x, block, s);
+        dot_slots<M, false>(slots, pairs, memory, s);
       }
       first = (first + kOctet) % ring_.slots;
+    }
+  }
+
+  template <int M, bool MASKED>
+  void dot_slots(const char* slots, bool pairs, const FewMemory& memory, float* s) const {
+    const int block = law_.granularity;
+    if (pairs) {
+      dot_octet<M, true, MASKED>(slots, 2 * block, memory.mask, memory.x, block, s);
+    } else {
+      dot_octet<M, false, MASKED>(slots, 4 * block, memory.mask, memory.x, block, s);
     }
   }
 
@@ -290,7 +347,7 @@ class UnitLinearFew {
 
   // This part's share of the rows, of which every part has summed some columns.
   void write(int part) const {
-    const int64_t octets = plan_.band.octets, columns = plan_.band.columns, lanes = args_.lanes;
+    const int64_t octets = plan_.band.octets, columns = chosen_.columns(), lanes = args_.lanes;
     const int64_t threads = args_.threads, size = element_bytes(args_.x_dtype);
     std::vector<const float*> sums;
     for (int64_t peer = 0; peer < threads; ++peer) {
@@ -300,23 +357,34 @@ class UnitLinearFew {
     }
     const Floats<8> scale = splat<8>(static_cast<float>(args_.scale));
     for (int64_t i = octets * part / threads; i < octets * (part + 1) / threads; ++i) {
-      const int64_t row = i * kOctet;
-      const int valid = static_cast<int>(std::min<int64_t>(law_.rows - row, kOctet));
+      const int64_t row = chosen_.first_row(i);
+      const int valid = static_cast<int>(chosen_.first_row(i + 1) - row);
+      if (!valid) continue;
       alignas(32) float bias[8] = {}, out[8];
       if (args_.bias) std::memcpy(bias, args_.bias + row, sizeof(float) * valid);
       for (int64_t m = 0; m < args_.batch; ++m) {
         Floats<8> total = load<8>(sums[0] + (i * lanes + m) * 8);
         for (size_t k = 1; k < sums.size(); ++k) total += load<8>(sums[k] + (i * lanes + m) * 8);
+        if (chosen_.has_rows()) total = in_front(total, row, valid);
         store<8>(out, total * scale + load<8>(bias));
         write_some(args_.x_dtype, out, valid,
-                   static_cast<char*>(args_.y) + (m * law_.rows + row) * size);
+                   static_cast<char*>(args_.y) + (m * chosen_.rows() + row) * size);
       }
     }
+  }
+
+  // An octet's sums with those of its chosen rows first: `count` of them, from number `row` on.
+  Floats<8> in_front(const Floats<8>& sums, int64_t row, int count) const {
+    alignas(32) float of_rows[8], out[8] = {};
+    store<8>(of_rows, sums);
+    for (int r = 0; r < count; ++r) out[r] = of_rows[chosen_.row(row + r) % kOctet];
+    return load<8>(out);
   }
 
   const LayerLaw& law_;
   const LanesLinearArgs& args_;
   UnitPlan plan_;
+  Chosen chosen_;
   FewLayout layout_;
   Ring ring_;
 };
@@ -325,8 +393,9 @@ class UnitLinearFew {
 
 Workspace unit_linear_few_workspace(const LayerLaw& law, const LanesLinearArgs& args) {
   const UnitPlan plan(law);
+  const Chosen chosen(law, plan, args.selection, args.columns);
   const FewLayout layout = layout_of(law, plan, args);
-  return {args.threads * layout.bytes() + plan.bytes(), args.threads * layout.x};
+  return {args.threads * layout.bytes() + plan.bytes() + chosen.bytes(), args.threads * layout.x};
 }
 
 void unit_linear_few(const LayerLaw& law, const LanesLinearArgs& args) {

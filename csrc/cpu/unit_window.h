@@ -12,6 +12,7 @@
 #include "cpu/bank.h"
 #include "cpu/product.h"
 #include "cpu/unit_entries.h"
+#include "law/layer.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,21 @@ def slots(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:
     n, b, out = _lists(n, b)
     layer_law(law).slots(n.data_ptr(), b.data_ptr(), n.numel(), out.data_ptr(), threads())
     return out
+
+
+def selection(
+    rows: Sequence[int] | None, columns: Sequence[int] | None, shape: tuple[int, int]
+) -> Any:
+    """Chosen rows and columns of a weight ``[rows, columns]``, as the CPU kernels take them.
+
+    Args:
+        rows, columns: ascending numbers; None for all of them.
+        shape: of the weight, taps not counted.
+
+    Raises:
+        ValueError: none, not ascending, or beyond the shape.
+    """
+    return _load()[0].Selection(rows, columns, shape)
 
 
 def sign_words(law: LayerLaw, n: Tensor, b: Tensor) -> Tensor:

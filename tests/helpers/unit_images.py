@@ -15,6 +15,7 @@ from unit_layers import CANARY, GUARD
 from rpg_kernels import native
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.cpu import unit_conv2d
+from rpg_kernels.backends.cpu.selection import selection
 from rpg_kernels.law.explicit import explicit_map
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.geometry import conv_output
@@ -64,8 +65,27 @@ class Convolution:
         self.x = torch.randn(batch, shape[1], *size, generator=made).to(dtype)
         self.dy = torch.randn(batch, shape[0], *out, generator=made).to(dtype)
         self.bias = torch.randn(shape[0], generator=made).to(dtype) if bias else None
-        index, self.sign = explicit_map(self.p)
-        self.index = index.flatten()
+        self.elements, self.sign = explicit_map(self.p)
+
+    @property
+    def index(self) -> Tensor:
+        """Which element of the bank each weight is, of those that are kept."""
+        return self.elements.flatten()
+
+    def choose(self, rows: Sequence[int] | None, columns: Sequence[int] | None) -> None:
+        """Keep these rows and columns of the weight, and what belongs to them."""
+        for dim, chosen in enumerate((rows, columns)):
+            if chosen is None:
+                continue
+            self.p = self.p.select(dim, chosen)
+            kept = torch.tensor(chosen)
+            read = (self.elements, self.sign)
+            self.elements, self.sign = (t.index_select(dim, kept) for t in read)
+            name = "x" if dim else "dy"
+            setattr(self, name, getattr(self, name).index_select(1, kept))
+            if dim == 0 and self.bias is not None:
+                self.bias = self.bias[kept]
+        self.spec = self.p.to_json()
 
     def __str__(self) -> str:
         sizes = (list(self.x.shape), self.x.stride(), list(self.dy.shape), self.dy.stride())
@@ -76,7 +96,8 @@ class Convolution:
         x, bias = self.x, None if self.bias is None else self.bias.float()
         how = (self.p.shape[2:], self.p.matrix.by_tap, *self.how)
         y = empty_image(x, self.dy.shape).fill_(float("nan"))
-        size = self.law.unit_conv2d_workspace(x.shape, *how, threads, lanes, rows, self.pairs)
+        part = selection(self.spec)
+        size = self.law.unit_conv2d_workspace(x.shape, *how, threads, lanes, rows, self.pairs, part)
         memory = Guarded(size[0])
         self.law.unit_conv2d(
             *_typed(self.bank),
@@ -93,6 +114,7 @@ class Convolution:
             rows,
             memory.address,
             self.pairs,
+            selection(self.spec),
         )
         memory.check(str(self))
         return y
@@ -106,7 +128,8 @@ class Convolution:
         made_dx = empty_image(dy, x.shape).fill_(float("nan"))
         made_dw = torch.zeros(self.bank.shape)
         tile = (threads, lanes, rows)
-        size = self.law.unit_conv2d_grads_workspace(x.shape, *how, *tile, dx, dw, self.pairs)
+        wanted = (dx, dw, self.pairs, selection(self.spec))
+        size = self.law.unit_conv2d_grads_workspace(x.shape, *how, *tile, *wanted)
         memory = Guarded(size[0])
         self.law.unit_conv2d_grads(
             *(_typed(self.bank) if dx else (0, 1)),
@@ -126,6 +149,7 @@ class Convolution:
             rows,
             memory.address,
             self.pairs,
+            selection(self.spec),
         )
         memory.check(str(self))
         return [made_dx] * dx + [made_dw] * dw
@@ -145,7 +169,7 @@ class Convolution:
 
     def weight(self, bank: Tensor) -> Tensor:
         """The weight, written out from a bank."""
-        return (bank.flatten()[self.index].view(self.p.shape) * self.sign).mul(self.p.scale)
+        return (bank.flatten()[self.elements] * self.sign).mul(self.p.scale)
 
     def exact(self) -> list[Tensor]:
         """By torch, in float64."""

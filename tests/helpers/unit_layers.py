@@ -62,8 +62,27 @@ class Layer:
         self.x = torch.randn(*leading, shape[1], generator=made).to(dtype)
         self.dy = torch.randn(*leading, shape[0], generator=made).to(dtype)
         self.bias = torch.randn(shape[0], generator=made).to(dtype) if bias else None
-        index, self.sign = explicit_map(self.p)
-        self.index = index.flatten()
+        self.elements, self.sign = explicit_map(self.p)
+
+    @property
+    def index(self) -> Tensor:
+        """Which element of the bank each weight is, of those that are kept."""
+        return self.elements.flatten()
+
+    def choose(self, rows: Sequence[int] | None, columns: Sequence[int] | None) -> None:
+        """Keep these rows and columns of the weight, and what belongs to them."""
+        for dim, chosen in enumerate((rows, columns)):
+            if chosen is None:
+                continue
+            self.p = self.p.select(dim, chosen)
+            kept = torch.tensor(chosen)
+            read = (self.elements, self.sign)
+            self.elements, self.sign = (t.index_select(dim, kept) for t in read)
+            name = "x" if dim else "dy"
+            setattr(self, name, getattr(self, name).index_select(-1, kept))
+            if dim == 0 and self.bias is not None:
+                self.bias = self.bias[kept]
+        self.spec = self.p.to_json()
 
     def __str__(self) -> str:
         g, sizes = self.p.generator, (list(self.x.shape), list(self.p.shape))
@@ -89,15 +108,16 @@ class Layer:
     def defined(self, dtype: torch.dtype) -> list[Tensor]:
         """The same by torch, with a weight that is written out in ``dtype``."""
         exact = torch.promote_types(dtype, torch.float32)
-        weight = (self.bank.to(exact).flatten()[self.index] * self.sign.flatten()).mul(self.p.scale)
-        weight = weight.view(self.p.shape).to(dtype)
+        weight = (self.bank.to(exact).flatten()[self.elements] * self.sign).mul(self.p.scale)
+        weight = weight.to(dtype)
         x, dy = self.x.to(dtype), self.dy.to(dtype)
         y = torch.nn.functional.linear(
             x, weight, None if self.bias is None else self.bias.to(dtype)
         )
         dense = dy.flatten(0, -2).T @ x.flatten(0, -2)
         dw = torch.zeros(self.bank.numel(), dtype=exact)
-        dw.index_add_(0, self.index, (dense.to(exact) * self.sign * self.p.scale).flatten())
+        added = (dense.to(exact) * self.sign * self.p.scale).flatten()
+        dw.index_add_(0, self.index, added)
         dw = dw.view_as(self.bank).to(torch.promote_types(dtype, self.bank.dtype))
         return [y, dy @ weight, dw, dy @ weight, dw]
 

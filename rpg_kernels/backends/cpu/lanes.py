@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from rpg_kernels import native, settings
+from rpg_kernels.backends.cpu.selection import selection
 from rpg_kernels.law.placement import Placement, parse
 
 PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad", "linear_grads")
@@ -104,7 +105,7 @@ class Family(ABC):
             raise RuntimeError(
                 f"scratch_limit: got {settings.scratch_bytes('cpu')} bytes, wanted at least "
                 f"{self.smallest(op, placement, batch)} for the cpu back end of a virtual weight "
-                f"{list(parse(placement).shape)}"
+                f"{list(parse(placement).selected_shape)}"
             )
         return step
 
@@ -125,7 +126,9 @@ def _choices(
             if op != "linear":
                 size += (op != "linear_bank_grad", op != "linear_input_grad")
                 name = f"{family.name}_grads_workspace"
-            total, activations = getattr(law, name)(*size, pairs=paired)
+            total, activations = getattr(law, name)(
+                *size, pairs=paired, selection=selection(placement)
+            )
             out.append(Lanes(lanes, threads, total, total - activations, paired))
         if threads == 1:
             return tuple(out)

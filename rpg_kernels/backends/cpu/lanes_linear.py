@@ -14,6 +14,7 @@ from torch import Tensor
 from rpg_kernels import native
 from rpg_kernels.backends.cpu.lanes import Family
 from rpg_kernels.backends.cpu.memory import workspace
+from rpg_kernels.backends.cpu.selection import selection
 from rpg_kernels.law.placement import Placement, parse
 
 
@@ -24,8 +25,8 @@ def linear(family: Family, x: Tensor, bank: Tensor, bias: Tensor | None, placeme
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     p = parse(placement)
-    y = x.new_empty((*x.shape[:-1], p.shape[0]))
-    batch = y.numel() // p.shape[0]
+    y = x.new_empty((*x.shape[:-1], p.selected_shape[0]))
+    batch = y.numel() // p.selected_shape[0]
     pairs = family.pairs("linear", x.dtype, bank.dtype, batch, placement)
     step = family.check("linear", placement, batch, pairs)
     if not batch:
@@ -45,6 +46,7 @@ def linear(family: Family, x: Tensor, bank: Tensor, bias: Tensor | None, placeme
         step.lanes,
         memory.data_ptr(),
         step.pairs,
+        selection(placement),
     )
     return y
 
@@ -56,7 +58,7 @@ def linear_input_grad(family: Family, dy: Tensor, bank: Tensor, placement: str) 
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     p = parse(placement)
-    dx = dy.new_empty((*dy.shape[:-1], p.shape[1]))
+    dx = dy.new_empty((*dy.shape[:-1], p.selected_shape[1]))
     _run(family, "linear_input_grad", placement, dy, None, bank, dx, None, bank.dtype)
     return dx
 
@@ -95,7 +97,8 @@ def linear_grads(
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     p = parse(placement)
-    dx, dw = dy.new_empty((*dy.shape[:-1], p.shape[1])), bank_sum(dy, p, total)
+    dx = dy.new_empty((*dy.shape[:-1], p.selected_shape[1]))
+    dw = bank_sum(dy, p, total)
     _run(family, "linear_grads", placement, dy, x, bank, dx, dw, dtype)
     return dx, dw.to(dtype) if total is None else total
 
@@ -120,7 +123,7 @@ def _run(
 ) -> None:
     """Fill dx, which takes a bank, and add to dw, which takes x."""
     p = parse(placement)
-    batch = dy.numel() // p.shape[0]
+    batch = dy.numel() // p.selected_shape[0]
     step = family.check(
         op, placement, batch, family.pairs(op, dy.dtype, bank_dtype, batch, placement)
     )
@@ -144,6 +147,7 @@ def _run(
         step.lanes,
         memory.data_ptr(),
         step.pairs,
+        selection(placement),
     )
 
 

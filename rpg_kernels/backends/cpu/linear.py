@@ -25,7 +25,7 @@ def linear(
         RuntimeError: a weight that these kernels do not read, or too little scratch.
     """
     p = parse(placement)
-    batch = x.numel() // p.shape[1]
+    batch = x.numel() // p.selected_shape[1]
     taken = _family("linear", x.dtype, batch, placement)
     if taken:
         return lanes_linear.linear(taken, x, bank, bias, placement)
@@ -87,7 +87,7 @@ def linear_grads(
 
 
 def _of_gradient(op: str, dy: Tensor, placement: str) -> Family:
-    taken = _family(op, dy.dtype, dy.numel() // parse(placement).shape[0], placement)
+    taken = _family(op, dy.dtype, dy.numel() // parse(placement).selected_shape[0], placement)
     assert taken is not None  # the factored kernels have no gradients
     return taken
 

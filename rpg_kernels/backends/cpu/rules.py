@@ -13,8 +13,9 @@ from torch import Tensor
 from rpg_kernels import native, settings
 from rpg_kernels._tensors import LOW_PRECISION
 from rpg_kernels.backends.call import Call
-from rpg_kernels.backends.cpu import factored, unit_conv2d
+from rpg_kernels.backends.cpu import factored, unit_conv2d, units
 from rpg_kernels.backends.cpu.lanes import Family
+from rpg_kernels.backends.cpu.selection import is_part
 from rpg_kernels.backends.cpu.tiles import TILES
 from rpg_kernels.backends.cpu.units import UNITS
 from rpg_kernels.backends.registry import Backend
@@ -73,8 +74,8 @@ def unsupported_weight(op: str, placement: str) -> str:
         return "the CPU kernels read weights of a packing law, not of a table"
     if p.generator.reflect == "element":
         return "the CPU kernels have one sign for a slot use, not one for each element"
-    if p.selected_shape != p.shape:
-        return "the CPU kernels read whole weights, not a part"
+    if is_part(p) and not isinstance(p.law, UnitLaw):
+        return "the CPU kernels read parts of weights of law 3 alone"
     if op.startswith("conv2d"):
         if isinstance(p.law, UnitLaw) or op != "conv2d":
             return unit_conv2d.unsupported(op, placement)
@@ -230,7 +231,7 @@ class Cpu(Backend):
         if not call.rows:
             return None
         if convolves_units(call.op, call.placement):
-            return call.rows * unit_conv2d.multiplications(call.placement)
+            return call.rows * units.multiplications(call.placement)
         taken = family(call.op, call.dtype, call.rows, call.placement)
         if taken is None:
             of_row = factored.multiplications_of_row(call.op, call.placement, call.rows)

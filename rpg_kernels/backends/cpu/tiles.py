@@ -6,6 +6,7 @@ import torch
 
 from rpg_kernels.backends.cpu.lanes import PRODUCTS, Family
 from rpg_kernels.backends.cpu.processor import dense_gain
+from rpg_kernels.backends.cpu.selection import is_part
 from rpg_kernels.law.generator import Generator
 from rpg_kernels.law.placement import Placement, parse
 
@@ -35,6 +36,8 @@ class Tiles(Family):
             return f"the CPU kernels gather no weights for {op}"
         if not isinstance(p.generator, Generator):
             return "the CPU kernels read weights of a packing law, not of a table"
+        if is_part(p):
+            return "the CPU kernels gather whole weights, not a part"
         if p.matrix.block not in BLOCKS:
             return f"the CPU kernels gather blocks of 16 to 128 elements, not of {p.matrix.block}"
         return ""

@@ -21,9 +21,10 @@ from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cpu import units
 from rpg_kernels.backends.cpu.lanes_linear import bank_sum
 from rpg_kernels.backends.cpu.memory import workspace
+from rpg_kernels.backends.cpu.selection import selection
 from rpg_kernels.law.geometry import conv_output
-from rpg_kernels.law.placement import Placement, parse
-from rpg_kernels.law.unit import OCTET, UnitLaw
+from rpg_kernels.law.placement import parse
+from rpg_kernels.law.unit import UnitLaw
 
 OPERATORS = ("conv2d", "conv2d_input_grad", "conv2d_bank_grad")
 BOTH = "conv2d_grads"
@@ -43,6 +44,7 @@ def unsupported(op: str, placement: str) -> str:
 
     Example:
         >>> from rpg_kernels.law.generator import Generator
+        >>> from rpg_kernels.law.placement import Placement
         >>> g = Generator(4096, 64, "vector", laps=4)
         >>> unsupported("conv2d", Placement(g, 0, 0, (64, 64, 3, 3), 1.0).to_json())
         ''
@@ -98,7 +100,7 @@ def _size_of_x(call: Call, geometry: Geometry) -> list[int]:
         s * t - 2 * q + d * (k - 1)
         for s, k, t, q, d in zip(call.x.shape[2:], p.shape[2:], *geometry, strict=True)
     )
-    return [len(call.x), p.shape[1], max(height, 1), max(width, 1)]
+    return [len(call.x), p.selected_shape[1], max(height, 1), max(width, 1)]
 
 
 def tuples(*pairs: Sequence[int]) -> Geometry:
@@ -156,13 +158,12 @@ def _choices(
 ) -> tuple[Tile, ...]:
     """From the fastest on. The last takes no more than that of any larger images, of which alone
     ``_size_of_x`` knows."""
-    p = parse(placement)
     images, width = size[0], size[3]
     lanes = [1] if width >= WIDE or images <= LANES // 2 else [LANES, 1]
     out: list[Tile] = []
     while True:
         for paired, of_images in itertools.product((True, False) if pairs else (False,), lanes):
-            out += _of_lanes(op, p, size, geometry, threads, of_images, paired)
+            out += _of_lanes(op, placement, size, geometry, threads, of_images, paired)
         if threads == 1:
             return tuple(out)
         threads = -(-threads // 2)
@@ -170,14 +171,16 @@ def _choices(
 
 def _of_lanes(
     op: str,
-    p: Placement,
+    placement: str,
     size: tuple[int, ...],
     geometry: Geometry,
     threads: int,
     lanes: int,
     pairs: bool,
 ) -> list[Tile]:
+    p = parse(placement)
     law: Any = native.layer_law(p.law)
+    rest = {"pairs": pairs, "selection": selection(placement)}
     kernel, (stride, _padding, dilation) = p.shape[2:], geometry
     height, width = size[2:]
     out_height, out_width = conv_output(size[2:], kernel, *geometry)
@@ -196,10 +199,10 @@ def _of_lanes(
     while True:
         how = (size, kernel, p.matrix.by_tap, *geometry, threads, lanes, rows)
         if forward:
-            total, activations = law.unit_conv2d_workspace(*how, pairs=pairs)
+            total, activations = law.unit_conv2d_workspace(*how, **rest)
         else:
             wanted = (op != "conv2d_bank_grad", op != "conv2d_input_grad")
-            total, activations = law.unit_conv2d_grads_workspace(*how, *wanted, pairs=pairs)
+            total, activations = law.unit_conv2d_grads_workspace(*how, *wanted, **rest)
         out.append(Tile(lanes, rows, threads, total, total - activations, pairs))
         if rows == 1 or strided:
             return out
@@ -223,7 +226,7 @@ def check(
         least = min((choice.scratch for choice in choices), default="smaller images, not more")
         raise RuntimeError(
             f"scratch_limit: got {settings.scratch_bytes('cpu')} bytes, wanted more for the cpu "
-            f"back end of a virtual weight {list(parse(placement).shape)} and images of "
+            f"back end of a virtual weight {list(parse(placement).selected_shape)} and images of "
             f"{list(size[2:])}: {least} bytes"
         )
     return chosen
@@ -245,7 +248,8 @@ def conv2d(
     """
     p = parse(placement)
     kernel = p.shape[2:]
-    y = empty_image(x, (x.shape[0], p.shape[0], *conv_output(x.shape[2:], kernel, *geometry)))
+    out_size = conv_output(x.shape[2:], kernel, *geometry)
+    y = empty_image(x, (x.shape[0], p.selected_shape[0], *out_size))
     pairs = units.pairs("conv2d", x.dtype, bank.dtype, placement)
     how = check("conv2d", placement, _positive(x.shape), geometry, pairs)
     if not y.numel() or not x.numel():
@@ -271,6 +275,7 @@ def conv2d(
         how.rows,
         memory.data_ptr(),
         how.pairs,
+        selection(placement),
     )
     return y
 
@@ -367,6 +372,7 @@ def _run(
         how.rows,
         memory.data_ptr(),
         how.pairs,
+        selection(placement),
     )
 
 
@@ -378,16 +384,3 @@ def _positive(size: Sequence[int]) -> list[int]:
 def _typed(tensor: Tensor) -> tuple[int, int]:
     """Address and dtype of a tensor, which the caller keeps."""
     return tensor.data_ptr(), native.dtype_code(tensor.dtype)
-
-
-@lru_cache(maxsize=4096)
-def multiplications(placement: str) -> int:
-    """For one output pixel, without the padding of blocks and of images."""
-    p = parse(placement)
-    law, m = p.law, p.matrix
-    assert isinstance(law, UnitLaw)
-    columns = torch.arange(law.columns)
-    last = columns % m.run_blocks == m.run_blocks - 1
-    whole = units.octets_read(law, columns[~last]) if not last.all() else 0
-    of_last = m.run - (m.run_blocks - 1) * m.block
-    return OCTET * (whole * m.block + units.octets_read(law, columns[last]) * of_last)

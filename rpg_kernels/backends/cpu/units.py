@@ -10,6 +10,7 @@ from torch import Tensor
 from rpg_kernels import native
 from rpg_kernels.backends.cpu.lanes import PRODUCTS, Family
 from rpg_kernels.backends.cpu.processor import DOT_GAIN, dense_gain
+from rpg_kernels.backends.cpu.selection import elements_of_blocks, groups_with_rows
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.law.unit import OCTET, UnitLaw
 
@@ -138,45 +139,45 @@ def least_reads(
 
 @lru_cache(maxsize=4096)
 def reads(placement: str) -> float:
-    """How many rows share the product of a slot, on average over the windows of a layer.
+    """How many selected weights share a product, on average over the windows of a layer.
 
     Example:
         >>> from rpg_kernels.law.generator import Generator
         >>> g = Generator(1024, 64, "vector", laps=4)
-        >>> reads(Placement(g, 0, 0, (4096, 64), 1.0).to_json())
-        4.0
+        >>> p = Placement(g, 0, 0, (4096, 64), 1.0)
+        >>> reads(p.to_json()), reads(p.select(0, range(0, 4096, 2)).to_json())
+        (4.0, 2.0)
     """
-    law = parse(placement).law
-    assert isinstance(law, UnitLaw)
-    return law.rows * law.blocks / (OCTET * octets_read(law, torch.arange(law.columns)))
+    return parse(placement).numel / multiplications(placement)
 
 
-def octets_read(law: UnitLaw, columns: Tensor) -> int:
-    """Octets of the ring that units of some columns read, each as often as it is in a window."""
-    groups = law.groups(0)
-    column, group = columns.repeat_interleave(groups), torch.arange(groups).repeat(len(columns))
+def octets_read(law: UnitLaw, columns: Tensor, groups: Tensor) -> Tensor:
+    """Octets of the ring that units of some columns and groups read, summed over the groups."""
+    column, group = columns.repeat_interleave(len(groups)), groups.repeat(len(columns))
     first, size = law.unit(column, group, 0)
     before = first % law.laps  # a layer begins with an octet's first use
-    return int((before + size + law.laps - 1).div(law.laps, rounding_mode="floor").sum())
+    octets = (before + size + law.laps - 1).div(law.laps, rounding_mode="floor")
+    return octets.view(len(columns), len(groups)).sum(1)
 
 
 @lru_cache(maxsize=4096)
 def multiplications(placement: str) -> int:
-    """For one row of the batch; the padding of blocks and of vectors of the batch is not counted.
+    """For one row of the batch or output pixel; the padding of blocks, of images and of vectors of
+    the batch is not counted.
 
     Forward all slots of a window are multiplied; backward those that are read, which are others
-    only where the rows are no multiple of 8: this is not counted either.
+    only where the rows are no multiple of 8 or not all selected: this is not counted either.
 
     Example:
         >>> from rpg_kernels.law.generator import Generator
         >>> g = Generator(1024, 64, "vector", laps=4)
-        >>> multiplications(Placement(g, 0, 0, (4096, 64), 1.0).to_json())
-        65536
+        >>> p = Placement(g, 0, 0, (4096, 64), 1.0)
+        >>> multiplications(p.to_json()), multiplications(p.select(1, range(0, 64, 2)).to_json())
+        (65536, 32768)
     """
     p = parse(placement)
     law = p.law
     assert isinstance(law, UnitLaw)
-    of_last = p.shape[1] - (law.blocks - 1) * law.granularity
-    whole = octets_read(law, torch.arange(law.columns - 1))
-    last = octets_read(law, torch.tensor([law.columns - 1]))
-    return OCTET * (whole * law.granularity + last * of_last)
+    columns = torch.arange(law.columns)
+    octets = octets_read(law, columns, groups_with_rows(p))
+    return OCTET * int((octets * elements_of_blocks(p)[columns % p.matrix.run_blocks]).sum())

@@ -290,7 +290,7 @@ def test_groups_are_left_to_the_reference() -> None:
 @pytest.mark.parametrize(("laps", "taps"), [(1, None), (4, None), (4, 1), (9, None), (16, 1)])
 def test_multiplications(shape: tuple[int, ...], laps: int, taps: int | None) -> None:
     layer = Convolution(shape, 1, (9, 9), slots=1 << 15, laps=laps, taps=taps)
-    assert unit_conv2d.multiplications(layer.spec) == products(layer)
+    assert units.multiplications(layer.spec) == products(layer)
 
 
 def test_the_counter_says_so() -> None:

@@ -1,0 +1,57 @@
+"""Parts of weights: what the compiled CPU kernels are told of a selection."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rpg_kernels import native
+from rpg_kernels.law.placement import Placement, parse
+from rpg_kernels.law.selection import indices_of
+from rpg_kernels.law.unit import UnitLaw
+
+
+def is_part(p: Placement) -> bool:
+    """Whether a placement selects less than the whole weight."""
+    return p.selected_shape != p.shape
+
+
+@lru_cache(maxsize=4096)
+def selection(placement: str) -> Any:
+    """The native module's record of the selected rows and columns; None where all are.
+
+    Args:
+        placement: of the weight.
+    """
+    p = parse(placement)
+    if not is_part(p):
+        return None
+    shape = (p.matrix.rows, p.matrix.channels)
+    lists = [
+        None if selected == size else list(indices_of(p.selected(dim)))
+        for dim, (selected, size) in enumerate(zip(p.selected_shape, shape, strict=False))
+    ]
+    return native.selection(*lists, shape)
+
+
+def groups_with_rows(p: Placement) -> Tensor:
+    """Numbers of the unit law's groups that have a selected row; of weights of one band."""
+    law = p.law
+    assert isinstance(law, UnitLaw)
+    if p.selected_shape[0] == p.shape[0]:
+        return torch.arange(law.groups(0))
+    rows = torch.tensor(indices_of(p.selected(0)))
+    return law.number(rows, torch.zeros_like(rows), 0)[1].unique()
+
+
+def elements_of_blocks(p: Placement) -> Tensor:
+    """How many selected elements each block of a run has; some are not selected only where taps
+    have blocks of their own."""
+    m = p.matrix
+    if p.selected_shape[1] == p.shape[1]:
+        return (m.run - m.block * torch.arange(m.run_blocks)).clamp(max=m.block)
+    columns = torch.tensor(indices_of(p.selected(1)))
+    return torch.bincount(columns // m.block, minlength=m.run_blocks)
