@@ -3,14 +3,13 @@
 #pragma once
 
 #include "cpu/lanes.h"
+#include "cpu/stored.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
 
 // The bank: `slots` rows of `block` elements.
-struct Ring {
-  Dtype dtype;
-  const void* data;
+struct Ring : Bank {
   int64_t slots;
   int block;
   const char* slot(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }

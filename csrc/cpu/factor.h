@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cpu/simd.h"
-#include "law/number.h"
+#include "cpu/stored.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
@@ -28,11 +28,11 @@ template <int BLOCK>
 class RingBlocks {
  public:
   // ring [slots, BLOCK]; of each block `valid` elements count.
-  RingBlocks(Dtype dtype, const void* ring, int valid)
-      : dtype_(dtype),
+  RingBlocks(const Bank& bank, int valid)
+      : dtype_(bank.dtype),
         valid_(valid),
-        bytes_(BLOCK * element_bytes(dtype)),
-        ring_(static_cast<const char*>(ring)) {}
+        bytes_(BLOCK * element_bytes(bank.dtype)),
+        ring_(static_cast<const char*>(bank.data)) {}
 
   // Block `slot` as fp32 with zeros behind the valid elements: itself if it is that already, or
   // converted into `buffer` [BLOCK].

@@ -55,7 +55,7 @@ class UnitConv2d {
         plan_(law),
         layout_(layout_of(law, plan_, args)),
         tile_(layout_.tile),
-        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
+        ring_{args.bank, int64_t{law.slots}, law.granularity} {}
 
   void run() {
     const int64_t tiles_high = (image_.out_height + args_.rows - 1) / args_.rows;

@@ -69,7 +69,7 @@ class UnitGrads {
         size_(source.layout()),
         layout_(unit_grads_layout(law, plan, args, size_)),
         zones_(law, plan, args.threads),
-        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity},
+        ring_{args.bank, int64_t{law.slots}, law.granularity},
         last_rows_(static_cast<int>(law.rows % kOctet)) {}
 
   void run() {

@@ -92,7 +92,7 @@ class UnitLinear {
         args_(args),
         plan_(law),
         layout_(layout_of(law, plan_, args)),
-        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
+        ring_{args.bank, int64_t{law.slots}, law.granularity} {}
 
   void run() {
     const int64_t lanes = args_.lanes, tiles = (args_.batch + lanes - 1) / lanes;

@@ -173,7 +173,7 @@ class UnitLinearFew {
         args_(args),
         plan_(law),
         layout_(layout_of(law, plan_, args)),
-        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
+        ring_{args.bank, int64_t{law.slots}, law.granularity} {}
 
   void run() {
 #pragma omp parallel num_threads(args_.threads)

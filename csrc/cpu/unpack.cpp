@@ -146,7 +146,7 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
   const int64_t positions = positions_of(region);
   const int block = BLOCK ? BLOCK : law.granularity;
   const int words = words_of(law);
-  const Bits* ring = static_cast<const Bits*>(args.ring);
+  const Bits* ring = static_cast<const Bits*>(args.bank.data);
   Bits* out = static_cast<Bits*>(args.out);
   const bool exact = args.scale == 1.0, uncut = whole(args.region, args.cut, block);
   const typename T::Compute scales[2] = {signed_scale<T>(args.scale, false),
@@ -303,6 +303,7 @@ void by_dtype(const LayerLaw& law, const Args& args) {
     case Dtype::kFloat32: return by_reflect<Float32>(law, args);
     case Dtype::kBfloat16: return by_reflect<Bfloat16>(law, args);
     case Dtype::kFloat16: return by_reflect<Float16>(law, args);
+    case Dtype::kInt8: return;  // of codes alone
   }
 }
 
