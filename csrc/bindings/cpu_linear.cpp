@@ -7,6 +7,7 @@
 #include <array>
 #include <string>
 
+#include "bindings/bank.h"
 #include "bindings/module.h"
 #include "bindings/selection.h"
 #include "cpu/kernels.h"
@@ -19,6 +20,21 @@ namespace {
 Dtype checked_dtype(int dtype) {
   require(dtype >= 1 && dtype <= 3, "dtype: wanted 1 (float32), 2 (bfloat16) or 3 (float16)");
   return static_cast<Dtype>(dtype);
+}
+
+// Of products: they are of fp32, or of less.
+Bank product_bank(const LayerLaw& law, const GivenBank& given) {
+  const Bank bank = checked_bank(law, given);
+  require(bank.dtype != Dtype::kFloat64, "bank: wanted no float64");
+  return bank;
+}
+
+// Of a gradient: none where only dw is wanted, which no bank has whose values are stored otherwise.
+Bank gradient_bank(const LayerLaw& law, const GivenBank& given, bool dx, bool dw) {
+  const Bank bank = product_bank(law, given);
+  require(!dx || bank.data || bank.places, "bank: wanted for dx");
+  require(!dw || (!bank.scales && !bank.places), "bank: wanted plain values for dw");
+  return bank;
 }
 
 void check_product(const LayerLaw& law, int64_t batch, int threads, int batch_tile, int tiles) {
@@ -51,14 +67,13 @@ WorkspaceBytes linear_workspace(const LayerLaw& law, int64_t columns, int thread
   return {size.bytes, size.activations};
 }
 
-void linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
-            uintptr_t bias, uintptr_t y, int64_t batch, int64_t columns, double scale, int threads,
-            int batch_tile, int tiles, uintptr_t workspace) {
+void linear(const LayerLaw& law, const GivenBank& bank, uintptr_t x, int x_dtype, uintptr_t bias,
+            uintptr_t y, int64_t batch, int64_t columns, double scale, int threads, int batch_tile,
+            int tiles, uintptr_t workspace) {
   check(law, batch, columns, threads, batch_tile, tiles);
-  kernels().linear(
-      law, {checked_dtype(bank_dtype), address<const void>(ring), checked_dtype(x_dtype),
-            address<const void>(x), address<const float>(bias), address<void>(y), batch, columns,
-            scale, threads, batch_tile, tiles, address<void>(workspace), nullptr});
+  kernels().linear(law, {product_bank(law, bank), checked_dtype(x_dtype), address<const void>(x),
+                         address<const float>(bias), address<void>(y), batch, columns, scale,
+                         threads, batch_tile, tiles, address<void>(workspace), nullptr});
 }
 
 // Of kernels that multiply pairs: activations in bfloat16, and a bank that is or is rounded to it.
@@ -132,7 +147,7 @@ WorkspaceBytes conv2d_workspace(const LayerLaw& law, int threads, int batch_tile
   return {size.bytes, size.activations};
 }
 
-void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
+void conv2d(const LayerLaw& law, const GivenBank& bank, uintptr_t x, int x_dtype,
             const Int64Four& size, const Int64Four& stride, uintptr_t bias, uintptr_t y,
             bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
             const Int64Pair& padding, const Int64Pair& dilation, double scale, int parts,
@@ -146,7 +161,7 @@ void conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, in
   LinearArgs& linear = args.linear;
   linear.batch = size[0] * args.image.out_height * args.image.out_width;
   check_product(law, linear.batch, threads, batch_tile, tiles);
-  linear.bank_dtype = checked_dtype(bank_dtype), linear.ring = address<const void>(ring);
+  linear.bank = product_bank(law, bank);
   linear.x_dtype = checked_dtype(x_dtype), linear.x = address<const void>(x);
   linear.bias = address<const float>(bias), linear.y = address<void>(y);
   linear.scale = scale, linear.threads = threads;
@@ -245,7 +260,7 @@ WorkspaceBytes unit_conv2d_grads_workspace(const LayerLaw& law, const Int64Four&
   return {bytes.bytes, bytes.activations};
 }
 
-void unit_conv2d_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
+void unit_conv2d_grads(const LayerLaw& law, const GivenBank& bank, uintptr_t dy,
                        const Int64Four& dy_stride, uintptr_t x, int dtype, const Int64Four& size,
                        const Int64Four& stride, uintptr_t dx, bool channels_last, uintptr_t dw,
                        const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
@@ -255,15 +270,14 @@ void unit_conv2d_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uint
   UnitConv2dGradsArgs args =
       unit_conv2d_grads_args(law, size, stride, channels_last, kernel, by_tap, step, padding,
                              dilation, threads, lanes, rows, dx, dw, pairs, selection);
-  require(!dx || ring, "ring: wanted for dx");
   require(!dw || x, "x: wanted for dw");
-  args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
+  args.bank = gradient_bank(law, bank, dx, dw);
   args.dtype = checked_dtype(dtype), args.dy = address<const void>(dy);
   for (int d = 0; d < 4; ++d) args.dy_stride[d] = dy_stride[d];
   args.x = address<const void>(x);
   args.dx = address<void>(dx), args.dw = address<float>(dw);
   args.scale = scale, args.workspace = address<void>(workspace_address);
-  check_pairs(pairs, args.dtype, dx ? args.bank_dtype : args.dtype);
+  check_pairs(pairs, args.dtype, dx ? args.bank.dtype : args.dtype);
   kernels().unit_conv2d_grads(law, args);
 }
 
@@ -279,7 +293,7 @@ WorkspaceBytes unit_conv2d_workspace(const LayerLaw& law, const Int64Four& size,
   return {bytes.bytes, bytes.activations};
 }
 
-void unit_conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int dtype,
+void unit_conv2d(const LayerLaw& law, const GivenBank& bank, uintptr_t x, int dtype,
                  const Int64Four& size, const Int64Four& stride, uintptr_t bias, uintptr_t y,
                  bool channels_last, const Int64Pair& kernel, bool by_tap, const Int64Pair& step,
                  const Int64Pair& padding, const Int64Pair& dilation, double scale, int threads,
@@ -287,11 +301,11 @@ void unit_conv2d(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t 
                  const SelectionLists* selection) {
   UnitConv2dArgs args = unit_conv2d_args(law, size, stride, channels_last, kernel, by_tap, step,
                                          padding, dilation, threads, lanes, rows, pairs, selection);
-  args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
+  args.bank = product_bank(law, bank);
   args.dtype = checked_dtype(dtype), args.x = address<const void>(x);
   args.bias = address<const float>(bias), args.y = address<void>(y);
   args.scale = scale, args.workspace = address<void>(workspace_address);
-  check_pairs(pairs, args.dtype, args.bank_dtype);
+  check_pairs(pairs, args.dtype, args.bank.dtype);
   kernels().unit_conv2d(law, args);
 }
 
@@ -396,16 +410,16 @@ WorkspaceBytes lanes_linear_workspace(const LayerLaw& law, int64_t batch, int64_
 }
 
 template <class Family>
-void lanes_linear(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t x, int x_dtype,
+void lanes_linear(const LayerLaw& law, const GivenBank& bank, uintptr_t x, int x_dtype,
                   uintptr_t bias, uintptr_t y, int64_t batch, int64_t columns, double scale,
                   int threads, int lanes, uintptr_t workspace, bool pairs,
                   const SelectionLists* selection) {
   LanesLinearArgs args = lanes_args<Family>(law, batch, columns, threads, lanes, pairs, selection);
-  args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
+  args.bank = product_bank(law, bank);
   args.x_dtype = checked_dtype(x_dtype), args.x = address<const void>(x);
   args.bias = address<const float>(bias), args.y = address<void>(y);
   args.scale = scale, args.workspace = address<void>(workspace);
-  check_pairs(pairs, args.x_dtype, args.bank_dtype);
+  check_pairs(pairs, args.x_dtype, args.bank.dtype);
   Family::run(lanes)(law, args);
 }
 
@@ -434,19 +448,18 @@ WorkspaceBytes lanes_linear_grads_workspace(const LayerLaw& law, int64_t batch, 
 }
 
 template <class Family>
-void lanes_linear_grads(const LayerLaw& law, uintptr_t ring, int bank_dtype, uintptr_t dy,
-                        uintptr_t x, int dtype, uintptr_t dx, uintptr_t dw, int64_t batch,
-                        int64_t columns, double scale, int threads, int lanes, uintptr_t workspace,
-                        bool pairs, const SelectionLists* selection) {
+void lanes_linear_grads(const LayerLaw& law, const GivenBank& bank, uintptr_t dy, uintptr_t x,
+                        int dtype, uintptr_t dx, uintptr_t dw, int64_t batch, int64_t columns,
+                        double scale, int threads, int lanes, uintptr_t workspace, bool pairs,
+                        const SelectionLists* selection) {
   LanesLinearGradsArgs args =
       lanes_grads_args<Family>(law, batch, columns, threads, lanes, dx, dw, pairs, selection);
-  require(!dx || ring, "ring: wanted for dx");
   require(!dw || x, "x: wanted for dw");
-  args.bank_dtype = checked_dtype(bank_dtype), args.ring = address<const void>(ring);
+  args.bank = gradient_bank(law, bank, dx, dw);
   args.dtype = checked_dtype(dtype), args.dy = address<const void>(dy);
   args.x = address<const void>(x), args.dx = address<void>(dx), args.dw = address<float>(dw);
   args.scale = scale, args.workspace = address<void>(workspace);
-  check_pairs(pairs, args.dtype, dx ? args.bank_dtype : args.dtype);
+  check_pairs(pairs, args.dtype, dx ? args.bank.dtype : args.dtype);
   Family::run_grads()(law, args);
 }
 
@@ -459,17 +472,17 @@ void bind_family(py::class_<LayerLaw>& law, const std::string& name) {
   };
   define("_workspace", &lanes_linear_workspace<Family>, py::arg("batch"), py::arg("columns"),
          py::arg("threads"), py::arg("lanes"), py::arg("pairs") = false, selection);
-  define("", &lanes_linear<Family>, py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
-         py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"),
-         py::arg("scale"), py::arg("threads"), py::arg("lanes"), py::arg("workspace"),
-         py::arg("pairs") = false, selection);
+  define("", &lanes_linear<Family>, py::arg("bank"), py::arg("x"), py::arg("x_dtype"),
+         py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
+         py::arg("threads"), py::arg("lanes"), py::arg("workspace"), py::arg("pairs") = false,
+         selection);
   define("_grads_workspace", &lanes_linear_grads_workspace<Family>, py::arg("batch"),
          py::arg("columns"), py::arg("threads"), py::arg("lanes"), py::arg("dx"), py::arg("dw"),
          py::arg("pairs") = false, selection);
-  define("_grads", &lanes_linear_grads<Family>, py::arg("ring"), py::arg("bank_dtype"),
-         py::arg("dy"), py::arg("x"), py::arg("dtype"), py::arg("dx"), py::arg("dw"),
-         py::arg("batch"), py::arg("columns"), py::arg("scale"), py::arg("threads"),
-         py::arg("lanes"), py::arg("workspace"), py::arg("pairs") = false, selection);
+  define("_grads", &lanes_linear_grads<Family>, py::arg("bank"), py::arg("dy"), py::arg("x"),
+         py::arg("dtype"), py::arg("dx"), py::arg("dw"), py::arg("batch"), py::arg("columns"),
+         py::arg("scale"), py::arg("threads"), py::arg("lanes"), py::arg("workspace"),
+         py::arg("pairs") = false, selection);
 }
 
 }  // namespace
@@ -482,37 +495,35 @@ void bind_linear(py::module_& m, py::class_<LayerLaw>& law) {
   const auto selection = py::arg("selection") = py::none();
   law.def("linear_workspace", &linear_workspace, Release(), py::arg("columns"), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
-  law.def("linear", &linear, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
-          py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"),
-          py::arg("scale"), py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"),
-          py::arg("workspace"));
+  law.def("linear", &linear, Release(), py::arg("bank"), py::arg("x"), py::arg("x_dtype"),
+          py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
+          py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));
   bind_family<UnitFamily>(law, "unit_linear");
   bind_family<TileFamily>(law, "tile_linear");
   law.def("unit_conv2d_workspace", &unit_conv2d_workspace, Release(), py::arg("size"),
           py::arg("kernel"), py::arg("by_tap"), py::arg("step"), py::arg("padding"),
           py::arg("dilation"), py::arg("threads"), py::arg("lanes"), py::arg("rows"),
           py::arg("pairs") = false, selection);
-  law.def("unit_conv2d", &unit_conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"),
-          py::arg("x"), py::arg("dtype"), py::arg("size"), py::arg("stride"), py::arg("bias"),
-          py::arg("y"), py::arg("channels_last"), py::arg("kernel"), py::arg("by_tap"),
-          py::arg("step"), py::arg("padding"), py::arg("dilation"), py::arg("scale"),
-          py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"),
-          py::arg("pairs") = false, selection);
+  law.def("unit_conv2d", &unit_conv2d, Release(), py::arg("bank"), py::arg("x"), py::arg("dtype"),
+          py::arg("size"), py::arg("stride"), py::arg("bias"), py::arg("y"),
+          py::arg("channels_last"), py::arg("kernel"), py::arg("by_tap"), py::arg("step"),
+          py::arg("padding"), py::arg("dilation"), py::arg("scale"), py::arg("threads"),
+          py::arg("lanes"), py::arg("rows"), py::arg("workspace"), py::arg("pairs") = false,
+          selection);
   law.def("unit_conv2d_grads_workspace", &unit_conv2d_grads_workspace, Release(), py::arg("size"),
           py::arg("kernel"), py::arg("by_tap"), py::arg("step"), py::arg("padding"),
           py::arg("dilation"), py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("dx"),
           py::arg("dw"), py::arg("pairs") = false, selection);
-  law.def("unit_conv2d_grads", &unit_conv2d_grads, Release(), py::arg("ring"),
-          py::arg("bank_dtype"), py::arg("dy"), py::arg("dy_stride"), py::arg("x"),
-          py::arg("dtype"), py::arg("size"), py::arg("stride"), py::arg("dx"),
-          py::arg("channels_last"), py::arg("dw"), py::arg("kernel"), py::arg("by_tap"),
-          py::arg("step"), py::arg("padding"), py::arg("dilation"), py::arg("scale"),
-          py::arg("threads"), py::arg("lanes"), py::arg("rows"), py::arg("workspace"),
-          py::arg("pairs") = false, selection);
+  law.def("unit_conv2d_grads", &unit_conv2d_grads, Release(), py::arg("bank"), py::arg("dy"),
+          py::arg("dy_stride"), py::arg("x"), py::arg("dtype"), py::arg("size"), py::arg("stride"),
+          py::arg("dx"), py::arg("channels_last"), py::arg("dw"), py::arg("kernel"),
+          py::arg("by_tap"), py::arg("step"), py::arg("padding"), py::arg("dilation"),
+          py::arg("scale"), py::arg("threads"), py::arg("lanes"), py::arg("rows"),
+          py::arg("workspace"), py::arg("pairs") = false, selection);
   law.def("conv2d_workspace", &conv2d_workspace, Release(), py::arg("threads"),
           py::arg("batch_tile"), py::arg("tiles"));
-  law.def("conv2d", &conv2d, Release(), py::arg("ring"), py::arg("bank_dtype"), py::arg("x"),
-          py::arg("x_dtype"), py::arg("size"), py::arg("stride"), py::arg("bias"), py::arg("y"),
+  law.def("conv2d", &conv2d, Release(), py::arg("bank"), py::arg("x"), py::arg("x_dtype"),
+          py::arg("size"), py::arg("stride"), py::arg("bias"), py::arg("y"),
           py::arg("channels_last"), py::arg("kernel"), py::arg("by_tap"), py::arg("step"),
           py::arg("padding"), py::arg("dilation"), py::arg("scale"), py::arg("parts"),
           py::arg("threads"), py::arg("batch_tile"), py::arg("tiles"), py::arg("workspace"));

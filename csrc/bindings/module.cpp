@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/bank.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -137,13 +138,16 @@ void permutation(const LayerLaw& law, int64_t band, bool inverse, uintptr_t q, i
   kernels().permutation(law, band, inverse, positions, count, address<int64_t>(out), threads);
 }
 
-void unpack(const LayerLaw& law, uintptr_t ring, uintptr_t out, int dtype, double scale,
+void unpack(const LayerLaw& law, const GivenBank& given, uintptr_t out, int dtype, double scale,
             int64_t first_row, int64_t rows, uintptr_t lookup, int64_t runs, int64_t run_blocks,
             int64_t low, int64_t count, int64_t first, int64_t length, int threads) {
   const Region region = checked_region(law, first_row, rows, lookup, runs, run_blocks, low, count);
+  const Bank bank = checked_bank(law, given);
+  const Dtype of_out = checked_dtype(dtype);
+  require(bank.dtype == of_out || bank.dtype == Dtype::kInt8, "bank: wanted int8, or out's dtype");
   if (!rows) return;
-  kernels().unpack(law, {region, checked_cut(law, count, first, length), checked_dtype(dtype),
-                         address<const void>(ring), address<void>(out), scale, threads});
+  kernels().unpack(law, {region, checked_cut(law, count, first, length), of_out, bank,
+                         address<void>(out), scale, threads});
 }
 
 void pack(const LayerLaw& law, uintptr_t dense, uintptr_t grad, int dtype, double scale,
@@ -203,7 +207,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("b"), py::arg("count"), py::arg("out"), py::arg("threads"))
       .def("permutation", &permutation, py::call_guard<py::gil_scoped_release>(), py::arg("band"),
            py::arg("inverse"), py::arg("q"), py::arg("count"), py::arg("out"), py::arg("threads"))
-      .def("unpack", &unpack, py::call_guard<py::gil_scoped_release>(), py::arg("ring"),
+      .def("unpack", &unpack, py::call_guard<py::gil_scoped_release>(), py::arg("bank"),
            py::arg("out"), py::arg("dtype"), py::arg("scale"), py::arg("first_row"),
            py::arg("rows"), py::arg("lookup"), py::arg("runs"), py::arg("run_blocks"),
            py::arg("low"), py::arg("count"), py::arg("first"), py::arg("length"),

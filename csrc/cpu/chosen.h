@@ -255,22 +255,22 @@ class Chosen {
   SqueezeTable<int16_t> halves_;
 };
 
-// The chosen elements of slots of a window, as a factor of a product: see window_rows and
-// window_pairs.
+// The chosen elements of those of a window's `slots` that the bank has, `present` of them, as a
+// factor of a product: see window_rows and window_pairs.
 inline Factor chosen_window(const Ring& ring, const Chosen& chosen, int64_t block, int64_t first,
-                            int slots, float* buffer) {
+                            int64_t slots, int64_t present, float* buffer) {
   const float* window = window_rows(ring, first, slots, buffer);
-  return {chosen.squeezed(block, window, slots, buffer), chosen.padded(block), 1};
+  return {chosen.squeezed(block, window, present, buffer), chosen.padded(block), 1};
 }
 
 inline PairFactor chosen_window(const Ring& ring, const Chosen& chosen, int64_t block,
-                                int64_t first, int slots, uint32_t* buffer) {
+                                int64_t first, int64_t slots, int64_t present, uint32_t* buffer) {
   if (!chosen.has_columns()) {
     return window_pairs(ring, first, slots, chosen.count(block), buffer);
   }
   const PairFactor window = window_pairs(ring, first, slots, ring.block, buffer);
   const uint16_t* halves = chosen.squeezed(block, reinterpret_cast<const uint16_t*>(window.data),
-                                           slots, reinterpret_cast<uint16_t*>(buffer));
+                                           present, reinterpret_cast<uint16_t*>(buffer));
   return {reinterpret_cast<const uint32_t*>(halves), chosen.padded(block) / 2, 1};
 }
 

@@ -13,8 +13,7 @@ namespace rpg {
 // y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; all contiguous. With a selection, of
 // units, x has the chosen columns alone, and y and the bias have the chosen rows.
 struct LanesLinearArgs {
-  Dtype bank_dtype;
-  const void* ring;   // [slots, block]
+  Bank bank;          // the ring: [slots, block]
   Dtype x_dtype;      // of x and y; sums are fp32
   const void* x;      // [batch, K]
   const float* bias;  // [N] or null
@@ -33,13 +32,12 @@ struct LanesLinearArgs {
 // dw [slots, block] += scale · Gᵀ · (dy [batch, N]ᵀ x [batch, K]); all
 // contiguous. With a selection x and dx have the chosen columns alone, and dy has the chosen rows.
 struct LanesLinearGradsArgs {
-  Dtype bank_dtype;
-  const void* ring;  // [slots, block]; for dx
-  Dtype dtype;       // of dy, x and dx
-  const void* dy;    // [batch, N]
-  const void* x;     // [batch, K]; for dw
-  void* dx;          // [batch, K] or null
-  float* dw;         // [slots, block] or null
+  Bank bank;       // the ring: [slots, block]; for dx
+  Dtype dtype;     // of dy, x and dx
+  const void* dy;  // [batch, N]
+  const void* x;   // [batch, K]; for dw
+  void* dx;        // [batch, K] or null
+  float* dw;       // [slots, block] or null
   int64_t batch;
   int64_t columns;  // K
   double scale;

@@ -129,8 +129,7 @@ class Linear {
       walk.walk(strip, first, last, entry, [&](const Piece& piece) {
         const int64_t left = image ? image->run - piece.block % image->run_blocks * BLOCK
                                    : args_.columns - piece.block * BLOCK;
-        const RingBlocks<BLOCK> ring(args_.bank_dtype, args_.ring,
-                                     static_cast<int>(left < BLOCK ? left : BLOCK));
+        const RingBlocks<BLOCK> ring(args_.bank, static_cast<int>(left < BLOCK ? left : BLOCK));
         if (image && piece.block != gathered) {
           gathered = piece.block;
           for (int tile = 0; tile < x_tiles.count(); ++tile) {

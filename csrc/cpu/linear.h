@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/stored.h"
 #include "cpu/workspace.h"
 #include "law/layer.h"
 #include "law/number.h"
@@ -14,8 +15,7 @@ struct Image;  // conv2d.h
 
 // y [batch, N] = scale · x [batch, K] · (G ring)ᵀ + bias; all contiguous.
 struct LinearArgs {
-  Dtype bank_dtype;
-  const void* ring;   // [slots, block]
+  Bank bank;          // the ring: [slots, block]
   Dtype x_dtype;      // of x and y; sums are fp32
   const void* x;      // [batch, K]
   const float* bias;  // [N] or null

@@ -52,7 +52,7 @@ class TileLinear {
       : law_(law),
         args_(args),
         layout_(layout_of(law, args)),
-        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity},
+        ring_{args.bank, int64_t{law.slots}, law.granularity},
         depth_(law.blocks * law.granularity) {}
 
   void run() {

@@ -68,7 +68,7 @@ class TileLinearGrads {
       : law_(law),
         args_(args),
         layout_(layout_of(law, args)),
-        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {
+        ring_{args.bank, int64_t{law.slots}, law.granularity} {
     Carver carver(args.workspace, 0);
     carver.take(x_, layout_.x);
     carver.take(dx_, layout_.dx);

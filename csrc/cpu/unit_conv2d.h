@@ -11,10 +11,9 @@ namespace rpg {
 // bias. With a selection N and C are the chosen rows and columns, of x, y and the bias;
 // image.channels counts the chosen, image.run all.
 struct UnitConv2dArgs {
-  Dtype bank_dtype;
-  const void* ring;  // [slots, block]
-  Dtype dtype;       // of x and y; sums are fp32
-  const void* x;     // strides: image.stride
+  Bank bank;      // the ring: [slots, block]
+  Dtype dtype;    // of x and y; sums are fp32
+  const void* x;  // strides: image.stride
   Image image;
   int64_t images;
   const float* bias;  // [N] or null
@@ -32,9 +31,8 @@ struct UnitConv2dArgs {
 // dx [images, C, height, width] of dy [images, N, out_height, out_width], and what is added to dw
 // [slots, block].
 struct UnitConv2dGradsArgs {
-  Dtype bank_dtype;
-  const void* ring;  // [slots, block]; for dx
-  Dtype dtype;       // of dy, x and dx
+  Bank bank;    // the ring: [slots, block]; for dx
+  Dtype dtype;  // of dy, x and dx
   const void* dy;
   int64_t dy_stride[4];
   const void* x;  // for dw; strides: image.stride

@@ -370,8 +370,7 @@ class ConvSource {
 
 UnitGradsArgs grads_args(const UnitConv2dGradsArgs& args) {
   const float scale = scales_of(args.scale, args.pairs).sums;
-  return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
-          scale,           args.threads, args.workspace,     args.pairs};
+  return {args.bank, args.dx != nullptr, args.dw, scale, args.threads, args.workspace, args.pairs};
 }
 
 }  // namespace

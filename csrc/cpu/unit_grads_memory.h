@@ -14,8 +14,7 @@ constexpr int64_t kMostChunk = 16;    // octets of slots
 constexpr int64_t kPackedOctets = 4;  // of dy, whose rows are packed together
 
 struct UnitGradsArgs {
-  Dtype bank_dtype;
-  const void* ring;  // [slots, block]; for dx
+  Bank bank;  // the ring: [slots, block]; for dx
   bool dx;
   float* dw;            // [slots, block] or null
   float scale_of_sums;  // a factor of what is added to dw

@@ -12,11 +12,14 @@
 //   x_b of all columns   [K, L]               1 MB    L3, a panel of 16 KB at a time in L1
 //   S                    [kTogether, W, L]    256 KB  L2
 //   y of a group         [R, L]               256 KB  L2
-//   window               [W, block]           64 KB   copied where it is no fp32, or wraps around
+//   window               [W, block]           64 KB   copied where it is no fp32, wraps around, or
+//                                                     lacks slots
 //   entries              [kTogether, R / 8]   2 KB    L1
 //
 // With pairs (pairs.h) x_b is [block / 2, L] words and the window, where it is copied, [W, block /
 // 2]: half of these numbers. S and y are fp32.
+//
+// Slots that the bank does not have are left out of the window, and their lines of S are zeros.
 //
 // Multiplications: W block L for each unit, 1 / laps of the dense ones. Additions: R L, each with a
 // load from L2.
@@ -105,7 +108,7 @@ class UnitLinear {
         plan_(law),
         chosen_(law, plan_, args.selection, args.columns),
         layout_(layout_of(law, plan_, chosen_, args)),
-        ring_{args.bank_dtype, args.ring, int64_t{law.slots}, law.granularity} {}
+        ring_{args.bank, int64_t{law.slots}, law.granularity} {}
 
   void run() {
     const int64_t lanes = args_.lanes, tiles = (args_.batch + lanes - 1) / lanes;
@@ -225,27 +228,30 @@ class UnitLinear {
         const PlannedUnit& planned = plan_.unit_of(group, column);
         OctetEntry* entries = memory.entries + g * room;
         unit_entries(plan_.band, planned.unit, planned.window, entries, memory.shuffled);
-        const int rows = static_cast<int>(planned.window.octets * kOctet);
+        const int64_t slots = planned.window.octets * int64_t{kOctet};
+        const int rows = static_cast<int>(present_slots(ring_, planned.window.base, slots));
         float* products = memory.s + g * s_size;
         const int count_of = chosen_.count(column);
         const void* next = nullptr;
-        if (first + g + 1 < high) {
+        if (first + g + 1 < high && !ring_.places) {
           next = ring_.slot(plan_.unit_of(group, chosen_.column(first + g + 1)).window.base);
         }
         const int64_t place = (first + g - low) * chosen_.pitch() * lanes;
         if (args_.pairs) {
-          const PairFactor window = chosen_window(ring_, chosen_, column, planned.window.base, rows,
-                                                  static_cast<uint32_t*>(memory.window));
+          const PairFactor window =
+              chosen_window(ring_, chosen_, column, planned.window.base, slots, rows,
+                            static_cast<uint32_t*>(memory.window));
           multiply<false>(rows, static_cast<int>(lanes), window,
                           static_cast<const uint32_t*>(memory.x) + place / 2, lanes,
                           (count_of + 1) / 2, products, lanes, next);
         } else {
-          const Factor window = chosen_window(ring_, chosen_, column, planned.window.base, rows,
-                                              static_cast<float*>(memory.window));
+          const Factor window = chosen_window(ring_, chosen_, column, planned.window.base, slots,
+                                              rows, static_cast<float*>(memory.window));
           multiply<false>(rows, static_cast<int>(lanes), window,
                           static_cast<const float*>(memory.x) + place, lanes, count_of, products,
                           lanes, next);
         }
+        spread_lines(ring_, planned.window.base, slots, rows, lanes, lanes, products);
         entry[g] = entries, s[g] = products;
       }
       const GroupRows rows{first_row(group), chosen_.rows_of(plan_, group),

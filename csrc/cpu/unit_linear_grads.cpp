@@ -170,8 +170,7 @@ class LinearSource {
 
 UnitGradsArgs grads_args(const LanesLinearGradsArgs& args) {
   const float scale = scales_of(args.scale, args.pairs).sums;
-  return {args.bank_dtype, args.ring,    args.dx != nullptr, args.dw,
-          scale,           args.threads, args.workspace,     args.pairs};
+  return {args.bank, args.dx != nullptr, args.dw, scale, args.threads, args.workspace, args.pairs};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/region.h"
+#include "cpu/stored.h"
 #include "law/number.h"
 
 namespace rpg {
@@ -13,8 +14,8 @@ namespace rpg {
 struct UnpackArgs {
   Region region;
   Cut cut;
-  Dtype dtype;  // of ring and out
-  const void* ring;
+  Dtype dtype;  // of out
+  Bank bank;    // the ring: of that dtype, or codes
   void* out;
   double scale;
   int threads;

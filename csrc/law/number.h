@@ -12,11 +12,13 @@
 
 namespace rpg {
 
-enum class Dtype : int { kFloat64 = 0, kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3 };
+// kInt8: codes of a bank alone, which has scales.
+enum class Dtype : int { kFloat64 = 0, kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3, kInt8 = 4 };
 
 namespace {  // compiled once per instruction set, see law/ring.h
 
 RPG_LAW int element_bytes(Dtype dtype) {
+  if (dtype == Dtype::kInt8) return 1;
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpg_kernels._stored import StoredValues
 from rpg_kernels._tensors import DTYPES
 from rpg_kernels._version import __version__
 from rpg_kernels.law.ring import LayerLaw
@@ -32,6 +33,8 @@ BUILD_RECORD = "_native_build.json"  # written by setup.py beside this file
 _MODULE = "rpg_kernels.native._native"
 _REFLECT = {"none": 0, "vector": 1, "element": 2}
 _WORKSPACE_POSITIONS = 1 << 13
+CODES = (*DTYPES, torch.int8)  # dtypes of banks, in the order of their numbers in C++
+_NO_BANK = (0, DTYPES.index(torch.float32), 0, 0, 0, 0, 0)
 _enabled = os.environ.get(ENVIRONMENT_NATIVE, "1") != "0"
 _forked = False
 
@@ -180,6 +183,20 @@ def handles(*tensors: Tensor) -> bool:
     )
 
 
+def reads(bank: Tensor) -> bool:
+    """True when the native module is in use and can read a bank, or values that are stored."""
+    if not isinstance(bank, StoredValues):
+        return handles(bank)
+    return (
+        available()
+        and all(
+            type(part) is Tensor and part.device.type == "cpu" and part.is_contiguous()
+            for part in bank.parts().values()
+        )
+        and bank.codes.dtype in CODES
+    )
+
+
 def stream(words: Tensor, *, write: bool, passes: int) -> None:
     """Read memory ``passes`` times, or read and write it: what bandwidth is measured with.
 
@@ -267,24 +284,49 @@ def _lists(n: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @cache
 def dtype_code(dtype: torch.dtype) -> int:
     """The number of a dtype in C++."""
-    return DTYPES.index(dtype)
+    return CODES.index(dtype)
+
+
+def given_bank(values: Tensor | None) -> tuple[int, ...]:
+    """A bank as C++ takes it, which the caller keeps: address, dtype, addresses of scales and
+    places, rows, slots, granularity. Those of sizes are read only where values are stored otherwise
+    than plainly. None is no bank.
+
+    Args:
+        values: ``[slots, granularity]``, contiguous, or ``StoredValues``.
+    """
+    if values is None:
+        return _NO_BANK
+    if not isinstance(values, StoredValues):
+        return (values.data_ptr(), dtype_code(values.dtype), 0, 0, 0, 0, 0)
+    codes, scales, places = values.codes, values.scales, values.places
+    return (
+        codes.data_ptr(),
+        dtype_code(codes.dtype),
+        0 if scales is None else scales.data_ptr(),
+        0 if places is None else places.data_ptr(),
+        len(codes),
+        len(values),
+        codes.shape[1],
+    )
 
 
 def unpack(
     law: LayerLaw,
-    ring: Tensor,
+    bank: Tensor,
     out: Tensor,
     scale: float,
     region: tuple[int, ...],
     lookup: Tensor | None,
     cut: tuple[int, int] | None = None,
 ) -> None:
-    """out = scale · G · ring for some positions of a layer.
+    """out = scale · G · bank for some positions of a layer.
 
     Args:
         law: of the layer.
-        ring: ``[slots, block]``, contiguous.
-        out: ``[positions, block]``, contiguous, of the same dtype; with a cut
+        bank: ``[slots, granularity]``, contiguous, or ``StoredValues``, of which each value is
+            rounded to out's dtype before it is multiplied.
+        out: ``[positions, block]``, contiguous, of the bank's dtype; with a cut
             ``[rows * runs, length]``.
         scale: the layer's multiplier.
         region: (first row, rows, runs, blocks of a run, first block, blocks) of the positions.
@@ -294,9 +336,9 @@ def unpack(
     """
     lookup = None if lookup is None else lookup.contiguous()
     layer_law(law).unpack(
-        ring.data_ptr(),
+        given_bank(bank),
         out.data_ptr(),
-        dtype_code(ring.dtype),
+        dtype_code(out.dtype),
         scale,
         *region[:2],
         0 if lookup is None else lookup.data_ptr(),

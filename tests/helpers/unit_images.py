@@ -100,7 +100,7 @@ class Convolution:
         size = self.law.unit_conv2d_workspace(x.shape, *how, threads, lanes, rows, self.pairs, part)
         memory = Guarded(size[0])
         self.law.unit_conv2d(
-            *_typed(self.bank),
+            native.given_bank(self.bank),
             *_typed(x),
             x.shape,
             x.stride(),
@@ -132,7 +132,7 @@ class Convolution:
         size = self.law.unit_conv2d_grads_workspace(x.shape, *how, *tile, *wanted)
         memory = Guarded(size[0])
         self.law.unit_conv2d_grads(
-            *(_typed(self.bank) if dx else (0, 1)),
+            native.given_bank(self.bank if dx else None),
             dy.data_ptr(),
             dy.stride(),
             x.data_ptr() if dw else 0,

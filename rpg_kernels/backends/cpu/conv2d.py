@@ -52,8 +52,7 @@ def conv2d(
     bias = None if bias is None else bias.float().contiguous()
     memory = workspace(step.workspace)
     native.layer_law(p.law).conv2d(
-        bank.data_ptr(),
-        native.dtype_code(bank.dtype),
+        native.given_bank(bank),
         x.data_ptr(),
         native.dtype_code(x.dtype),
         x.shape,

@@ -35,7 +35,7 @@ def linear(family: Family, x: Tensor, bank: Tensor, bias: Tensor | None, placeme
     bias = None if bias is None else bias.float().contiguous()
     memory = workspace(step.workspace)
     getattr(native.layer_law(p.law), family.name)(
-        *_typed(bank),
+        native.given_bank(bank),
         *_typed(x),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
@@ -130,11 +130,11 @@ def _run(
     if not batch:
         return
     dy = dy.contiguous()
-    bank = dy if bank is None else bank.contiguous()  # which is not read without dx
+    bank = None if bank is None else bank.contiguous()
     x = None if x is None else x.contiguous()
     memory = workspace(step.workspace)
     getattr(native.layer_law(p.law), f"{family.name}_grads")(
-        *_typed(bank),
+        native.given_bank(bank),
         dy.data_ptr(),
         0 if x is None else x.data_ptr(),
         native.dtype_code(dy.dtype),

@@ -36,7 +36,7 @@ def linear(
     x, bank = x.contiguous(), bank.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     address = 0 if bias is None else bias.data_ptr()
-    _call("linear", p, step, batch, *_typed(bank), *_typed(x), address, y.data_ptr())
+    _call("linear", p, step, batch, native.given_bank(bank), *_typed(x), address, y.data_ptr())
     return y
 
 
@@ -102,7 +102,7 @@ def _typed(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), native.dtype_code(tensor.dtype)
 
 
-def _call(op: str, p: Placement, step: factored.Steps, batch: int, *tensors: int) -> None:
+def _call(op: str, p: Placement, step: factored.Steps, batch: int, *tensors: object) -> None:
     """Run a kernel; what all of them take comes after the tensors."""
     memory = workspace(step.workspace)
     getattr(native.layer_law(p.law), op)(

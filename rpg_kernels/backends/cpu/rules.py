@@ -201,10 +201,8 @@ class Cpu(Backend):
 
     def unsupported(self, call: Call) -> str:
         """See ``unsupported_kind`` and ``unsupported_weight``."""
-        if call.stored is not None:
-            return (
-                f"the compiled CPU kernels read float banks, not one stored as {call.stored.form}"
-            )
+        if call.stored is not None and call.stored.codes.dtype not in native.CODES:
+            return f"the CPU kernels read codes of int8, not a bank stored as {call.stored.form}"
         reason = unsupported_kind(call.op, call.device, call.dtype)
         if reason or not call.placement:
             return reason
@@ -231,12 +229,12 @@ class Cpu(Backend):
         if not call.rows:
             return None
         if convolves_units(call.op, call.placement):
-            return call.rows * units.multiplications(call.placement)
+            return call.rows * units.multiplications(call.placement, call.stored)
         taken = family(call.op, call.dtype, call.rows, call.placement)
         if taken is None:
             of_row = factored.multiplications_of_row(call.op, call.placement, call.rows)
             return None if of_row is None else call.rows * of_row
-        return call.rows * taken.multiplications(call.op, call.placement)
+        return call.rows * taken.multiplications(call.op, call.placement, call.stored)
 
     def adds(self, call: Call) -> bool:
         """Of products; not of float64, which these kernels do not take."""
@@ -261,7 +259,8 @@ class Cpu(Backend):
     def explain(self, call: Call) -> str:
         """How many rows share a product, or why the call was left."""
         if self.takes(call):
-            return f"{self.summary}; {what(call)}"
+            of_bank = "" if call.stored is None else f"; the bank is read as {call.stored.form}"
+            return f"{self.summary}; {what(call)}{of_bank}"
         if call.device.type != "cpu" or not call.x.numel():
             return ""
         return self.unsupported(call) or (

@@ -259,7 +259,7 @@ def conv2d(
     bias = None if bias is None else bias.float().contiguous()
     memory = workspace(how.workspace)
     native.layer_law(p.law).unit_conv2d(
-        *_typed(bank),
+        native.given_bank(bank),
         *_typed(x),
         x.shape,
         x.stride(),
@@ -353,7 +353,7 @@ def _run(
         return
     memory = workspace(how.workspace)
     native.layer_law(p.law).unit_conv2d_grads(
-        *_typed(dy if bank is None else bank),
+        native.given_bank(bank),
         dy.data_ptr(),
         dy.stride(),
         x.data_ptr(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import native
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.cpu.lanes import PRODUCTS, Family
 from rpg_kernels.backends.cpu.processor import DOT_GAIN, dense_gain
 from rpg_kernels.backends.cpu.selection import elements_of_blocks, groups_with_rows
@@ -96,9 +97,9 @@ class Units(Family):
             return True
         return reads(placement) >= least_reads(op, dtype, bank_dtype, placement)
 
-    def multiplications(self, op: str, placement: str) -> int:
+    def multiplications(self, op: str, placement: str, stored: StoredValues | None = None) -> int:
         """See ``multiplications``."""
-        return multiplications(placement)
+        return multiplications(placement, stored)
 
     def what(self, placement: str) -> str:
         """How many rows share a product."""
@@ -151,22 +152,44 @@ def reads(placement: str) -> float:
     return parse(placement).numel / multiplications(placement)
 
 
-def octets_read(law: UnitLaw, columns: Tensor, groups: Tensor) -> Tensor:
-    """Octets of the ring that units of some columns and groups read, summed over the groups."""
+def _windows(law: UnitLaw, columns: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The first octet of the ring, unwrapped, and the number of octets in windows of units of some
+    columns and groups, ``[columns, groups]``; counted from where the layer begins."""
     column, group = columns.repeat_interleave(len(groups)), groups.repeat(len(columns))
-    first, size = law.unit(column, group, 0)
-    before = first % law.laps  # a layer begins with an octet's first use
+    use, size = law.unit(column, group, 0)
+    before = use % law.laps  # a layer begins with an octet's first use
     octets = (before + size + law.laps - 1).div(law.laps, rounding_mode="floor")
-    return octets.view(len(columns), len(groups)).sum(1)
+    first = use.div(law.laps, rounding_mode="floor")
+    return first.view(len(columns), len(groups)), octets.view(len(columns), len(groups))
 
 
-@lru_cache(maxsize=4096)
-def multiplications(placement: str) -> int:
+def slots_multiplied(
+    law: UnitLaw, columns: Tensor, groups: Tensor, stored: StoredValues | None
+) -> Tensor:
+    """Slots in windows of units of some columns and groups, less those that a stored bank does not
+    have, summed over the groups."""
+    octet, octets = _windows(law, columns, groups)
+    count = octets * OCTET
+    if stored is None or stored.places is None:
+        return count.sum(1)
+    present = (stored.places >= 0).cpu().repeat_interleave(law.slots // len(stored))
+    until = torch.cat((torch.zeros(1, dtype=torch.int64), present.repeat(2).cumsum(0)))
+    first = (octet + law.start // law.laps % law.slots).mul(OCTET) % law.slots
+    rounds, rest = count.div(law.slots, rounding_mode="floor"), count % law.slots
+    return (rounds * until[law.slots] + until[first + rest] - until[first]).sum(1)
+
+
+def multiplications(placement: str, stored: StoredValues | None = None) -> int:
     """For one row of the batch or output pixel; the padding of blocks, of images and of vectors of
     the batch is not counted.
 
-    Forward all slots of a window are multiplied; backward those that are read, which are others
-    only where the rows are no multiple of 8 or not all selected: this is not counted either.
+    Forward all slots of a window are multiplied that the bank has; backward those that are read,
+    which are others only where the rows are no multiple of 8 or not all selected: this is not
+    counted either.
+
+    Args:
+        placement: of the weight.
+        stored: the bank, where its values are stored in fewer bytes.
 
     Example:
         >>> from rpg_kernels.law.generator import Generator
@@ -175,9 +198,19 @@ def multiplications(placement: str) -> int:
         >>> multiplications(p.to_json()), multiplications(p.select(1, range(0, 64, 2)).to_json())
         (65536, 32768)
     """
+    plain = stored is None or stored.places is None
+    return _of_whole_bank(placement) if plain else _multiplications(placement, stored)
+
+
+@lru_cache(maxsize=4096)
+def _of_whole_bank(placement: str) -> int:
+    return _multiplications(placement, None)
+
+
+def _multiplications(placement: str, stored: StoredValues | None) -> int:
     p = parse(placement)
     law = p.law
     assert isinstance(law, UnitLaw)
     columns = torch.arange(law.columns)
-    octets = octets_read(law, columns, groups_with_rows(p))
-    return OCTET * int((octets * elements_of_blocks(p)[columns % p.matrix.run_blocks]).sum())
+    slots = slots_multiplied(law, columns, groups_with_rows(p), stored)
+    return int((slots * elements_of_blocks(p)[columns % p.matrix.run_blocks]).sum())

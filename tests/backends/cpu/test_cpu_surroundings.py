@@ -209,7 +209,7 @@ def test_other_threads_run_meanwhile(set_threads: Callable[[int], None]) -> None
     law = native.layer_law(parse(spec).law)
     step = factored.check("linear", spec, len(problem.x))
     y, memory = problem.x.new_empty(len(problem.x), 1000), workspace(step.workspace)
-    arguments = (problem.bank.data_ptr(), 1, problem.x.data_ptr(), 1, 0, y.data_ptr())
+    arguments = (native.given_bank(problem.bank), problem.x.data_ptr(), 1, 0, y.data_ptr())
     arguments += (len(problem.x), 110, 1.0, 1, step.batch_tile, step.tiles, memory.data_ptr())
     ticks, stop, interval = [0], [False], sys.getswitchinterval()
 

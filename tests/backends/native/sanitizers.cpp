@@ -170,8 +170,19 @@ FloatVector linear_layer(const LayerLaw& law, int threads, int64_t batch, int ba
   FloatVector y(static_cast<size_t>(batch * law.rows));
   Workspaces workspaces;
   const Dtype fp32 = Dtype::kFloat32;
-  LinearArgs forward{fp32,    ring.data(), fp32,    x.data(),   bias.data(), y.data(), batch,
-                     columns, kScale,      threads, batch_tile, tiles,       nullptr,  nullptr};
+  LinearArgs forward{plain_bank(fp32, ring.data()),
+                     fp32,
+                     x.data(),
+                     bias.data(),
+                     y.data(),
+                     batch,
+                     columns,
+                     kScale,
+                     threads,
+                     batch_tile,
+                     tiles,
+                     nullptr,
+                     nullptr};
   forward.workspace = workspaces.get(baseline::linear_workspace(law, forward));
   baseline::linear(law, forward);
   return y;
@@ -212,12 +223,22 @@ Results lanes_layer(const LanesFamily& family, const LayerLaw& law, int threads,
   Results out{FloatVector(dy.size()), FloatVector(x.size()), FloatVector(ring.size())};
   Workspaces workspaces;
   const Dtype dtype = pairs ? Dtype::kBfloat16 : Dtype::kFloat32;
-  LanesLinearArgs forward{dtype,   ring.data(), dtype,   x.data(), bias.data(), out.y.data(), batch,
-                          columns, kScale,      threads, lanes,    nullptr,     pairs};
+  LanesLinearArgs forward{plain_bank(dtype, ring.data()),
+                          dtype,
+                          x.data(),
+                          bias.data(),
+                          out.y.data(),
+                          batch,
+                          columns,
+                          kScale,
+                          threads,
+                          lanes,
+                          nullptr,
+                          pairs};
   forward.workspace = workspaces.get(family.size(law, forward));
   family.run(law, forward);
   LanesLinearGradsArgs both{};
-  both.bank_dtype = both.dtype = dtype, both.ring = ring.data(), both.pairs = pairs;
+  both.bank = plain_bank(dtype, ring.data()), both.dtype = dtype, both.pairs = pairs;
   both.dy = dy.data(), both.x = x.data();
   both.batch = batch, both.columns = columns, both.scale = kScale;
   both.threads = threads, both.lanes = lanes;
@@ -280,9 +301,10 @@ Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lan
   image.run = channels, image.run_blocks = 2;
   Workspaces workspaces;
   UnitConv2dArgs forward{};
-  forward.bank_dtype = forward.dtype = pairs ? Dtype::kBfloat16 : Dtype::kFloat32;
+  forward.dtype = pairs ? Dtype::kBfloat16 : Dtype::kFloat32;
+  forward.bank = plain_bank(forward.dtype, ring.data());
   forward.pairs = pairs;
-  forward.ring = ring.data(), forward.x = x.data(), forward.bias = bias.data();
+  forward.x = x.data(), forward.bias = bias.data();
   forward.y = out.y.data(), forward.image = image, forward.images = images;
   forward.kernel[0] = forward.kernel[1] = 3;
   forward.scale = kScale, forward.threads = threads;
@@ -290,8 +312,8 @@ Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lan
   forward.workspace = workspaces.get(baseline::unit_conv2d_workspace(law, forward));
   baseline::unit_conv2d(law, forward);
   UnitConv2dGradsArgs both{};
-  both.bank_dtype = both.dtype = forward.dtype, both.pairs = pairs;
-  both.ring = ring.data(), both.dy = dy.data(), both.x = x.data();
+  both.bank = forward.bank, both.dtype = forward.dtype, both.pairs = pairs;
+  both.dy = dy.data(), both.x = x.data();
   both.dy_stride[0] = law.rows * pixels, both.dy_stride[1] = pixels;
   both.dy_stride[2] = out_width, both.dy_stride[3] = 1;
   both.image = image, both.images = images;
@@ -347,8 +369,8 @@ FloatVector convolution(const LayerLaw& law, int parts, int threads, int batch_t
   image.by_tap = true;
   image.run = channels, image.run_blocks = 2;
   LinearArgs& linear = args.linear;
-  linear.bank_dtype = linear.x_dtype = Dtype::kFloat32;
-  linear.ring = ring.data(), linear.x = x.data(), linear.bias = bias.data(), linear.y = y.data();
+  linear.x_dtype = Dtype::kFloat32, linear.bank = plain_bank(linear.x_dtype, ring.data());
+  linear.x = x.data(), linear.bias = bias.data(), linear.y = y.data();
   linear.batch = pixels, linear.scale = kScale, linear.threads = threads;
   linear.batch_tile = batch_tile, linear.tiles = 1;
   args.parts = parts;
@@ -371,7 +393,8 @@ Results lookup(const LayerLaw& law, int threads) {
   const FloatVector dy = numbers(rows * length, 3);
   Results out{FloatVector(dy.size()), {}, FloatVector(ring.size())};
   const Cut cut{first, length};
-  baseline::unpack(law, {region, cut, Dtype::kFloat32, ring.data(), out.y.data(), kScale, threads});
+  baseline::unpack(law, {region, cut, Dtype::kFloat32, plain_bank(Dtype::kFloat32, ring.data()),
+                         out.y.data(), kScale, threads});
   std::vector<uint32_t> workspace(3 * 64 * 5);
   baseline::pack(law, {region, cut, Dtype::kFloat32, dy.data(), out.dw.data(), kScale, threads,
                        workspace.data(), static_cast<int64_t>(workspace.size())});

@@ -294,7 +294,8 @@ def region(**changes: int) -> dict[str, int]:
 def test_positions_outside_the_layer_are_refused(changes: dict[str, int]) -> None:
     law = native.layer_law(LayerLaw(0, 0, 6, 10, 8, 20, 3, "vector", True))
     ring, out = torch.randn(20, 8), torch.full((48, 8), float("nan"))
-    given = {"ring": ring.data_ptr(), "out": out.data_ptr(), "dtype": 1, "scale": 1.0, "threads": 1}
+    given = {"bank": native.given_bank(ring), "out": out.data_ptr(), "dtype": 1}
+    given |= {"scale": 1.0, "threads": 1}
     law.unpack(**given, **region())
     assert not out.isnan().any()
     out.fill_(float("nan"))
