@@ -29,7 +29,7 @@
 
 #include "cpu/lanes_linear.h"
 #include "cpu/product.h"
-#include "cpu/unit_window.h"
+#include "cpu/unit_sums.h"
 
 namespace rpg::RPG_ISA {
 
@@ -59,30 +59,6 @@ UnitLinearLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const Lane
   out.entries = lines(kTogether * entries_room(plan.most_octets) * sizeof(OctetEntry));
   out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));
   return out;
-}
-
-// y [8 octets, L] (+)= ± S[slot] of `count` columns, where L is NV vectors.
-template <int NV>
-void add_lines(const OctetEntry* const* entry, const float* const* s, int count, int64_t octets,
-               const int32_t (*residues)[8], bool add, float* y) {
-  typedef Floats<kVector> Vector;
-  constexpr int64_t kLanes = NV * kVector;
-  for (int64_t i = 0; i < octets; ++i) {
-    for (int r = 0; r < 8; ++r, y += kLanes) {
-      Vector sum[NV];
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) sum[v] = add ? load<kVector>(y + v * kVector) : Vector{};
-      for (int g = 0; g < count; ++g) {
-        const OctetEntry e = entry[g][i];
-        const float* line = s[g] + (kOctet * int64_t{e.octet} + residues[e.pattern][r]) * kLanes;
-        const Vector sign = splat<kVector>(kSigns[e.signs >> r & 1]);
-#pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[v] += sign * load<kVector>(line + v * kVector);
-      }
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store<kVector>(y + v * kVector, sum[v]);
-    }
-  }
 }
 
 class UnitLinear {
@@ -228,13 +204,7 @@ class UnitLinear {
       const int64_t octets = group_size(plan_.band, group);
       const int32_t (*residues)[8] = residues_of(plan_.band);
       const bool add = first > low;
-      switch (lanes / kVector) {
-        case 1: add_lines<1>(entry, s, count, octets, residues, add, y); break;
-        case 2: add_lines<2>(entry, s, count, octets, residues, add, y); break;
-        case 4: add_lines<4>(entry, s, count, octets, residues, add, y); break;
-        case 8: add_lines<8>(entry, s, count, octets, residues, add, y); break;
-        default: add_lines<16>(entry, s, count, octets, residues, add, y); break;
-      }
+      add_lines(lanes, entry, s, count, octets, residues, add, y);
     }
   }
 
