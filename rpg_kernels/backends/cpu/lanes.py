@@ -80,6 +80,10 @@ class Family(ABC):
         """Whether a call multiplies pairs of bfloat16, if they fit the scratch limit."""
         return False
 
+    def products(self, pairs: bool) -> int:
+        """How a call multiplies, as the compiled kernels take it: whether in pairs."""
+        return pairs
+
     def steps(self, op: str, placement: str, batch: int, pairs: bool = False) -> Lanes | None:
         """The most lanes that the scratch limit allows; None where none do."""
         limit = settings.scratch_bytes("cpu")
@@ -125,7 +129,7 @@ def _choices(
             if op != "linear":
                 size += (op != "linear_bank_grad", op != "linear_input_grad")
                 name = f"{family.name}_grads_workspace"
-            total, activations = getattr(law, name)(*size, pairs=paired)
+            total, activations = getattr(law, name)(*size, family.products(paired))
             out.append(Lanes(lanes, threads, total, total - activations, paired))
         if threads == 1:
             return tuple(out)

@@ -44,7 +44,7 @@ def linear(family: Family, x: Tensor, bank: Tensor, bias: Tensor | None, placeme
         step.threads,
         step.lanes,
         memory.data_ptr(),
-        step.pairs,
+        family.products(step.pairs),
     )
     return y
 
