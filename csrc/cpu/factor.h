@@ -11,8 +11,8 @@
 
 #pragma once
 
+#include "cpu/bank.h"
 #include "cpu/simd.h"
-#include "cpu/stored.h"
 
 namespace rpg {
 namespace {  // compiled once per instruction set, see law/ring.h
@@ -27,19 +27,18 @@ inline uint32_t sign_of(uint32_t entry) { return entry & 0x80000000u; }
 template <int BLOCK>
 class RingBlocks {
  public:
-  // ring [slots, BLOCK]; of each block `valid` elements count.
+  // Of each block `valid` elements count.
   RingBlocks(const Bank& bank, int valid)
-      : dtype_(bank.dtype),
-        valid_(valid),
-        bytes_(BLOCK * element_bytes(bank.dtype)),
-        ring_(static_cast<const char*>(bank.data)) {}
+      : ring_{bank, 0, BLOCK}, valid_(valid), plain_(ring_.plain()) {}
 
   // Block `slot` as fp32 with zeros behind the valid elements: itself if it is that already, or
   // converted into `buffer` [BLOCK].
   const float* block(int64_t slot, float* buffer) const {
-    const char* stored = ring_ + slot * bytes_;
-    if (dtype_ == Dtype::kFloat32 && valid_ == BLOCK) return reinterpret_cast<const float*>(stored);
-    switch (dtype_) {
+    if (!plain_) return stored_block(slot, buffer);
+    const char* stored = ring_.slot(slot);
+    const bool direct = ring_.dtype == Dtype::kFloat32 && valid_ == BLOCK;
+    if (direct) return reinterpret_cast<const float*>(stored);
+    switch (ring_.dtype) {
       case Dtype::kBfloat16: convert<Bfloat16>(stored, buffer); break;
       case Dtype::kFloat16: convert<Float16>(stored, buffer); break;
       default: convert<Float32>(stored, buffer); break;
@@ -58,10 +57,16 @@ class RingBlocks {
     for (int e = 0; e < BLOCK; ++e) buffer[e] = T::load(bits[e]);
   }
 
-  Dtype dtype_;
+  const float* stored_block(int64_t slot, float* buffer) const {
+    const int count = ring_.has(slot) ? valid_ : 0;
+    if (count) read_slot(ring_, slot, count, buffer);
+    for (int e = count; e < BLOCK; ++e) buffer[e] = 0.f;
+    return buffer;
+  }
+
+  Ring ring_;  // its number of slots is not read
   int valid_;
-  int64_t bytes_;
-  const char* ring_;
+  bool plain_;
 };
 
 // out[r] = block r · x_b for COUNT blocks given by their addresses.

@@ -62,19 +62,33 @@ inline void read_entries(const LayerLaw& law, const WeightTile& tile, uint32_t* 
 inline uint32_t slot_of(uint32_t entry) { return entry & 0x7FFFFFFFu; }
 inline uint32_t sign_of(uint32_t entry) { return entry & 0x80000000u; }
 
-// out [rows, pitch]: the blocks of a tile, from its entries.
-inline void gather(const Ring& ring, const WeightTile& tile, const uint32_t* entry, float* out) {
+// out [rows, pitch]: the blocks of a tile, from its entries. PLAIN: of a plain bank.
+template <bool PLAIN>
+inline void gather_blocks(const Ring& ring, const WeightTile& tile, const uint32_t* entry,
+                          float* out) {
   constexpr int64_t kAhead = 8;  // blocks that are asked for before they are read
   const int64_t positions = tile.rows * tile.blocks, row_bytes = ring.row_bytes();
   const int64_t gap = tile.pitch(ring.block) - tile.blocks * ring.block;
   int64_t i = 0;
   for (int64_t r = 0; r < tile.rows; ++r, out += gap) {
     for (int64_t b = 0; b < tile.blocks; ++b, ++i, out += ring.block) {
-      const char* soon = ring.slot(slot_of(entry[std::min(i + kAhead, positions - 1)]));
-      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(soon + byte);
-      copy_slot(ring, slot_of(entry[i]), sign_of(entry[i]), out);
+      const int64_t next = slot_of(entry[std::min(i + kAhead, positions - 1)]);
+      if (PLAIN || ring.has(next)) {
+        const char* soon = PLAIN ? ring.slot(next) : ring.find(next);
+        for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(soon + byte);
+      }
+      if (PLAIN) {
+        copy_slot(ring, slot_of(entry[i]), sign_of(entry[i]), out);
+      } else {
+        copy_stored_slot(ring, slot_of(entry[i]), sign_of(entry[i]), out);
+      }
     }
   }
+}
+
+inline void gather(const Ring& ring, const WeightTile& tile, const uint32_t* entry, float* out) {
+  if (ring.plain()) return gather_blocks<true>(ring, tile, entry, out);
+  gather_blocks<false>(ring, tile, entry, out);
 }
 
 }  // namespace

@@ -33,6 +33,8 @@
 // Multiplications: W block pixels for each unit, 1 / laps of the dense ones. Additions: R T pixels,
 // each with a load of S; y is read and written once for all taps that are added together.
 //
+// Slots that the bank does not have are left out of the window, and their lines of S are zeros.
+//
 // A thread does whole tiles of images; results do not depend on the number of threads.
 
 #include "cpu/unit_conv2d.h"
@@ -201,10 +203,11 @@ class UnitConv2d {
                                       (block * tile_.phases() + phase) * layout_.phase_panels);
   }
 
-  Factor read_window(const UnitWindow& window, int slots, int, float* buffer) const {
+  Factor read_window(const UnitWindow& window, int64_t slots, int, float* buffer) const {
     return {window_rows(ring_, window.base, slots, buffer), law_.granularity, 1};
   }
-  PairFactor read_window(const UnitWindow& window, int slots, int valid, uint32_t* buffer) const {
+  PairFactor read_window(const UnitWindow& window, int64_t slots, int valid,
+                         uint32_t* buffer) const {
     return window_pairs(ring_, window.base, slots, valid, buffer);
   }
 
@@ -218,7 +221,8 @@ class UnitConv2d {
                  memory.entries + k * entries_room(plan_.most_octets), memory.shuffled);
     const int64_t block = column % law_.run_blocks;
     const int64_t phase = phase_of(column / law_.run_blocks * plan_.band.taps);
-    const int slots = static_cast<int>(planned.window.octets * kOctet);
+    const int64_t of_window = planned.window.octets * int64_t{kOctet};
+    const int slots = static_cast<int>(present_slots(ring_, planned.window.base, of_window));
     const int valid = valid_of(block);
     const int64_t room = plan_.most_window * kOctet * tile_.plane;
     float* s = memory.s + k * room;
@@ -229,7 +233,7 @@ class UnitConv2d {
     }
     const Element* panels = panels_of<Element>(memory, block, phase);
     const auto window =
-        read_window(planned.window, slots, valid, static_cast<Element*>(memory.window));
+        read_window(planned.window, of_window, valid, static_cast<Element*>(memory.window));
     const int64_t row = tile_.columns * args_.lanes, width = in.columns.count * args_.lanes;
     s += in.rows.first * row + in.columns.first * args_.lanes;
     if (!tile_.direct) {
@@ -237,12 +241,13 @@ class UnitConv2d {
       multiply_lines(slots, floats, window, panels, tile_.panel, valid, memory.products,
                      tile_.plane);
       copy_lines(memory.products, slots, tile_.plane, in.rows.count, width, row, s);
-      return;
     }
-    for (int64_t i = 0; i < in.rows.count; ++i) {
+    for (int64_t i = 0; tile_.direct && i < in.rows.count; ++i) {
       panels = multiply_lines(slots, width, window, panels, tile_.panel, valid, s + i * row,
                               tile_.plane);
     }
+    spread_lines(ring_, planned.window.base, of_window, slots, tile_.plane, tile_.plane,
+                 memory.s + k * room);
   }
 
   // y of a group (+)= what the units of `count` columns add.

@@ -201,6 +201,7 @@ class UnitGrads {
                  const UnitGradsMemory& memory) const {
     const int64_t block = law_.granularity, slots = law_.slots, plane = size_.t_plane;
     const int64_t first = (planned.window.base + o * kOctet) % slots, size = count * kOctet;
+    if (ring_.places) return add_present(planned, group, column, o, count, part, tile, xc, memory);
     const float* window = args_.dx ? window_rows(ring_, first, size, memory.window) : nullptr;
     const uint32_t limit = args_.pairs ? kRoundsToInfinite : kInfinite;
     const bool careful = Source::kReaches && (source_.is_careful() ||
@@ -212,7 +213,7 @@ class UnitGrads {
       float* t = memory.t + (pairs ? 0 : k * kOctet * plane);
       read[k] = static_cast<uint8_t>(sum(planned, group, column, o + k, tile, memory, t));
       whole &= read[k] == 0xFF;
-      if (pairs) round_octet(tile, k, t, memory);
+      if (pairs) round_slots(tile, k * kOctet, kOctet, t, memory);
     }
     if (careful) {
       for (int64_t k = 0; k < count; ++k) {
@@ -249,11 +250,56 @@ class UnitGrads {
     }
   }
 
-  // Octet k of a chunk of T in bfloat16: words of two slots for dx, halves for dw.
-  void round_octet(int64_t tile, int64_t k, const float* t, const UnitGradsMemory& memory) const {
+  // What octets o ... o + count - 1 of a window add to dx, of a bank that lacks slots: only those
+  // that it has, and that are read, are multiplied. Their lines of T and rows of the window close
+  // ranks, and with pairs a line of zeros makes their number even.
+  void add_present(const PlannedUnit& planned, uint32_t group, uint32_t column, int64_t o,
+                   int64_t count, int part, int64_t tile, const float* xc,
+                   const UnitGradsMemory& memory) const {
+    const int64_t block = law_.granularity, plane = size_.t_plane;
+    const int64_t first = (planned.window.base + o * kOctet) % law_.slots, size = count * kOctet;
+    float* window = memory.window;
+    window_rows(ring_, first, size, window);
+    const int64_t present = present_slots(ring_, first, size);
+    const uint32_t limit = args_.pairs ? kRoundsToInfinite : kInfinite;
+    if (Source::kReaches && (source_.is_careful() || !all_below(limit, window, present * block))) {
+      for (int64_t k = 0; k < count; ++k) {
+        sum(planned, group, column, o + k, tile, memory, memory.t);
+        add_reached(planned, group, column, o + k, part, tile, xc, memory, memory.t);
+      }
+      return;
+    }
+    int64_t lines = 0, row = 0;
+    for (int64_t k = 0; k < count && row < present; ++k) {
+      float* t = memory.t + lines * plane;
+      const uint32_t read = sum(planned, group, column, o + k, tile, memory, t);
+      for (int64_t c = 0; c < int64_t{kOctet}; ++c, t += plane) {
+        if (!ring_.has((first + k * kOctet + c) % law_.slots)) continue;
+        const float* source = window + row++ * block;
+        if (!(read >> c & 1)) continue;
+        float *line = memory.t + lines * plane, *target = window + lines * block;
+        if (line != t) std::memcpy(line, t, sizeof(float) * plane);
+        if (target != source) std::memcpy(target, source, sizeof(float) * block);
+        ++lines;
+      }
+    }
+    if (args_.pairs) {
+      if (lines % 2) {
+        std::memset(memory.t + lines * plane, 0, sizeof(float) * plane);
+        std::memset(window + lines * block, 0, sizeof(float) * block);
+        ++lines;
+      }
+      round_slots(tile, 0, lines, memory.t, memory);
+    }
+    if (lines) multiply_dx(tile, column, lines, window, memory);
+  }
+
+  // Lines `first` ... `first` + count - 1 of T in bfloat16: words of two slots for dx, halves for
+  // dw.
+  void round_slots(int64_t tile, int64_t first, int64_t count, const float* t,
+                   const UnitGradsMemory& memory) const {
     const int64_t plane = size_.t_plane, lanes = source_.lanes(tile);
-    for (int64_t c = 0; c < int64_t{kOctet}; c += 2, t += 2 * plane) {
-      const int64_t slot = k * kOctet + c;
+    for (int64_t slot = first; slot < first + count; slot += 2, t += 2 * plane) {
       uint32_t* words = args_.dx ? memory.t_words + slot / 2 * plane : nullptr;
       uint16_t* halves = args_.dw ? memory.t_halves + slot * plane : nullptr;
       if (has_dot_products()) {
@@ -309,6 +355,8 @@ class UnitGrads {
     const int valid = source_.valid_of(column);
     std::vector<uint8_t> reached(lanes);
     for (int c = 0; c < 8; ++c, t += size_.t_plane) {
+      const int64_t slot = (planned.window.base + o * kOctet + c) % law_.slots;
+      if (!ring_.has(slot)) continue;
       std::fill(reached.begin(), reached.end(), uint8_t{0});
       for (int64_t u = begin; u < end; ++u) {
         const uint32_t octet = memory.octet_at[u];
@@ -316,7 +364,6 @@ class UnitGrads {
         if ((first + octet % octets) * int64_t{kOctet} + row >= law_.rows) continue;
         source_.reach(tile, column, octet / octets, reached.data());
       }
-      const int64_t slot = (planned.window.base + o * kOctet + c) % law_.slots;
       float* dw = args_.dw ? zones_.target(part, slot, args_.dw, memory.spill, block) : nullptr;
       const float* window = args_.dx ? window_rows(ring_, slot, 1, memory.window) : nullptr;
       for (int64_t q = 0; q < lanes; ++q) {

@@ -12,11 +12,14 @@
 //   x_b of all columns   [K, L]               1 MB    L3, a panel of 16 KB at a time in L1
 //   S                    [kTogether, W, L]    256 KB  L2
 //   y of a group         [R, L]               256 KB  L2
-//   window               [W, block]           64 KB   copied where it is no fp32, or wraps around
+//   window               [W, block]           64 KB   copied where it is no fp32, wraps around, or
+//                                                     lacks slots
 //   entries              [kTogether, R / 8]   2 KB    L1
 //
 // With pairs (pairs.h) x_b is [block / 2, L] words and the window, where it is copied, [W, block /
 // 2]: half of these numbers. S and y are fp32.
+//
+// Slots that the bank does not have are left out of the window, and their lines of S are zeros.
 //
 // Multiplications: W block L for each unit, 1 / laps of the dense ones. Additions: R L, each with a
 // load from L2.
@@ -180,25 +183,28 @@ class UnitLinear {
         const PlannedUnit& planned = plan_.unit_of(group, static_cast<uint32_t>(column));
         OctetEntry* entries = memory.entries + g * room;
         unit_entries(plan_.band, planned.unit, planned.window, entries, memory.shuffled);
-        const int rows = static_cast<int>(planned.window.octets * kOctet);
+        const int64_t slots = planned.window.octets * int64_t{kOctet};
+        const int rows = static_cast<int>(present_slots(ring_, planned.window.base, slots));
         float* products = memory.s + g * s_size;
         const int valid = static_cast<int>(std::min(args_.columns - column * block, block));
+        const bool has_next = column + 1 < high && !ring_.places;
         const void* next =
-            column + 1 < high ? ring_.slot(plan_.unit_of(group, column + 1).window.base) : nullptr;
+            has_next ? ring_.slot(plan_.unit_of(group, column + 1).window.base) : nullptr;
         const int64_t place = (column - low) * block * lanes;
         if (args_.pairs) {
-          const PairFactor window = window_pairs(ring_, planned.window.base, rows, valid,
+          const PairFactor window = window_pairs(ring_, planned.window.base, slots, valid,
                                                  static_cast<uint32_t*>(memory.window));
           multiply<false>(rows, static_cast<int>(lanes), window,
                           static_cast<const uint32_t*>(memory.x) + place / 2, lanes,
                           (valid + 1) / 2, products, lanes, next);
         } else {
           const float* window =
-              window_rows(ring_, planned.window.base, rows, static_cast<float*>(memory.window));
+              window_rows(ring_, planned.window.base, slots, static_cast<float*>(memory.window));
           multiply<false>(rows, static_cast<int>(lanes), {window, block, 1},
                           static_cast<const float*>(memory.x) + place, lanes, valid, products,
                           lanes, next);
         }
+        spread_lines(ring_, planned.window.base, slots, rows, lanes, lanes, products);
         entry[g] = entries, s[g] = products;
       }
       const int64_t octets = group_size(plan_.band, group);

@@ -8,9 +8,14 @@
 //
 // The bank is read as it is stored, bfloat16 without a conversion in memory: of a word with two
 // elements, the even one is its lower half shifted up and the odd one its upper half, so x_b has
-// its even elements first. S of 256 slots has 1 KB for a row of x; y [N] stays in L1 and L2. Per
-// weight read: block / V multiply-adds of V lanes and, for bfloat16, 3 / V instructions more; per
-// octet of rows: an entry, a load of S, a permutation, a sign and an addition.
+// its even elements first. Codes of int8 become floats in registers, and a slot's scale is a factor
+// of its S. Slots that the bank does not have are left out, 8 of those that it has multiplied at a
+// time, and their S is zero.
+//
+// S of 256 slots has 1 KB for a row of x; y [N] stays in L1 and L2. Per
+// weight read: block / V multiply-adds of V lanes and, for bfloat16, 3 / V instructions more, for
+// int8 2 block / V; per octet of rows: an entry, a load of S, a permutation, a sign and an
+// addition.
 //
 // Threads share the columns, and add up what they have in order.
 
@@ -61,6 +66,28 @@ inline void load_pairs(const char* source, DotVector& even, DotVector& odd) {
   std::memcpy(&odd, &upper, sizeof odd);
 }
 
+// kDotVector codes of int8 as floats.
+inline DotVector load_codes(const char* source) {
+  typedef int8_t Codes __attribute__((vector_size(kDotVector)));
+  Codes codes;
+  std::memcpy(&codes, source, sizeof codes);
+  return __builtin_convertvector(__builtin_convertvector(codes, DotIntegers), DotVector);
+}
+
+// What the elements of slots are: floats, pairs of bfloat16, or codes of int8.
+enum class Form { kFloats, kPairs, kCodes };
+
+// Where 8 slots lie: one after the other, or each by itself.
+struct SlotsInRow {
+  const char* first;
+  int64_t stride;
+  const char* operator[](int i) const { return first + i * stride; }
+};
+struct SlotsApart {
+  const char* slot[8];
+  const char* operator[](int i) const { return slot[i]; }
+};
+
 // Lane j of the result is the sum of all lanes of x[j].
 template <int LANES>
 inline Floats<8> sum_eight(const Floats<LANES> (&x)[8]) {
@@ -93,9 +120,11 @@ inline Floats<8> sum_eight(const Floats<LANES> (&x)[8]) {
          RPG_SHUFFLE8(y[0], y[1], 1, 9, 3, 11, 5, 13, 7, 15);
 }
 
-// s [M, 8]: 8 slots, `stride` bytes apart, times x_b [M, block] (PAIRS: even elements first).
-template <int M, bool PAIRS>
-inline void dot_octet(const char* slots, int64_t stride, const float* x, int block, float* s) {
+// s [M, 8]: 8 slots times x_b [M, block] (of pairs: even elements first).
+template <int M, Form FORM, class Slots>
+inline void dot_octet(const Slots& slots, const float* x, int block, float* s) {
+  constexpr bool PAIRS = FORM == Form::kPairs;
+  constexpr int kBytes = FORM == Form::kFloats ? 4 : PAIRS ? 2 : 1;
   constexpr int kSlots = 8 / M;  // whose sums stay in registers
 #pragma GCC unroll 4
   for (int first = 0; first < 8; first += kSlots) {
@@ -106,7 +135,7 @@ inline void dot_octet(const char* slots, int64_t stride, const float* x, int blo
     for (int e = 0; e < block; e += kStep) {
 #pragma GCC unroll 8
       for (int i = 0; i < kSlots; ++i) {
-        const char* source = slots + (first + i) * stride + e * (PAIRS ? 2 : 4);
+        const char* source = slots[first + i] + e * kBytes;
         if constexpr (PAIRS) {
           DotVector even, odd;
           load_pairs(source, even, odd);
@@ -117,7 +146,12 @@ inline void dot_octet(const char* slots, int64_t stride, const float* x, int blo
             sum[m * kSlots + i] += odd * load<kDotVector>(xm + kDotVector);
           }
         } else {
-          const DotVector w = load<kDotVector>(reinterpret_cast<const float*>(source));
+          DotVector w;
+          if constexpr (FORM == Form::kCodes) {
+            w = load_codes(source);
+          } else {
+            w = load<kDotVector>(reinterpret_cast<const float*>(source));
+          }
 #pragma GCC unroll 4
           for (int m = 0; m < M; ++m) {
             sum[m * kSlots + i] += w * load<kDotVector>(x + m * block + e);
@@ -222,6 +256,8 @@ class UnitLinearFew {
 
   template <int M>
   void dot_window(const UnitWindow& window, int valid, bool pairs, const FewMemory& memory) const {
+    if (ring_.places) return dot_present<M>(window, valid, pairs, memory);
+    if (ring_.scales) return dot_codes<M>(window, memory);
     const int block = law_.granularity;
     const int64_t stride = ring_.row_bytes();
     const bool stored = pairs || (ring_.dtype == Dtype::kFloat32 && valid == block);
@@ -235,11 +271,81 @@ class UnitLinearFew {
         slots = copy_octet(first, valid, pairs, memory);
       }
       if (pairs) {
-        dot_octet<M, true>(slots, stride, memory.x, block, s);
+        dot_octet<M, Form::kPairs>(SlotsInRow{slots, stride}, memory.x, block, s);
       } else {
-        dot_octet<M, false>(slots, 4 * block, memory.x, block, s);
+        dot_octet<M, Form::kFloats>(SlotsInRow{slots, 4 * block}, memory.x, block, s);
       }
       first = (first + kOctet) % ring_.slots;
+    }
+  }
+
+  // S of a window whose slots are codes. Those of x that a row lacks are zeros, and no code is
+  // infinite.
+  template <int M>
+  void dot_codes(const UnitWindow& window, const FewMemory& memory) const {
+    const int block = law_.granularity;
+    const int64_t mask = (int64_t{1} << ring_.shift) - 1;
+    int64_t first = window.base;
+    for (uint32_t o = 0; o < window.octets; ++o) {
+      float* s = memory.s + int64_t{o} * M * 8;
+      alignas(32) float scale[8];
+      if (first + kOctet <= ring_.slots) {
+        const float* scales = ring_.scales + (first >> ring_.shift);
+        for (int i = 0; i < 8; ++i) scale[i] = scales[((first & mask) + i) >> ring_.shift];
+        dot_octet<M, Form::kCodes>(SlotsInRow{ring_.slot(first), block}, memory.x, block, s);
+      } else {
+        SlotsApart apart;
+        for (int i = 0; i < 8; ++i) {
+          const int64_t slot = (first + i) % ring_.slots;
+          apart.slot[i] = ring_.slot(slot), scale[i] = ring_.scale_of(slot);
+        }
+        dot_octet<M, Form::kCodes>(apart, memory.x, block, s);
+      }
+      for (int m = 0; m < M; ++m) store<8>(s + m * 8, load<8>(s + m * 8) * load<8>(scale));
+      first = (first + kOctet) % ring_.slots;
+    }
+  }
+
+  // S of a window of which the bank lacks slots: 8 of those that it has at a time.
+  template <int M>
+  void dot_present(const UnitWindow& window, int valid, bool pairs, const FewMemory& memory) const {
+    const int64_t slots = window.octets * int64_t{kOctet}, block = law_.granularity;
+    std::memset(memory.s, 0, sizeof(float) * M * slots);
+    // Codes are read as they are; a row with a part of no weights, which may hold infinities, is
+    // not, nor is what has another dtype.
+    const bool copied =
+        !ring_.scales && !pairs && (ring_.dtype != Dtype::kFloat32 || valid < block);
+    SlotsApart apart;
+    int64_t place[8];
+    float scale[8];
+    int count = 0;
+    for (int64_t k = 0, slot = window.base; k < slots; ++k) {
+      if (ring_.has(slot)) {
+        apart.slot[count] = ring_.find(slot);
+        scale[count] = ring_.scale_of(slot);
+        if (copied) {
+          float* row = memory.rows + count * block;
+          read_slot(ring_, slot, valid, row);
+          std::memset(row + valid, 0, sizeof(float) * (block - valid));
+          apart.slot[count] = reinterpret_cast<const char*>(row);
+        }
+        place[count++] = k / kOctet * kOctet * M + k % kOctet;
+      }
+      if (++slot == ring_.slots) slot = 0;
+      if (count < 8 && (k + 1 < slots || !count)) continue;
+      for (int i = count; i < 8; ++i) apart.slot[i] = apart.slot[0];
+      alignas(32) float s[8 * M];
+      if (pairs) {
+        dot_octet<M, Form::kPairs>(apart, memory.x, law_.granularity, s);
+      } else if (ring_.scales) {
+        dot_octet<M, Form::kCodes>(apart, memory.x, law_.granularity, s);
+      } else {
+        dot_octet<M, Form::kFloats>(apart, memory.x, law_.granularity, s);
+      }
+      for (int i = 0; i < count; ++i) {
+        for (int m = 0; m < M; ++m) memory.s[place[i] + m * 8] = scale[i] * s[m * 8 + i];
+      }
+      count = 0;
     }
   }
 

@@ -33,13 +33,32 @@ inline int thread_number() {
 #endif
 }
 
-// Pairs of the first `valid` elements of slots of a bank, in rows of block / 2 words: the bank's
-// own where it is bfloat16, has them in one piece and no half of a word is to be left out.
-// Otherwise in `buffer` [count, block / 2], rounded where the bank is fp32, an odd last element
-// beside a zero.
+// The slots of a window that the bank has, as `window_pairs` gives them.
+inline void stored_pairs(const Ring& ring, int64_t first, int64_t count, int valid, uint16_t* out) {
+  for_present(ring, first, count, [&](int64_t k, int64_t slot) {
+    uint16_t* target = out + k * ring.block;
+    if (ring.dtype == Dtype::kBfloat16) {
+      std::memcpy(target, ring.find(slot), sizeof(uint16_t) * ring.block);
+    } else {
+      alignas(64) float row[128];
+      read_slot(ring, slot, ring.block, row);
+      convert_to<Bfloat16>(row, ring.block, target);
+    }
+    if (valid % 2) target[valid] = 0;
+  });
+}
+
+// Pairs of the first `valid` elements of slots, as far as the bank has them, in rows of block / 2
+// words: the bank's own where it is bfloat16, has them in one piece and no half of a word is to be
+// left out. Otherwise in `buffer` [count, block / 2], rounded where the bank is no bfloat16, an odd
+// last element beside a zero.
 inline PairFactor window_pairs(const Ring& ring, int64_t first, int64_t count, int valid,
                                uint32_t* buffer) {
   const int64_t words = ring.block / 2;
+  if (!ring.plain()) {
+    stored_pairs(ring, first, count, valid, reinterpret_cast<uint16_t*>(buffer));
+    return {buffer, words, 1};
+  }
   const char* data = static_cast<const char*>(ring.data);
   const bool aligned = reinterpret_cast<uintptr_t>(data) % sizeof(uint32_t) == 0;
   const bool stored = ring.dtype == Dtype::kBfloat16;

@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "cpu/bank.h"
 #include "cpu/kernels.h"
 
 namespace rpg::RPG_ISA {
@@ -139,6 +140,23 @@ inline const Bits* block_at(const Bits* dense, const Region& region, const Cut& 
   return buffer;
 }
 
+// A slot of a bank that is not plain, rounded to T: its own or in `buffer`.
+template <class T>
+inline const typename T::Bits* stored_slot(const Ring& ring, int64_t slot,
+                                           typename T::Bits* buffer) {
+  if (!ring.has(slot)) {
+    std::memset(buffer, 0, sizeof(typename T::Bits) * ring.block);
+    return buffer;
+  }
+  if (!ring.scales) return reinterpret_cast<const typename T::Bits*>(ring.find(slot));
+  alignas(64) float values[kMaxBlock];
+  read_slot(ring, slot, ring.block, values);
+  for (int e = 0; e < ring.block; ++e) {
+    buffer[e] = T::store(static_cast<typename T::Compute>(values[e]));
+  }
+  return buffer;
+}
+
 template <class T, int BLOCK, bool SIGNS>
 void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
   using Bits = typename T::Bits;
@@ -146,7 +164,9 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
   const int64_t positions = positions_of(region);
   const int block = BLOCK ? BLOCK : law.granularity;
   const int words = words_of(law);
-  const Bits* ring = static_cast<const Bits*>(args.bank.data);
+  const Ring ring{args.bank, int64_t{law.slots}, block};
+  const Bits* values = static_cast<const Bits*>(args.bank.data);
+  const bool plain = ring.plain();
   Bits* out = static_cast<Bits*>(args.out);
   const bool exact = args.scale == 1.0, uncut = whole(args.region, args.cut, block);
   const typename T::Compute scales[2] = {signed_scale<T>(args.scale, false),
@@ -161,7 +181,9 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
     for (; position < end; position += group.size) {
       group.evaluate(cursor, end - position, law.reflect, words);
       for (int l = 0; l < group.size; ++l) {
-        const Bits* stored = ring + static_cast<int64_t>(group.slot[l]) * block;
+        Bits of_slot[kMaxBlock];
+        const Bits* stored = plain ? values + static_cast<int64_t>(group.slot[l]) * block
+                                   : stored_slot<T>(ring, group.slot[l], of_slot);
         const auto scale = scales[SIGNS ? 0 : group.word[0][l] >> 31];
         const uint32_t* words_of_block = &group.word[0][l];
         const CutBlock in_memory = uncut ? CutBlock{(position + l) * block, 0, block}

@@ -262,7 +262,10 @@ class ParameterBank(BankState):
     def extra_repr(self) -> str:
         """dof (and what was asked for), then the generator."""
         asked = "" if self.requested_dof == self.dof else f" (asked for {self.requested_dof})"
-        return f"dof={self.dof}{asked}, {self.generator}, init_std={self.init_std:.4g}"
+        text = f"dof={self.dof}{asked}, {self.generator}, init_std={self.init_std:.4g}"
+        if self.stored is not None:
+            return f"{text}, stored as {self.stored.form}: {self.stored.bytes:,} bytes"
+        return text if self.rounding is None else f"{text}, read as {self.rounding.form}"
 
 
 def _floating(dtype: torch.dtype | None, argument: str = "dtype") -> torch.dtype:
