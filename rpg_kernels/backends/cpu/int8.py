@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import native
-from rpg_kernels._stored import INT8 as ROUNDED
 from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.cpu.units import Units
 
@@ -46,6 +45,17 @@ class Int8Units(Units):
         """Never."""
         return False
 
+    def faster(
+        self,
+        op: str,
+        dtype: torch.dtype,
+        batch: int,
+        placement: str,
+        bank_dtype: torch.dtype | None = None,
+    ) -> bool:
+        """Always: the reference rounds x, and makes every weight float."""
+        return True
+
     def products(self, pairs: bool) -> int:
         """The way to multiply."""
         return native.int8_products() if self._way is None else self._way
@@ -60,10 +70,5 @@ INT8 = Int8Units()
 
 
 def asked(bank: Tensor | None) -> bool:
-    """Whether products with a bank shall round rows of x to int8, and it has the codes for it."""
-    return (
-        isinstance(bank, StoredValues)
-        and bank.activations == ROUNDED
-        and bank.codes.dtype == torch.int8
-        and bank.scales is not None
-    )
+    """Whether linear layers of a bank shall round rows of x to int8."""
+    return isinstance(bank, StoredValues) and bank.rounds_rows
