@@ -20,7 +20,9 @@ inline Bank checked_bank(const LayerLaw& law, const GivenBank& given) {
   require(dtype >= 0 && dtype <= 4,
           "bank: wanted dtype 0 (float64), 1 (float32), 2 (bfloat16), 3 (float16) or 4 (int8)");
   Bank bank = plain_bank(static_cast<Dtype>(dtype), address<const void>(data));
-  require((bank.dtype == Dtype::kInt8) == (scales != 0), "bank: wanted scales for int8 alone");
+  // No rows have no address.
+  require(bank.dtype == Dtype::kInt8 ? scales || (places && !rows) : !scales,
+          "bank: wanted scales for int8 alone");
   if (!scales && !places) return bank;
   require(
       granularity >= law.granularity && granularity <= 128 && !(granularity & (granularity - 1)),

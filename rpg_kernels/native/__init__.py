@@ -194,6 +194,20 @@ def handles(*tensors: Tensor) -> bool:
     )
 
 
+def reads(bank: Tensor) -> bool:
+    """True when the native module is in use and can read a bank, or values that are stored."""
+    if not isinstance(bank, StoredValues):
+        return handles(bank)
+    return (
+        available()
+        and all(
+            type(part) is Tensor and part.device.type == "cpu" and part.is_contiguous()
+            for part in bank.parts().values()
+        )
+        and bank.codes.dtype in CODES
+    )
+
+
 def stream(words: Tensor, *, write: bool, passes: int) -> None:
     """Read memory ``passes`` times, or read and write it: what bandwidth is measured with.
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from rpg_kernels import native, settings
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.law.placement import Placement, parse
 
 PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad", "linear_grads")
@@ -67,8 +68,13 @@ class Family(ABC):
         """Whether a call is faster here than in the reference."""
 
     @abstractmethod
-    def multiplications(self, op: str, placement: str) -> int:
-        """For one row of the batch, without the padding of blocks and of vectors."""
+    def multiplications(self, op: str, placement: str, stored: StoredValues | None = None) -> int:
+        """For one row of the batch, without the padding of blocks and of vectors.
+
+        Args:
+            op, placement: of the call.
+            stored: the bank, where its values are stored in fewer bytes.
+        """
 
     @abstractmethod
     def what(self, placement: str) -> str:

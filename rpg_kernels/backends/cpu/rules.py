@@ -254,12 +254,12 @@ class Cpu(Backend):
         if not call.rows:
             return None
         if convolves_units(call.op, call.placement):
-            return call.rows * unit_conv2d.multiplications(call.placement)
+            return call.rows * unit_conv2d.multiplications(call.placement, call.stored)
         taken = _of_call(call)
         if taken is None:
             of_row = factored.multiplications_of_row(call.op, call.placement, call.rows)
             return None if of_row is None else call.rows * of_row
-        return call.rows * taken.multiplications(call.op, call.placement)
+        return call.rows * taken.multiplications(call.op, call.placement, call.stored)
 
     def adds(self, call: Call) -> bool:
         """Of products; not of float64, which these kernels do not take."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.cpu.lanes import PRODUCTS, Family
 from rpg_kernels.backends.cpu.processor import dense_gain
 from rpg_kernels.law.generator import Generator
@@ -59,7 +60,7 @@ class Tiles(Family):
         """Unless dense products have instructions that these have not."""
         return batch <= LOW_BATCH or dense_gain(dtype) == 1
 
-    def multiplications(self, op: str, placement: str) -> int:
+    def multiplications(self, op: str, placement: str, stored: StoredValues | None = None) -> int:
         """Those of the dense product."""
         rows, columns = parse(placement).shape
         return int(rows * columns)

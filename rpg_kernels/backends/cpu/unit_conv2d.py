@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import native, settings
+from rpg_kernels._stored import StoredValues
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.cpu import units
@@ -23,7 +24,7 @@ from rpg_kernels.backends.cpu.lanes_linear import bank_sum
 from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.geometry import conv_output
 from rpg_kernels.law.placement import Placement, parse
-from rpg_kernels.law.unit import OCTET, UnitLaw
+from rpg_kernels.law.unit import UnitLaw
 
 OPERATORS = ("conv2d", "conv2d_input_grad", "conv2d_bank_grad")
 BOTH = "conv2d_grads"
@@ -380,14 +381,24 @@ def _typed(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), native.dtype_code(tensor.dtype)
 
 
+def multiplications(placement: str, stored: StoredValues | None = None) -> int:
+    """For one output pixel, without the padding of blocks and of images; ``stored`` is the bank,
+    where its values are stored in fewer bytes."""
+    plain = stored is None or stored.places is None
+    return _of_whole_bank(placement) if plain else _multiplications(placement, stored)
+
+
 @lru_cache(maxsize=4096)
-def multiplications(placement: str) -> int:
-    """For one output pixel, without the padding of blocks and of images."""
+def _of_whole_bank(placement: str) -> int:
+    return _multiplications(placement, None)
+
+
+def _multiplications(placement: str, stored: StoredValues | None) -> int:
     p = parse(placement)
     law, m = p.law, p.matrix
     assert isinstance(law, UnitLaw)
     columns = torch.arange(law.columns)
     last = columns % m.run_blocks == m.run_blocks - 1
-    whole = units.octets_read(law, columns[~last]) if not last.all() else 0
+    whole = units.slots_multiplied(law, columns[~last], stored) if not last.all() else 0
     of_last = m.run - (m.run_blocks - 1) * m.block
-    return OCTET * (whole * m.block + units.octets_read(law, columns[last]) * of_last)
+    return whole * m.block + units.slots_multiplied(law, columns[last], stored) * of_last

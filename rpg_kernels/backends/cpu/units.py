@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import native
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.cpu.lanes import PRODUCTS, Family
 from rpg_kernels.backends.cpu.processor import DOT_GAIN, dense_gain
 from rpg_kernels.law.placement import Placement, parse
@@ -95,9 +96,9 @@ class Units(Family):
             return True
         return reads(placement) >= least_reads(op, dtype, bank_dtype, placement)
 
-    def multiplications(self, op: str, placement: str) -> int:
+    def multiplications(self, op: str, placement: str, stored: StoredValues | None = None) -> int:
         """See ``multiplications``."""
-        return multiplications(placement)
+        return multiplications(placement, stored)
 
     def what(self, placement: str) -> str:
         """How many rows share a product."""
@@ -151,21 +152,44 @@ def reads(placement: str) -> float:
     return law.rows * law.blocks / (OCTET * octets_read(law, torch.arange(law.columns)))
 
 
-def octets_read(law: UnitLaw, columns: Tensor) -> int:
-    """Octets of the ring that units of some columns read, each as often as it is in a window."""
+def _windows(law: UnitLaw, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The first octet of the ring, unwrapped, and the number of octets in windows of units of some
+    columns; counted from where the layer begins."""
     groups = law.groups(0)
     column, group = columns.repeat_interleave(groups), torch.arange(groups).repeat(len(columns))
-    first, size = law.unit(column, group, 0)
-    before = first % law.laps  # a layer begins with an octet's first use
-    return int((before + size + law.laps - 1).div(law.laps, rounding_mode="floor").sum())
+    use, size = law.unit(column, group, 0)
+    before = use % law.laps  # a layer begins with an octet's first use
+    octets = (before + size + law.laps - 1).div(law.laps, rounding_mode="floor")
+    return use.div(law.laps, rounding_mode="floor"), octets
 
 
-@lru_cache(maxsize=4096)
-def multiplications(placement: str) -> int:
+def octets_read(law: UnitLaw, columns: Tensor) -> int:
+    """Octets of the ring that units of some columns read, each as often as it is in a window."""
+    return int(_windows(law, columns)[1].sum())
+
+
+def slots_multiplied(law: UnitLaw, columns: Tensor, stored: StoredValues | None) -> int:
+    """Slots in windows of units of some columns, less those that a stored bank does not have."""
+    if stored is None or stored.places is None:
+        return OCTET * octets_read(law, columns)
+    present = (stored.places >= 0).cpu().repeat_interleave(law.slots // len(stored))
+    until = torch.cat((torch.zeros(1, dtype=torch.int64), present.repeat(2).cumsum(0)))
+    octet, octets = _windows(law, columns)
+    first = (octet + law.start // law.laps % law.slots).mul(OCTET) % law.slots
+    count = octets * OCTET
+    rounds, rest = count.div(law.slots, rounding_mode="floor"), count % law.slots
+    return int((rounds * until[law.slots] + until[first + rest] - until[first]).sum())
+
+
+def multiplications(placement: str, stored: StoredValues | None = None) -> int:
     """For one row of the batch; the padding of blocks and of vectors of the batch is not counted.
 
-    Forward all slots of a window are multiplied; backward those that are read, which are others
-    only where the rows are no multiple of 8: this is not counted either.
+    Forward all slots of a window are multiplied that the bank has; backward those that are read,
+    which are others only where the rows are no multiple of 8: this is not counted either.
+
+    Args:
+        placement: of the weight.
+        stored: the bank, where its values are stored in fewer bytes.
 
     Example:
         >>> from rpg_kernels.law.generator import Generator
@@ -173,10 +197,20 @@ def multiplications(placement: str) -> int:
         >>> multiplications(Placement(g, 0, 0, (4096, 64), 1.0).to_json())
         65536
     """
+    plain = stored is None or stored.places is None
+    return _of_whole_bank(placement) if plain else _multiplications(placement, stored)
+
+
+@lru_cache(maxsize=4096)
+def _of_whole_bank(placement: str) -> int:
+    return _multiplications(placement, None)
+
+
+def _multiplications(placement: str, stored: StoredValues | None) -> int:
     p = parse(placement)
     law = p.law
     assert isinstance(law, UnitLaw)
     of_last = p.shape[1] - (law.blocks - 1) * law.granularity
-    whole = octets_read(law, torch.arange(law.columns - 1))
-    last = octets_read(law, torch.tensor([law.columns - 1]))
-    return OCTET * (whole * law.granularity + last * of_last)
+    whole = slots_multiplied(law, torch.arange(law.columns - 1), stored)
+    last = slots_multiplied(law, torch.tensor([law.columns - 1]), stored)
+    return whole * law.granularity + last * of_last

@@ -171,17 +171,16 @@ def unpack_tile(
     """
     block = p.matrix.block
     stored = bank if isinstance(bank, StoredValues) else None
-    ring = bank if stored is not None else bank.view(-1, block)
     rows = p.selected_shape[0] if lookup is None else lookup.numel()
     out = bank.new_empty((rows * p.matrix.runs * p.block_columns.count, block))
-    if stored is None and table is None and native.handles(ring, out):
-        native.unpack(p.law, ring, out, p.scale, _region(p, rows), lookup)
+    if table is None and native.reads(bank) and native.handles(out):
+        native.unpack(p.law, bank, out, p.scale, _region(p, rows), lookup)
     else:
         for offset, n, b in _position_groups(p, bank.device, lookup):
             part = out[offset : offset + n.numel()]
             slot, negative = _read(p, table, n, b)
             if stored is None:
-                torch.index_select(ring, 0, slot, out=part)
+                torch.index_select(bank.view(-1, block), 0, slot, out=part)
             else:
                 stored.read_blocks(slot, part)
             _reflect_(part, negative, p.scale)

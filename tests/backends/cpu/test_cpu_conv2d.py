@@ -319,8 +319,8 @@ def test_the_module_refuses_another_weight() -> None:
     law = native.layer_law(ring(64).place((256, 64, 3, 3)).placement.law)
 
     def call(size=(1, 64, 5, 5), kernel=(3, 3), padding=(0, 0), dilation=(1, 1), tile=16) -> None:
-        law.conv2d(native.given_bank(None), 0, 1, size, (1, 1, 1, 1), 0, 0, False, kernel, True, (1, 1), padding,
-                   dilation, 1.0, 1, 1, tile, 1, 0)  # fmt: skip
+        law.conv2d(native.given_bank(None), 0, 1, size, (1, 1, 1, 1), 0, 0, False, kernel, True,
+                   (1, 1), padding, dilation, 1.0, 1, 1, tile, 1, 0)  # fmt: skip
 
     for how, match in (
         ({"size": (1, 65, 5, 5)}, "kernel"),
