@@ -87,6 +87,11 @@ class StoredValues(Tensor):
         dtype = str(self.codes.dtype).removeprefix("torch.")
         return dtype if self.places is None else f"{dtype}, {len(self.codes)} of {len(self)} slots"
 
+    @property
+    def rounds_rows(self) -> bool:
+        """Whether linear layers round each row of x to int8: where codes are int8 too."""
+        return self.activations == INT8 and self.codes.dtype == torch.int8
+
     def read_blocks(self, slot: Tensor, out: Tensor) -> None:
         """out ``[count, block]`` = blocks of the bank, int64 ``[count]``, rounded once to out's
         dtype. Blocks are as long as slots, or an equal part of them; one is numbered as if the

@@ -177,6 +177,7 @@ py::dict build_info() {
   info["isas"] = isas;
   info["isa"] = kernels().isa;
   info["pairs"] = multiplies_pairs();
+  info["int8_products"] = static_cast<int>(best_int8_products());
   info["cuda"] = RPG_CUDA_VERSION;
   info["cuda_architectures"] = RPG_CUDA_ARCHITECTURES;
 #if defined(RPG_HAVE_SIMT)
@@ -218,6 +219,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("low"), py::arg("count"), py::arg("first"), py::arg("length"),
            py::arg("threads"), py::arg("workspace"), py::arg("workspace_entries"));
   bind_linear(m, law);
+  bind_int8(law);
   bind_cuda(m);
 #if defined(RPG_HAVE_SIMT)
   bind_development(m);

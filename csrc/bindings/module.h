@@ -22,6 +22,9 @@ inline void require(bool holds, const char* message) {
 // Adds the methods that run linear layers and convolutions, and the selections that they take.
 void bind_linear(pybind11::module_& m, pybind11::class_<LayerLaw>& law);
 
+// Adds those that run linear layers in int8.
+void bind_int8(pybind11::class_<LayerLaw>& law);
+
 // Adds the submodule of the CUDA kernels.
 void bind_cuda(pybind11::module_& m);
 

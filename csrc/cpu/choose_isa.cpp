@@ -42,7 +42,11 @@ struct Choice {
    ISA::unit_linear_few_workspace,   \
    ISA::unit_linear_grads_workspace, \
    ISA::tile_linear_workspace,       \
-   ISA::tile_linear_grads_workspace}
+   ISA::tile_linear_grads_workspace, \
+   ISA::unit_linear_int8,            \
+   ISA::unit_linear_int8_few,        \
+   ISA::unit_linear_int8_workspace,  \
+   ISA::unit_linear_int8_few_workspace}
 
 const Choice kChoices[] = {
 #if defined(RPG_HAVE_AVX512)
@@ -87,6 +91,18 @@ bool multiplies_pairs() {
   return !std::strcmp(kernels().isa, "avx512") && has_avx512_bf16();
 #else
   return false;
+#endif
+}
+
+Int8Products best_int8_products() {
+#if defined(RPG_HAVE_AVX512)
+  static const Int8Products best = [] {
+    if (std::strcmp(kernels().isa, "avx512") || !has_avx512_vnni()) return Int8Products::kPlain;
+    return has_amx_int8() ? Int8Products::kTiles : Int8Products::kDots;
+  }();
+  return best;
+#else
+  return Int8Products::kPlain;
 #endif
 }
 

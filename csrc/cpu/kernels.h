@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/conv2d.h"
+#include "cpu/int8_linear.h"
 #include "cpu/lanes_linear.h"
 #include "cpu/linear.h"
 #include "cpu/unit_conv2d.h"
@@ -43,6 +44,10 @@ struct Kernels {
   Workspace (*unit_linear_grads_workspace)(const LayerLaw&, const LanesLinearGradsArgs&);
   Workspace (*tile_linear_workspace)(const LayerLaw&, const LanesLinearArgs&);
   Workspace (*tile_linear_grads_workspace)(const LayerLaw&, const LanesLinearGradsArgs&);
+  void (*unit_linear_int8)(const LayerLaw&, const Int8LinearArgs&);
+  void (*unit_linear_int8_few)(const LayerLaw&, const Int8LinearArgs&);
+  Workspace (*unit_linear_int8_workspace)(const LayerLaw&, const Int8LinearArgs&);
+  Workspace (*unit_linear_int8_few_workspace)(const LayerLaw&, const Int8LinearArgs&);
 };
 
 #define RPG_DECLARE_KERNELS(ISA)                                                            \
@@ -71,6 +76,10 @@ struct Kernels {
   Workspace unit_linear_grads_workspace(const LayerLaw&, const LanesLinearGradsArgs&);      \
   Workspace tile_linear_workspace(const LayerLaw&, const LanesLinearArgs&);                 \
   Workspace tile_linear_grads_workspace(const LayerLaw&, const LanesLinearGradsArgs&);      \
+  void unit_linear_int8(const LayerLaw&, const Int8LinearArgs&);                            \
+  void unit_linear_int8_few(const LayerLaw&, const Int8LinearArgs&);                        \
+  Workspace unit_linear_int8_workspace(const LayerLaw&, const Int8LinearArgs&);             \
+  Workspace unit_linear_int8_few_workspace(const LayerLaw&, const Int8LinearArgs&);         \
   }
 
 RPG_DECLARE_KERNELS(baseline)
@@ -82,5 +91,7 @@ int compiled_isas(const char* (&names)[3]);
 const Kernels& kernels();
 // Whether these have an instruction of the machine for pairs (pairs.h).
 bool multiplies_pairs();
+// The fastest way of these to multiply int8 on the machine; it has those before it, too.
+Int8Products best_int8_products();
 
 }  // namespace rpg

@@ -155,7 +155,8 @@ struct Stored {
   void* y;
   int64_t columns;  // N
   float scale;
-  const float* bias;  // [N] or null
+  const float* bias;               // [N] or null
+  const float* of_rows = nullptr;  // [batch], what sums of a row of x are multiplied with too
 };
 
 // Writes rows `row` ... of Ŵ, `rows` of them, for `batch` rows of x from `m0` on. `sums` are
@@ -177,6 +178,7 @@ inline void store_lanes(const Stored& out, const float* const* sums, int count, 
       }
       transpose8(square);
       for (int i = 0; i < 8 && m + i < batch; ++i) {
+        if (out.of_rows) square[i] *= splat<8>(out.of_rows[m0 + m + i]);
         const Floats<8> y = square[i] * scale + load<8>(bias);
         void* target = static_cast<char*>(out.y) + ((m0 + m + i) * out.columns + row + n) * size;
         if (valid == 8) {

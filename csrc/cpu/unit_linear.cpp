@@ -37,7 +37,7 @@
 #include "cpu/chosen.h"
 #include "cpu/lanes_linear.h"
 #include "cpu/product.h"
-#include "cpu/unit_window.h"
+#include "cpu/unit_sums.h"
 
 namespace rpg::RPG_ISA {
 
@@ -68,37 +68,6 @@ UnitLinearLayout layout_of(const LayerLaw& law, const UnitPlan& plan, const Chos
   out.entries = lines(kTogether * entries_room(plan.most_octets) * sizeof(OctetEntry));
   out.shuffled = lines(entries_room(plan.most_octets) * sizeof(uint16_t));
   return out;
-}
-
-// Rows of a group: `count` chosen ones from number `begin` on, of which a unit counts from its
-// first row, `first`.
-struct GroupRows {
-  int64_t begin, count, first;
-};
-
-// y [rows, L] (+)= ± S[slot] of `count` columns, where L is NV vectors.
-template <int NV>
-void add_lines(const OctetEntry* const* entry, const float* const* s, int count,
-               const Chosen& chosen, const GroupRows& rows, const int32_t (*residues)[8], bool add,
-               float* y) {
-  typedef Floats<kVector> Vector;
-  constexpr int64_t kLanes = NV * kVector;
-  for (int64_t n = 0; n < rows.count; ++n, y += kLanes) {
-    const uint32_t row = static_cast<uint32_t>(chosen.row(rows.begin + n) - rows.first);
-    const uint32_t i = row / kOctet, r = row % kOctet;
-    Vector sum[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) sum[v] = add ? load<kVector>(y + v * kVector) : Vector{};
-    for (int g = 0; g < count; ++g) {
-      const OctetEntry e = entry[g][i];
-      const float* line = s[g] + (kOctet * int64_t{e.octet} + residues[e.pattern][r]) * kLanes;
-      const Vector sign = splat<kVector>(kSigns[e.signs >> r & 1]);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) sum[v] += sign * load<kVector>(line + v * kVector);
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store<kVector>(y + v * kVector, sum[v]);
-  }
 }
 
 class UnitLinear {
@@ -254,16 +223,15 @@ class UnitLinear {
         spread_lines(ring_, planned.window.base, slots, rows, lanes, lanes, products);
         entry[g] = entries, s[g] = products;
       }
-      const GroupRows rows{first_row(group), chosen_.rows_of(plan_, group),
-                           int64_t{first_octet(plan_.band, group)} * kOctet};
       const int32_t (*residues)[8] = residues_of(plan_.band);
       const bool add = first > low;
-      switch (lanes / kVector) {
-        case 1: add_lines<1>(entry, s, count, chosen_, rows, residues, add, y); break;
-        case 2: add_lines<2>(entry, s, count, chosen_, rows, residues, add, y); break;
-        case 4: add_lines<4>(entry, s, count, chosen_, rows, residues, add, y); break;
-        case 8: add_lines<8>(entry, s, count, chosen_, rows, residues, add, y); break;
-        default: add_lines<16>(entry, s, count, chosen_, rows, residues, add, y); break;
+      const int64_t whole = int64_t{group_size(plan_.band, group)} * kOctet;
+      if (chosen_.has_rows()) {
+        const int64_t begin = first_row(group), of_group = first_octet(plan_.band, group);
+        const auto row_of = [&](int64_t n) { return chosen_.row(begin + n) - of_group * kOctet; };
+        add_lines(lanes, entry, s, count, chosen_.rows_of(plan_, group), row_of, residues, add, y);
+      } else {
+        add_lines(lanes, entry, s, count, whole, EveryRow{}, residues, add, y);
       }
     }
   }

@@ -27,7 +27,7 @@
 
 #include "cpu/chosen.h"
 #include "cpu/lanes_linear.h"
-#include "cpu/unit_window.h"
+#include "cpu/unit_sums.h"
 
 namespace rpg::RPG_ISA {
 
@@ -187,35 +187,6 @@ inline void dot_octet(const Slots& slots, const int32_t* mask, const float* x, i
     store<8>(sums, sum_eight<kDotVector>(sum));
     for (int m = 0; m < M; ++m) {
       std::memcpy(s + m * 8 + first, sums + m * kSlots, sizeof(float) * kSlots);
-    }
-  }
-}
-
-// y [octets, M, 8] += ± S.
-template <int M>
-inline void add_octets(const OctetEntry* entry, int64_t octets, const float* s,
-                       const int32_t (*residues)[8], float* y) {
-  typedef FloatsOf<8>::integers Integers;
-  const Integers to_sign = {31, 30, 29, 28, 27, 26, 25, 24};
-  for (int64_t i = 0; i < octets; ++i, y += M * 8) {
-    const OctetEntry e = entry[i];
-    Integers order, bits, sign = {};
-    std::memcpy(&order, residues[e.pattern], sizeof order);
-    sign += e.signs;
-    sign = (sign << to_sign) & static_cast<int32_t>(0x80000000);
-    for (int m = 0; m < M; ++m) {
-      const Floats<8> read = load<8>(s + (int64_t{e.octet} * M + m) * 8);
-#if defined(__clang__)
-      Floats<8> ordered;
-      for (int r = 0; r < 8; ++r) ordered[r] = read[order[r]];
-#else
-      const Floats<8> ordered = __builtin_shuffle(read, order);
-#endif
-      std::memcpy(&bits, &ordered, sizeof bits);
-      bits ^= sign;
-      Floats<8> added;
-      std::memcpy(&added, &bits, sizeof added);
-      store<8>(y + m * 8, load<8>(y + m * 8) + added);
     }
   }
 }

@@ -11,7 +11,7 @@ import torch
 
 from rpg_kernels import native, settings
 from rpg_kernels._stored import StoredValues
-from rpg_kernels.backends.cpu.selection import selection
+from rpg_kernels.backends.cpu.selection import of_part
 from rpg_kernels.law.placement import Placement, parse
 
 PRODUCTS = ("linear", "linear_input_grad", "linear_bank_grad", "linear_grads")
@@ -87,6 +87,10 @@ class Family(ABC):
         """Whether a call multiplies pairs of bfloat16, if they fit the scratch limit."""
         return False
 
+    def products(self, pairs: bool) -> int:
+        """How a call multiplies, as the compiled kernels take it: whether in pairs."""
+        return pairs
+
     def steps(self, op: str, placement: str, batch: int, pairs: bool = False) -> Lanes | None:
         """The most lanes that the scratch limit allows; None where none do."""
         limit = settings.scratch_bytes("cpu")
@@ -132,9 +136,8 @@ def _choices(
             if op != "linear":
                 size += (op != "linear_bank_grad", op != "linear_input_grad")
                 name = f"{family.name}_grads_workspace"
-            total, activations = getattr(law, name)(
-                *size, pairs=paired, selection=selection(placement)
-            )
+            products = family.products(paired)
+            total, activations = getattr(law, name)(*size, products, *of_part(placement))
             out.append(Lanes(lanes, threads, total, total - activations, paired))
         if threads == 1:
             return tuple(out)

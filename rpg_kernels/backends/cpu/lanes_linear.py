@@ -14,7 +14,7 @@ from torch import Tensor
 from rpg_kernels import native
 from rpg_kernels.backends.cpu.lanes import Family
 from rpg_kernels.backends.cpu.memory import workspace
-from rpg_kernels.backends.cpu.selection import selection
+from rpg_kernels.backends.cpu.selection import of_part
 from rpg_kernels.law.placement import Placement, parse
 
 
@@ -45,8 +45,8 @@ def linear(family: Family, x: Tensor, bank: Tensor, bias: Tensor | None, placeme
         step.threads,
         step.lanes,
         memory.data_ptr(),
-        step.pairs,
-        selection(placement),
+        family.products(step.pairs),
+        *of_part(placement),
     )
     return y
 
@@ -147,7 +147,7 @@ def _run(
         step.lanes,
         memory.data_ptr(),
         step.pairs,
-        selection(placement),
+        *of_part(placement),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rpg_kernels import native
 from rpg_kernels.backends.cpu import factored, lanes_linear, rules
+from rpg_kernels.backends.cpu.int8 import INT8
 from rpg_kernels.backends.cpu.lanes import Family
 from rpg_kernels.backends.cpu.memory import workspace
 from rpg_kernels.law.placement import Placement, parse
@@ -26,6 +27,8 @@ def linear(
     """
     p = parse(placement)
     batch = x.numel() // p.selected_shape[1]
+    if rules.in_int8("linear", batch, placement, bank):
+        return lanes_linear.linear(INT8, x, bank, bias, placement)
     taken = _family("linear", x.dtype, batch, placement)
     if taken:
         return lanes_linear.linear(taken, x, bank, bias, placement)

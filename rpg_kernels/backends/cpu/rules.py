@@ -13,7 +13,8 @@ from torch import Tensor
 from rpg_kernels import native, settings
 from rpg_kernels._tensors import LOW_PRECISION
 from rpg_kernels.backends.call import Call
-from rpg_kernels.backends.cpu import factored, unit_conv2d, units
+from rpg_kernels.backends.cpu import factored, int8, unit_conv2d, units
+from rpg_kernels.backends.cpu.int8 import INT8
 from rpg_kernels.backends.cpu.lanes import Family
 from rpg_kernels.backends.cpu.selection import is_part
 from rpg_kernels.backends.cpu.tiles import TILES
@@ -119,6 +120,32 @@ def family(op: str, dtype: torch.dtype, batch: int, placement: str) -> Family | 
     return _family(op, dtype, batch, placement, limit, native.threads())
 
 
+def in_int8(op: str, batch: int, placement: str, bank: Tensor | None) -> bool:
+    """Whether a product is made of int8: it shall be, and it can be here."""
+    return (
+        int8.asked(bank)
+        and not INT8.unsupported(op, placement)
+        and INT8.steps(op, placement, batch) is not None
+    )
+
+
+def why_kept(call: Call) -> str:
+    """What to say of a linear layer that leaves x as it is, though it shall round it; or ""."""
+    if call.op != "linear" or not int8.asked(call.stored):
+        return ""
+    if in_int8(call.op, call.rows, call.placement, call.stored):
+        return ""
+    why = INT8.unsupported(call.op, call.placement) or "they have too little scratch"
+    return f"; x is not rounded to int8, for these kernels cannot: {why}"
+
+
+def _of_call(call: Call) -> Family | None:
+    """The kernels that run a product here; see ``family``."""
+    if in_int8(call.op, call.rows, call.placement, call.stored):
+        return INT8
+    return family(call.op, call.dtype, call.rows, call.placement)
+
+
 @lru_cache(maxsize=4096)
 def _family(
     op: str, dtype: torch.dtype, batch: int, placement: str, limit: int, threads: int
@@ -180,7 +207,7 @@ def what(call: Call) -> str:
     if convolves_units(op, placement):
         unit_conv2d.check_call(call)
         return UNITS.what(placement)
-    taken = family(op, dtype, batch, placement)
+    taken = _of_call(call)
     if taken is None:
         return factored.what(op, batch, placement)
     taken.check(op, placement, batch)
@@ -219,6 +246,8 @@ class Cpu(Backend):
             return False
         if convolves_units(call.op, call.placement):
             return unit_conv2d.faster(call)
+        if call.rows and in_int8(call.op, call.rows, call.placement, call.stored):
+            return True
         bank_dtype = None if call.bank is None else call.bank.dtype
         return faster(call.op, call.dtype, call.rows, call.placement, call.groups, bank_dtype)
 
@@ -230,7 +259,7 @@ class Cpu(Backend):
             return None
         if convolves_units(call.op, call.placement):
             return call.rows * units.multiplications(call.placement, call.stored)
-        taken = family(call.op, call.dtype, call.rows, call.placement)
+        taken = _of_call(call)
         if taken is None:
             of_row = factored.multiplications_of_row(call.op, call.placement, call.rows)
             return None if of_row is None else call.rows * of_row
@@ -260,7 +289,7 @@ class Cpu(Backend):
         """How many rows share a product, or why the call was left."""
         if self.takes(call):
             of_bank = "" if call.stored is None else f"; the bank is read as {call.stored.form}"
-            return f"{self.summary}; {what(call)}{of_bank}"
+            return f"{self.summary}; {what(call)}{of_bank}{why_kept(call)}"
         if call.device.type != "cpu" or not call.x.numel():
             return ""
         return self.unsupported(call) or (

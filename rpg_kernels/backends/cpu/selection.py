@@ -37,6 +37,12 @@ def selection(placement: str) -> Any:
     return native.selection(*lists, shape)
 
 
+def of_part(placement: str) -> tuple[Any, ...]:
+    """The last arguments of a kernel's call: the selection, and nothing for a whole weight."""
+    selected = selection(placement)
+    return () if selected is None else (selected,)
+
+
 def groups_with_rows(p: Placement) -> Tensor:
     """Numbers of the unit law's groups that have a selected row; of weights of one band."""
     law = p.law

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.reference.accumulate import (
     backward_bytes,
     bank_accumulator,
@@ -19,6 +20,8 @@ from rpg_kernels.backends.reference.tiles import pack_tile
 from rpg_kernels.backends.registry import TileKernels
 from rpg_kernels.law.placement import parse
 
+SMALLEST = 2.0**-120  # of rows that are rounded to int8; 127 / SMALLEST is finite in float32
+
 
 def linear(
     x: Tensor,
@@ -28,7 +31,11 @@ def linear(
     placement: str,
     kernels: TileKernels | None = None,
 ) -> Tensor:
-    """x ``[..., K]`` -> ``[..., N]``."""
+    """x ``[..., K]`` -> ``[..., N]``; rows of x are rounded first where the bank says so."""
+    if isinstance(bank, StoredValues) and bank.rounds_rows:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = StoredValues(bank.codes, bank.scales, bank.places, wide)
+        return linear(rounded_rows(x.to(wide)), values, table, bias, placement, kernels).to(x.dtype)
     p = parse(placement)
     bank = bank.contiguous()
     cut, dtype = product_tiles(p, bank, x, 1, kernels)
@@ -40,6 +47,22 @@ def linear(
         added = part if tile.column else None if bias is None else bias[tile.rows].to(dtype)
         _product(added, operand, cast_tile(bank, table, tile.placement, dtype, kernels).t(), part)
     return y.to(x.dtype)
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """x ``[..., K]``, each row rounded to int8 and back: a whole number from -127 to 127, to the
+    nearest with ties to even, times the row's step, max ``|x|`` / 127.
+
+    A row that stays below 2^-120 becomes zeros, and one that holds an infinity or a NaN becomes NaN.
+
+    Example:
+        >>> rounded_rows(torch.tensor([[127.0, 0.4, -2.6], [0.0, 0.0, 0.0]])).tolist()
+        [[127.0, 0.0, -3.0], [0.0, 0.0, 0.0]]
+    """
+    most = x.abs().amax(-1, keepdim=True)
+    finite = most.isfinite()
+    codes = (x * (127 / most)).round().where(finite & (most >= SMALLEST), 0)
+    return codes * (most / 127).where(finite, torch.nan)
 
 
 def linear_input_grad(
