@@ -48,6 +48,11 @@ class Flush:
         count = len(words) // threads // 32 * 32
         self._words = words[: threads * count].view(threads, count)
 
+    @property
+    def nbytes(self) -> int:
+        """That a call reads."""
+        return self._words.nbytes
+
     def __call__(self) -> None:
         """Read it once."""
         if native.available():

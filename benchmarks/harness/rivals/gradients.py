@@ -30,9 +30,7 @@ def trained(
         parameters: of each layer; those that layers share stand in each.
         weight: that layer 0 stands for, ``[N, K]``.
     """
-    x = {
-        batch: of.to(dtype).requires_grad_() for batch, of in problem.x.items()
-    }
+    x = {batch: of.to(dtype).requires_grad_() for batch, of in problem.x.items()}
     generator = torch.Generator().manual_seed(problem.seed + 1)
     dy = {b: torch.randn(b, problem.shape[0], generator=generator).to(dtype) for b in x}
 

@@ -45,7 +45,7 @@ class Process:
             "MKL_NUM_THREADS": threads, "KMP_BLOCKTIME": "1",
         }  # fmt: skip
         self.family = orders.family
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.harness.rivals.worker"],
             stdin=subprocess.PIPE,

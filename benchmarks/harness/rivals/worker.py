@@ -153,7 +153,8 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         answers.flush()
 
     given = json.loads(requests.readline())
-    orders = Orders(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    orders = Orders(**fields)
     with torch.set_grad_enabled(orders.what != FORWARD):
         try:
             worker = Worker(orders)

@@ -42,6 +42,11 @@ def _monarch(blocks: int, problem: Problem) -> Layers:
 
 
 WAYS = tuple(
-    Way(f"Monarch bf16, {blocks} blocks, training", "structured", partial(_monarch, blocks), TRAINING)
+    Way(
+        f"Monarch bf16, {blocks} blocks, training",
+        "structured",
+        partial(_monarch, blocks),
+        TRAINING,
+    )
     for blocks in (4, 16, 64)
 )

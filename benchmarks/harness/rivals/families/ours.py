@@ -51,18 +51,19 @@ def stored_bytes(bank: rpg.ParameterBank) -> int:
     return int(getattr(weight, "bytes", weight.nbytes))
 
 
-def _model(problem: Problem, bank: Bank, count: int) -> tuple[nn.ModuleList, rpg.ParameterBank]:
-    """Layers on a bank of normal values, in fp32."""
+def _model(
+    problem: Problem, bank: Bank, count: int
+) -> tuple[nn.Module, list[rpg.nn.Linear], rpg.ParameterBank]:
+    """A model of layers on a bank of normal values in fp32, the layers, and the bank."""
     rows, columns = problem.shape
     with torch.random.fork_rng():
         torch.manual_seed(problem.seed)
         held = rpg.ParameterBank(bank.dof, GRANULARITY, laps=bank.laps)
         scale = 1 / (held.init_std * math.sqrt(columns))
-        layers = nn.ModuleList(
+        layers = [
             rpg.nn.Linear(columns, rows, bias=False, bank=held, scale=scale) for _ in range(count)
-        )
-    rpg.attach(layers, held)
-    return layers, held
+        ]
+    return rpg.attach(nn.ModuleList(layers), held), layers, held
 
 
 def _read(problem: Problem, bank: Bank) -> int:
@@ -73,11 +74,10 @@ def _read(problem: Problem, bank: Bank) -> int:
 
 def _forward(bank: Bank, of: str, problem: Problem) -> Layers:
     lead = _read(problem, bank)
-    model, held = _model(problem, bank, lead + problem.copies)
+    model, layers, held = _model(problem, bank, lead + problem.copies)
     with torch.no_grad():
-        exact = problem.product(model[0].virtual_weight.unpack())
-    model = quantized(model, of).eval().requires_grad_(False)
-    layers = list(model)
+        exact = problem.product(layers[0].virtual_weight.unpack())
+    quantized(model, of).eval().requires_grad_(False)
     return Layers(
         lambda i, batch: layers[i](problem.x_bf16[batch]),
         len(layers),
@@ -89,9 +89,8 @@ def _forward(bank: Bank, of: str, problem: Problem) -> Layers:
 
 
 def _training(bank: Bank, problem: Problem) -> Layers:
-    model, held = _model(problem, bank, 1 + problem.copies)
+    model, layers, held = _model(problem, bank, 1 + problem.copies)
     model.bfloat16()
-    layers = list(model)
 
     def forward(i: int, x: Tensor) -> Tensor:
         y: Tensor = layers[i](x)

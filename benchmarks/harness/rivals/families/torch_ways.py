@@ -81,7 +81,7 @@ def _static(problem: Problem) -> Layers:
 
     def call(i: int, batch: int) -> Tensor:
         x = torch.round(problem.x[batch] / span).add_(128).clamp_(0, 255).to(torch.uint8)
-        tail = (None, 1.0, 0, torch.bfloat16, "none", [], "")
+        tail: tuple[object, ...] = (None, 1.0, 0, torch.bfloat16, "none", [], "")
         y: Tensor = ops.qlinear_pointwise(x, span, 128, packed[i], scale, zeros, *tail)
         return y
 
