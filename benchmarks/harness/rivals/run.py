@@ -177,11 +177,13 @@ def _measure(
                 options["seed"], handle,
             )  # fmt: skip
             running.append(turns.Process(orders))
-            made, why = running[-1].prepared()
+        for process in running:  # which have begun together
+            made, why = process.prepared()
+            show(f"{process.family}: {len(made)} ways")
             if why:
-                record["skipped"][name] = why
+                record["skipped"][process.family] = why
             for way in made:
-                (refused if way["reason"] else asked).append((running[-1], way))
+                (refused if way["reason"] else asked).append((process, way))
         for point in some:
             show(str(point))
             record["results"] = [r for r in record["results"] if r["point"] != str(point)]
