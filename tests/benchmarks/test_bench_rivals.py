@@ -151,7 +151,9 @@ def measured(tmp_path: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family whose package nobody has; fewer tokens."""
+    """A family whose package nobody has; fewer tokens, and a rate of memory that is not measured."""
+    memory = [run.Level("memory", 0, 1e10, 1e10)]
+    monkeypatch.setattr(run.bandwidth, "measure", lambda threads: memory)
     needs = {"no-such-package": "rpg_no_such_package"}
     monkeypatch.setitem(FAMILIES, "absent", Family("absent", "nowhere", needs))
     monkeypatch.setattr(run, "TOKENS", 4)
