@@ -151,7 +151,9 @@ def measured(tmp_path: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family whose package nobody has; fewer tokens, and a rate of memory that is not measured."""
+    """A family whose package nobody has, a small decoder, and a rate of memory that is given."""
+    monkeypatch.setattr(tokens, "BANKS", (ours.Bank(BANK, 4),))
+    monkeypatch.setattr(tokens, "ALLOWED", dict.fromkeys(tokens.ALLOWED, 1e9))
     memory = [run.Level("memory", 0, 1e10, 1e10)]
     monkeypatch.setattr(run.bandwidth, "measure", lambda threads: memory)
     needs = {"no-such-package": "rpg_no_such_package"}
@@ -163,11 +165,7 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @unix
-def test_a_run_has_every_way_and_says_what_is_missing(
-    tmp_path: Path, absent: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokens, "BANKS", (ours.Bank(BANK, 4),))
-    monkeypatch.setattr(tokens, "ALLOWED", dict.fromkeys(tokens.ALLOWED, 1e9))
+def test_a_run_has_all_ways_and_says_what_is_missing(tmp_path: Path, absent: None) -> None:
     record = measured(tmp_path)
     assert record["complete"]
     assert record == run.load(tmp_path / "rivals.json")
@@ -191,18 +189,21 @@ def test_a_run_goes_on_and_measures_again_what_was_disturbed(
     tmp_path: Path, absent: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(run.rounds, "QUIET", -1.0)
-    record = measured(tmp_path, decoder=None)
+    options: dict[str, Any] = {"decoder": None, "families": [OURS], "show": lines.append}
+    monkeypatch.setattr(run, "ratio", lambda rival, own: run.Ratio(1.0, 2.0, 9.0, 3))
+    monkeypatch.setattr(run, "fastest", lambda rows: rows[0])
+    monkeypatch.setattr(run.rounds, "QUIET", 0.1)
+    record = measured(tmp_path, **options)
     assert set(record["disturbed"]) == set(record["options"]["points"])
     monkeypatch.setattr(run.rounds, "QUIET", 1e9)
-    record = measured(tmp_path, decoder=None, show=lines.append)
+    record = measured(tmp_path, **options)
     assert record["disturbed"] == {}
-    assert len(lines) == 5  # it starts two processes, and measures two points
-    again = measured(tmp_path, decoder=None, show=lines.append)
-    assert again["results"] == record["results"]
-    assert lines[5:] == [f"continues {tmp_path / 'rivals.json'}, which has 2 of 2 points"]
-    others = measured(tmp_path, decoder=None, families=[OURS])
-    assert {row["family"] for row in others["results"]} == {OURS}  # no run of the same families
+    assert len(lines) == 2 * 4  # twice a process was started, had its ways, measured two points
+    assert measured(tmp_path, **options)["results"] == record["results"]
+    assert lines[8:] == [f"continues {tmp_path / 'rivals.json'}, which has 2 of 2 points"]
+    assert run._same(record, record) is record
+    assert run._same(record, record | {"versions": {"another": "1"}}) is None
+    assert run._same(record, record | {"options": record["options"] | {"dofs": []}}) is None
 
 
 @unix
