@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import statistics
 import time
@@ -95,18 +96,21 @@ def run(
         if len(todo) < len(chosen):
             show(f"continues {out}, which has {len(chosen) - len(todo)} of {len(chosen)} points")
         handle = flush.shared(flush_bytes)
-        for (layer, what), some in itertools.groupby(todo, lambda p: (p.layer, p.what)):
-            _rates(record)
-            show(f"{layer.names[0]} {what}: starting {', '.join(options['families'])}")
-            _measure(record, list(some), handle, show)
-            _save(record, out)
-        if decoder and not record["tokens"]:
-            show(DECODER)
-            clock = {"process": time.process_time, "wall": time.perf_counter}[record["clock"]]
-            record["model"], record["tokens"] = tokens.measure(
-                decoder, [b for b in tokens.BANKS if b.dof in (dofs or [b.dof])],
-                flush.Flush(handle, threads), clock, tokens=TOKENS, series=SERIES, seed=seed,
-            )  # fmt: skip
+        try:
+            for (layer, what), some in itertools.groupby(todo, lambda p: (p.layer, p.what)):
+                _rates(record)
+                show(f"{layer.names[0]} {what}: starting {', '.join(options['families'])}")
+                _measure(record, list(some), handle, show, out)
+            if decoder and not record["tokens"]:
+                _rates(record)
+                show(DECODER)
+                clock = {"process": time.process_time, "wall": time.perf_counter}[record["clock"]]
+                record["model"], record["tokens"] = tokens.measure(
+                    decoder, [b for b in tokens.BANKS if b.dof in (dofs or [b.dof])],
+                    flush.Flush(handle, threads), clock, tokens=TOKENS, series=SERIES, seed=seed,
+                )  # fmt: skip
+        finally:
+            os.close(handle)
         record["complete"] = True
         _save(record, out)
     return record
@@ -158,7 +162,11 @@ def _rates(record: Record) -> None:
 
 
 def _measure(
-    record: Record, some: Sequence[Point], handle: int, show: Callable[[str], None]
+    record: Record,
+    some: Sequence[Point],
+    handle: int,
+    show: Callable[[str], None],
+    out: Path | None,
 ) -> None:
     """Points of one layer and pass: processes are started once for all of them."""
     first, options = some[0], record["options"]
@@ -190,6 +198,7 @@ def _measure(
             rows = [*_timed(record, point, asked), *_refused(point, refused)]
             record["results"] += rows
             _settled(record, point, rows)
+            _save(record, out)
     finally:
         for process in running:
             process.end()

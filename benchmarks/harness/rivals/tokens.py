@@ -6,7 +6,6 @@ be read from memory: nothing that has to read them all for every token is faster
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -89,18 +88,18 @@ def measure(
     nbytes = weights * BITS / 8
     for _ in range(series):
         for name, network in networks.items():
-            rows[name]["roof_s"].append(nbytes / _rate(flush))
+            rows[name]["roof_s"].append(nbytes / _rate(flush, clock))
             rows[name]["ours_s"].append(token_seconds(network, prompt, tokens, clock))
     model = asdict(config) | {"virtual_weights": weights, "roof_bytes": round(nbytes)}
     sizes = {name: value for name, value in model.items() if isinstance(value, int)}
     return sizes | {"tokens": tokens, "prompt": PROMPT}, list(rows.values())
 
 
-def _rate(flush: Flush) -> float:
+def _rate(flush: Flush, clock: Callable[[], float]) -> float:
     """Bytes per second of memory, the best of three readings: nothing else may disturb a roof."""
     seconds = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = clock()
         flush()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
     return flush.nbytes / min(seconds)
