@@ -17,7 +17,7 @@ __all__ = ["add_arguments", "run"]
 
 QUICK_MEMORY = 8 << 30
 SECONDS = {"quick": 4.0, "full": 8.0, "gpu": 1.0, "gpu-longer": 1.0}
-CPU_SUITES = ("cpu", "decoder", "networks")
+CPU_SUITES = ("cpu", "decoder", "networks", "rivals")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("quick", "full", "gpu", "gpu-longer", *CPU_SUITES),
         help="default: quick, unless cases are chosen; gpu, gpu-longer: with windows, the most "
         "telling first; cpu: linear layers beside every dense layer there is, "
-        "continued where OUT holds a part of it; decoder: a whole model on a CPU",
+        "continued where OUT holds a part of it; decoder: a whole model on a CPU; rivals: beside "
+        "other packages, those that are installed",
     )
     what.add_argument(
         "--case",
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    how.add_argument("--threads", type=int, help="default: 1; all of suite decoder")
+    how.add_argument("--threads", type=int, help="default: 1; all of suites decoder and rivals")
     how.add_argument("--seconds", type=float, help="for the samples of one case (default: 4 or 8)")
     how.add_argument(
         "--limit", type=float, help="seconds after which no other case is begun (quick, full, gpu)"
@@ -151,15 +152,19 @@ def _cpu(args: argparse.Namespace) -> None:
     )
     from rpg_kernels import _checks, timing
 
-    choice = {
+    choice: dict[str, Any] = {
         "patterns": args.case, "batches": args.batch,
         "dofs": [timing.count(text) for text in args.dof],
     }  # fmt: skip
-    others = ["op", "granularity", "reflect", "impl", "memory", "limit", "eager"]
+    others = ["op", "granularity", "reflect", "memory", "limit", "eager"]
+    if args.suite != "rivals":
+        others += ["impl"]
     if args.suite == "decoder":
         others += ["case", "batch", "dof", "seconds", "longer"]
     if args.suite == "networks":
         others += ["dof", "longer"]
+    if args.suite == "rivals":
+        others += ["dtype", "longer"]
     for name in others:
         if getattr(args, name) not in (None, [], False):
             raise _checks.fail(name, getattr(args, name), f"none with suite {args.suite}")
@@ -168,7 +173,9 @@ def _cpu(args: argparse.Namespace) -> None:
     common: dict[str, Any] = {
         "threads": args.threads, "seed": args.seed, "commit": args.commit, "out": args.out,
     }  # fmt: skip
-    if args.suite == "decoder":
+    if args.suite == "rivals":
+        lines, wrong = _rivals(args, choice["dofs"], common)
+    elif args.suite == "decoder":
         record = decoder.run(dtypes=args.dtype, **common)
         lines, wrong = report.tokens_of(args.out, record), decoder.wrong(record)
     elif args.suite == "networks":
@@ -181,6 +188,21 @@ def _cpu(args: argparse.Namespace) -> None:
         lines, wrong = report.layers_of(args.out, record), run.wrong(record)
     print("\n".join(lines).replace("{up}", ""), f"\n{args.out}", sep="\n")
     _refuse(wrong)
+
+
+def _rivals(
+    args: argparse.Namespace, dofs: list[int], common: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Run suite ``rivals``: its tables, and what is wrong of ours."""
+    from benchmarks.harness.rivals import points, report, run
+    from benchmarks.harness.rivals.tokens import CONFIG
+
+    found, tokens = points.choose(args.case, args.batch)
+    record = run.run(
+        found, CONFIG if tokens else None, families=args.impl, dofs=dofs, seconds=args.seconds,
+        **common,
+    )  # fmt: skip
+    return report.tables_of(args.out, record), run.wrong(record)
 
 
 def _cases(args: argparse.Namespace) -> tuple[list[Case], str | None]:

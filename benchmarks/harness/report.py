@@ -26,6 +26,7 @@ from benchmarks.harness.chart import THEMES, Chart, Point, Series
 from benchmarks.harness.cpu import networks_report
 from benchmarks.harness.cpu import report as cpu_tables
 from benchmarks.harness.machine import BUSY_SPREAD
+from benchmarks.harness.rivals import report as rivals_report
 from benchmarks.harness.table import NOT_MEASURED
 from benchmarks.harness.timing import COLD
 from rpg_kernels import _checks
@@ -286,7 +287,7 @@ BLOCKS: dict[str, Callable[[Path], list[str]]] = {
     "cases": _cases,
     **{
         name: lambda root, make=make: make(root / RESULTS)  # type: ignore[misc]
-        for tables in (cpu_tables, networks_report, headline, older)
+        for tables in (cpu_tables, networks_report, rivals_report, headline, older)
         for name, make in tables.TABLES.items()
     },
 }

@@ -136,7 +136,7 @@ def _measure(
         logits = {name: network(whole).float() for name, network in networks.items()}
     for _ in range(series):
         for name, network in networks.items():
-            seconds[name].append(_token_seconds(network, prompt, tokens, read))
+            seconds[name].append(token_seconds(network, prompt, tokens, read))
     return [
         {
             "network": name,
@@ -152,7 +152,7 @@ def _measure(
     ]
 
 
-def _token_seconds(
+def token_seconds(
     network: Decoder, prompt: Tensor, tokens: int, read: Callable[[], float]
 ) -> float:
     """Seconds of a token that is generated alone; the prompt and the first token are left out."""

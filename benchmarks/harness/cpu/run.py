@@ -117,13 +117,19 @@ def _record(points: Sequence[Point], seconds: float, seed: int, commit: str | No
     }
 
 
-def continued(out: Path | None, record: Record, load: Callable[[Path], Record | None]) -> Record:
+def continued(
+    out: Path | None,
+    record: Record,
+    load: Callable[[Path], Record | None],
+    also: Sequence[str] = (),
+) -> Record:
     """The record with what ``out`` holds of the same sources, machine and options.
 
     Args:
         out: the file, which may not be there or may hold something else.
         record: of a run that begins.
         load: reads a file of this format; None for another.
+        also: fields of this format that are kept beside those that every format has.
     """
     try:
         held = None if out is None or not out.exists() else load(out)
@@ -133,7 +139,7 @@ def continued(out: Path | None, record: Record, load: Callable[[Path], Record | 
         return record
     named = dict.fromkeys((*held["options"]["points"], *record["options"]["points"]))
     record["options"]["points"] = list(named)
-    kept = ("created", "rates", "matrix_per_s", "load", "disturbed", "results")
+    kept = ("created", "rates", "matrix_per_s", "load", "disturbed", "results", *also)
     return record | {key: held[key] for key in kept if key in held}
 
 

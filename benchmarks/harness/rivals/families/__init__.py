@@ -1,0 +1,1 @@
+"""A file for each package: its ``WAYS`` to run a linear layer."""
