@@ -141,6 +141,16 @@ class StoredValues(Tensor):
             raise RuntimeError(_not_trained(self))
         return self
 
+    def share_memory_(self) -> StoredValues:
+        """Move the parts to memory that processes share."""
+        for part in self.parts().values():
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether all parts are in memory that processes share."""
+        return all(part.is_shared() for part in self.parts().values())
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StoredValues({list(self.shape)}, {self.dtype}, as {self.form})"
 
@@ -168,7 +178,7 @@ class StoredValues(Tensor):
     ) -> Any:
         named = dict(kwargs or {})
         if func.namespace == _NAMESPACE:
-            return _twin(func)(*_in_parts(func, args), **named)
+            return _twin(func, args)(*_in_parts(func, args), **named)
         own = _OWN.get(func)
         if own is not None and isinstance(args[0], StoredValues):
             return own(*args, **named)
@@ -206,9 +216,17 @@ def _written(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> list[A
     return [given.get(name) for name in written]
 
 
-def _twin(func: Any) -> Any:
-    name = func._schema.name.partition("::")[2]
-    return getattr(getattr(torch.ops, _NAMESPACE), name + TWIN)
+def _twin(func: Any, args: Sequence[Any]) -> Any:
+    """The operator that takes the parts.
+
+    Raises:
+        RuntimeError: there is none, as func is for the gradient of a bank.
+    """
+    name = func._schema.name.partition("::")[2] + TWIN
+    twin = getattr(getattr(torch.ops, _NAMESPACE), name, None)
+    if twin is None:
+        raise RuntimeError(_not_trained(next(a for a in args if isinstance(a, StoredValues))))
+    return twin
 
 
 def _in_parts(func: Any, args: Sequence[Any]) -> list[Any]:
@@ -248,13 +266,31 @@ def _to_copy(values: StoredValues, *, dtype: torch.dtype | None = None, **named:
 
 
 def _copy_(values: StoredValues, source: Tensor, *_: Any) -> StoredValues:
-    """Values stored in the same way replace these, as when a state dict is loaded."""
+    """Values stored in the same way replace these, as when a state dict is loaded. Float values
+    have to be what these stand for: DDP hands every process a dense copy of the first one's.
+    """
+    if not isinstance(source, StoredValues) and _stands_for(values, source):
+        return values
     theirs = source.parts() if isinstance(source, StoredValues) else {}
     if _kinds(theirs) != _kinds(values.parts()):
         raise RuntimeError(_not_changed(values))
     for name, part in values.parts().items():
         part.copy_(theirs[name])
     return values
+
+
+def _stands_for(values: StoredValues, dense: Tensor) -> bool:
+    if dense.is_meta or values.codes.is_meta or dense.shape != values.shape:
+        return False
+    return torch.equal(values.dense(), dense.to(values.device, values.dtype))
+
+
+def _empty_like(values: StoredValues, *args: Any, **named: Any) -> StoredValues:
+    """Parts of whatever memory holds, but for places: kernels read where they point."""
+    made = _each(torch.empty_like)(values, *args, **named)
+    if made.places is not None:
+        made.places.fill_(ABSENT)
+    return made
 
 
 def _kinds(parts: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -271,7 +307,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: _each(_aten.detach.default),
     _aten.alias.default: _each(_aten.alias.default),
     _aten.clone.default: _each(torch.clone),
-    _aten.empty_like.default: _each(torch.empty_like),
+    _aten.empty_like.default: _empty_like,
     _aten.new_empty.default: _new_empty,
     _aten._to_copy.default: _to_copy,
     _aten.copy_.default: _copy_,

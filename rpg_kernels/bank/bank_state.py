@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rpg_kernels import _checks
-from rpg_kernels._stored import StoredValues
+from rpg_kernels._stored import PARTS, StoredValues
 from rpg_kernels.bank import optimisers, other_rules, stored_state
 from rpg_kernels.bank.bank_map import DIGITS, BankMap, digits_of, line_of
 from rpg_kernels.bank.buffers import equal, same_memory, sha256_of, unreadable, version
@@ -38,6 +38,9 @@ class BankState(nn.Module):
     init_std: float
     group: str = ""  # of layers that read this bank, in a model with several banks
     rounding: Rounding | None = None  # of the values as they are read, in training with rounding
+
+    # Checkpointing tools look for what a state dict holds among a module's attributes.
+    codes, scales, places = map(stored_state.part, PARTS)
 
     def __init__(self, generator: Generator | TableGenerator) -> None:
         super().__init__()
@@ -100,6 +103,8 @@ class BankState(nn.Module):
             values: ``[slots, granularity]``; float values can be trained, stored ones cannot.
         """
         trained = not isinstance(values, StoredValues)
+        if not trained:
+            self.rounding = None
         self.weight = nn.Parameter(values, requires_grad=trained)
         self.trained()
         optimisers.watch(self)
@@ -333,7 +338,18 @@ class BankState(nn.Module):
         """Move or cast; the map is written anew where it arrives, since meta forgets it."""
         self.look_at_map()
         self._applied = fn
+        if self.rounding is not None:
+            self.rounding.forget()
+        stored = self.stored
+        if stored is not None:
+            # torch would swap it with the new one, which it cannot while a graph holds it.
+            moved = fn(stored)
+            if moved is not stored:
+                moved = nn.Parameter(moved, requires_grad=False)
+            self._parameters["weight"] = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if stored is not None:
+            self._parameters["weight"] = moved
         computed = self.__dict__.get("weight")
         if isinstance(computed, Tensor):  # what a hook made of the values, until it does so again
             with torch.no_grad():

@@ -15,8 +15,6 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from rpg_kernels._stored import StoredValues
-
 FORMS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 _TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -46,6 +44,24 @@ def round_slots(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 class _Straight(torch.autograd.Function):
     """Rounded values, whose gradient is that of the values (straight-through)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Backward needs nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _StraightOnce(torch.autograd.Function):
+    """The same, of values that backward lets go of. Compilers and transforms cannot see that."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, rounded: Tensor, rounding: Rounding) -> Tensor:
@@ -84,16 +100,20 @@ class Rounding:
 
     def __call__(self, values: Tensor) -> Tensor:
         """scale · codes ``[slots, granularity]`` in the dtype of the values."""
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and values.requires_grad):
-            return _rounded(values, self)
+        rounded: Tensor
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            rounded = _Straight.apply(values, self._rounded(values))  # type: ignore[no-untyped-call]
+            return rounded
+        if not (torch.is_grad_enabled() and values.requires_grad):
+            return self._rounded(values)
         made = self._made
         if made is None or made[0] is not values or made[1] != values._version:
-            made = self._made = values, values._version, _rounded(values, self)
+            rounded = _StraightOnce.apply(  # type: ignore[no-untyped-call]
+                values, self._rounded(values), self
+            )
+            made = self._made = values, values._version, rounded
         return made[2]
 
-
-def _rounded(values: Tensor, rounding: Rounding) -> Tensor:
-    codes, scales = round_slots(values, FORMS[rounding.form])
-    dense = StoredValues(codes, scales, None, values.dtype).dense()
-    result: Tensor = _Straight.apply(values, dense, rounding)  # type: ignore[no-untyped-call]
-    return result
+    def _rounded(self, values: Tensor) -> Tensor:
+        codes, scales = round_slots(values, FORMS[self.form])
+        return (codes.float() * scales.unsqueeze(1)).to(values.dtype)

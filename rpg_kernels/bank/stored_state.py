@@ -6,13 +6,34 @@ every tool that saves state dicts saves the small tensors and never sees a speci
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from rpg_kernels._stored import PARTS, StoredValues, check_parts
 
+if TYPE_CHECKING:
+    from rpg_kernels.bank.bank_state import BankState
+
 WEIGHT = "weight"
+
+
+def part(name: str) -> property:
+    """An attribute of a bank: this part of the values that it holds, where they have it."""
+
+    def get(bank: BankState) -> Tensor:
+        found = None if bank.stored is None else getattr(bank.stored, name)
+        if found is None:
+            raise AttributeError(f"a bank stored in this way has no {name}")
+        assert isinstance(found, Tensor)
+        return found
+
+    def refuse(bank: BankState, value: object) -> None:
+        raise AttributeError(
+            f"{name}: got a tensor in place of a part of a bank, wanted StoredValues as its weight"
+        )
+
+    return property(get, refuse)
 
 
 def split(values: StoredValues, state: Any, prefix: str, keep_vars: bool) -> None:

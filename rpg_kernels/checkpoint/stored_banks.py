@@ -31,12 +31,12 @@ def forms_of(
     contents: Contents, records: dict[str, Any], tensors: dict[str, Tensor]
 ) -> dict[str, StoredValues | None]:
     """The banks that the file holds in another form than the model: what they are to be replaced
-    by, None for float values.
+    by, None for float values. They are for products of the model's dtype, whatever the file's is.
 
     Args:
         contents: of the model.
         records: of the file's stored banks, by the names of banks.
-        tensors: of the file.
+        tensors: of the file; codes that are values are cast to the model's dtype.
 
     Raises:
         ValueError: a record or parts that no bank has.
@@ -45,8 +45,10 @@ def forms_of(
     for name, record in records.items():
         if name not in contents.banks:
             raise ValueError(f"rpg_stored: got {name!r}, which is no bank of the model")
-        theirs = _values(name, contents.banks[name], record, tensors)
-        mine = contents.banks[name].stored
+        bank = contents.banks[name]
+        theirs = _values(name, bank, record, tensors).to(bank.weight.dtype)
+        tensors[join(name, "codes")] = theirs.codes
+        mine = bank.stored
         if mine is None or _kind(mine) != _kind(theirs):
             out[name] = theirs
     for name, bank in contents.banks.items():

@@ -116,7 +116,11 @@ def initialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modul
     unable, alive = [], []
     for name, module in model.named_modules():
         if isinstance(module, ParameterBank):
-            data = {"table": module.table, "mask": module._buffers.get("weight_mask")}
+            data = {
+                "table": module.table,
+                "mask": module._buffers.get("weight_mask"),
+                "stored bank": module.stored,
+            }
             unable += [
                 f"{name} (its {key} is data; load it with load_state_dict)"
                 for key, tensor in data.items()

@@ -48,7 +48,8 @@ def quantize(
 
     Raises:
         TypeError: model is not an nn.Module.
-        ValueError: the model has no bank; a bank is quantised already, holds NaN or infinity, is on
+        ValueError: the model has no bank; a bank is quantised already, or, for training, compacted;
+            it holds NaN or infinity, is on
             meta, has a table, is pruned or parametrised (make that permanent first), or would not
             become smaller; an unknown dtype. The model is unchanged.
 
@@ -71,6 +72,11 @@ def quantize(
     for name, bank in banks.items():
         _check_floats(name, bank, quantised=True)
         _check_smaller(name, bank)
+        if training and bank.stored is not None:
+            raise ValueError(
+                f"model: bank {name}: got values stored as {bank.stored.form}, which are not "
+                "trained, wanted float values: rpg.expand first"
+            )
     for bank in banks.values():
         if training:
             bank.rounding = Rounding(dtype, activations)

@@ -122,3 +122,62 @@ def test_layers_of_one_pass_share_what_was_rounded() -> None:
     assert bank.read() is bank.read()
     with torch.no_grad():
         assert bank.read() is not bank.read()
+
+
+def test_a_bank_that_was_cast_is_rounded_anew() -> None:
+    net = rpg.quantize(_net(), "int8", training=True)
+    x = torch.randn(3, 48)
+    before = net(x)
+    after = net.double()(x.double())
+    assert after.dtype == torch.float64
+    torch.testing.assert_close(after.float(), before)
+
+
+def test_gradients_in_functional_transforms_and_of_each_sample() -> None:
+    net = rpg.quantize(_net(), "int8", training=True)
+    parameters, x = dict(net.named_parameters()), torch.randn(3, 48)
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(net, parameters, (x,)).square().sum()
+
+    wanted = torch.autograd.grad(loss(parameters, x), list(parameters.values()))
+    for got in (
+        torch.func.grad(loss)(parameters, x),
+        {
+            name: grads.sum(0)
+            for name, grads in torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(
+                parameters, x
+            ).items()
+        },
+    ):
+        for one, other in zip(got.values(), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_models_of_an_ensemble_are_rounded_each() -> None:
+    nets = [rpg.quantize(_net(), "int8", training=True) for _ in range(3)]
+    for seed, net in enumerate(nets):
+        net[1].rpg_bank.weight.data.normal_(generator=torch.Generator().manual_seed(seed))
+    parameters, buffers = torch.func.stack_module_state(nets)
+    x = torch.randn(3, 48)
+
+    def run(parameters: object, buffers: object) -> torch.Tensor:
+        return torch.func.functional_call(nets[0], (parameters, buffers), (x,))
+
+    got = torch.func.vmap(run)(parameters, buffers)
+    torch.testing.assert_close(got, torch.stack([net(x) for net in nets]))
+
+
+def test_compiled_training_in_one_graph() -> None:
+    net, x = rpg.quantize(_net(), "int8", training=True), torch.randn(3, 48)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(2):
+        wanted = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+        optimiser.zero_grad()
+        compiled(x).square().sum().backward()
+        for parameter, grad in zip(net.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, grad)
+        optimiser.step()
+    torch.testing.assert_close(compiled(x), net(x))

@@ -107,6 +107,33 @@ def test_bfloat16_models(tmp_path: Path) -> None:
     assert torch.equal(net(X.bfloat16()), saved(X.bfloat16()))
 
 
+@pytest.mark.parametrize("mine", ["float", "same", "meta"])
+@pytest.mark.parametrize("form", ["int8", "compact", "compact int8"])
+@pytest.mark.parametrize(
+    ("theirs", "wanted"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+)
+def test_models_keep_their_dtype(
+    theirs: torch.dtype, wanted: torch.dtype, form: str, mine: str, tmp_path: Path
+) -> None:
+    path, saved = tmp_path / "model", of_form(form, dtype=theirs)
+    rpg.save(saved, path)
+    net = of_form(form if mine == "same" else "float", 1, wanted)
+    rpg.load(net.to("meta") if mine == "meta" else net, path)
+    assert bank_of(net).weight.dtype == wanted
+    if "int8" not in form:
+        assert bank_of(net).codes.dtype == wanted
+    assert torch.equal(net(X.to(wanted)), saved.to(wanted)(X.to(wanted)))
+
+
+def test_a_model_in_training_with_rounding_takes_a_stored_file(tmp_path: Path) -> None:
+    path, saved = tmp_path / "model", of_form("int8")
+    rpg.save(saved, path)
+    net = rpg.load(rpg.quantize(build(1), training=True), path)
+    assert bank_of(net).rounding is None
+    assert torch.equal(net(X), saved(X))
+
+
 def at(header: dict[str, Any], part: str) -> dict[str, Any]:
     return header[next(name for name in header if name.endswith(part))]
 

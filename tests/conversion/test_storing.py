@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +179,58 @@ def test_state_dicts_with_impossible_parts_change_nothing(change: str) -> None:
     assert same(state(net), before)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_models_move_while_a_graph_holds_the_bank(form: str) -> None:
+    net = rpg.quantize(build(), form)
+    x = X.clone().requires_grad_()
+    before = net(x)
+    wanted = torch.autograd.grad(before.sum(), x, retain_graph=True)[0]
+    assert net.to(torch.float64)(X.double()).dtype == torch.float64
+    net.to(torch.float32)
+    torch.testing.assert_close(net(X), before)
+    values = state(net)
+    held = bank_of(net).weight
+    assert bank_of(net.cpu()).weight is held
+    net.to("meta").to_empty(device="cpu").load_state_dict(values)
+    assert isinstance(bank_of(net).weight, nn.Parameter)
+    assert torch.equal(torch.autograd.grad(before.sum(), x)[0], wanted)
+    torch.testing.assert_close(net(X), before)
+
+
+def test_tools_find_what_a_state_dict_holds() -> None:
+    net = rpg.quantize(build())
+    for key, value in net.state_dict().items():
+        name, _, attribute = key.rpartition(".")
+        found = getattr(net.get_submodule(name), attribute)
+        assert found.data_ptr() == value.data_ptr()
+    assert not hasattr(bank_of(net), "places")
+    assert not hasattr(bank_of(build()), "codes")
+    with pytest.raises(AttributeError, match="codes: got a tensor"):
+        torch.func.functional_call(net, dict(net.state_dict()), (X,))
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        net = rpg.quantize(build())
+        y = net(X)
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        torch.testing.assert_close(wrapped(X), y)
+        wrapped(X).sum().backward()
+        assert net[-1].weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_initialize_leaves_a_stored_model_on_meta() -> None:
+    net = rpg.quantize(build()).to("meta")
+    with pytest.raises(ValueError, match=r"stored bank is data"):
+        rpg.initialize(net)
+    assert all(each.is_meta for each in net.parameters())
+
+
 def test_forms_that_differ_are_refused_by_state_dicts() -> None:
     plain, small = build(), rpg.quantize(build())
     for net, saved in ((plain, state(small)), (small, state(plain))):
@@ -245,6 +298,7 @@ BAD: dict[str, tuple[Callable[[nn.Module], object], Callable[[nn.Module], object
         rpg.compact,
         "rounding|slots",
     ),
+    "compacted, training": (twice, lambda n: rpg.quantize(n, training=True), "not trained"),
     "meta": (lambda n: n.to("meta"), rpg.quantize, "meta"),
 }
 

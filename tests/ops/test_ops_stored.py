@@ -238,7 +238,7 @@ def test_nothing_changes_stored_values() -> None:
     for change in (
         lambda: values.mul_(2),
         lambda: values.zero_(),
-        lambda: values.copy_(before),
+        lambda: values.copy_(before + 1),
         lambda: nn.init.normal_(values),
         lambda: values.requires_grad_(True),
         lambda: nn.Parameter(values),
@@ -247,5 +247,31 @@ def test_nothing_changes_stored_values() -> None:
         with pytest.raises(RuntimeError, match=r"got values stored as int8.*wanted float"):
             change()
     assert torch.equal(torch.zeros(30, 64).copy_(values), before)
+    assert values.copy_(before) is values  # as DDP does, which changes nothing
     assert torch.equal(values.dense(), before)
     assert not values.requires_grad
+
+
+def test_a_gradient_that_was_asked_for_by_assignment_is_refused() -> None:
+    layer = rpg.quantize(rpg.nn.Linear(64, 64, bank=rpg.ParameterBank(dof=2048)))
+    layer.virtual_weight.bank.weight.requires_grad = True
+    y = layer(torch.randn(3, 64, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"got values stored as int8.*wanted float"):
+        y.sum().backward()
+
+
+def test_empty_parts_point_nowhere() -> None:
+    values = stored(30, 64, "int8 without zeros", torch.float32, 0)
+    empty = torch.empty_like(values.to("meta"), device="cpu")
+    assert empty.places is not None
+    assert empty.places.eq(-1).all()
+    assert not empty.dense().any()
+
+
+def test_memory_that_processes_share() -> None:
+    values = stored(30, 64, "int8 without zeros", torch.float32, 0)
+    before = values.dense()
+    assert not values.is_shared()
+    assert values.share_memory_().is_shared()
+    assert all(part.is_shared() for part in values.parts().values())
+    assert torch.equal(values.dense(), before)
