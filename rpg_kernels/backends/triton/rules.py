@@ -120,8 +120,6 @@ class Triton(Backend):
 
     def unsupported(self, call: Call) -> str:
         """See ``unsupported_kind``: all weights are supported."""
-        if call.stored is not None:
-            return f"the Triton kernels read float banks, not one stored as {call.stored.form}"
         return unsupported_kind(call.op, call.device, call.dtype)
 
     def preferred(self, call: Call) -> bool:
