@@ -422,7 +422,8 @@ def _launch_input_grad(
     of_k = of_k if first % of_k == 0 else 1
     ahead.launch(_input_grad_kernel, (plan.cdiv(m, c.block_m) * steps,))(
         a, *bank.ring.tensors, launch.words, entries.tensor, out,
-        m, launch.rows // of_n, columns // of_k, a.stride(0) // of_n, a.stride(1), out.stride(0) // of_k, entries.stride, launch.row0,
+        m, launch.rows // of_n, columns // of_k,
+        a.stride(0) // of_n, a.stride(1), out.stride(0) // of_k, entries.stride, launch.row0,
         p.matrix.blocks, low, first // of_k, steps, bank.scale,
         G=p.matrix.block, PARTS=bank.ring.parts, SOURCE=entries.source, SIGN=bank.sign,
         PAIRS=bank.pairs,

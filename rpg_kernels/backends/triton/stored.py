@@ -121,14 +121,8 @@ def read(
     mask = wanted
     if places_ptr is not None:
         here = over_tile(block, G, BLOCK_K) >= 0
-        if mask is None:
-            mask = tl.broadcast_to(here, at.shape)
-        else:
-            mask = mask & here
-    if mask is None:
-        value = tl.load(bank_ptr + at)
-    else:
-        value = tl.load(bank_ptr + at, mask=mask, other=0)
+        mask = tl.broadcast_to(here, at.shape) if mask is None else mask & here
+    value = tl.load(bank_ptr + at) if mask is None else tl.load(bank_ptr + at, mask=mask, other=0)
     if scales_ptr is not None:
         row = block // PARTS
         if places_ptr is None:

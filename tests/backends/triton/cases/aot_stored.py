@@ -7,7 +7,6 @@ import random
 import re
 
 import pytest
-import triton_aot as aot
 import triton_every as every
 import triton_launches as launches
 import triton_step as step
@@ -67,8 +66,6 @@ def test_banks_in_fewer_bytes_compile_as_few_kernels() -> None:
                 None,
                 None,
             )
-        kept = [
-            (op, (args[0], every.kept(args[1], "int8"), *args[2:])) for op, args in calls
-        ]
+        kept = [(op, (args[0], every.kept(args[1], "int8"), *args[2:])) for op, args in calls]
         assert all(isinstance(args[1], StoredValues) for _, args in kept)
         assert len(step.kernels(kept, architecture)) <= most

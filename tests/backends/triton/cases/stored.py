@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton_conv2d import LAST, TILES, random_call
-from triton_process import DEVICE, INTERPRETED, poisoned
+from triton_process import DEVICE, INTERPRETED, bank_of, poisoned
 
 import rpg_kernels as rpg
 from rpg_kernels._stored import StoredValues
@@ -96,23 +96,22 @@ def test_every_code(kind: torch.dtype) -> None:
     assert torch.equal(got.cpu()[numbers].view(bits), wanted[numbers].view(bits))
 
 
-@pytest.mark.parametrize("laps", [None, 3])
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(("seed", "laps"), [(i, 3 if i % 3 == 1 else None) for i in range(12)])
 def test_linear(seed: int, laps: int | None) -> None:
     """Blocks as long as slots and shorter, law 1 and law 3, entries in scratch and in line."""
     rng = random.Random(str((seed, laps)))
     g, dtype = GRANULARITY[seed % 8], DTYPES[seed % 5 % len(DTYPES)]
     form, bank_dtype = FORMS[seed % len(FORMS)], rng.choice([dtype, torch.float32])
-    bank = brute.bank_of(
-        rng.randrange(20, 60) * g, bank_dtype, granularity=g, reflect=REFLECT[seed % 3],
-        permute=seed % 4 == 0, laps=laps if g > 1 else None, seed=seed,
+    bank = bank_of(
+        rng.randrange(20, 60) * g, bank_dtype, granularity=g, reflect=REFLECT[seed // 2 % 3],
+        laps=laps, seed=seed,
     )  # fmt: skip
-    rows, columns = rng.choice([3, 16, 21, 40]), rng.choice([13, 48, 64, 97, 150])
+    rows, columns = rng.choice([3, 16, 21]), rng.choice([13, 48, 64, 97])
     weight = bank.place((rows, columns), scale=rng.uniform(0.2, 2))
     if seed % 3 == 0:
         weight = weight.narrow(0, 1, rows - 2).narrow(1, 5, columns - 7)
     values, dense = of(bank, form, seed)
-    m = rng.choice([1, 5, 33])
+    m = rng.choice([1, 5, 17])
     x, dy = torch.randn(m, weight.shape[1]).to(dtype), torch.randn(m, weight.shape[0]).to(dtype)
     bias = torch.randn(weight.shape[0]).to(dtype) if seed % 2 else None
     added = None if bias is None else bias.to(DEVICE)
@@ -125,11 +124,11 @@ def test_linear(seed: int, laps: int | None) -> None:
         check("linear_input_grad", dx, dy, dense, weight.spec)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_conv2d(seed: int) -> None:
     """Runs of one tap and of all of them, groups, strides, parts, narrow layers."""
-    weight, x, bias, how = random_call(seed)
-    values, dense = of(weight.bank, FORMS[seed * 5 % len(FORMS)], seed)
+    weight, x, bias, how = random_call(seed, permute=not INTERPRETED)
+    values, dense = of(weight.bank, FORMS[seed % len(FORMS)], seed)
     pairs = [
         list(v) if isinstance(v, tuple) else [v, v]
         for v in (how["stride"], how["padding"], how["dilation"])
@@ -145,8 +144,7 @@ def test_conv2d(seed: int) -> None:
     check("conv2d_input_grad", dx, dy, dense, size, spec, *geometry)
 
 
-@pytest.mark.parametrize("laps", [None, 3])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "laps"), [(f, (None, 3)[i % 2]) for i, f in enumerate(FORMS)])
 def test_rows_and_whole_weights(form: str, laps: int | None) -> None:
     """fp32 is code times scale times the layer's scale, rounded as the reference rounds it."""
     seed = FORMS.index(form)
@@ -243,4 +241,3 @@ def test_what_can_run_is_as_for_float_banks() -> None:
         plain = Call("linear", x, weight.spec, values.dense())
         call = plain._replace(bank=values)
         assert rules.Triton().unsupported(call) == rules.Triton().unsupported(plain)
-
