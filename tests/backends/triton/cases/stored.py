@@ -58,9 +58,9 @@ def parts(slots: int, granularity: int, form: str, dtype: torch.dtype, seed: int
 
 
 def of(bank: rpg.ParameterBank, form: str, seed: int) -> tuple[StoredValues, Tensor]:
-    """(values in the shape and dtype of a bank, on the device; the same written out)."""
+    """(values in the shape and dtype of a bank, on the device; the same in float64)."""
     values = parts(bank.slots, bank.granularity, form, bank.weight.dtype, seed)
-    return values.to(DEVICE), values.dense()  # type: ignore[return-value]
+    return values.to(DEVICE), values.to(torch.float64).dense()  # type: ignore[return-value]
 
 
 def check(name: str, got: Tensor, x: Tensor, dense: Tensor, *rest: Any) -> None:
@@ -124,7 +124,7 @@ def test_linear(seed: int, laps: int | None) -> None:
         check("linear_input_grad", dx, dy, dense, weight.spec)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_conv2d(seed: int) -> None:
     """Runs of one tap and of all of them, groups, strides, parts, narrow layers."""
     weight, x, bias, how = random_call(seed, permute=not INTERPRETED)
@@ -152,7 +152,8 @@ def test_rows_and_whole_weights(form: str, laps: int | None) -> None:
     bank = brute.bank_of(
         50 * g, torch.float32, granularity=g, reflect=REFLECT[seed % 3], permute=False, laps=laps
     )
-    values, dense = of(bank, form, seed)
+    values, exact = of(bank, form, seed)
+    dense = exact.float()
     for shape in ((21, 70), (6, 11, 3, 2)):
         weight = bank.place(shape, scale=0.37)
         for part in (weight, weight.narrow(0, 2, 4).narrow(1, 3, 7)):
@@ -174,7 +175,7 @@ def test_table() -> None:
     for form in ("int8", "float8 compact"):
         values, dense = of(bank, form, 1)
         y = linear.linear(x.to(DEVICE), values, table, None, weight.spec)
-        wanted = OPS.linear(x, dense, bank.table.cpu(), None, weight.spec, "reference")
+        wanted = OPS.linear(x, dense.float(), bank.table.cpu(), None, weight.spec, "reference")
         torch.testing.assert_close(y.cpu(), wanted, rtol=1e-5, atol=1e-5)
 
 
