@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+import triton_aot as aot
 import triton_every as every
 import triton_launches as launches
 import triton_step as step
 
 from rpg_kernels._stored import StoredValues
+from rpg_kernels.backends.triton.config import choose
 
 PRODUCTS = ("linear", "linear_input_grad", "conv2d", "conv2d_input_grad")
 SMALL_SHARED = 99 * 1024  # bytes a program may have on sm_86, sm_89 and sm_120
@@ -37,21 +41,18 @@ def test_nothing_spills(op: str, form: str, architecture: int) -> None:
         assert "e4m3" not in done.asm["ptx"]
 
 
-def test_codes_are_read_in_lines() -> None:
+@pytest.mark.parametrize("architecture", list(every.GPUS))
+def test_codes_are_read_in_lines(architecture: int) -> None:
     """16 of them at a time, asynchronously, and none by itself."""
-    for name, architecture in itertools.product(("linear", "conv2d"), every.GPUS):
-        calls = every.specialisations(architecture, (name,), "int8")
-        one = next(
-            one
-            for one in calls
-            if one.kernel == name
-            and launches.constants(one)["G"] >= 64
-            and launches.constants(one)["SOURCE"] == "scratch"
-            and launches.constants(one)["BLOCK_K"] == 64
-        )
-        ptx = launches.compile_for(one, architecture).asm["ptx"]
-        assert re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (?:0x10|16)", ptx)
-        assert not re.findall(r"ld\.global[.\w:]*\.[us]?b?8\b", ptx)
+    chosen = choose("linear", 4096, 4096, 4096, 64, torch.float16, every.GPUS[architecture])
+    config = replace(chosen, stages=2)
+    constants = aot.linear_constants("entry", "scratch", PAIRS=False)
+    how: dict[str, Any] = {"bank": "i8", "parts": ("scales_ptr",)}
+    c = aot.build("linear", architecture, config, "fp16", **how, **constants)
+    copies = re.findall(r"cp\.async\.cg\.shared\.global[^;]*, (?:0x10|16)", c.ptx)
+    tile = config.block_k * (2 * config.block_m + config.block_n)  # bytes of x and of codes
+    assert len(copies) == 2 * tile // (16 * 32 * config.warps)
+    assert not re.findall(r"ld\.global[.\w:]*b8", c.ptx)
 
 
 def test_banks_in_fewer_bytes_compile_as_few_kernels() -> None:
