@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rpg_kernels import _checks, settings
+from rpg_kernels._stored import StoredValues
 from rpg_kernels._wrappers import unwrap
 from rpg_kernels.backends import dispatch
 from rpg_kernels.backends.call import Call
@@ -94,10 +95,15 @@ def prove(
 
 
 def _kind(call: Call) -> Any:
-    return tuple(
-        (tuple(o.shape), o.stride(), o.dtype, o.device) if isinstance(o, Tensor) else str(o)
-        for o in (call.op, *call.operands)
-    )
+    def of(operand: Any) -> Any:
+        if not isinstance(operand, Tensor):
+            return str(operand)
+        said = (tuple(operand.shape), operand.stride(), operand.dtype, operand.device)
+        if not isinstance(operand, StoredValues):
+            return said
+        return said, [(name, of(part)) for name, part in operand.parts().items()]
+
+    return str([of(operand) for operand in (call.op, *call.operands)])
 
 
 def _calls_by_layer(model: nn.Module, batches: Sequence[int]) -> Iterator[tuple[Call, Tensor]]:
@@ -211,9 +217,10 @@ _GRADIENTS: dict[str, Callable[[Call, Tensor], Iterator[tuple[str, list[Any]]]]]
 
 
 def _backward(call: Call, y: Tensor) -> Iterator[Call]:
-    """The calls of a call's derivatives; dy is as y."""
+    """The calls of a call's derivatives; dy is as y. Stored values have none of their own."""
     for op, operands in _GRADIENTS[call.op](call, y):
-        yield lib.call(op, operands, "")
+        if call.stored is None or not (op.endswith("bank_grad") or op == "pack"):
+            yield lib.call(op, operands, "")
 
 
 def _shown(calls: list[Call], progress: bool) -> Iterator[Call]:

@@ -10,7 +10,9 @@ from typing import Any
 import brute_force as brute
 import torch
 
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.call import Call
+from rpg_kernels.backends.proving import trial
 
 CPU = torch.device("cpu")
 
@@ -20,6 +22,15 @@ def kept_lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+# Values of a bank of 640 elements in slots of 16, by the form that they are kept in.
+STORED = {
+    "int8": lambda: StoredValues(torch.zeros(40, 16).to(torch.int8), torch.ones(40)),
+    "float8": lambda: StoredValues(torch.zeros(40, 16).to(torch.float8_e4m3fn), torch.ones(40)),
+    "int8 compact": lambda: StoredValues(
+        torch.zeros(25, 16).to(torch.int8), torch.ones(25), torch.full((40,), -1).int()
+    ),
+    "float compact": lambda: StoredValues(torch.zeros(25, 16), None, torch.full((40,), -1).int()),
+}
 OPERANDS = {
     "linear": lambda w, t: (torch.randn(5, 3, 20), w, t, torch.randn(9)),
     "linear_input_grad": lambda w, t: (torch.randn(15, 9), w, t),
@@ -29,6 +40,17 @@ OPERANDS = {
     "unpack": lambda w, t: (w, t),
     "pack": lambda w, t: (torch.randn(9, 20), t),
 }
+
+
+def calls_of_stored(form: str) -> Iterator[Call]:
+    """One of each operator that reads a bank, which is one of STORED."""
+    for call in calls():
+        at = trial.ROLES[call.op].index("bank") if "bank" in trial.ROLES[call.op] else None
+        if at is not None:
+            operands: list[Any] = [*call.operands]
+            operands[at] = STORED[form]()
+            bank = operands[at] if at else None
+            yield call._replace(x=operands[0], bank=bank, operands=operands)
 
 
 def calls(table: bool = False) -> Iterator[Call]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import settings
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.registry import Backend
 from rpg_kernels.law.placement import Placement, parse
@@ -53,7 +54,8 @@ class Trial:
         op: operator.
         device: where.
         operands: the operator's, less the back end. A tensor is a dict: role, shape, stride, dtype,
-            and the bytes by which its address misses a multiple of 16.
+            and the bytes by which its address misses a multiple of 16. Of a bank that is kept in
+            fewer bytes it has activations, and such dicts of its parts, by their names.
         batch: (rows, images or indices of the real call, those of the trial).
         rows: (rows of the real weight, those of the trial's).
         configuration: what the back end says it would choose.
@@ -214,6 +216,14 @@ def _tensor(role: str, tensor: Tensor, kept: int, of_rows: tuple[int, int]) -> d
         tensor = tensor[:kept]
     elif role in ("bias", "dense"):
         tensor = tensor[: of_rows[1]]
+    described = _described(role, tensor)
+    if isinstance(tensor, StoredValues):
+        parts = {name: _described(name, part) for name, part in tensor.parts().items()}
+        described |= {"activations": tensor.activations, "parts": parts}
+    return described
+
+
+def _described(role: str, tensor: Tensor) -> dict[str, Any]:
     return {
         "role": role,
         "shape": [*tensor.shape],

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import settings
+from rpg_kernels._stored import ABSENT, PARTS, StoredValues
 from rpg_kernels.backends import registry
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.proving.trial import ROLES, Trial, precision_switches
@@ -184,7 +185,9 @@ def _operands(trial: Trial, device: torch.device) -> list[Any]:
     switches = trial.conditions["precision"][: 2 if trial.op.startswith("conv2d") else 1]
     fine = set(switches) <= {"ieee", "none"}
     for role, operand in zip(ROLES[trial.op], trial.operands, strict=True):
-        if isinstance(operand, dict):
+        if isinstance(operand, dict) and "parts" in operand:
+            made.append(_stored(operand, draw, device))
+        elif isinstance(operand, dict):
             steps = 8 if role == "bank" else 2048 if fine and operand["dtype"] == "float32" else 4
             fine = fine and role not in _DATA
             values = _values(role, operand, p, draw, steps)
@@ -192,6 +195,26 @@ def _operands(trial: Trial, device: torch.device) -> list[Any]:
         else:
             made.append(getattr(torch, operand) if role == "dtype" else operand)
     return made
+
+
+def _stored(operand: dict[str, Any], draw: torch.Generator, device: torch.device) -> StoredValues:
+    """A bank in fewer bytes, whose values are multiples of 1/8 too, up to 1: codes of up to 4
+    times a scale of 1/8 or of 1/4. Its rows have any order, and as many slots are left out."""
+    described: dict[str, Any] = operand["parts"]
+    slots, (rows, _) = operand["shape"][0], described["codes"]["shape"]
+    codes = _whole(-4, 5, described["codes"]["shape"], draw).float()
+    made = {"codes": codes if "scales" in described else codes / 8}
+    if "scales" in described:
+        made["scales"] = _whole(1, 3, [rows], draw).float() / 8
+    if "places" in described:
+        places = torch.full((slots,), ABSENT, device="cpu")
+        here, order = (torch.randperm(n, generator=draw, device="cpu") for n in (slots, rows))
+        places[here[:rows]] = order
+        made["places"] = places
+    lying = {name: _surrounded(part, described[name], device) for name, part in made.items()}
+    dtype = getattr(torch, operand["dtype"])
+    named = {name: lying.get(name) for name in PARTS}
+    return StoredValues(**named, dtype=dtype, activations=operand["activations"])
 
 
 def _values(
@@ -212,12 +235,13 @@ def _whole(low: int, high: int, shape: list[int], draw: torch.Generator) -> Tens
 
 
 def _surrounded(values: Tensor, operand: dict[str, Any], device: torch.device) -> Tensor:
-    """The values as the operand lies in memory, between NaN; integers between zeros."""
+    """The values as the operand lies in memory, between NaN; integers between zeros, and those that
+    are codes of a bank between the largest."""
     dtype: torch.dtype = getattr(torch, operand["dtype"])
     shape, stride = operand["shape"], operand["stride"]
     extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     begin = _AROUND + operand["misses"] // dtype.itemsize
-    around = float("nan") if dtype.is_floating_point else 0
+    around = float("nan") if dtype.is_floating_point else 127 if dtype == torch.int8 else 0
     memory = torch.full((begin + extent + _AROUND,), around, dtype=dtype, device=device)
     inside = memory.as_strided(shape, stride, begin)
     if any(step == 0 and size > 1 for size, step in zip(shape, stride, strict=True)):

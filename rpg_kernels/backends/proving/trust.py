@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rpg_kernels import _checks, settings
 from rpg_kernels._processors import processors
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.call import Call
 from rpg_kernels.backends.proving import trial, trial_process, trial_run, waiting
 from rpg_kernels.backends.proving.verdicts import Book, Verdict
@@ -195,6 +196,10 @@ def _call_key(backend: Backend, call: Call) -> Any:
     for o in call.operands:
         if isinstance(o, Tensor):
             key += (o.shape, o.stride(), o.dtype, trial.misses(o))
+            if isinstance(o, StoredValues):
+                key.append(o.activations)
+                for name, part in o.parts().items():
+                    key += (name, part.shape, part.dtype, trial.misses(part))
         elif isinstance(o, list):
             key += o
         elif o is not call.placement:

@@ -35,6 +35,8 @@ _distance, _wide, _rows_of = pixels.distance, pixels.wide, pixels.rows_of
 def _forward_kernel(
     x_ptr,  # [B, C, H, W]
     bank_ptr,  # [slots, G] or [2 * slots, G]
+    scales_ptr,  # of a bank that is kept in fewer bytes, see stored.py
+    places_ptr,
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     bias_ptr,  # [N] or unused
@@ -88,6 +90,7 @@ def _forward_kernel(
     scale,
     # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
+    PARTS: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -151,9 +154,10 @@ def _forward_kernel(
             tap, part, th, tw = _walk(step, parts, parts_magic, taps_w, taps_w_magic)
             if WHOLE:
                 w = _weight_tile(
-                    bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, 0, 0,
+                    bank_ptr, scales_ptr, places_ptr,
+                    law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, 0, 0,
                     steps * BLOCK_K,
-                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
+                    G, BLOCK_K, PARTS, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                     x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
             else:
@@ -161,9 +165,10 @@ def _forward_kernel(
                 if SOURCE == "scratch":
                     entry_at += tl.full([], 1, tl.int64) * (tap * count) * entry_stride
                 w = _weight_tile(
-                    bank_ptr, law_ptr, entry_at, entry_stride, n, part, row0, blocks,
+                    bank_ptr, scales_ptr, places_ptr,
+                    law_ptr, entry_at, entry_stride, n, part, row0, blocks,
                     low + tap * run_blocks, first, length,
-                    G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
+                    G, BLOCK_K, PARTS, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                     x_ptr.dtype.element_ty, scale,
                 )  # fmt: skip
             if BITS_H > 0:
@@ -180,8 +185,9 @@ def _forward_kernel(
     else:
         for step in range(0, steps):
             w = _weight_tile(
-                bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first,
-                length, G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
+                bank_ptr, scales_ptr, places_ptr,
+                law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first,
+                length, G, BLOCK_K, PARTS, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                 x_ptr.dtype.element_ty, scale,
             )  # fmt: skip
             k = step * BLOCK_K + index
@@ -299,14 +305,15 @@ def _launch(
     m = y.shape[0] * y.shape[2] * y.shape[3]
     tiles_n = g.count * plan.cdiv(g.per_group, c.block_n)
     ahead.launch(_forward_kernel, (plan.cdiv(m, c.block_m) * tiles_n,))(
-        x, bank.ring, launch.words, entries.tensor, y if bias is None else bias, y,
+        x, *bank.ring.tensors, launch.words, entries.tensor, y if bias is None else bias, y,
         m, launch.rows, *x.shape[2:], *y.shape[2:], *x.stride(), *y.stride(), *view.numbers,
         g.per_group, g.first, g.offset, columns, matrix.channels, p.selection[1][0],
         entries.stride, launch.row0, matrix.blocks, matrix.run_blocks,
         cols.low, cols.count, cols.first, cols.length,
         parts * matrix.runs, *pixels.divider(parts), *pixels.divider(view.taps[1]), tiles_n,
         bank.scale,
-        G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs, EVEN_K=even,
+        G=matrix.block, PARTS=bank.ring.parts, SOURCE=entries.source, SIGN=bank.sign,
+        PAIRS=bank.pairs, EVEN_K=even,
         WHOLE=even and cols.count == matrix.run_blocks, BY_TAP=matrix.by_tap,
         BITS_H=view.bits[0], BITS_W=view.bits[1],
         HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype, convolution=True),

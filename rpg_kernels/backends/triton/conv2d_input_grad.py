@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rpg_kernels._tensors import empty_image
 from rpg_kernels.backends.reference import conv2d as reference
-from rpg_kernels.backends.triton import ahead, entries, pixels, plan, weights
+from rpg_kernels.backends.triton import ahead, entries, pixels, plan, stored, weights
 from rpg_kernels.backends.triton import law as device_law
 from rpg_kernels.backends.triton import linear as pointwise
 from rpg_kernels.backends.triton.config import Config, dot_precision
@@ -20,6 +20,7 @@ from rpg_kernels.law.placement import Placement, parse
 
 _weight_tile, _slot_and_sign = weights.weight_tile, entries.slot_and_sign
 _position, _flip = entries.position, entries.flip
+_block_of, _read = stored.block_of, stored.read
 _sign_word, _sign_bit = device_law.sign_word, device_law.sign_bit
 _tile_of = pointwise._tile_of
 _pixel, _inside, _tap_bits = pixels.pixel, pixels.inside, pixels.tap_bits
@@ -28,7 +29,9 @@ _walk, _distance, _wide = pixels.walk, pixels.distance, pixels.wide
 
 @triton.jit
 def _element_tile(
-    bank_ptr,  # [slots, G] or [2 * slots, G]
+    bank_ptr,  # see weights.weight_tile
+    scales_ptr,
+    places_ptr,
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     entry_stride,
@@ -38,6 +41,7 @@ def _element_tile(
     row0,
     blocks,
     G: tl.constexpr,
+    PARTS: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -57,7 +61,12 @@ def _element_tile(
     mask = tl.broadcast_to(wanted[None, :], slot.shape)
     if live is not None:
         mask = mask & live[:, None]
-    w = tl.load(bank_ptr + slot * G + e[None, :], mask=mask, other=0.0)
+    if scales_ptr is not None or places_ptr is not None:
+        place = _block_of(slot, places_ptr, PARTS)
+        at = place * G + e[None, :]
+        w = _read(bank_ptr, scales_ptr, places_ptr, at, place, mask, 1, 16, PARTS)
+    else:
+        w = tl.load(bank_ptr + slot * G + e[None, :], mask=mask, other=0.0)
     if bank_ptr.dtype.element_ty != DTYPE:
         w = (w * scale).to(DTYPE)  # as in weights.weight_tile
     if SIGN == "element":
@@ -73,6 +82,8 @@ def _element_tile(
 def _input_grad_kernel(
     dy_ptr,  # [B, N, out_h, out_w]
     bank_ptr,  # [slots, G] or [2 * slots, G]
+    scales_ptr,  # of a bank that is kept in fewer bytes, see stored.py
+    places_ptr,
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry; in scratch [taps * count, entry_stride]
     dx_ptr,  # [B, C, rows of the class, columns of the class]
@@ -129,6 +140,7 @@ def _input_grad_kernel(
     scale,
     # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
+    PARTS: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -193,17 +205,18 @@ def _input_grad_kernel(
             if SOURCE == "scratch":
                 entry_at += tl.full([], 1, tl.int64) * (tap * count) * entry_stride
             w = _weight_tile(
-                bank_ptr, law_ptr, entry_at, entry_stride, n, step, row0, blocks,
+                bank_ptr, scales_ptr, places_ptr,
+                law_ptr, entry_at, entry_stride, n, step, row0, blocks,
                 low + tap * run_blocks, first, length,
-                G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
+                G, BLOCK_K, PARTS, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
                 dy_ptr.dtype.element_ty, scale, live,
             )  # fmt: skip
         else:
             wanted = k < length
             w = _element_tile(
-                bank_ptr, law_ptr, entry_ptr, entry_stride, n,
+                bank_ptr, scales_ptr, places_ptr, law_ptr, entry_ptr, entry_stride, n,
                 tap * channels + column0 + tl.where(wanted, k, 0), wanted, row0, blocks,
-                G, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW, dy_ptr.dtype.element_ty, scale,
+                G, PARTS, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW, dy_ptr.dtype.element_ty, scale,
                 live,
             )  # fmt: skip
         if BITS_H > 0:
@@ -359,15 +372,16 @@ def _launch(
     tiles_k, parts = g.count * steps, plan.cdiv(g.per_group, c.block_n)
     even_n = g.per_group % c.block_n == 0 and g.offset == 0 and launch.rows % g.per_group == 0
     ahead.launch(_input_grad_kernel, (plan.cdiv(m, c.block_m) * tiles_k,))(
-        dy, bank.ring, launch.words, entries.tensor, out,
+        dy, *bank.ring.tensors, launch.words, entries.tensor, out,
         m, launch.rows, *dy.shape[2:], one.height, one.width, *dy.stride(), *out.stride(),
         *view.numbers, view.first_tap, *view.taps_apart,
         g.per_group, g.first, g.offset, p.selected_shape[1], matrix.channels, p.selection[1][0],
         entries.stride, launch.row0, matrix.blocks, matrix.run_blocks, columns.low, columns.count,
         columns.first, columns.length, steps, math.prod(view.taps) * parts,
         *pixels.divider(parts), *pixels.divider(view.taps[1]), tiles_k, bank.scale,
-        G=matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
-        EVEN_K=columns.first == 0 and columns.length == steps * c.block_k, EVEN_N=even_n,
+        G=matrix.block, PARTS=bank.ring.parts, SOURCE=entries.source, SIGN=bank.sign,
+        PAIRS=bank.pairs, EVEN_N=even_n,
+        EVEN_K=columns.first == 0 and columns.length == steps * c.block_k,
         BY_TAP=matrix.by_tap, BITS_H=view.bits[0], BITS_W=view.bits[1], ADD=add,
         PRECISION=dot_precision(dy.dtype, convolution=True),
         **entries.law_of(launch, bank.sign),

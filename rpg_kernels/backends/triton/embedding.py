@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rpg_kernels.backends.reference import embedding as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
-from rpg_kernels.backends.triton import ahead, entries, plan, weights
+from rpg_kernels.backends.triton import ahead, entries, plan, stored, weights
 from rpg_kernels.backends.triton.config import Config, choose
 from rpg_kernels.law.placement import Placement, parse
 
-_locate, _flip = weights.locate, entries.flip
+_locate, _stored_tile, _flip = weights.locate, weights.stored_tile, entries.flip
 # What changes from call to call, and would be compiled anew where a multiple of 16 comes or goes.
 _VARYING = ("M", "row", "rows", "row0", "low", "steps")
 
@@ -63,6 +63,8 @@ def _columns_of(step, low, first, columns, G: tl.constexpr, BLOCK_K: tl.constexp
 @triton.jit(do_not_specialize=_VARYING)
 def _embedding_kernel(
     bank_ptr,  # [slots, G]
+    scales_ptr,  # of a bank that is kept in fewer bytes, see stored.py
+    places_ptr,
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     index_ptr,  # [M], int32 or int64
@@ -78,6 +80,7 @@ def _embedding_kernel(
     steps,
     scale,
     G: tl.constexpr,
+    PARTS: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -98,11 +101,18 @@ def _embedding_kernel(
     tile = pid // steps
     i, n, found = _rows_of(index_ptr, tile, M, row, rows, BLOCK_M)
     k, wanted, b, e = _columns_of(pid - tile * steps, low, first, columns, G, BLOCK_K)
-    offsets, sign = _locate(
-        law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
-    )  # fmt: skip
-    w = tl.load(bank_ptr + offsets).to(tl.float32)
+    if scales_ptr is not None or places_ptr is not None:
+        w, sign = _stored_tile(
+            bank_ptr, scales_ptr, places_ptr, law_ptr, entry_ptr, 0, n, b, e, None, row0, blocks,
+            low, G, BLOCK_K, PARTS, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
+        )  # fmt: skip
+        w = w.to(tl.float32)
+    else:
+        offsets, sign = _locate(
+            law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
+            G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
+        )  # fmt: skip
+        w = tl.load(bank_ptr + offsets).to(tl.float32)
     if SIGN != "none":
         w = _flip(w, sign)
     at = y_ptr + (i * columns)[:, None] + k[None, :]
@@ -174,9 +184,9 @@ def embedding(
     p = parse(placement)
     y = bank.new_empty((*indices.shape, p.selected_shape[1]))
     if y.numel():
-        ring = bank.contiguous().view(-1, p.matrix.block)
+        ring = stored.ring_of(bank, p.matrix.block)
         c = config or _config("embedding", indices, p, bank.dtype)
-        _launch(_embedding_kernel, (ring,), (y,), (), table, indices, p, c)
+        _launch(_embedding_kernel, ring.tensors, (y,), (), table, indices, p, c, PARTS=ring.parts)
     return y
 
 
@@ -214,13 +224,14 @@ def _config(op: str, indices: Tensor, p: Placement, dtype: torch.dtype) -> Confi
 
 def _launch(
     kernel: triton.JITFunction,
-    source: tuple[Tensor],
+    source: tuple[Tensor | None, ...],
     result: tuple[Tensor],
     strides: tuple[int, ...],
     table: Tensor | None,
     indices: Tensor,
     p: Placement,
     c: Config,
+    **constants: int,
 ) -> None:
     """One launch for every band of the law, each over all indices."""
     flat = indices.reshape(-1).contiguous()
@@ -237,5 +248,5 @@ def _launch(
                 steps, p.scale,
                 G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p),
                 **entries.law_of(launch, plan.sign_kind(p)),
-                BLOCK_M=c.block_m, BLOCK_K=width, num_warps=c.warps,
+                **constants, BLOCK_M=c.block_m, BLOCK_K=width, num_warps=c.warps,
             )  # fmt: skip

@@ -43,6 +43,8 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 def _forward_kernel(
     x_ptr,  # [M, K]
     bank_ptr,  # [slots, G] or [2 * slots, G]
+    scales_ptr,  # of a bank that is kept in fewer bytes, see stored.py
+    places_ptr,
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     bias_ptr,  # [N] or unused
@@ -66,6 +68,7 @@ def _forward_kernel(
     scale,
     # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
+    PARTS: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -117,8 +120,9 @@ def _forward_kernel(
     tl.assume(steps <= 1 << 27)  # 2^31 columns
     for step in range(0, steps):
         w = _weight_tile(
-            bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
-            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
+            bank_ptr, scales_ptr, places_ptr,
+            law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
+            G, BLOCK_K, PARTS, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
             x_ptr.dtype.element_ty, scale,
         )  # fmt: skip
         if EVEN_K:
@@ -142,6 +146,8 @@ def _forward_kernel(
 def _input_grad_kernel(
     dy_ptr,  # [M, N]
     bank_ptr,  # [slots, G] or [2 * slots, G]
+    scales_ptr,  # of a bank that is kept in fewer bytes, see stored.py
+    places_ptr,
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     dx_ptr,  # [M, K], K contiguous
@@ -164,6 +170,7 @@ def _input_grad_kernel(
     scale,
     # How a weight is found and signed: see entries.py.
     G: tl.constexpr,
+    PARTS: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -207,8 +214,9 @@ def _input_grad_kernel(
         n = tl.minimum(n0 + offs_n, N - 1)
         live = None if EVEN_N else n0 + offs_n < N
         w = _weight_tile(
-            bank_ptr, law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
-            G, BLOCK_K, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
+            bank_ptr, scales_ptr, places_ptr,
+            law_ptr, entry_ptr, entry_stride, n, step, row0, blocks, low, first, K,
+            G, BLOCK_K, PARTS, SOURCE, SIGN, PAIRS, EVEN_K, ROUNDS, SWAP_ROUNDS, LAW,
             dy_ptr.dtype.element_ty, scale, live,
         )  # fmt: skip
         if EVEN_N:
@@ -239,7 +247,7 @@ def _stages(bank: plan.Operand, a: Tensor, entries: plan.Entries, c: Config) -> 
     More than three only pay where entries are loaded before weights. Two where the bank has another
     dtype than the product, as tiles of fp32 are twice as large.
     """
-    if bank.ring.dtype != a.dtype:
+    if bank.ring.codes.dtype != a.dtype:
         return min(2, c.stages)
     return c.stages if entries.source == "scratch" else min(3, c.stages)
 
@@ -315,12 +323,13 @@ def _launch_forward(
     )
     of_k = of_k if cols.first % of_k == 0 else 1
     ahead.launch(_forward_kernel, grid)(
-        a, bank.ring, launch.words, entries.tensor, out if bias is None else bias[part],
+        a, *bank.ring.tensors, launch.words, entries.tensor, out if bias is None else bias[part],
         out[:, part], m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_k, a.stride(1), out.stride(0) // of_n,
         entries.stride, launch.row0, p.matrix.blocks, cols.low, cols.first // of_k, steps,
         bank.scale,
-        G=g, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
+        G=g, PARTS=bank.ring.parts, SOURCE=entries.source, SIGN=bank.sign,
+        PAIRS=bank.pairs,
         EVEN_K=cols.first == 0 and columns == steps * c.block_k, HAS_BIAS=bias is not None,
         UNIT_N=of_n, UNIT_K=of_k, PRECISION=dot_precision(a.dtype),
         **entries.law_of(launch, bank.sign),
@@ -412,10 +421,12 @@ def _launch_input_grad(
     )
     of_k = of_k if first % of_k == 0 else 1
     ahead.launch(_input_grad_kernel, (plan.cdiv(m, c.block_m) * steps,))(
-        a, bank.ring, launch.words, entries.tensor, out, m, launch.rows // of_n, columns // of_k,
+        a, *bank.ring.tensors, launch.words, entries.tensor, out,
+        m, launch.rows // of_n, columns // of_k,
         a.stride(0) // of_n, a.stride(1), out.stride(0) // of_k, entries.stride, launch.row0,
         p.matrix.blocks, low, first // of_k, steps, bank.scale,
-        G=p.matrix.block, SOURCE=entries.source, SIGN=bank.sign, PAIRS=bank.pairs,
+        G=p.matrix.block, PARTS=bank.ring.parts, SOURCE=entries.source, SIGN=bank.sign,
+        PAIRS=bank.pairs,
         EVEN_K=first == 0 and columns == steps * c.block_k, EVEN_N=launch.rows % c.block_n == 0,
         UNIT_N=of_n, UNIT_K=of_k, ADD=add,
         PRECISION=dot_precision(a.dtype),

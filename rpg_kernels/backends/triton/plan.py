@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, settings
-from rpg_kernels.backends.triton import entry_table, unit_law
+from rpg_kernels._stored import StoredValues
+from rpg_kernels.backends.triton import entry_table, stored, unit_law
 from rpg_kernels.backends.triton import law as law_1
 from rpg_kernels.backends.triton.config import products_read_shared, whole, whole_weight
 from rpg_kernels.backends.triton.rules import interpreted
@@ -52,14 +53,14 @@ class Operand:
     """The bank as kernels read it.
 
     Args:
-        ring: ``[slots, block]``, or ``[2 * slots, block]`` holding [v, -v].
+        ring: codes ``[slots, block]``, or ``[2 * slots, block]`` holding [v, -v].
         sign: how the sign of a weight is found: "none", "folded", "entry" or "element".
         pairs: two elements may be read as one aligned uint32.
         left: bytes of the scratch limit that remain.
         scale: what products with ``ring`` are still to be multiplied by.
     """
 
-    ring: Tensor
+    ring: stored.Ring
     sign: str
     pairs: bool
     left: int
@@ -81,17 +82,20 @@ def operand(bank: Tensor, p: Placement, dtype: torch.dtype, m: int, block_m: int
     read them; it holds [v, -v] under "vector". It is at most 4 bytes per degree of freedom in 16
     bits, counts as a bank and not as scratch, and is freed after the call. There is none where
     tiles read few weights for each element of the bank (COPY_FROM), or where scratch is forbidden:
-    then tiles convert and sign what they read.
+    then tiles convert and sign what they read. A bank that is kept in fewer bytes is never copied.
 
     Args:
-        bank: ``[slots, granularity]``.
+        bank: ``[slots, granularity]``, or StoredValues.
         p: the weight.
         dtype: of the product.
         m: rows of the batch.
         block_m: of a tile of the batch; tiles read the same weights one after the other.
     """
-    left = settings.scratch_bytes(bank.device.type)
-    ring, sign = bank.contiguous().view(-1, p.matrix.block), sign_kind(p)
+    left, sign = settings.scratch_bytes(bank.device.type), sign_kind(p)
+    whole_ring = stored.ring_of(bank, p.matrix.block)
+    if isinstance(bank, StoredValues):
+        return Operand(whole_ring, sign, False, left, p.scale)
+    ring = whole_ring.codes
     foldable = sign == "entry" and not isinstance(p.generator, TableGenerator)
     # The reference rounds scale * w, and fp16 may hold that but not w.
     scale_of_copy = p.scale if dtype != bank.dtype else 1.0
@@ -109,7 +113,7 @@ def operand(bank: Tensor, p: Placement, dtype: torch.dtype, m: int, block_m: int
     pairs = low and sign in ("entry", "element") and ring.data_ptr() % 16 == 0
     pairs = pairs and products_read_shared(bank.device)  # mma.sync would reorder every pair
     scale = 1.0 if ring.dtype != bank.dtype else p.scale
-    return Operand(ring, sign, pairs, left, scale)
+    return Operand(stored.Ring(ring), sign, pairs, left, scale)
 
 
 def _cast(ring: Tensor, scale: float, out: Tensor) -> Tensor:

@@ -12,16 +12,18 @@ from rpg_kernels._checks import INT32_MAX as _INT32_MAX
 from rpg_kernels.backends.reference import tiles
 from rpg_kernels.backends.reference import unpack as reference
 from rpg_kernels.backends.reference.accumulate import bank_accumulator
-from rpg_kernels.backends.triton import ahead, entries, plan, sum_uses, weights
+from rpg_kernels.backends.triton import ahead, entries, plan, stored, sum_uses, weights
 from rpg_kernels.backends.triton.config import Config, choose
 from rpg_kernels.law.placement import Placement, parse
 
-_locate, _flip = weights.locate, entries.flip
+_locate, _stored_tile, _flip = weights.locate, weights.stored_tile, entries.flip
 
 
 @triton.jit(do_not_specialize=["rows", "low", "row0", "steps"])
 def _unpack_kernel(
     bank_ptr,  # [slots, G]
+    scales_ptr,  # of a bank that is kept in fewer bytes, see stored.py
+    places_ptr,
     law_ptr,  # [192]
     entry_ptr,  # see entries.entry
     out_ptr,  # [rows, columns, taps]
@@ -42,6 +44,7 @@ def _unpack_kernel(
     steps,
     scale,
     G: tl.constexpr,
+    PARTS: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     BY_TAP: tl.constexpr,
@@ -99,12 +102,19 @@ def _unpack_kernel(
         column = i - t * channels - first
         wanted = wanted & (i < run)
     wanted = wanted & (column >= 0) & (column < columns)
-    offsets, sign = _locate(
-        law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
-        G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
-    )  # fmt: skip
-    mask = (offs_n < rows)[:, None] & wanted[None, :]
-    w = tl.load(bank_ptr + offsets, mask=mask, other=0.0)
+    if scales_ptr is not None or places_ptr is not None:
+        mask = (offs_n < rows)[:, None] & wanted[None, :]
+        w, sign = _stored_tile(
+            bank_ptr, scales_ptr, places_ptr, law_ptr, entry_ptr, 0, n, b, e, mask, row0, blocks,
+            low, G, BLOCK_K, PARTS, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
+        )  # fmt: skip
+    else:
+        offsets, sign = _locate(
+            law_ptr, entry_ptr, 0, n, b, e, row0, blocks, low,
+            G, BLOCK_K, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
+        )  # fmt: skip
+        mask = (offs_n < rows)[:, None] & wanted[None, :]
+        w = tl.load(bank_ptr + offsets, mask=mask, other=0.0)
     if SIGN != "none":
         w = _flip(w, sign)
     w = w.to(tl.float32) * scale
@@ -126,7 +136,7 @@ def unpack_tile(
     """scale · G · w as ``[rows, columns, *kernel]`` in ``dtype``, rounded once; no scratch.
 
     Args:
-        bank: ``[slots, granularity]``.
+        bank: ``[slots, granularity]``, or StoredValues.
         table: int32 ``[entries]`` or None.
         p: the weight, or a part of it.
         dtype: of the result.
@@ -138,7 +148,7 @@ def unpack_tile(
         dense = bank.new_empty((rows, matrix.taps, columns), dtype=dtype).transpose(1, 2)
     else:
         dense = bank.new_empty((rows, columns, matrix.taps), dtype=dtype)
-    ring = bank.contiguous().view(-1, matrix.block)
+    ring = stored.ring_of(bank, matrix.block)
     c = config or choose("unpack", 1, rows, columns, matrix.block, bank.dtype)
     padded = matrix.runs * cols.count * matrix.block
     if padded > _INT32_MAX:
@@ -151,10 +161,10 @@ def unpack_tile(
             entries = in_line if table is None else plan.entries_of_table(table, p, launch)
             part = dense[launch.row : launch.row + launch.rows]
             ahead.launch(_unpack_kernel, (plan.cdiv(launch.rows, c.block_n) * steps,))(
-                ring, launch.words, entries.tensor, part, *part.stride(),
+                *ring.tensors, launch.words, entries.tensor, part, *part.stride(),
                 launch.rows, columns, matrix.channels, matrix.run, matrix.run_blocks, matrix.runs,
                 launch.row0, matrix.blocks, cols.low, cols.count, first, steps, p.scale,
-                G=matrix.block, SOURCE=entries.source, SIGN=plan.sign_kind(p),
+                G=matrix.block, PARTS=ring.parts, SOURCE=entries.source, SIGN=plan.sign_kind(p),
                 BY_TAP=matrix.by_tap, ONE_TAP=matrix.taps == 1,
                 **entries.law_of(launch, plan.sign_kind(p)),
                 BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps,

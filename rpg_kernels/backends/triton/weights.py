@@ -15,12 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rpg_kernels.backends.triton import entries
+from rpg_kernels.backends.triton import entries, stored
 
 _PAIR = tl.constexpr(0x80008000)
 _position, _slot_and_sign = entries.position, entries.slot_and_sign
 _grid, _span, _spread = entries.grid, entries.span, entries.spread
 _sign_words, _signs, _flip = entries.sign_words, entries.signs, entries.flip
+_block_of, _read = stored.block_of, stored.read
 
 
 @triton.jit
@@ -89,6 +90,51 @@ def locate(
     offsets = places(slot, e, G, BLOCK_K)
     sign = _signs(sign, rows, columns, e, law_ptr, row0, blocks, G, BLOCK_K, SIGN, LAW)
     return offsets, sign
+
+
+@triton.jit
+def stored_tile(
+    bank_ptr,  # [rows * PARTS, G]
+    scales_ptr,  # see stored.read
+    places_ptr,
+    law_ptr,  # [192]
+    entry_ptr,  # see entry
+    entry_stride,
+    n,
+    b,
+    e,
+    wanted,
+    row0,
+    blocks,
+    low,
+    G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SIGN: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    SWAP_ROUNDS: tl.constexpr,
+    LAW: tl.constexpr,
+):
+    """(values without signs, their signs) of a tile of a bank that is kept in fewer bytes.
+
+    Args:
+        n, b, e: as in locate.
+        wanted: see stored.read.
+
+    Returns:
+        (see stored.read; uint32 signs in bit 31 that broadcast to it).
+    """
+    rows, columns = _grid(n, b, G, BLOCK_K)
+    slot, sign = _slot_and_sign(
+        law_ptr, entry_ptr, entry_stride, rows, columns, row0, blocks, low,
+        SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
+    )  # fmt: skip
+    block = _block_of(slot, places_ptr, PARTS)
+    at = places(block, e, G, BLOCK_K)
+    value = _read(bank_ptr, scales_ptr, places_ptr, at, block, wanted, G, BLOCK_K, PARTS)
+    sign = _signs(sign, rows, columns, e, law_ptr, row0, blocks, G, BLOCK_K, SIGN, LAW)
+    return value, sign
 
 
 @triton.jit
@@ -195,6 +241,8 @@ def scatter(
 @triton.jit
 def weight_tile(
     bank_ptr,  # [slots, G], [2 * slots, G] when signs are folded
+    scales_ptr,  # of a bank that is kept in fewer bytes, see stored.read
+    places_ptr,
     law_ptr,  # [192]
     entry_ptr,  # see entry
     entry_stride,
@@ -207,6 +255,7 @@ def weight_tile(
     length,
     G: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     SOURCE: tl.constexpr,
     SIGN: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -263,6 +312,22 @@ def weight_tile(
         w = tl.interleave(even, odd).to(DTYPE, bitcast=True)
         if not EVEN_K:
             w = tl.where(valid, w, tl.zeros([], DTYPE))
+    elif scales_ptr is not None or places_ptr is not None:
+        wanted = None
+        if live is not None:
+            wanted = live[:, None]
+            if not EVEN_K:
+                wanted = wanted & valid
+        elif not EVEN_K:
+            wanted = valid
+        w, sign = stored_tile(
+            bank_ptr, scales_ptr, places_ptr, law_ptr, entry_ptr, entry_stride, n, b, e, wanted,
+            row0, blocks, low, G, BLOCK_K, PARTS, SOURCE, SIGN, ROUNDS, SWAP_ROUNDS, LAW,
+        )  # fmt: skip
+        if bank_ptr.dtype.element_ty != DTYPE:
+            w = (w * scale).to(DTYPE)
+        if SIGN == "entry" or SIGN == "element":
+            w = _flip(w, sign)
     else:
         offsets, sign = locate(
             law_ptr, entry_ptr, entry_stride, n, b, e, row0, blocks, low,

@@ -270,7 +270,13 @@ def test_refusals() -> None:
         layer = rpg.nn.Linear(64, 100, bank=blocks.bank)
         with pytest.raises(RuntimeError, match="blocks of 32 or 64 elements, not of 8"):
             rpg.explain(layer, x)
-        assert rpg.explain(rpg.nn.Linear(64, 90, bank=good.bank), x).backend == "simt"
+        layer = rpg.nn.Linear(64, 90, bank=good.bank)
+        assert rpg.explain(layer, x).backend == "simt"
+        rpg.quantize(layer, "int8")
+        for call in (layer, lambda x: rpg.explain(layer, x)):
+            with pytest.raises(RuntimeError, match="read float banks, not one stored as int8"):
+                call(x)
+        rpg.dequantize(layer)
     with rpg.backend("cuda"), pytest.raises(RuntimeError, match="there the back end simt runs"):
         rpg.functional.linear(x, good)
     tiny = rules.Gpu("simt", 1, 8 * 1024)

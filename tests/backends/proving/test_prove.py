@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import back_ends_on_trial as trials
@@ -58,9 +59,25 @@ def test_prove_without_a_standard_error(
     assert len(rpg.prove(layer, batches=(b for b in (1, 2)))) == 6  # type: ignore[arg-type]
 
 
+def test_banks_in_fewer_bytes(layer: rpg.nn.Linear, here: None) -> None:
+    """Are tried with all that reads them, and with no gradient of theirs."""
+    trials.register("right")
+    for inputs in ((torch.randn(2, layer.in_features),), ()):
+        kinds = set()
+        for kind in ("int8", "float8_e4m3fn"):
+            model = rpg.quantize(copy.deepcopy(layer), kind)
+            trust.forget()
+            said = rpg.prove(model, *inputs, batches=(2,), progress=False)
+            assert [e.op for e in said] == ["linear", "linear_input_grad"]
+            assert all("proved here" in e.reason for e in said)
+            kinds |= set(trust._known)
+        assert len(kinds) == 4
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("stored", ["", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_back_ends_of_this_gpu_prove_themselves(dtype: torch.dtype) -> None:
+def test_the_back_ends_of_this_gpu_prove_themselves(dtype: torch.dtype, stored: str) -> None:
     """In another process; a failure's message is in what explain says."""
     bank = brute.unit_bank(131_072, laps=4, device="cuda", dtype=dtype)
     model = torch.nn.ModuleList(
@@ -70,6 +87,8 @@ def test_the_back_ends_of_this_gpu_prove_themselves(dtype: torch.dtype) -> None:
             rpg.nn.Embedding(100, 256, bank=bank),
         ]
     )
+    if stored:
+        rpg.quantize(model, stored)
     said = rpg.prove(model, batches=(1, 16, 256), progress=False)
     assert {e.backend for e in said} >= {"triton"}
     for explained in said:

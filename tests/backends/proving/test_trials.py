@@ -12,11 +12,12 @@ from unittest import mock
 import back_ends_on_trial as trials
 import pytest
 import torch
-from calls_to_prove import CPU, calls, of_linear
+from calls_to_prove import CPU, STORED, calls, calls_of_stored, of_linear
 
 import rpg_kernels as rpg
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.call import Call
-from rpg_kernels.backends.proving import trial, trial_run
+from rpg_kernels.backends.proving import trial, trial_run, trust
 
 
 @pytest.mark.parametrize("table", [False, True])
@@ -37,6 +38,35 @@ def test_trials_of_every_operator(way: str, table: bool) -> None:
                 operands[-1] = dtype
             low = call._replace(x=operands[0], operands=operands)
             assert bool(trial_run.run(trial.made(backend, low))) is (way == "wrong"), call.op
+
+
+@pytest.mark.parametrize("form", list(STORED))
+def test_trials_of_banks_in_fewer_bytes(form: str) -> None:
+    """They are made with such banks, and stand for no others."""
+    trials.register("right", "wrong")
+    keys = set()
+    for call in calls_of_stored(form):
+        made = trial.made(trials.ALL["right"], call)
+        assert trial.Trial.from_json(made.to_json()) == made
+        at = trial.ROLES[call.op].index("bank")
+        bank, given = trial_run._operands(made, CPU)[at], call.operands[at]
+        assert isinstance(bank, StoredValues)
+        assert bank.activations == given.activations
+        assert {name: (part.dtype, part.shape) for name, part in bank.parts().items()} == {
+            name: (part.dtype, part.shape) for name, part in given.parts().items()
+        }
+        dense = bank.dense()
+        assert torch.equal(dense * 8, (dense * 8).round())
+        assert 0.5 <= float(dense.abs().max()) <= 1
+        assert int(dense.any(1).sum()) >= len(bank.codes) - 2
+        assert not trial_run.run(made), call.op
+        assert trial_run.run(trial.made(trials.ALL["wrong"], call)), call.op
+        other = next(f for f in STORED if f != form)
+        plain = [c for c in (*calls(), *calls_of_stored(other)) if c.op == call.op]
+        keys |= {made.key, *(trial.made(trials.ALL["right"], c).key for c in plain)}
+        in_process = {trust._call_key(trials.ALL["right"], c) for c in (call, *plain)}
+        assert len(in_process) == 3
+    assert len(keys) == 3 * 6
 
 
 def test_a_trial_of_a_large_call_is_small() -> None:

@@ -17,6 +17,7 @@ FILES = [
     ("linear.py",),
     ("conv2d.py",),
     ("unit.py",),
+    ("stored.py",),
     (
         "embedding.py",
         "large_tiles.py",
@@ -31,6 +32,7 @@ AHEAD = [
     ("aot.py", "aot_ahead.py", "aot_embedding.py"),
     ("aot_conv2d.py", "aot_unit.py"),
     ("aot_every.py",),
+    ("aot_stored.py",),
 ]
 
 

@@ -58,6 +58,9 @@ _INNERMOST = (
 )
 
 
+PARTS = ("scales_ptr", "places_ptr")
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One kernel for one architecture; what is not asked for is not disassembled."""
@@ -122,6 +125,7 @@ def build(
     bank: str = "",
     integers: str = "i32",
     aligned: bool = True,
+    parts: tuple[str, ...] = (),
     **constants: Any,
 ) -> Compiled:
     """Compile a kernel of KERNELS.
@@ -135,6 +139,7 @@ def build(
         bank: dtype of the bank where it is another.
         integers: their type; Triton passes "i64" what does not fit "i32".
         aligned: sizes and strides are multiples of 16.
+        parts: those of PARTS that the bank has, which is then kept in fewer bytes.
         constants: compile-time arguments, beside the tile sizes, and integers of 1.
     """
     kernel = KERNELS[name]
@@ -149,7 +154,8 @@ def build(
     attributes: dict[tuple[int, ...], Any] = {}
     for i, p in enumerate(kernel.params):
         number = not p.is_constexpr and p.name != "scale" and not p.name.endswith("_ptr")
-        given = p.is_constexpr or p.name in _INNERMOST or p.name in constants
+        absent = p.name in PARTS and p.name not in parts
+        given = p.is_constexpr or p.name in _INNERMOST or p.name in constants or absent
         if given or (ones and number):
             signature[p.name] = "constexpr"
             inner = 1 if number else None
@@ -162,6 +168,8 @@ def build(
                 "magic_ptr": "i32",
                 "grad_ptr": "fp32",
                 "bank_ptr": bank or dtype,
+                "scales_ptr": "fp32",
+                "places_ptr": "i32",
                 "out_ptr": "fp32"
                 if name.endswith("bank_grad")
                 else {"slots": "i32"}.get(name, dtype),
@@ -191,6 +199,7 @@ def linear_constants(
     """Compile-time arguments of a large layer of whole tiles."""
     return {
         "G": g,
+        "PARTS": 1,
         "SOURCE": source,
         "SIGN": sign,
         "PAIRS": sign in ("entry", "element"),

@@ -82,7 +82,9 @@ def check(
     return y, dx, dw
 
 
-def random_call(seed: int) -> tuple[rpg.VirtualWeight, Tensor, Tensor | None, dict[str, Any]]:
+def random_call(
+    seed: int, permute: bool = True
+) -> tuple[rpg.VirtualWeight, Tensor, Tensor | None, dict[str, Any]]:
     """(weight, x, bias, geometry) of random sizes; every third weight a part of a larger one."""
     rng = random.Random(seed)
     g, dtype = GRANULARITY[seed % 8], DTYPES[seed % 5 % len(DTYPES)]
@@ -92,7 +94,7 @@ def random_call(seed: int) -> tuple[rpg.VirtualWeight, Tensor, Tensor | None, di
         bank_dtype,
         granularity=g,
         reflect=REFLECT[seed % 3],
-        permute=seed % 7 != 0,
+        permute=permute and seed % 7 != 0,
         seed=seed,
     )
     bank.place((1, rng.randrange(1, 300)))

@@ -25,6 +25,7 @@ import triton_launches as launches
 from torch import Tensor
 
 import rpg_kernels as rpg
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.triton import (
     config,
     conv2d,
@@ -173,7 +174,24 @@ def _placed(
     p = Placement(generator, 0, 0, shape, 0.5)
     if call["part"] and min(shape[:2]) > 2:
         p = p.narrow(1, 1, shape[1] - 1)
-    return p, torch.empty(slots, g, dtype=dtype, device=META), table
+    bank = torch.empty(slots, g, dtype=dtype, device=META)
+    return p, kept(bank, call["stored"]) if "stored" in call else bank, table
+
+
+# Dtype of codes, or None where they are values, and whether slots are left out.
+STORED = {"int8": (torch.int8, False), "float8": (torch.float8_e4m3fn, False)}
+STORED |= {f"{form} compact": (kind, True) for form, (kind, _) in STORED.items()}
+STORED |= {"float compact": (None, True)}
+
+
+def kept(bank: Tensor, form: str) -> StoredValues:
+    """A bank in one of the forms of STORED."""
+    kind, compact = STORED[form]
+    rows = len(bank) // 2 if compact else len(bank)
+    codes = torch.empty(rows, bank.shape[1], dtype=kind or bank.dtype, device=META)
+    scales = None if kind is None else torch.empty(rows, device=META)
+    places = torch.empty(len(bank), dtype=torch.int32, device=META) if compact else None
+    return StoredValues(codes, scales, places, bank.dtype)
 
 
 def _image(call: dict[str, Any], channels: int, images: int, size: int) -> Tensor:
@@ -267,12 +285,22 @@ def as_on(gpu: config.Gpu, call: dict[str, Any]) -> Iterator[None]:
 
 
 def specialisations(
-    architecture: int, ops: tuple[str, ...] = (*MATRICES, *CONVOLUTIONS, *ROWS)
+    architecture: int,
+    ops: tuple[str, ...] = (*MATRICES, *CONVOLUTIONS, *ROWS),
+    stored: str = "",
 ) -> dict[launches.Specialisation, str]:
-    """What is compiled for one architecture -> a call that it is compiled for."""
+    """What is compiled for one architecture -> a call that it is compiled for.
+
+    Args:
+        architecture: one of GPUS.
+        ops: operators.
+        stored: what banks are kept as, see STORED; "" as they are used.
+    """
     found: dict[launches.Specialisation, str] = {}
     for op in ops:
         for call in calls(op):
+            if stored:
+                call["stored"] = stored
             made: list[launches.Specialisation] = []
             with launches.recorded(made.append), as_on(GPUS[architecture], call):
                 _run(op, call)

@@ -55,6 +55,8 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
+    torch.uint8: "u8",
 }
 
 
@@ -100,7 +102,8 @@ def specialise(name: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, 
     types, values, aligned = [], [], []
     for i, p in enumerate(params):
         value = given[p.name]
-        if p.is_constexpr or (isinstance(value, int) and value == 1 and not p.do_not_specialize):
+        one = isinstance(value, int) and value == 1 and not p.do_not_specialize
+        if p.is_constexpr or value is None or one:
             types.append("constexpr")
             values.append((i, value))
             continue

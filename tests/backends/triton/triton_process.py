@@ -84,7 +84,8 @@ def poisoned() -> Iterator[None]:
     empty, new_empty = torch.empty, Tensor.new_empty
 
     def fill(tensor: Tensor) -> Tensor:
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(2**31 - 1)
+        floating = tensor.is_floating_point()
+        return tensor.fill_(torch.nan if floating else torch.iinfo(tensor.dtype).max)
 
     def new(self: Tensor, *args: object, **kwargs: object) -> Tensor:
         return fill(new_empty(self, *args, **kwargs))  # type: ignore[arg-type]
