@@ -227,8 +227,7 @@ class UnitGrads {
     for (int64_t k = 0; k < count; ++k) {
       float* t = memory.t + (pairs ? 0 : k * kOctet * plane);
       read[k] = static_cast<uint8_t>(sum(planned, group, column, o + k, tile, memory, t));
-      // A Source that reaches lanes one by one, where anything is not finite, meets zeros
-      // elsewhere.
+      // Sources that reach lanes one by one, where anything is not finite, meet zeros elsewhere.
       whole &= read[k] == 0xFF || Source::kReaches;
       if (pairs) round_slots(tile, k * kOctet, kOctet, t, memory);
     }

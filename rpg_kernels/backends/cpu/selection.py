@@ -30,11 +30,11 @@ def selection(placement: str) -> Any:
     if not is_part(p):
         return None
     shape = (p.matrix.rows, p.matrix.channels)
-    lists = [
-        None if selected == size else list(indices_of(p.selected(dim)))
-        for dim, (selected, size) in enumerate(zip(p.selected_shape, shape, strict=False))
-    ]
-    return native.selection(*lists, shape)
+    rows, columns = (
+        None if p.selected_shape[dim] == shape[dim] else list(indices_of(p.selected(dim)))
+        for dim in (0, 1)
+    )
+    return native.selection(rows, columns, shape)
 
 
 def of_part(placement: str) -> tuple[Any, ...]:
@@ -50,7 +50,8 @@ def groups_with_rows(p: Placement) -> Tensor:
     if p.selected_shape[0] == p.shape[0]:
         return torch.arange(law.groups(0))
     rows = torch.tensor(indices_of(p.selected(0)))
-    return law.number(rows, torch.zeros_like(rows), 0)[1].unique()
+    _, group, _, _ = law.number(rows, torch.zeros_like(rows), 0)
+    return torch.tensor(sorted(set(group.tolist())))
 
 
 def elements_of_blocks(p: Placement) -> Tensor:

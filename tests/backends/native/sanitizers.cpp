@@ -188,6 +188,25 @@ FloatVector linear_layer(const LayerLaw& law, int threads, int64_t batch, int ba
   return y;
 }
 
+// A weight, or of `part` every second row of it and two of three columns.
+struct Part {
+  std::vector<int32_t> rows, columns;
+  int64_t row_count, column_count;
+  Selection selection{};
+
+  Part(bool part, int64_t all_rows, int64_t all_columns)
+      : row_count(all_rows), column_count(all_columns) {
+    if (!part) return;
+    for (int32_t i = 1; i < all_rows; i += 2) rows.push_back(i);
+    for (int32_t i = 0; i < all_columns; ++i) {
+      if (i % 3) columns.push_back(i);
+    }
+    row_count = static_cast<int64_t>(rows.size());
+    column_count = static_cast<int64_t>(columns.size());
+    selection = {rows.data(), row_count, columns.data(), column_count};
+  }
+};
+
 // Kernels that take rows of the batch as lanes.
 struct LanesFamily {
   const char* name;
@@ -213,12 +232,13 @@ const LanesFamily kUnits{"unit_linear",
 
 // Forward and gradients; the gradients together, or dx before dw.
 Results lanes_layer(const LanesFamily& family, const LayerLaw& law, int threads, int64_t batch,
-                    int lanes, bool together, bool pairs) {
+                    int lanes, bool together, bool pairs, bool chosen) {
   const int64_t columns = (law.blocks - 1) * law.granularity + (pairs ? 5 : 4);
   const auto stored = [pairs](FloatVector values) { return pairs ? as_halves(values) : values; };
   const FloatVector ring = stored(numbers(int64_t{law.slots} * law.granularity, 1));
-  const FloatVector x = stored(numbers(batch * columns, 2));
-  const FloatVector dy = stored(numbers(batch * law.rows, 3));
+  const Part part(chosen, law.rows, columns);
+  const FloatVector x = stored(numbers(batch * part.column_count, 2));
+  const FloatVector dy = stored(numbers(batch * part.row_count, 3));
   const FloatVector bias = numbers(law.rows, 4);
   Results out{FloatVector(dy.size()), FloatVector(x.size()), FloatVector(ring.size())};
   Workspaces workspaces;
@@ -234,14 +254,15 @@ Results lanes_layer(const LanesFamily& family, const LayerLaw& law, int threads,
                           threads,
                           lanes,
                           nullptr,
-                          pairs};
+                          pairs,
+                          part.selection};
   forward.workspace = workspaces.get(family.size(law, forward));
   family.run(law, forward);
   LanesLinearGradsArgs both{};
   both.bank = plain_bank(dtype, ring.data()), both.dtype = dtype, both.pairs = pairs;
   both.dy = dy.data(), both.x = x.data();
   both.batch = batch, both.columns = columns, both.scale = kScale;
-  both.threads = threads, both.lanes = lanes;
+  both.threads = threads, both.lanes = lanes, both.selection = part.selection;
   for (int pass = together ? 2 : 0; pass < (together ? 3 : 2); ++pass) {
     LanesLinearGradsArgs grads = both;
     grads.dx = pass == 1 ? nullptr : out.dx.data();
@@ -253,14 +274,15 @@ Results lanes_layer(const LanesFamily& family, const LayerLaw& law, int threads,
   return out;
 }
 
-int compare_lanes(const LanesFamily& family, const LayerLaw& law, bool pairs = false) {
+int compare_lanes(const LanesFamily& family, const LayerLaw& law, bool pairs = false,
+                  bool part = false) {
   const float unit = pairs ? kHalfUnit : 1e-3f;
   int calls = 0;
   for (int64_t batch : {3, 33}) {  // with 16 lanes once, and three times
-    const Results one = lanes_layer(family, law, 1, batch, 16, true, pairs);
+    const Results one = lanes_layer(family, law, 1, batch, 16, true, pairs, part);
     for (int threads : {2, 3, 4}) {
       for (bool together : {true, false}) {
-        const Results many = lanes_layer(family, law, threads, batch, 16, together, pairs);
+        const Results many = lanes_layer(family, law, threads, batch, 16, together, pairs, part);
         if (barriers) {
           compare(many.y, one.y, family.same, family.name, unit);
           compare(many.dx, one.dx, family.same, family.name, unit);
@@ -276,15 +298,17 @@ int compare_lanes(const LanesFamily& family, const LayerLaw& law, bool pairs = f
 // A kernel of 3 x 3 taps over images of the unit law, whose last block of channels has four;
 // forward and gradients, which are made together, or dx before dw.
 Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lanes, int64_t rows,
-                         bool together, bool pairs) {
+                         bool together, bool pairs, bool chosen) {
   const int64_t images = 3, height = 6, width = 5;
-  const int64_t channels = law.granularity + (pairs ? 5 : 4);
+  const int64_t all_channels = law.granularity + (pairs ? 5 : 4);
+  const Part part(chosen, law.rows, all_channels);
+  const int64_t channels = part.column_count, rows_of_weight = part.row_count;
   const int64_t out_height = (height - 1) / step + 1, out_width = (width - 1) / step + 1;
   const int64_t pixels = out_height * out_width;
   const auto stored = [pairs](FloatVector values) { return pairs ? as_halves(values) : values; };
   const FloatVector ring = stored(numbers(int64_t{law.slots} * law.granularity, 1));
   const FloatVector x = stored(numbers(images * channels * height * width, 2));
-  const FloatVector dy = stored(numbers(images * law.rows * pixels, 3));
+  const FloatVector dy = stored(numbers(images * rows_of_weight * pixels, 3));
   const FloatVector bias = numbers(law.rows, 4);
   Results out{FloatVector(dy.size()), FloatVector(x.size()), FloatVector(ring.size())};
   Image image{};
@@ -298,11 +322,12 @@ Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lan
     image.step[d] = step, image.padding[d] = image.dilation[d] = 1;
   }
   image.by_tap = true;
-  image.run = channels, image.run_blocks = 2;
+  image.run = all_channels, image.run_blocks = 2;
   Workspaces workspaces;
   UnitConv2dArgs forward{};
   forward.dtype = pairs ? Dtype::kBfloat16 : Dtype::kFloat32;
   forward.bank = plain_bank(forward.dtype, ring.data());
+  forward.selection = part.selection;
   forward.pairs = pairs;
   forward.x = x.data(), forward.bias = bias.data();
   forward.y = out.y.data(), forward.image = image, forward.images = images;
@@ -312,9 +337,10 @@ Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lan
   forward.workspace = workspaces.get(baseline::unit_conv2d_workspace(law, forward));
   baseline::unit_conv2d(law, forward);
   UnitConv2dGradsArgs both{};
+  both.selection = part.selection;
   both.bank = forward.bank, both.dtype = forward.dtype, both.pairs = pairs;
   both.dy = dy.data(), both.x = x.data();
-  both.dy_stride[0] = law.rows * pixels, both.dy_stride[1] = pixels;
+  both.dy_stride[0] = rows_of_weight * pixels, both.dy_stride[1] = pixels;
   both.dy_stride[2] = out_width, both.dy_stride[3] = 1;
   both.image = image, both.images = images;
   both.kernel[0] = both.kernel[1] = 3;
@@ -331,14 +357,14 @@ Results unit_convolution(const LayerLaw& law, int64_t step, int threads, int lan
   return out;
 }
 
-int compare_unit_convolutions(const LayerLaw& law, int64_t step, bool pairs) {
+int compare_unit_convolutions(const LayerLaw& law, int64_t step, bool pairs, bool part) {
   int calls = 0;
   for (int lanes : {1, 8}) {
     const int64_t rows = lanes == 1 ? 2 : 4;
-    const Results one = unit_convolution(law, step, 1, lanes, rows, true, pairs);
+    const Results one = unit_convolution(law, step, 1, lanes, rows, true, pairs, part);
     for (int threads : {2, 3, 4}) {
       const bool together = threads != 3;
-      const Results many = unit_convolution(law, step, threads, lanes, rows, together, pairs);
+      const Results many = unit_convolution(law, step, threads, lanes, rows, together, pairs, part);
       if (barriers) {
         compare(many.y, one.y, true, "unit_conv2d");
         compare(many.dx, one.dx, false, "unit_conv2d_grads, dx", pairs ? kHalfUnit : 1e-3f);
@@ -423,13 +449,17 @@ int main(int argc, char**) {
   for (uint32_t groups : {1, 3}) {
     const LayerLaw linear =
         make_unit_law(5, 1, 100, 3, 16, 123, 40, signs, true, 4, 1, 3, groups, groups);
-    for (bool pairs : {false, true}) calls += compare_lanes(kUnits, linear, pairs);
     const LayerLaw shifted =
         make_unit_law(5, 1, 28, 18, 16, 123, 40, signs, true, 4, 3, 2, groups, groups);
-    for (bool pairs : {false, true}) calls += compare_unit_convolutions(shifted, 1, pairs);
     const LayerLaw gathered =
         make_unit_law(5, 1, 28, 18, 16, 123, 40, signs, true, 4, 1, 2, groups, groups);
-    for (bool pairs : {false, true}) calls += compare_unit_convolutions(gathered, 2, pairs);
+    for (bool part : {false, true}) {
+      for (bool pairs : {false, true}) {
+        calls += compare_lanes(kUnits, linear, pairs, part);
+        calls += compare_unit_convolutions(shifted, 1, pairs, part);
+        calls += compare_unit_convolutions(gathered, 2, pairs, part);
+      }
+    }
   }
   for (int64_t rows : {70, 1100}) {
     for (uint32_t slots : {267, 64, 0}) {  // of law 1, with fewer and with more rows; 0: law 3
