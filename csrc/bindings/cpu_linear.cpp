@@ -33,7 +33,7 @@ Bank product_bank(const LayerLaw& law, const GivenBank& given) {
 Bank gradient_bank(const LayerLaw& law, const GivenBank& given, bool dx, bool dw) {
   const Bank bank = product_bank(law, given);
   require(!dx || bank.data || bank.places, "bank: wanted for dx");
-  require(!dw || (!bank.scales && !bank.places), "bank: wanted plain values for dw");
+  require(!dw || bank.plain(), "bank: wanted plain values for dw");
   return bank;
 }
 

@@ -14,7 +14,6 @@ struct Ring : Bank {
   int64_t slots;
   int block;
 
-  bool plain() const { return !scales && !places; }
   int64_t row_bytes() const { return int64_t{block} * element_bytes(dtype); }
   // Where a slot lies in a bank that has no places.
   const char* slot(int64_t i) const { return static_cast<const char*>(data) + i * row_bytes(); }

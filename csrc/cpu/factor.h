@@ -29,15 +29,18 @@ class RingBlocks {
  public:
   // Of each block `valid` elements count.
   RingBlocks(const Bank& bank, int valid)
-      : ring_{bank, 0, BLOCK}, valid_(valid), plain_(ring_.plain()) {}
+      : ring_{bank, 0, BLOCK},
+        valid_(valid),
+        bytes_(ring_.row_bytes()),
+        plain_(ring_.plain()),
+        direct_(plain_ && bank.dtype == Dtype::kFloat32 && valid == BLOCK) {}
 
   // Block `slot` as fp32 with zeros behind the valid elements: itself if it is that already, or
   // converted into `buffer` [BLOCK].
   const float* block(int64_t slot, float* buffer) const {
+    const char* stored = static_cast<const char*>(ring_.data) + slot * bytes_;
+    if (direct_) return reinterpret_cast<const float*>(stored);
     if (!plain_) return stored_block(slot, buffer);
-    const char* stored = ring_.slot(slot);
-    const bool direct = ring_.dtype == Dtype::kFloat32 && valid_ == BLOCK;
-    if (direct) return reinterpret_cast<const float*>(stored);
     switch (ring_.dtype) {
       case Dtype::kBfloat16: convert<Bfloat16>(stored, buffer); break;
       case Dtype::kFloat16: convert<Float16>(stored, buffer); break;
@@ -66,7 +69,8 @@ class RingBlocks {
 
   Ring ring_;  // its number of slots is not read
   int valid_;
-  bool plain_;
+  int64_t bytes_;
+  bool plain_, direct_;  // direct: a block is read as it is stored
 };
 
 // out[r] = block r · x_b for COUNT blocks given by their addresses.

@@ -19,6 +19,8 @@ struct Bank {
   const int32_t* places;  // [slots] or null
   uint32_t rows;          // what places are less than; read where there are places
   int shift;              // read where there are places or scales
+
+  bool plain() const { return !scales && !places; }
 };
 
 // A bank of plain values, of which slot s is row s.

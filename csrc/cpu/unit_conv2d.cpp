@@ -150,7 +150,9 @@ class UnitConv2d {
       for (int64_t first = 0; first < chosen_.columns(); first += layout_.together) {
         const int64_t count = std::min(chosen_.columns() - first, layout_.together);
         for (int64_t k = 0; k < count; ++k) {
-          multiply_unit<Element>(memory, group, chosen_.column(first + k), k, out_row, filled[k]);
+          const uint32_t column = chosen_.column(first + k);
+          multiply_unit<Element>(memory, group, column, k, out_row, filled[k]);
+          if (ring_.places) spread_unit(memory, group, column, k);
         }
         add_lines(memory, group, first, static_cast<int>(count));
       }
@@ -241,13 +243,20 @@ class UnitConv2d {
       multiply_lines(slots, floats, window, panels, tile_.panel, valid, memory.products,
                      tile_.plane);
       copy_lines(memory.products, slots, tile_.plane, in.rows.count, width, row, s);
+      return;
     }
-    for (int64_t i = 0; tile_.direct && i < in.rows.count; ++i) {
+    for (int64_t i = 0; i < in.rows.count; ++i) {
       panels = multiply_lines(slots, width, window, panels, tile_.panel, valid, s + i * row,
                               tile_.plane);
     }
-    spread_lines(ring_, planned.window.base, of_window, slots, tile_.plane, tile_.plane,
-                 memory.s + k * room);
+  }
+
+  // Lines of S of the slots that the bank has, to where those of all slots are.
+  void spread_unit(const UnitConvMemory& memory, uint32_t group, int64_t column, int64_t k) const {
+    const UnitWindow& window = plan_.unit_of(group, static_cast<uint32_t>(column)).window;
+    const int64_t slots = window.octets * int64_t{kOctet}, plane = tile_.plane;
+    spread_lines(ring_, window.base, slots, present_slots(ring_, window.base, slots), plane, plane,
+                 memory.s + k * plan_.most_window * kOctet * plane);
   }
 
   // y of a group (+)= what the units of `count` columns add.

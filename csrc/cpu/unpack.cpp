@@ -157,8 +157,8 @@ inline const typename T::Bits* stored_slot(const Ring& ring, int64_t slot,
   return buffer;
 }
 
-template <class T, int BLOCK, bool SIGNS>
-void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
+template <class T, int BLOCK, bool SIGNS, bool PLAIN>
+void unpack_slots(const LayerLaw& law, const UnpackArgs& args) {
   using Bits = typename T::Bits;
   const Region region = merged(law, args.region);
   const int64_t positions = positions_of(region);
@@ -166,7 +166,6 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
   const int words = words_of(law);
   const Ring ring{args.bank, int64_t{law.slots}, block};
   const Bits* values = static_cast<const Bits*>(args.bank.data);
-  const bool plain = ring.plain();
   Bits* out = static_cast<Bits*>(args.out);
   const bool exact = args.scale == 1.0, uncut = whole(args.region, args.cut, block);
   const typename T::Compute scales[2] = {signed_scale<T>(args.scale, false),
@@ -181,8 +180,8 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
     for (; position < end; position += group.size) {
       group.evaluate(cursor, end - position, law.reflect, words);
       for (int l = 0; l < group.size; ++l) {
-        Bits of_slot[kMaxBlock];
-        const Bits* stored = plain ? values + static_cast<int64_t>(group.slot[l]) * block
+        Bits of_slot[PLAIN ? 1 : kMaxBlock];
+        const Bits* stored = PLAIN ? values + static_cast<int64_t>(group.slot[l]) * block
                                    : stored_slot<T>(ring, group.slot[l], of_slot);
         const auto scale = scales[SIGNS ? 0 : group.word[0][l] >> 31];
         const uint32_t* words_of_block = &group.word[0][l];
@@ -200,6 +199,12 @@ void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
       }
     }
   }
+}
+
+template <class T, int BLOCK, bool SIGNS>
+void unpack_blocks(const LayerLaw& law, const UnpackArgs& args) {
+  if (args.bank.plain()) return unpack_slots<T, BLOCK, SIGNS, true>(law, args);
+  unpack_slots<T, BLOCK, SIGNS, false>(law, args);
 }
 
 template <class T, int BLOCK, bool SIGNS>
