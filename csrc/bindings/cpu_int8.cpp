@@ -53,8 +53,7 @@ void linear(const LayerLaw& law, const GivenBank& bank, uintptr_t x, int x_dtype
   Int8LinearArgs args = int8_args(law, batch, columns, threads, lanes, products);
   args.bank = checked_bank(law, bank);
   require(args.bank.dtype == Dtype::kInt8, "bank: wanted int8 with scales");
-  require(x_dtype >= 1 && x_dtype <= 3,
-          "x_dtype: wanted 1 (float32), 2 (bfloat16) or 3 (float16)");
+  require(x_dtype >= 1 && x_dtype <= 3, "x_dtype: wanted 1 (float32), 2 (bfloat16) or 3 (float16)");
   args.x_dtype = static_cast<Dtype>(x_dtype), args.x = address<const void>(x);
   args.bias = address<const float>(bias), args.y = address<void>(y);
   args.scale = scale, args.workspace = address<void>(workspace);
@@ -67,10 +66,9 @@ void bind_int8(py::class_<LayerLaw>& law) {
   using Release = py::call_guard<py::gil_scoped_release>;
   law.def("unit_linear_int8_workspace", &workspace_bytes, Release(), py::arg("batch"),
           py::arg("columns"), py::arg("threads"), py::arg("lanes"), py::arg("products"));
-  law.def("unit_linear_int8", &linear, Release(), py::arg("bank"), py::arg("x"),
-          py::arg("x_dtype"), py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"),
-          py::arg("scale"), py::arg("threads"), py::arg("lanes"), py::arg("workspace"),
-          py::arg("products"));
+  law.def("unit_linear_int8", &linear, Release(), py::arg("bank"), py::arg("x"), py::arg("x_dtype"),
+          py::arg("bias"), py::arg("y"), py::arg("batch"), py::arg("columns"), py::arg("scale"),
+          py::arg("threads"), py::arg("lanes"), py::arg("workspace"), py::arg("products"));
 }
 
 }  // namespace rpg

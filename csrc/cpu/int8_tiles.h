@@ -12,7 +12,8 @@
 #include "cpu/isa.h"
 #include "cpu/pairs.h"
 
-// Compilers whose assemblers know the instructions, on systems that are asked for tiles as Linux is.
+// Compilers whose assemblers know the instructions, on systems that are asked for tiles as Linux
+// is.
 #if defined(RPG_DOT_PRODUCTS) && defined(__linux__)
 #define RPG_INT8_TILES
 #endif
@@ -30,7 +31,10 @@ inline void load_tile(const void* data, int64_t pitch) {
 }
 template <int TILE>
 inline void store_tile(void* data, int64_t pitch) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(data), "r"(pitch), "i"(TILE) : "memory");
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"
+                   :
+                   : "r"(data), "r"(pitch), "i"(TILE)
+                   : "memory");
 }
 template <int TILE>
 inline void clear_tile() {
