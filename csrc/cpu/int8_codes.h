@@ -31,19 +31,26 @@ struct CodeRing {
   }
 };
 
-// Codes [padded_rows(count), block] of `count` slots from `first` on, around the end of the ring:
-// the bank's own where they lie in one piece, otherwise copied into `buffer`. What is behind the
-// last slot is any codes. Scales [padded_rows(count)] end with zeros.
-inline const int8_t* window_codes(const CodeRing& ring, int64_t first, int64_t count,
-                                  int8_t* buffer, float* scales) {
+// Codes [padded_rows(count), block] of consecutive slots, and their scales, as many.
+struct CodeWindow {
+  const int8_t* codes;
+  const float* scales;
+};
+
+// Of `count` slots from `first` on, around the end of the ring: the bank's own where they lie in
+// one piece and a block is a slot, otherwise copied into `codes` and `scales`. What is behind the
+// last slot is any codes and scales.
+inline CodeWindow window_codes(const CodeRing& ring, int64_t first, int64_t count, int8_t* codes,
+                               float* scales) {
   const int64_t padded = padded_rows(count);
-  const bool stored = !ring.bank.places && first + padded <= ring.slots;
+  const bool in_order = !ring.bank.places && first + padded <= ring.slots;
+  if (in_order && !ring.bank.shift) return {ring.codes(first), ring.bank.scales + first};
   int64_t slot = first;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = ring.row_of(slot);
     scales[i] = row < 0 ? 0.f : ring.bank.scales[row >> ring.bank.shift];
-    if (!stored) {
-      int8_t* target = buffer + i * ring.block;
+    if (!in_order) {
+      int8_t* target = codes + i * ring.block;
       if (row < 0) {
         std::memset(target, 0, ring.block);
       } else {
@@ -53,9 +60,9 @@ inline const int8_t* window_codes(const CodeRing& ring, int64_t first, int64_t c
     if (++slot == ring.slots) slot = 0;
   }
   for (int64_t i = count; i < padded; ++i) scales[i] = 0;
-  if (stored) return ring.codes(first);
-  std::memset(buffer + count * ring.block, 0, (padded - count) * ring.block);
-  return buffer;
+  if (in_order) return {ring.codes(first), scales};
+  std::memset(codes + count * ring.block, 0, (padded - count) * ring.block);
+  return {codes, scales};
 }
 
 // words [block / 4, lanes] of 4 codes, of rows of codes [lanes, block].

@@ -72,6 +72,16 @@ inline Floats<8> load_eight(Dtype dtype, const void* source) {
 
 inline void store_eight(Dtype dtype, const Floats<8>& values, void* target) {
   if (dtype == Dtype::kFloat32) return store<8>(static_cast<float*>(target), values);
+  if (dtype == Dtype::kBfloat16) {  // the bits of Bfloat16::store, without a copy in memory
+    typedef uint16_t Halves __attribute__((vector_size(16)));
+    FloatsOf<8>::integers bits;
+    std::memcpy(&bits, &values, sizeof bits);
+    const auto whole = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    const auto is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+    const Halves halves = __builtin_convertvector((is_nan & 0x7FC0) | (~is_nan & whole), Halves);
+    std::memcpy(target, &halves, sizeof halves);
+    return;
+  }
   alignas(32) float out[8];
   store<8>(out, values);
   write_some(dtype, out, 8, target);

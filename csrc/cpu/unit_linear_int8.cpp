@@ -225,25 +225,26 @@ class UnitLinearInt8 {
   void multiply_window(const Int8Memory& memory, const UnitWindow& window, int64_t packed,
                        int64_t lanes, float* s, const UnitWindow* next) const {
     const int64_t block = law_.granularity, rows = int64_t{window.octets} * kOctet;
-    const int8_t* codes = window_codes(ring_, window.base, rows, memory.codes, memory.scales);
+    const auto [codes, scales] =
+        window_codes(ring_, window.base, rows, memory.codes, memory.scales);
     if (plain()) {
       for (int64_t i = 0; i < rows * block; ++i) memory.window[i] = codes[i];
       const float* x = static_cast<const float*>(memory.x) + packed * block * lanes;
       multiply<false>(static_cast<int>(rows), static_cast<int>(lanes), {memory.window, block, 1}, x,
                       lanes, static_cast<int>(block), s, lanes);
-      scale_rows(rows, lanes, memory.scales, s);
+      scale_rows(rows, lanes, scales, s);
       return;
     }
     const uint32_t* x = static_cast<const uint32_t*>(memory.x) + packed * block / 4 * lanes;
 #if defined(RPG_INT8_TILES)
     if (args_.products == Int8Products::kTiles) {
       const void* soon = next && !ring_.bank.places ? ring_.codes(next->base) : nullptr;
-      multiply_by_tiles(codes, padded_rows(rows), block, x, lanes, memory.scales, s, soon);
+      multiply_by_tiles(codes, padded_rows(rows), block, x, lanes, scales, s, soon);
       return;
     }
 #endif
 #if defined(RPG_DOT_PRODUCTS)
-    multiply_dots(codes, rows, block, x, lanes, memory.scales, s);
+    multiply_dots(codes, rows, block, x, lanes, scales, s);
 #endif
   }
 

@@ -263,14 +263,15 @@ class UnitLinearInt8Few {
   void multiply_window(const Int8FewMemory& memory, const UnitWindow& window,
                        const int32_t (&first)[kMostFew]) const {
     const int64_t block = law_.granularity, rows = int64_t{window.octets} * kOctet;
-    const int8_t* codes = window_codes(ring_, window.base, rows, memory.codes, memory.scales);
+    const auto [codes, scales] =
+        window_codes(ring_, window.base, rows, memory.codes, memory.scales);
 #if defined(RPG_INT8_TILES)
     if (args_.products == Int8Products::kTiles) {
       const int64_t padded = padded_rows(rows);
       if (block > kTileBytes) {
-        multiply_few_by_tiles<M, 2>(codes, padded, block, memory.words, memory.scales, memory.s);
+        multiply_few_by_tiles<M, 2>(codes, padded, block, memory.words, scales, memory.s);
       } else {
-        multiply_few_by_tiles<M, 1>(codes, padded, block, memory.words, memory.scales, memory.s);
+        multiply_few_by_tiles<M, 1>(codes, padded, block, memory.words, scales, memory.s);
       }
       return;
     }
@@ -282,14 +283,14 @@ class UnitLinearInt8Few {
 #if defined(RPG_DOT_PRODUCTS)
         if (args_.products == Int8Products::kDots) {
           if (block > 32) {
-            multiply_octet<16>(slots, block, x, first[m], memory.scales + r, s);
+            multiply_octet<16>(slots, block, x, first[m], scales + r, s);
           } else {
-            multiply_octet<8>(slots, block, x, first[m], memory.scales + r, s);
+            multiply_octet<8>(slots, block, x, first[m], scales + r, s);
           }
           continue;
         }
 #endif
-        multiply_plain(slots, block, x, memory.scales + r, s);
+        multiply_plain(slots, block, x, scales + r, s);
       }
     }
   }

@@ -201,7 +201,7 @@ def what(call: Call) -> str:
     Raises:
         RuntimeError: too little scratch.
     """
-    op, dtype, batch, placement = call.op, call.dtype, call.rows, call.placement
+    op, batch, placement = call.op, call.rows, call.placement
     if op in LOOKUPS:
         return "rows written where they are wanted, without scratch"
     if convolves_units(op, placement):

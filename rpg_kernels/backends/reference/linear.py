@@ -53,7 +53,7 @@ def rounded_rows(x: Tensor) -> Tensor:
     """x ``[..., K]``, each row rounded to int8 and back: a whole number from -127 to 127, to the
     nearest with ties to even, times the row's step, max ``|x|`` / 127.
 
-    A row that stays below 2^-120 becomes zeros, and one that holds an infinity or a NaN becomes NaN.
+    A row that stays below 2^-120 becomes zeros, one that holds an infinity or a NaN becomes NaN.
 
     Example:
         >>> rounded_rows(torch.tensor([[127.0, 0.4, -2.6], [0.0, 0.0, 0.0]])).tolist()

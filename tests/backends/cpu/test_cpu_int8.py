@@ -110,7 +110,10 @@ def test_against_the_written_out_weight(seed: int, workspaces: list[int]) -> Non
 def test_batches_of_all_sizes(batch: int) -> None:
     torch.set_num_threads(1 + batch % 3)
     check(Layer((130, 150), batch, granularity=32), stored(700, 32, batch))
-    check(Layer((70, 257), batch, granularity=128, laps=9, slots=90, bias=False), stored(90, 128, batch))
+    check(
+        Layer((70, 257), batch, granularity=128, laps=9, slots=90, bias=False),
+        stored(90, 128, batch),
+    )
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 7, 8, 9, 15, 16, 17, 24, 40, 41])
@@ -234,7 +237,9 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
 
 def test_rounded_rows_are_those_of_plain_loops() -> None:
     made = torch.Generator().manual_seed(7)
-    x = torch.randn(40, 33, generator=made) * 10.0 ** torch.randint(-30, 30, (40, 1), generator=made)
+    x = torch.randn(40, 33, generator=made) * 10.0 ** torch.randint(
+        -30, 30, (40, 1), generator=made
+    )
     x[3], x[4, 2], x[5, 0] = 0, NAN, INFINITY
     x[6] = torch.arange(33) - 16.5  # ties, of steps of one
     x[6, 0] = 127
@@ -254,7 +259,9 @@ def test_what_rounds_rows() -> None:
     assert not keeps.equal(rounds)
     for name in ("linear_input_grad",):
         arguments = (layer.dy, values, None, layer.spec, "cpu")
-        assert getattr(op, name)(*arguments).equal(getattr(op, name)(layer.dy, kept, *arguments[2:]))
+        assert getattr(op, name)(*arguments).equal(
+            getattr(op, name)(layer.dy, kept, *arguments[2:])
+        )
     p = Placement(Generator(700, 64, "vector"), 0, 0, (90, 110), 1.0).to_json()  # of law 1
     assert op.linear(layer.x, values, None, None, p, "cpu").equal(
         op.linear(layer.x, kept, None, None, p, "cpu")
