@@ -22,11 +22,11 @@ from rpg_kernels.nn import VirtualLayer
 from rpg_kernels.pruning import operations as known
 from rpg_kernels.pruning.channel_graph import ChannelGraph, Use
 from rpg_kernels.pruning.cutting import (
-    LAYERS,
     LINEAR,
     NORMS,
     TRANSPOSED,
     channels_of,
+    has_channels,
     is_depthwise,
 )
 
@@ -64,7 +64,7 @@ def channel_graph(model: nn.Module, example: Sequence[Any]) -> ChannelGraph:
     for name, module in model.named_modules():
         # A layer that is only called while training, such as an auxiliary head, would no longer
         # fit what it reads.
-        if type(module) in LAYERS and name not in run.channels.uses:
+        if has_channels(module) and name not in run.channels.uses:
             got = f"layer {name}, which the model does not call in eval mode"
             raise _checks.fail("model", got, "one that calls every layer, as a module")
     for use, why in run.unlike_others():
@@ -74,7 +74,11 @@ def channel_graph(model: nn.Module, example: Sequence[Any]) -> ChannelGraph:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, VirtualLayer) or super().is_leaf_module(m, module_qualified_name)
+        return (
+            isinstance(m, VirtualLayer)
+            or has_channels(m)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
 class _Interpreter(fx.Interpreter):
@@ -152,7 +156,7 @@ class _Interpreter(fx.Interpreter):
         x, kind = self._first(n), type(module)
         if x is None:
             return None
-        if kind in LAYERS:
+        if has_channels(module):
             return self._of_layer(n, module, x, shape)
         if kind in known.ELEMENTWISE_MODULES:
             return Value(shape, x.dim, x.numbers)
