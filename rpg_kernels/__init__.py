@@ -14,11 +14,15 @@ from rpg_kernels.bank.virtual_weight import VirtualWeight
 from rpg_kernels.checkpoint import load, save
 from rpg_kernels.conversion import (
     attach,
+    compact,
     convert,
+    dequantize,
+    expand,
     freeze,
     initialize,
     materialize,
     param_groups,
+    quantize,
     reuse,
     summary,
     unfreeze,
@@ -26,7 +30,14 @@ from rpg_kernels.conversion import (
 from rpg_kernels.explanation import explain
 from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.proof import prove
-from rpg_kernels.pruning import keep_channels, kept_channels, prune_channels
+from rpg_kernels.pruning import (
+    finish_pruning,
+    keep_channels,
+    kept_channels,
+    prune,
+    prune_channels,
+    rewind,
+)
 from rpg_kernels.settings import scratch_limit
 
 __all__ = [
@@ -39,8 +50,12 @@ __all__ = [
     "__version__",
     "attach",
     "backend",
+    "compact",
     "convert",
+    "dequantize",
+    "expand",
     "explain",
+    "finish_pruning",
     "flops",
     "freeze",
     "functional",
@@ -52,8 +67,11 @@ __all__ = [
     "nn",
     "param_groups",
     "prove",
+    "prune",
     "prune_channels",
+    "quantize",
     "reuse",
+    "rewind",
     "save",
     "scratch_limit",
     "summary",

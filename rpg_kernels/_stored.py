@@ -61,7 +61,7 @@ class StoredValues(Tensor):
         activations: str = KEPT,
     ) -> StoredValues:
         slots = len(codes) if places is None else len(places)
-        made: StoredValues = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: StoredValues = Tensor._make_wrapper_subclass(
             cls, (slots, codes.shape[1]), dtype=dtype, device=codes.device
         )
         made.codes, made.scales, made.places = codes, scales, places
@@ -120,7 +120,7 @@ class StoredValues(Tensor):
     def with_parts(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> StoredValues:
         """Values of other parts, that are used like these."""
         named = {name: parts.get(name) for name in PARTS}
-        return StoredValues(**named, dtype=dtype, activations=self.activations)  # type: ignore[arg-type]
+        return StoredValues(**named, dtype=dtype, activations=self.activations)
 
     def contiguous(self, *_: Any, **__: Any) -> StoredValues:
         """Itself: parts are contiguous."""
@@ -136,7 +136,7 @@ class StoredValues(Tensor):
             raise RuntimeError(_not_trained(self))
         return self
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StoredValues({list(self.shape)}, {self.dtype}, as {self.form})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, str]]:
@@ -151,10 +151,10 @@ class StoredValues(Tensor):
     ) -> StoredValues:
         named = {name: parts.get(name) for name in PARTS}
         dtype, activations = context
-        return StoredValues(**named, dtype=dtype, activations=activations)  # type: ignore[arg-type]
+        return StoredValues(**named, dtype=dtype, activations=activations)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -165,18 +165,19 @@ class StoredValues(Tensor):
         if func.namespace == _NAMESPACE:
             return _twin(func)(*_in_parts(func, args), **named)
         own = _OWN.get(func)
-        if own is not None:
+        if own is not None and isinstance(args[0], StoredValues):
             return own(*args, **named)
-        if func._schema.is_mutable:
-            raise RuntimeError(_not_changed(next(a for a in args if isinstance(a, StoredValues))))
+        for value in _written(func, args, named):
+            if isinstance(value, StoredValues):
+                raise RuntimeError(_not_changed(value))
         return func(*tree_map(_dense, list(args)), **tree_map(_dense, named))
 
 
 def _not_trained(values: StoredValues) -> str:
     return (
-        f"bank: got values stored as {values.form}, which no gradient changes, wanted float values: "
-        "rpg.dequantize(model) (and rpg.expand(model), where slots were left out) brings them "
-        "back; rpg.quantize(model, ..., training=True) trains with rounding"
+        f"bank: got values stored as {values.form}, which no gradient changes, wanted float "
+        "values: rpg.dequantize(model) (and rpg.expand(model), where slots were left out) brings "
+        "them back; rpg.quantize(model, ..., training=True) trains with rounding"
     )
 
 
@@ -189,6 +190,15 @@ def _not_changed(values: StoredValues) -> str:
 
 def _dense(value: object) -> object:
     return value.dense() if isinstance(value, StoredValues) else value
+
+
+def _written(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+    """The arguments that a function changes in place."""
+    if not func._schema.is_mutable:
+        return []
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(named)
+    written = (a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write)
+    return [given.get(name) for name in written]
 
 
 def _twin(func: Any) -> Any:
@@ -235,12 +245,20 @@ def _to_copy(values: StoredValues, *, dtype: torch.dtype | None = None, **named:
 def _copy_(values: StoredValues, source: Tensor, *_: Any) -> StoredValues:
     """Values stored in the same way replace these, as when a state dict is loaded."""
     theirs = source.parts() if isinstance(source, StoredValues) else {}
-    shapes = [{n: (p.dtype, p.shape) for n, p in parts.items()} for parts in (theirs, values.parts())]
-    if shapes[0] != shapes[1]:
+    if _kinds(theirs) != _kinds(values.parts()):
         raise RuntimeError(_not_changed(values))
     for name, part in values.parts().items():
         part.copy_(theirs[name])
     return values
+
+
+def _kinds(parts: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (part.dtype, part.shape) for name, part in parts.items()}
+
+
+def _new_empty(values: StoredValues, size: Sequence[int], **named: Any) -> Tensor:
+    given = {name: value for name, value in named.items() if value is not None}
+    return torch.empty(size, **{"dtype": values.dtype, "device": values.device, **given})
 
 
 _aten = torch.ops.aten
@@ -249,9 +267,45 @@ _OWN: dict[Any, Callable[..., Any]] = {
     _aten.alias.default: _each(_aten.alias.default),
     _aten.clone.default: _each(torch.clone),
     _aten.empty_like.default: _each(torch.empty_like),
+    _aten.new_empty.default: _new_empty,
     _aten._to_copy.default: _to_copy,
     _aten.copy_.default: _copy_,
 }
+
+
+def check_parts(parts: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+    """Refuse parts from elsewhere that are not those of one bank: kernels read where places point.
+
+    Args:
+        parts: codes and, where they are there, scales and places.
+        shape: slots and granularity of the bank.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, places beyond the rows, scales that are no
+            finite numbers from 0 on, codes that are NaN.
+    """
+    slots, granularity = shape
+    codes, scales, places = (parts.get(name) for name in PARTS)
+    if codes is None or codes.dim() != 2 or codes.shape[1] != granularity:
+        got = None if codes is None else f"shape {list(codes.shape)}"
+        raise _checks.fail("codes", got, f"[rows, {granularity}]")
+    rows = len(codes)
+    if places is None and rows != slots:
+        raise _checks.fail("codes", f"{rows} rows", f"{slots}, as there are no places")
+    if places is not None and (places.dtype, tuple(places.shape)) != (torch.int32, (slots,)):
+        got = f"{places.dtype} {list(places.shape)}"
+        raise _checks.fail("places", got, f"torch.int32 [{slots}]")
+    if scales is not None and (scales.dtype, tuple(scales.shape)) != (torch.float32, (rows,)):
+        got = f"{scales.dtype} {list(scales.shape)}"
+        raise _checks.fail("scales", got, f"torch.float32 [{rows}]")
+    if codes.is_meta:
+        return
+    if places is not None and bool(((places < ABSENT) | (places >= rows)).any()):
+        raise _checks.fail("places", "numbers beyond the rows", f"{ABSENT} to {rows - 1}")
+    if scales is not None and not bool((scales.isfinite() & (scales >= 0)).all()):
+        raise _checks.fail("scales", "NaN, infinite or negative ones", "finite numbers from 0 on")
+    if scales is not None and codes.is_floating_point() and bool(codes.float().isnan().any()):
+        raise _checks.fail("codes", "NaN", "numbers")
 
 
 def check_activations(activations: str) -> str:

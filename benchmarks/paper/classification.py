@@ -114,6 +114,11 @@ class Classification:
         return model
 
     def run(self, row: Row, seed: int, on_step: Callable[[], object]) -> Record:
+        model, record = self.train(row, seed, on_step)
+        return {**record, "test_accuracy": train.accuracy(model, self._pixels, self._schedule)}
+
+    def train(self, row: Row, seed: int, on_step: Callable[[], object]) -> tuple[ResNet, Record]:
+        """A network after its training, and what is recorded of it beside its accuracy."""
         model = self.build(row, seed)
         losses: list[float] = []
         sums: list[Tensor] = []
@@ -127,9 +132,8 @@ class Classification:
 
         train.fit(model, self._pixels, self._schedule, seed, step, epoch)
         finite = [loss if math.isfinite(loss) else None for loss in losses]
-        return {
+        return model, {
             **self._sizes(row, model),
-            "test_accuracy": train.accuracy(model, self._pixels, self._schedule),
             "training_loss": finite[-1],
             "loss_by_epoch": finite,
         }

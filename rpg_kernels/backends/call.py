@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.law.geometry import conv_output
 from rpg_kernels.law.placement import parse
 
@@ -57,6 +58,13 @@ class Call(NamedTuple):
     def of_any_weight(self) -> Call:
         """The question whether calls of this kind can run at all."""
         return self._replace(placement="", operands=())
+
+    @property
+    def stored(self) -> StoredValues | None:
+        """The bank's values, where they are kept in fewer bytes; None where they are as they are
+        used, or the call reads none."""
+        values = self.x if self.bank is None else self.bank
+        return values if isinstance(values, StoredValues) else None
 
     @property
     def device(self) -> torch.device:

@@ -19,9 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rpg_kernels import _checks
-from rpg_kernels.bank import optimisers, other_rules
+from rpg_kernels._stored import StoredValues
+from rpg_kernels.bank import optimisers, other_rules, stored_state
 from rpg_kernels.bank.bank_map import DIGITS, BankMap, digits_of, line_of
 from rpg_kernels.bank.buffers import equal, same_memory, sha256_of, unreadable, version
+from rpg_kernels.bank.rounding import Rounding
 from rpg_kernels.law.generator import Generator, TableGenerator
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class BankState(nn.Module):
     table: Tensor | None
     init_std: float
     group: str = ""  # of layers that read this bank, in a model with several banks
+    rounding: Rounding | None = None  # of the values as they are read, in training with rounding
 
     def __init__(self, generator: Generator | TableGenerator) -> None:
         super().__init__()
@@ -79,10 +82,27 @@ class BankState(nn.Module):
             drawn = self._drawn
             if drawn is not None and (weight is not drawn or drawn._version != self._version_drawn):
                 other_rules.scale_back_if_redrawn(self)
+        values: Tensor = weight if weight is not None else self.weight
         if self._forward_pre_hooks or "forward" in self.__dict__:
-            values: Tensor = self()
-            return values
-        return self.weight if weight is None else weight
+            values = self()
+        return values if self.rounding is None else self.rounding(values)
+
+    @property
+    def stored(self) -> StoredValues | None:
+        """The values, where they are kept in fewer bytes."""
+        weight = self._parameters.get("weight")
+        return weight if isinstance(weight, StoredValues) else None
+
+    def hold(self, values: Tensor) -> None:
+        """Take these values in place of those that are there.
+
+        Args:
+            values: ``[slots, granularity]``; float values can be trained, stored ones cannot.
+        """
+        trained = not isinstance(values, StoredValues)
+        self.weight = nn.Parameter(values, requires_grad=trained)
+        self.trained()
+        optimisers.watch(self)
 
     def watch_for_other_rules(self) -> None:
         """From now until something trains the values, notice when they are drawn anew."""
@@ -248,6 +268,8 @@ class BankState(nn.Module):
             for key in [key for key in destination if key.startswith(self._lent)]:
                 del destination[key]
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stored is not None:
+            stored_state.split(self.stored, destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self,
@@ -272,6 +294,7 @@ class BankState(nn.Module):
         try:
             theirs = BankMap.from_tensor(state_dict[key]) if given else None
             self.check(theirs, state_dict.get(table, self.table))
+            state_dict = stored_state.joined(self.stored, state_dict, prefix)
         except ValueError as error:
             # At once: torch would load everything else before it says anything.
             raise RuntimeError(
@@ -301,8 +324,9 @@ class BankState(nn.Module):
             self._take_scales(theirs)
         digits = self._buffers[DIGITS]
         assert digits is not None
-        if digits.is_meta and not self.weight.is_meta:
-            self._buffers[DIGITS] = torch.empty_like(digits, device=self.weight.device)
+        trained = next(self.parameters())  # ``weight`` may be what a hook computed before
+        if digits.is_meta and not trained.is_meta:
+            self._buffers[DIGITS] = torch.empty_like(digits, device=trained.device)
         self.write_map()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BankState:
@@ -310,6 +334,10 @@ class BankState(nn.Module):
         self.look_at_map()
         self._applied = fn
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        computed = self.__dict__.get("weight")
+        if isinstance(computed, Tensor):  # what a hook made of the values, until it does so again
+            with torch.no_grad():
+                self.__dict__["weight"] = fn(computed)
         self.write_map()
         if self._drawn is not None:
             self.watch_for_other_rules()
@@ -324,4 +352,7 @@ class BankState(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if isinstance(state.get("weight"), Tensor):
+            # Pruning computes it in a hook, with a graph behind it that no copy can have.
+            state["weight"] = state["weight"].detach()
         return {k: v for k, v in state.items() if k not in ("_steps", "_applied", "_loading")}

@@ -25,6 +25,7 @@ def watch(bank: BankState) -> None:
 
 def _before_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
     """Optimisers that hold a bank train it; a bank with a gradient that none holds is missed."""
+    _say_what_is_stored(optimiser)
     missed = [b for b in list(_unheld) if any(p.requires_grad for p in b.parameters())]
     if not missed:
         return
@@ -53,6 +54,23 @@ def _before_step(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
                     "change; give the optimiser rpg.param_groups(model, lr) or model.parameters() "
                     "of the converted model"
                 )
+
+
+def _say_what_is_stored(optimiser: Optimizer) -> None:
+    """Warn of stored values among what an optimiser is to train: no step changes them."""
+    for bank in list(_unheld):
+        stored = bank.stored
+        if stored is None or not any(
+            p is stored for g in optimiser.param_groups for p in g["params"]
+        ):
+            continue
+        _unheld.discard(bank)
+        _checks.warn(
+            f"the parameter bank of {bank.generator.dof} degrees of freedom is stored as "
+            f"{stored.form}, and no step of an optimiser changes it; rpg.dequantize(model) "
+            "brings float values back, rpg.quantize(model, ..., training=True) trains with "
+            "rounding"
+        )
 
 
 def _has_gradient(optimiser: Optimizer) -> bool:

@@ -219,8 +219,12 @@ class ParameterBank(BankState):
         return None
 
     def reset_parameters(self) -> None:
-        """Draw the bank anew from N(0, init_std²); write its map, which has no memory on meta."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        """Draw the bank anew from N(0, init_std²); write its map, which has no memory on meta.
+
+        Of a pruned bank the original values; its mask stays.
+        """
+        weight = self._parameters.get("weight_orig")
+        nn.init.normal_(self.weight if weight is None else weight, std=self.init_std)
         self.write_map()
         self.watch_for_other_rules()
 
@@ -262,7 +266,10 @@ class ParameterBank(BankState):
     def extra_repr(self) -> str:
         """dof (and what was asked for), then the generator."""
         asked = "" if self.requested_dof == self.dof else f" (asked for {self.requested_dof})"
-        return f"dof={self.dof}{asked}, {self.generator}, init_std={self.init_std:.4g}"
+        text = f"dof={self.dof}{asked}, {self.generator}, init_std={self.init_std:.4g}"
+        if self.stored is not None:
+            return f"{text}, stored as {self.stored.form}: {self.stored.bytes:,} bytes"
+        return text if self.rounding is None else f"{text}, read as {self.rounding.form}"
 
 
 def _floating(dtype: torch.dtype | None, argument: str = "dtype") -> torch.dtype:

@@ -196,12 +196,15 @@ class VirtualWeight(TensorLike):
     @property
     def requires_grad(self) -> bool:
         """Whether the bank gets a gradient through this weight."""
-        frozen = self.frozen or (self.root is not None and self.root.frozen)
-        return not frozen and any(p.requires_grad for p in self.bank.parameters())
+        return not self.is_frozen() and any(p.requires_grad for p in self.bank.parameters())
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         self.requires_grad_(value)
+
+    def is_frozen(self) -> bool:
+        """Whether the gradient was stopped here, or at the weight that this is a part of."""
+        return self.frozen or (self.root is not None and self.root.frozen)
 
     def requires_grad_(self, requires_grad: bool = True) -> VirtualWeight:
         """Stop the gradient from here into the bank, or let it through again."""
@@ -240,7 +243,7 @@ class VirtualWeight(TensorLike):
         """
         refuse_forward_mode()
         values = self.bank.read()
-        if self.frozen or (self.root is not None and self.root.frozen):
+        if self.is_frozen():
             values = values.detach()
         return _bank_sums.values(values), self.bank.table
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rpg_kernels._tensors import memory
 
-FORMAT = "1"
+FORMAT, STORED_FORMAT = "1", "2"  # of files with float banks, and with banks in fewer bytes
 METADATA = "__metadata__"
 _DIGEST = "rpg_sha256"
 _MAX_HEADER = 100_000_000  # the library's limit too
@@ -174,9 +174,10 @@ def _check_format(metadata: Mapping[str, str]) -> None:
             "not written by rpg.save, so that nothing tells which map its values belong to; to "
             "load it all the same: model.load_state_dict(safetensors.torch.load_file(path))"
         )
-    if given != FORMAT:
+    if given not in (FORMAT, STORED_FORMAT):
         writer = metadata.get("rpg_version")
-        raise ValueError(f"format: got {given} (of rpg-kernels {writer}), wanted {FORMAT}")
+        wanted = f"{FORMAT} or {STORED_FORMAT}"
+        raise ValueError(f"format: got {given} (of rpg-kernels {writer}), wanted {wanted}")
 
 
 def _error_number(error: OSError | SafetensorError) -> int:

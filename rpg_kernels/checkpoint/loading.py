@@ -14,7 +14,7 @@ from rpg_kernels import _checks
 from rpg_kernels._json import parse_json
 from rpg_kernels._tensors import memory
 from rpg_kernels.bank.bank_map import BankMap
-from rpg_kernels.checkpoint import file_format
+from rpg_kernels.checkpoint import file_format, stored_banks
 from rpg_kernels.checkpoint.contents import (
     CHANNELS,
     EXTRA_STATE,
@@ -34,9 +34,11 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 
     Everything is checked before the model changes. Values are copied into the parameters there
     are, floating-point ones cast to their dtype, so that optimisers keep them; parameters on
-    meta are made anew on the CPU, in their dtype. The layers' scales are those of the file.
-    A pruned model's file prunes a whole model alike: the layers that lost channels then have new
-    parameters. Nothing is unpickled. The file's tensors are held in CPU memory meanwhile.
+    meta are made anew on the CPU, in their dtype. The layers' scales are those of the file. A bank
+    that the file holds in another form, quantised, compacted or neither, takes that form, as a new
+    parameter. A file of a model whose channels were pruned prunes a whole model alike: the layers
+    that lost some then have new parameters.
+    Nothing is unpickled. The file's tensors are held in CPU memory meanwhile.
 
     Args:
         model: built as the saved one was; it may be on meta, wholly or in part. Buffers that no
@@ -71,11 +73,15 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     path = os.fsdecode(path)
     try:
         tensors, metadata = file_format.read(path)
+        stored = _record(metadata, "rpg_stored") if "rpg_stored" in metadata else {}
         with _pruned_alike(contents.model, metadata):
             contents = contents_of(model)
+            forms = stored_banks.forms_of(contents, stored, tensors)
+            stored_banks.in_forms(contents, forms)
             state = _state(contents, tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error)[:1000]}") from error
+    stored_banks.take_forms(contents, forms)
     _materialize(contents.model)
     contents.model.load_state_dict(state)
     return model

@@ -11,6 +11,7 @@ from rpg_kernels import _checks
 from rpg_kernels._version import __version__
 from rpg_kernels.checkpoint import file_format
 from rpg_kernels.checkpoint.contents import CHANNELS, contents_of, some, ties
+from rpg_kernels.checkpoint.stored_banks import record_of
 from rpg_kernels.pruning import kept_channels
 
 
@@ -59,14 +60,21 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for first, *others in ties(contents.tensors):
         tensors[first] = contents.tensors[first]
         aliases.update(dict.fromkeys(others, first))
+    stored = {
+        name: record_of(bank.stored)
+        for name, bank in contents.banks.items()
+        if bank.stored is not None
+    }
     metadata = {
         "format": "pt",  # what other readers of safetensors look for
-        "rpg_format": file_format.FORMAT,
+        "rpg_format": file_format.STORED_FORMAT if stored else file_format.FORMAT,
         "rpg_version": __version__,
         "rpg_banks": _dump({name: bank.map.record() for name, bank in contents.banks.items()}),
         "rpg_layers": _dump(contents.layers),
         "rpg_aliases": _dump(aliases),
     }
+    if stored:
+        metadata["rpg_stored"] = _dump(stored)
     kept = kept_channels(contents.model)
     if kept:
         metadata[CHANNELS] = _dump(kept)

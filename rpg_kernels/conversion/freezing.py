@@ -67,12 +67,13 @@ def unfreeze(module: Module) -> Module:
 def _set(module: Module, on: bool) -> Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got a {type(module).__name__}, wanted an nn.Module")
+    for bank in module.modules() if on else ():
+        if isinstance(bank, ParameterBank):
+            bank.requires_grad_(True)  # first, since one that is stored refuses
     for each in module.modules():
         if isinstance(each, VirtualLayer):
             each.virtual_weight.requires_grad_(on)
         if not isinstance(each, ParameterBank):
             for parameter in each.parameters(recurse=False):
                 parameter.requires_grad_(on)
-        elif on:
-            each.requires_grad_(True)
     return module

@@ -72,5 +72,6 @@ def _dense(layer: VirtualLayer, parameters: dict[Key, nn.Parameter]) -> nn.Modul
             weight = vw.unpack()
             if padding_idx is not None:
                 weight[padding_idx] = 0
-            parameters[key] = nn.Parameter(weight, requires_grad=vw.requires_grad)
+            trains = vw.requires_grad if vw.bank.stored is None else not vw.is_frozen()
+            parameters[key] = nn.Parameter(weight, requires_grad=trains)
     return dense_counterpart(layer, parameters[key])

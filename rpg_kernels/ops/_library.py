@@ -21,7 +21,8 @@ NAMESPACE = "rpg_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 AUTOCAST = ("cpu", "cuda")  # devices
 CHECKS: dict[str, Callable[..., Any]] = {}  # of an operator's arguments, less the back end
-_RUNS: dict[str, Callable[..., Any]] = {}  # what an operator does below autograd and all modes
+RUNS: dict[str, Callable[..., Any]] = {}  # what an operator does below autograd and all modes
+TRACES: dict[str, Callable[..., Any]] = {}  # what it does with fake tensors
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
@@ -68,7 +69,7 @@ def define(
         check(*args[:-1])
         return fake(*args[:-1])
 
-    _RUNS[name] = checked
+    RUNS[name], TRACES[name] = checked, trace
     LIBRARY.impl(name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=LIBRARY)
 
@@ -143,7 +144,7 @@ def _below_autograd(name: str, keyset: torch._C.DispatchKeySet, args: Sequence[A
         # Where nothing looks on, the way through the dispatcher would only take time: of a small
         # product as much as the kernel.
         if keys.highestPriorityTypeId() in _DEVICES:
-            return _RUNS[name](*args)
+            return RUNS[name](*args)
         return getattr(torch.ops.rpg_kernels, name).default.redispatch(keys, *args)
 
 

@@ -228,7 +228,8 @@ def test_functional_call() -> None:
     assert torch.equal(model(*inputs()), wanted)
     bank = {"rpg_bank.weight": torch.zeros(32, 8)}
     half = torch.func.functional_call(model, bank, inputs())
-    assert torch.equal(half, model.head(model.mix.bias.tanh()).expand(3, 4))
+    # One row and three are multiplied by different kernels, whose sums round differently.
+    torch.testing.assert_close(half, model.head(model.mix.bias.tanh()).expand(3, 4))
 
 
 def test_compiled_model_equals_eager() -> None:

@@ -18,6 +18,7 @@ BASE = {
     "_json",
     "_processors",
     "_sources",
+    "_stored",
     "_tensors",
     "_version",
 }

@@ -200,6 +200,10 @@ class Cpu(Backend):
 
     def unsupported(self, call: Call) -> str:
         """See ``unsupported_kind`` and ``unsupported_weight``."""
+        if call.stored is not None:
+            return (
+                f"the compiled CPU kernels read float banks, not one stored as {call.stored.form}"
+            )
         reason = unsupported_kind(call.op, call.device, call.dtype)
         if reason or not call.placement:
             return reason

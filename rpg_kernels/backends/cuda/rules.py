@@ -333,6 +333,8 @@ class Cuda(Backend):
 
     def unsupported(self, call: Call) -> str:
         """See ``unsupported_kind`` and ``unsupported_weight``."""
+        if call.stored is not None:
+            return f"the CUDA kernels read float banks, not one stored as {call.stored.form}"
         reason = unsupported_kind(call.op, call.device, call.dtype, self.name)
         if reason or not call.placement:
             return reason

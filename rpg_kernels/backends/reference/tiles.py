@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rpg_kernels import _checks, native, settings
+from rpg_kernels._stored import StoredValues
 from rpg_kernels.law.placement import Placement, split
 from rpg_kernels.law.ring import WORD_BITS, sign_bits
 from rpg_kernels.law.selection import Range
@@ -182,7 +183,7 @@ def unpack_tile(
     """scale · G · w of one tile, or of some of its rows.
 
     Args:
-        bank: ``[slots, granularity]``, contiguous.
+        bank: ``[slots, granularity]``, contiguous, or stored in fewer bytes.
         table: int32 ``[entries]`` or None.
         p: the tile.
         lookup: int64 ``[count]``, row numbers within the tile; None for all in order.
@@ -192,17 +193,21 @@ def unpack_tile(
         memory in virtual-matrix order.
     """
     block = p.matrix.block
-    ring = bank.view(-1, block)
+    stored = bank if isinstance(bank, StoredValues) else None
+    ring = bank if stored is not None else bank.view(-1, block)
     rows = p.selected_shape[0] if lookup is None else lookup.numel()
     out = bank.new_empty((rows * p.matrix.runs * p.block_columns.count, block))
     lookup = _chosen_rows(p, bank.device, lookup)
-    if table is None and native.handles(ring, out):
+    if stored is None and table is None and native.handles(ring, out):
         native.unpack(p.law, ring, out, p.scale, _region(p, rows), lookup)
     else:
         for offset, n, b in _position_groups(p, bank.device, lookup):
             part = out[offset : offset + n.numel()]
             slot, negative = _read(p, table, n, b)
-            torch.index_select(ring, 0, slot, out=part)
+            if stored is None:
+                torch.index_select(ring, 0, slot, out=part)
+            else:
+                stored.read_blocks(slot, part)
             _reflect_(part, negative, p.scale)
     taps = _neighbours(out.view(rows, p.matrix.runs, -1), p)
     if p.columns_chosen is not None:

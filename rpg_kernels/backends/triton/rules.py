@@ -138,6 +138,8 @@ class Triton(Backend):
 
     def unsupported(self, call: Call) -> str:
         """See ``unsupported_kind`` and ``unsupported_weight``."""
+        if call.stored is not None:
+            return f"the Triton kernels read float banks, not one stored as {call.stored.form}"
         kind = unsupported_kind(call.op, call.device, call.dtype)
         return kind or (unsupported_weight(call.placement) if call.placement else "")
 
