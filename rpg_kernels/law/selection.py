@@ -23,7 +23,7 @@ class Chosen:
         TypeError, ValueError: they are not.
 
     Example:
-        >>> Chosen((0, 1, 4, 5, 6)).runs
+        >>> Chosen((0, 1, 4, 5, 6)).ranges
         (0, 2, 4, 3)
     """
 
@@ -39,7 +39,7 @@ class Chosen:
             raise _checks.fail("indices", self.indices, "strictly ascending ones")
 
     @property
-    def runs(self) -> tuple[int, ...]:
+    def ranges(self) -> tuple[int, ...]:
         """Offset and length of each run of neighbours, one after the other: short as text."""
         found: list[int] = []
         for index in self.indices:
@@ -137,20 +137,20 @@ def composed(selection: Selection, indices: Iterable[int]) -> Selection:
 
 
 def record(selection: Selection) -> list[int] | dict[str, list[int]]:
-    """What JSON and state dicts keep: ``[offset, length]``, or the runs of chosen indices.
+    """What JSON and state dicts keep: ``[offset, length]``, or the ranges of chosen indices.
 
     >>> record(Chosen((0, 1, 4))), record((2, 7))
     ({'chosen': [0, 2, 4, 1]}, [2, 7])
     """
     if isinstance(selection, Chosen):
-        return {"chosen": list(selection.runs)}
+        return {"chosen": list(selection.ranges)}
     return list(selection)
 
 
 def text(selection: Selection) -> str:
     """The same as JSON; written out, since torch.compile cannot trace the json module."""
     if isinstance(selection, Chosen):
-        return f'{{"chosen":{list(selection.runs)}}}'
+        return f'{{"chosen":{list(selection.ranges)}}}'
     return str(list(selection))
 
 
@@ -160,18 +160,18 @@ def from_record(name: str, given: object) -> Selection:
     Raises:
         TypeError, ValueError: not a record of a selection.
     """
-    wanted = "a list of ints, or runs of chosen indices"
+    wanted = "a list of ints, or ranges of chosen indices"
     if isinstance(given, list):
         return tuple(given)  # its length is checked where the size is known
-    runs = given.get("chosen") if isinstance(given, dict) and len(given) == 1 else None
-    if not isinstance(runs, list) or not runs or len(runs) % 2:
+    ranges = given.get("chosen") if isinstance(given, dict) and len(given) == 1 else None
+    if not isinstance(ranges, list) or not ranges or len(ranges) % 2:
         raise _checks.fail(name, repr(given), wanted)
-    for number in runs:
+    for number in ranges:
         _checks.integer(name, number, 0, MAX_ROWS)
-    _checks.integer(f"{name} chosen", sum(runs[1::2]), 1, MOST)
+    _checks.integer(f"{name} chosen", sum(ranges[1::2]), 1, MOST)
     indices: list[int] = []
-    for offset, length in zip(runs[::2], runs[1::2], strict=True):
+    for offset, length in zip(ranges[::2], ranges[1::2], strict=True):
         if length == 0 or (indices and offset <= indices[-1]):
-            raise _checks.fail(name, repr(given), "ascending runs, none of them empty")
+            raise _checks.fail(name, repr(given), "ascending ranges, none of them empty")
         indices += range(offset, offset + length)
     return _short(Chosen(tuple(indices)))

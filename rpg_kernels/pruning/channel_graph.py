@@ -1,7 +1,7 @@
-"""Which channels of a network hang together: numbers of channels, and what ties and holds them.
+"""Which channels of a network hang together: numbers of channels, and what binds and fixes them.
 
-Every out-channel of a layer is given a number. What is tied can only be removed together: it is one
-*unit* of pruning.
+Every out-channel of a layer is given a number. What is bound can only be removed together: it is
+one *bundle*. Fixed channels stay.
 """
 
 from __future__ import annotations
@@ -51,25 +51,25 @@ class Use:
 
 @dataclass
 class ChannelGraph:
-    """The layers of a network and the ties of their channels.
+    """The layers of a network and what binds their channels.
 
     Args:
         uses: by name of the layer.
-        held: number of a channel that stays -> what it meets.
+        fixed: number of a channel that stays -> what it meets.
     """
 
     uses: dict[str, Use] = field(default_factory=dict)
-    held: dict[int, str] = field(default_factory=dict)
+    fixed: dict[int, str] = field(default_factory=dict)
     _parent: list[int] = field(default_factory=list)
 
     def new(self, count: int) -> tuple[int, ...]:
-        """Numbers that are tied to none."""
+        """Numbers that are bound to none."""
         first = len(self._parent)
         self._parent.extend(range(first, first + count))
         return tuple(range(first, first + count))
 
-    def unit(self, number: int) -> int:
-        """One number that stands for all that are tied to it."""
+    def bundle(self, number: int) -> int:
+        """One number that stands for all that are bound to it."""
         root = number
         while self._parent[root] != root:
             root = self._parent[root]
@@ -77,17 +77,17 @@ class ChannelGraph:
             self._parent[number], number = root, self._parent[number]
         return root
 
-    def tie(self, ones: Iterable[int], others: Iterable[int]) -> None:
+    def bind(self, ones: Iterable[int], others: Iterable[int]) -> None:
         """Pairs of numbers that stay or go together."""
         for one, other in zip(ones, others, strict=True):
-            a, b = self.unit(one), self.unit(other)
+            a, b = self.bundle(one), self.bundle(other)
             self._parent[max(a, b)] = min(a, b)
 
-    def hold(self, numbers: Iterable[int] | None, why: str) -> None:
+    def fix(self, numbers: Iterable[int] | None, why: str) -> None:
         """Channels that stay."""
         for number in numbers or ():
-            self.held.setdefault(number, why)
+            self.fixed.setdefault(number, why)
 
-    def held_units(self) -> dict[int, str]:
-        """The same by unit."""
-        return {self.unit(number): why for number, why in self.held.items()}
+    def fixed_bundles(self) -> dict[int, str]:
+        """The same by bundle."""
+        return {self.bundle(number): why for number, why in self.fixed.items()}

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from rpg_kernels import _checks
 from rpg_kernels._wrappers import unwrap_to_change
-from rpg_kernels.pruning import importance as importances
-from rpg_kernels.pruning import knapsack
-from rpg_kernels.pruning.channel_graph import ChannelGraph
 from rpg_kernels.pruning.cutting import Cut, cut
-from rpg_kernels.pruning.importance import Losses
-from rpg_kernels.pruning.tracing import channel_graph
+
+if TYPE_CHECKING:
+    from rpg_kernels.pruning.channel_graph import ChannelGraph
+    from rpg_kernels.pruning.importance import Losses
 
 
 @dataclass(frozen=True)
@@ -28,19 +27,19 @@ class ChannelPruning:
     Args:
         flops_before, flops_after: of a forward of the example, as torch counts them.
         channels: by name of a layer that lost some: out-channels before and after.
-        held: by name of a layer whose out-channels all had to stay: why.
+        fixed: by name of a layer whose out-channels all had to stay: why.
     """
 
     flops_before: int
     flops_after: int
     channels: dict[str, tuple[int, int]]
-    held: dict[str, str]
+    fixed: dict[str, str]
 
     def __str__(self) -> str:
         share = self.flops_after / self.flops_before
         lines = [f"{self.flops_before:,} FLOPs before, {self.flops_after:,} after ({share:.1%})"]
         lines += [f"{name}: {a} of {b} channels" for name, (b, a) in self.channels.items()]
-        lines += [f"{name}: all channels stay, as they meet {w}" for name, w in self.held.items()]
+        lines += [f"{name}: all channels stay, as they meet {w}" for name, w in self.fixed.items()]
         return "\n".join(lines)
 
 
@@ -56,7 +55,7 @@ def prune_channels(
     Channels of convolutions, transposed ones and linear layers, dense or read from a bank, go with
     all that reads them: norms after them, and the in-channels of the next layers. A layer that
     reads a bank keeps its place in it: each weight that is left is read where the whole layer reads
-    it, so that the bank, its map and other layers stay as they are. Channels that a sum ties, as
+    it, so that the bank, its map and other layers stay as they are. Channels that a sum binds, as
     the residual ones of a ResNet, are removed together. Those that meet the model's output, or an
     operation that torch.fx traces but pruning does not know, stay.
 
@@ -108,11 +107,14 @@ def prune_channels(
         raise TypeError(f"importance: got a {got}, wanted a function of the model, or None")
     _checks.integer("multiple", multiple, 1, _checks.INT32_MAX)
     _check_flops(flops)
+    # Imported here, as few programs prune.
+    from rpg_kernels.pruning.tracing import channel_graph
+
     model = unwrap_to_change(model)
     with _evaluated(model):
         graph = channel_graph(model, example)
         before = _counted(model, example)
-        gone = _units(model, graph, before, flops, importance, multiple)
+        gone = _bundles(model, graph, before, flops, importance, multiple)
         cuts = _cuts(graph, gone)
         for name, what in cuts.items():
             cut(graph.uses[name].layer, what)
@@ -122,7 +124,7 @@ def prune_channels(
         for name, what in cuts.items()
         if len(what.out) < len(graph.uses[name].out)
     }
-    return ChannelPruning(before, after, channels, _held(graph))
+    return ChannelPruning(before, after, channels, _fixed(graph))
 
 
 def _check_flops(flops: object) -> None:
@@ -147,12 +149,14 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def _counted(model: nn.Module, example: Sequence[Any]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Imported here, as it brings in triton where that is installed.
+    counting: Any = importlib.import_module("torch.utils.flop_counter")
+    with torch.no_grad(), counting.FlopCounterMode(display=False) as counter:
         model(*example)
     return int(counter.get_total_flops())
 
 
-def _units(
+def _bundles(
     model: nn.Module,
     graph: ChannelGraph,
     before: int,
@@ -160,11 +164,14 @@ def _units(
     importance: Losses | None,
     multiple: int,
 ) -> set[int]:
-    """The units to be removed."""
-    held = graph.held_units()
-    free = {graph.unit(number) for use in graph.uses.values() for number in use.out} - set(held)
+    """The bundles to be removed."""
+    from rpg_kernels.pruning import importance as importances
+    from rpg_kernels.pruning import knapsack
+
+    fixed = graph.fixed_bundles()
+    free = {graph.bundle(number) for use in graph.uses.values() for number in use.out} - set(fixed)
     if not free:
-        why = next(iter(held.values()), "it has no layers")
+        why = next(iter(fixed.values()), "it has no layers")
         got = f"a model none of whose channels can be removed ({why})"
         raise _checks.fail("model", got, "one with channels that other layers of it read")
     if importance is None:
@@ -172,12 +179,12 @@ def _units(
     else:
         scores = importances.taylor(model, graph, importance)
     budget = flops * before if isinstance(flops, float) else flops
-    wanted = {unit: scores.get(unit, 0.0) for unit in sorted(free)}
+    wanted = {bundle: scores.get(bundle, 0.0) for bundle in sorted(free)}
     try:
         return knapsack.chosen(graph, wanted, before, budget, multiple)
     except knapsack.CannotBeMetError as error:
         least = f"at least {int(error.least)} of {before} FLOPs, which are left with the fewest"
-        why = "; ".join(f"{name} meets {what}" for name, what in _held(graph).items())
+        why = "; ".join(f"{name} meets {what}" for name, what in _fixed(graph).items())
         wanted_text = f"{least} channels" + (f" ({why[:300]})" if why else "")
         raise _checks.fail("flops", flops, wanted_text) from error
 
@@ -187,7 +194,7 @@ def _cuts(graph: ChannelGraph, gone: set[int]) -> dict[str, Cut]:
     cuts = {}
     for name, use in graph.uses.items():
         out, into = (
-            tuple(i for i, number in enumerate(numbers) if graph.unit(number) not in gone)
+            tuple(i for i, number in enumerate(numbers) if graph.bundle(number) not in gone)
             for numbers in (use.out, use.into)
         )
         if len(out) < len(use.out) or len(into) < len(use.into):
@@ -195,12 +202,12 @@ def _cuts(graph: ChannelGraph, gone: set[int]) -> dict[str, Cut]:
     return cuts
 
 
-def _held(graph: ChannelGraph) -> dict[str, str]:
-    """Layers all of whose out-channels are held, and what the first of them meets."""
-    held = graph.held_units()
+def _fixed(graph: ChannelGraph) -> dict[str, str]:
+    """Layers all of whose out-channels are fixed, and what the first of them meets."""
+    fixed = graph.fixed_bundles()
     found = {}
     for name, use in graph.uses.items():
-        units = [graph.unit(number) for number in use.out]
-        if all(unit in held for unit in units):
-            found[name] = held[units[0]]
+        bundles = [graph.bundle(number) for number in use.out]
+        if all(bundle in fixed for bundle in bundles):
+            found[name] = fixed[bundles[0]]
     return found

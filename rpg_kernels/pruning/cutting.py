@@ -43,6 +43,19 @@ class Cut:
     into: tuple[int, ...]
 
 
+def has_channels(module: nn.Module | None) -> bool:
+    """Whether a module is a layer whose channels can be cut: of these types, not of others below.
+
+    timm's BatchNormAct2d, a norm and then an activation, is known by its name, since timm need not
+    be there.
+    """
+    kind = type(module)
+    return kind in LAYERS or (kind.__module__, kind.__name__) == (
+        "timm.layers.norm_act",
+        "BatchNormAct2d",
+    )
+
+
 def channels_of(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a layer of ``LAYERS``."""
     has: Any = layer

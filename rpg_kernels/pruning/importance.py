@@ -1,4 +1,4 @@
-"""How much a network would lose with a unit of channels: by first-order Taylor, or by magnitude."""
+"""How much a network would lose with a bundle of channels: first-order Taylor, or magnitude."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Losses = Callable[[nn.Module], Iterable[Tensor]]
 
 
 def magnitude(graph: ChannelGraph, flops: Mapping[int, float]) -> dict[int, float]:
-    """By unit: the mean over its filters of the squared norm, as a multiple of the layer's mean,
-    times the FLOPs of the unit.
+    """By bundle: the mean over its filters of the squared norm, as a multiple of the layer's mean,
+    times the FLOPs of the bundle.
 
     Layers differ in scale for reasons that say nothing about their worth, a norm after them most of
     all, so that a filter is compared with its own layer's. Without data nothing tells that a layer
@@ -29,7 +29,7 @@ def magnitude(graph: ChannelGraph, flops: Mapping[int, float]) -> dict[int, floa
 
     Args:
         graph: of the network.
-        flops: by unit, what the whole network would save without it.
+        flops: by bundle, what the whole network would save without it.
     """
     found: dict[int, list[float]] = defaultdict(list)
     for use in graph.uses.values():
@@ -37,11 +37,11 @@ def magnitude(graph: ChannelGraph, flops: Mapping[int, float]) -> dict[int, floa
             norms = _squared_norms(use)
             mean = float(norms.mean()) or 1.0
             for number, norm in zip(use.out, norms.tolist(), strict=True):
-                found[graph.unit(number)].append(norm / mean)
+                found[graph.bundle(number)].append(norm / mean)
     return {
-        unit: sum(norms) / len(norms) * flops[unit]
-        for unit, norms in found.items()
-        if unit in flops
+        bundle: sum(norms) / len(norms) * flops[bundle]
+        for bundle, norms in found.items()
+        if bundle in flops
     }
 
 
@@ -61,7 +61,7 @@ def _squared_norms(use: Use) -> Tensor:
 
 
 def taylor(model: nn.Module, graph: ChannelGraph, losses: Losses) -> dict[int, float]:
-    """By unit: the sum over batches of (the sum over its channels of z · dL/dz)².
+    """By bundle: the sum over batches of (the sum over its channels of z · dL/dz)².
 
     z is a channel's output, of the norm where one comes after the layer. The inner sum, over images
     and positions, is the first-order change of the loss when the channel becomes zero; of a norm's
@@ -88,9 +88,9 @@ def taylor(model: nn.Module, graph: ChannelGraph, losses: Losses) -> dict[int, f
             for use, grad in zip(uses, grads, strict=True):
                 if grad is not None:
                     for number, value in zip(use.out, grad.tolist(), strict=True):
-                        change[graph.unit(number)] += value
-            for unit, value in change.items():
-                found[unit] += value * value
+                        change[graph.bundle(number)] += value
+            for bundle, value in change.items():
+                found[bundle] += value * value
             batches += 1
     if not batches:
         raise _checks.fail("importance", "no batches", "the loss of at least one batch")

@@ -10,7 +10,7 @@ from torch import nn
 from rpg_kernels import _checks
 from rpg_kernels._wrappers import plain_name, unwrap, unwrap_to_change
 from rpg_kernels.law import selection as selections
-from rpg_kernels.pruning.cutting import LAYERS, Cut, Undo, channels_of, cut, kept_of
+from rpg_kernels.pruning.cutting import Cut, Undo, channels_of, cut, has_channels, kept_of
 
 Record = dict[str, list[Any]]
 
@@ -86,7 +86,7 @@ def keep_channels(model: nn.Module, kept: Mapping[str, Any]) -> Undo:
 
 
 def _cut_of(name: str, layer: nn.Module | None, record: object) -> Cut:
-    if type(layer) not in LAYERS or layer is None:
+    if layer is None or not has_channels(layer):
         got = "none of that name" if layer is None else f"a {type(layer).__name__}"
         raise _checks.fail(f"kept: layer {name!r}", got, "a layer that has channels to be pruned")
     if not isinstance(record, list | tuple) or len(record) != 2:

@@ -1,11 +1,11 @@
-"""Which units to remove under a budget of FLOPs: those of the least importance for each FLOP.
+"""Which bundles to remove under a budget of FLOPs: those of the least importance for each FLOP.
 
 The paper prunes channels by the knapsack method of Aflalo et al., "Knapsack pruning with inner
-distillation" (2020): keep the units of the greatest sum of importance that the budget has room for,
-where a unit costs what the whole network would save without it. Units are many and small beside the
-budget, so that taking them in the order of importance for each FLOP is as good as the exact answer.
-Products are those of out-channels with in-channels and both become fewer, so that what remains is
-counted anew after each removal.
+distillation" (2020): keep the bundles of the greatest sum of importance that the budget has room
+for, where a bundle costs what the whole network would save without it. Bundles are many and small
+beside the budget, so that taking them in the order of importance for each FLOP is about as good as
+the exact answer. Products are those of out-channels with in-channels and both become fewer, so that
+what remains is counted anew after each removal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from rpg_kernels.pruning.channel_graph import ChannelGraph
 from rpg_kernels.pruning.cutting import is_depthwise
 
-Kind = tuple[tuple[str, int, int], ...]  # layer, its out-channels, its in-channels in one unit
+Kind = tuple[tuple[str, int, int], ...]  # layer, its out-channels, its in-channels in one bundle
 
 
 class CannotBeMetError(ValueError):
@@ -39,27 +39,27 @@ class _Layer:
         return self.flops_of_pair * (out if self.depthwise else out * into)
 
 
-def savings(graph: ChannelGraph, units: Iterable[int]) -> dict[int, float]:
-    """By unit: the FLOPs that the whole network would save without it."""
+def savings(graph: ChannelGraph, bundles: Iterable[int]) -> dict[int, float]:
+    """By bundle: the FLOPs that the whole network would save without it."""
     layers = _layers(graph)
     return {
-        unit: _saved(layers, kind, 1)
-        for kind, of_kind in _kinds(graph, units).items()
-        for unit in of_kind
+        bundle: _saved(layers, kind, 1)
+        for kind, of_kind in _kinds(graph, bundles).items()
+        for bundle in of_kind
     }
 
 
 def chosen(
     graph: ChannelGraph, importance: Mapping[int, float], total: float, budget: float, multiple: int
 ) -> set[int]:
-    """The units to be removed.
+    """The bundles to be removed.
 
     Args:
         graph: of the network.
-        importance: by unit; units that are not in it stay.
+        importance: by bundle; bundles that are not in it stay.
         total: FLOPs of the whole network, with what no layer of the graph makes.
         budget: FLOPs that remain at most.
-        multiple: units of one kind that remain are so many or a multiple of it; of each kind, at
+        multiple: bundles of one kind that remain are so many or a multiple of it; of each kind, at
             least one such group remains.
 
     Raises:
@@ -67,11 +67,11 @@ def chosen(
     """
     layers = _layers(graph)
     groups: list[tuple[float, Kind, list[int]]] = []
-    for kind, units in _kinds(graph, importance).items():
+    for kind, bundles in _kinds(graph, importance).items():
         cost = _saved(layers, kind, 1)
-        ordered = sorted(units, key=lambda unit: (importance[unit], unit))
+        ordered = sorted(bundles, key=lambda bundle: (importance[bundle], bundle))
         for group in _groups(ordered, multiple) if cost else ():
-            worth = sum(importance[unit] for unit in group) / (cost * len(group))
+            worth = sum(importance[bundle] for bundle in group) / (cost * len(group))
             groups.append((worth, kind, group))
     gone: set[int] = set()
     for _, kind, group in sorted(groups):
@@ -94,33 +94,33 @@ def _layers(graph: ChannelGraph) -> dict[str, _Layer]:
     }
 
 
-def _saved(layers: Mapping[str, _Layer], kind: Kind, units: int) -> float:
+def _saved(layers: Mapping[str, _Layer], kind: Kind, bundles: int) -> float:
     saved = 0.0
     for name, out, into in kind:
         layer = layers[name]
-        fewer = layer.flops(layer.out - out * units, layer.into - into * units)
+        fewer = layer.flops(layer.out - out * bundles, layer.into - into * bundles)
         saved += layer.flops(layer.out, layer.into) - fewer
     return saved
 
 
-def _kinds(graph: ChannelGraph, units: Iterable[int]) -> dict[Kind, list[int]]:
-    """Units that have the same numbers of channels in the same layers."""
+def _kinds(graph: ChannelGraph, bundles: Iterable[int]) -> dict[Kind, list[int]]:
+    """Bundles that have the same numbers of channels in the same layers."""
     members: dict[int, Counter[tuple[str, int]]] = defaultdict(Counter)
     for name, use in graph.uses.items():
         for side, numbers in enumerate((use.out, use.into)):
             for number in numbers:
-                members[graph.unit(number)][name, side] += 1
+                members[graph.bundle(number)][name, side] += 1
     kinds: dict[Kind, list[int]] = defaultdict(list)
-    for unit in units:
-        of = members[unit]
+    for bundle in bundles:
+        of = members[bundle]
         names = dict.fromkeys(name for name, _ in of)
-        kinds[tuple((name, of[name, 0], of[name, 1]) for name in names)].append(unit)
+        kinds[tuple((name, of[name, 0], of[name, 1]) for name in names)].append(bundle)
     return kinds
 
 
-def _groups(units: list[int], multiple: int) -> list[list[int]]:
+def _groups(bundles: list[int], multiple: int) -> list[list[int]]:
     """The least important first; of what is left over at the end, ``multiple`` always stay."""
-    first = len(units) % multiple
-    groups = [units[:first]] if first else []
-    groups += [units[i : i + multiple] for i in range(first, len(units), multiple)]
+    first = len(bundles) % multiple
+    groups = [bundles[:first]] if first else []
+    groups += [bundles[i : i + multiple] for i in range(first, len(bundles), multiple)]
     return groups[:-1]

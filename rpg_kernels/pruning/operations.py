@@ -108,7 +108,7 @@ BY_CHANNEL: set[Any] = {
     F.dropout3d,
     F.interpolate,
 }
-# Two tensors, element by element: their channels are tied.
+# Two tensors, element by element: their channels are bound.
 PAIRWISE: set[Any] = {
     operator.add,
     operator.iadd,

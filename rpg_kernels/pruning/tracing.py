@@ -1,7 +1,7 @@
 """The channel graph of a model, by torch.fx.
 
-Operations carry the numbers of channels on. A sum of two tensors ties theirs. Channels that meet
-the model's input or output, or an operation that is not known here, are held: such a tensor keeps
+Operations carry the numbers of channels on. A sum of two tensors binds theirs. Channels that meet
+the model's input or output, or an operation that is not known here, are fixed: such a tensor keeps
 its shape, so that what the operation does need not be known.
 """
 
@@ -22,11 +22,11 @@ from rpg_kernels.nn import VirtualLayer
 from rpg_kernels.pruning import operations as known
 from rpg_kernels.pruning.channel_graph import ChannelGraph, Use
 from rpg_kernels.pruning.cutting import (
-    LAYERS,
     LINEAR,
     NORMS,
     TRANSPOSED,
     channels_of,
+    has_channels,
     is_depthwise,
 )
 
@@ -54,7 +54,7 @@ def channel_graph(model: nn.Module, example: Sequence[Any]) -> ChannelGraph:
         ValueError: torch.fx cannot trace it, or it has a layer that the trace does not call.
     """
     try:
-        run = _Run(model, fx.GraphModule(model, _Tracer().trace(model)))
+        run = _Interpreter(model, fx.GraphModule(model, _Tracer().trace(model)))
         with torch.no_grad():
             run.run(*example)
     except Exception as error:
@@ -64,20 +64,24 @@ def channel_graph(model: nn.Module, example: Sequence[Any]) -> ChannelGraph:
     for name, module in model.named_modules():
         # A layer that is only called while training, such as an auxiliary head, would no longer
         # fit what it reads.
-        if type(module) in LAYERS and name not in run.channels.uses:
+        if has_channels(module) and name not in run.channels.uses:
             got = f"layer {name}, which the model does not call in eval mode"
             raise _checks.fail("model", got, "one that calls every layer, as a module")
     for use, why in run.unlike_others():
-        run.channels.hold((*use.out, *use.into), f"{use.name}, {why}")
+        run.channels.fix((*use.out, *use.into), f"{use.name}, {why}")
     return run.channels
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, VirtualLayer) or super().is_leaf_module(m, module_qualified_name)
+        return (
+            isinstance(m, VirtualLayer)
+            or has_channels(m)
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
-class _Run(fx.Interpreter):
+class _Interpreter(fx.Interpreter):
     """Runs the traced network, and notes what each node does with channels."""
 
     def __init__(self, model: nn.Module, module: fx.GraphModule) -> None:
@@ -119,10 +123,10 @@ class _Run(fx.Interpreter):
                 yield use, "whose weight the model's forward reads by itself"
 
     def _value(self, n: fx.Node, result: object) -> Value | None:
-        """What a node's result is made of, after the ties and holds of the node are noted."""
+        """What a node's result is made of, after what the node binds and fixes are noted."""
         shape = tuple(result.shape) if isinstance(result, Tensor) else ()
         if n.op == "output":
-            self._hold(n, "the model's output")
+            self._fix(n, "the model's output")
             return None
         if n.op == "get_attr":
             self.read_directly.add(str(n.target).rpartition(".")[0])
@@ -133,14 +137,14 @@ class _Run(fx.Interpreter):
         else:
             made = self._of_function(n, shape)
         if made is None:
-            self._hold(n, f"{n.name}, an operation that pruning does not know")
+            self._fix(n, f"{n.name}, an operation that pruning does not know")
             made = Value(shape)
         return made if isinstance(result, Tensor) else None
 
-    def _hold(self, n: fx.Node, why: str) -> None:
+    def _fix(self, n: fx.Node, why: str) -> None:
         for node in n.all_input_nodes:
             if node in self.values:
-                self.channels.hold(self.values[node].numbers, why)
+                self.channels.fix(self.values[node].numbers, why)
 
     def _first(self, n: fx.Node) -> Value | None:
         """The value of the first argument, where it is the only tensor."""
@@ -152,7 +156,7 @@ class _Run(fx.Interpreter):
         x, kind = self._first(n), type(module)
         if x is None:
             return None
-        if kind in LAYERS:
+        if has_channels(module):
             return self._of_layer(n, module, x, shape)
         if kind in known.ELEMENTWISE_MODULES:
             return Value(shape, x.dim, x.numbers)
@@ -177,9 +181,9 @@ class _Run(fx.Interpreter):
             made = read if isinstance(layer, NORMS) else self.channels.new(out)
             use = self.channels.uses[name] = Use(name, layer, made, read)
             if is_depthwise(layer):
-                self.channels.tie(made, read)
+                self.channels.bind(made, read)
         else:
-            self.channels.tie(use.into, read)
+            self.channels.bind(use.into, read)
         of_output = shape if not isinstance(layer, TRANSPOSED) else x.shape
         use.positions += math.prod(of_output) // of_output[dim]
         before = n.args[0]
@@ -190,12 +194,12 @@ class _Run(fx.Interpreter):
         return Value(shape, dim, use.out)
 
     def _numbers(self, x: Value, dim: int, size: int, reader: str) -> tuple[int, ...]:
-        """The channels that a layer reads along a dimension; held ones where there are none."""
+        """The channels that a layer reads along a dimension; fixed ones where there are none."""
         if x.numbers is not None and x.dim == dim and len(x.numbers) == size:
             return x.numbers
-        self.channels.hold(x.numbers, f"{reader}, which reads another dimension")
+        self.channels.fix(x.numbers, f"{reader}, which reads another dimension")
         fresh = self.channels.new(size)
-        self.channels.hold(fresh, f"{reader}, which reads what no layer made")
+        self.channels.fix(fresh, f"{reader}, which reads what no layer made")
         return fresh
 
     def _of_function(self, n: fx.Node, shape: tuple[int, ...]) -> Value | None:
@@ -249,12 +253,12 @@ class _Run(fx.Interpreter):
             if other is first:
                 continue
             if other in others and other.dim - len(other.shape) == back and size > 1:
-                self.channels.tie(first.numbers, cast(Any, other.numbers))
+                self.channels.bind(first.numbers, cast(Any, other.numbers))
             elif other in others or size > 1:
                 why = f"{n.name}, which joins it with a tensor of another kind"
-                self.channels.hold(other.numbers, why)
+                self.channels.fix(other.numbers, why)
                 if size > 1:
-                    self.channels.hold(first.numbers, why)
+                    self.channels.fix(first.numbers, why)
         return Value(shape, back + len(shape), first.numbers)
 
     def _joined(self, n: fx.Node, shape: tuple[int, ...]) -> Value | None:
@@ -269,7 +273,7 @@ class _Run(fx.Interpreter):
             first, *others = parts
             if all(other.dim == first.dim for other in others):
                 for other in others:
-                    self.channels.tie(cast(Any, first.numbers), cast(Any, other.numbers))
+                    self.channels.bind(cast(Any, first.numbers), cast(Any, other.numbers))
                 return Value(shape, first.dim, first.numbers)
             return None
         numbers: list[int] = []

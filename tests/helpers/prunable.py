@@ -1,4 +1,4 @@
-"""Small networks with every kind of tie between channels, for the tests of pruning."""
+"""Small networks with all that binds channels, for the tests of pruning."""
 
 from __future__ import annotations
 

@@ -233,6 +233,22 @@ def test_default_limit_holds_for_weights_much_larger_than_it(dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("kind", [(16, "element"), (1, "table")], ids=str)
+@pytest.mark.parametrize("limit", [40_000, 1 << 17])
+@pytest.mark.parametrize("shape", [(60, 900), (40, 300, 3, 3)], ids=str)
+def test_chosen_rows_and_columns_keep_within_the_limit(
+    shape: tuple[int, ...], limit: int, kind: tuple[int, str]
+) -> None:
+    weight, values = place(shape, kind, torch.float32)
+    part = weight.select(0, range(1, shape[0], 3)).select(1, [*range(0, 90, 2), *range(200, 290)])
+    for call in operators(part, values, torch.float32, backend="reference"):
+        wanted = call.run()
+        with rpg.scratch_limit(limit):
+            got = call.check(limit)
+        tolerance = 20 * torch.finfo(torch.float32).eps * float(wanted.abs().max())
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [(16, "element"), (1, "table")], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 90), (2, 12, 3, 3), (4, 1, 3, 3)], ids=str)
 def test_too_small_a_limit_says_what_is_needed_and_that_works(

@@ -100,8 +100,8 @@ def test_residual_channels_go_together() -> None:
     net, x = shared("residual")
     rpg.prune_channels(net, x, 0.4)
     kept = rpg.kept_channels(net)
-    tied = [kept[name][0] for name in ("stem", "norm", "b")]
-    assert tied == [kept[name][1] for name in ("a", "short", "c")]
+    bound = [kept[name][0] for name in ("stem", "norm", "b")]
+    assert bound == [kept[name][1] for name in ("a", "short", "c")]
     assert kept["short"][0] == kept["c"][0] == kept["fc"][1]
     assert kept["a"][0] == kept["a_norm"][0] == kept["b"][1]
     assert kept["fc"][0] == [0, 5]
@@ -188,12 +188,12 @@ def test_taylor_is_weight_times_gradient() -> None:
             of = terms.sum(1) if terms.dim() > 1 else terms
             of = of + layer.bias * layer.bias.grad
             for number, value in zip(graph.uses[name].out, of.tolist(), strict=True):
-                change[graph.unit(number)] += value
-        for unit, value in change.items():
-            wanted[unit] += value**2
+                change[graph.bundle(number)] += value
+        for bundle, value in change.items():
+            wanted[bundle] += value**2
     assert got.keys() == wanted.keys()
-    for unit, value in wanted.items():
-        assert got[unit] == pytest.approx(value, rel=1e-5, abs=1e-9)
+    for bundle, value in wanted.items():
+        assert got[bundle] == pytest.approx(value, rel=1e-5, abs=1e-9)
 
 
 def test_the_least_important_go_first() -> None:

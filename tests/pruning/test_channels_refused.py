@@ -118,7 +118,7 @@ def test_no_model() -> None:
         rpg.prune_channels(3, torch.ones(2), 0.5)  # type: ignore[arg-type]
 
 
-class Held(nn.Module):
+class Fixed(nn.Module):
     """Two convolutions with something between them, and one more that can be pruned."""
 
     def __init__(self, between: Callable[[Tensor], Tensor], first: nn.Module | None = None) -> None:
@@ -138,19 +138,19 @@ def hooked() -> nn.Module:
 
 
 UNKNOWN: dict[str, Callable[[], nn.Module]] = {
-    "softmax over channels": lambda: Held(lambda x: x.softmax(1)),
-    "channel shuffle": lambda: Held(lambda x: F.channel_shuffle(x, 2)),
-    "group norm": lambda: Held(nn.GroupNorm(2, 8)),
-    "a tensor of its own": lambda: Held(lambda x: x + torch.ones(8, 1, 1)),
-    "the number of channels": lambda: Held(lambda x: x * x.size(1)),
-    "the number of channels of its shape": lambda: Held(lambda x: x * x.shape[1]),
-    "its shape handed on": lambda: Held(lambda x: x + x.new_ones(x.shape)),
-    "slices": lambda: Held(lambda x: torch.cat([x[:, :4], x[:, 4:]], 1)),
-    "a mean over channels": lambda: Held(lambda x: x - x.mean(1, keepdim=True)),
-    "a transposition": lambda: Held(lambda x: x.transpose(1, 2).relu().transpose(1, 2)),
-    "hooks": lambda: Held(nn.Identity(), hooked()),
-    "weight norm": lambda: Held(nn.Identity(), parametrizations.weight_norm(nn.Conv2d(3, 8, 1))),
-    "groups": lambda: Held(nn.Conv2d(8, 8, 1, groups=4)),
+    "softmax over channels": lambda: Fixed(lambda x: x.softmax(1)),
+    "channel shuffle": lambda: Fixed(lambda x: F.channel_shuffle(x, 2)),
+    "group norm": lambda: Fixed(nn.GroupNorm(2, 8)),
+    "a tensor of its own": lambda: Fixed(lambda x: x + torch.ones(8, 1, 1)),
+    "the number of channels": lambda: Fixed(lambda x: x * x.size(1)),
+    "the number of channels of its shape": lambda: Fixed(lambda x: x * x.shape[1]),
+    "its shape handed on": lambda: Fixed(lambda x: x + x.new_ones(x.shape)),
+    "slices": lambda: Fixed(lambda x: torch.cat([x[:, :4], x[:, 4:]], 1)),
+    "a mean over channels": lambda: Fixed(lambda x: x - x.mean(1, keepdim=True)),
+    "a transposition": lambda: Fixed(lambda x: x.transpose(1, 2).relu().transpose(1, 2)),
+    "hooks": lambda: Fixed(nn.Identity(), hooked()),
+    "weight norm": lambda: Fixed(nn.Identity(), parametrizations.weight_norm(nn.Conv2d(3, 8, 1))),
+    "groups": lambda: Fixed(nn.Conv2d(8, 8, 1, groups=4)),
 }
 
 
@@ -169,7 +169,7 @@ def test_what_is_not_known_keeps_its_channels(what: str) -> None:
     assert torch.equal(net.second.weight, weight[kept])
     assert net(x).shape == (2, 2, 4, 4)
     if type(net.first) is nn.Conv2d:  # another type is an operation that pruning does not know
-        assert "first" in made.held
+        assert "first" in made.fixed
         assert "first" in str(made)
 
 
