@@ -214,6 +214,7 @@ every row has had four epochs of training in its own form, however many rounds c
 DoF is what is left of the bank, or of the convolutions that would read one. Pruned by element, a
 network is as fast and as large in memory as before; slots that are zero can leave the bank. Rows of
 one network share the training before they differ, so that their minutes add up to less than each
-would take alone.
+would take alone. Training is short: networks are far from what they could be, and a pruned one may
+be better than the whole one. One seed says little about differences of a few points.
 """,
 )
