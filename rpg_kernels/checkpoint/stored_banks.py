@@ -47,6 +47,7 @@ def forms_of(
             raise ValueError(f"rpg_stored: got {name!r}, which is no bank of the model")
         bank = contents.banks[name]
         theirs = _values(name, bank, record, tensors).to(bank.weight.dtype)
+        assert isinstance(theirs, StoredValues)
         tensors[join(name, "codes")] = theirs.codes
         mine = bank.stored
         if mine is None or _kind(mine) != _kind(theirs):

@@ -173,6 +173,8 @@ def test_compiled_training_in_one_graph() -> None:
     net, x = rpg.quantize(_net(), "int8", training=True), torch.randn(3, 48)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
+    pending = net(x)  # whose rounded values are still there
+    assert torch.equal(compiled(x), pending)
     for _ in range(2):
         wanted = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
         optimiser.zero_grad()
