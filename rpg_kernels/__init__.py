@@ -30,6 +30,7 @@ from rpg_kernels.conversion import (
 from rpg_kernels.explanation import explain
 from rpg_kernels.law.generator import Generator, TableGenerator
 from rpg_kernels.proof import prove
+from rpg_kernels.pruning import finish_pruning, prune, rewind
 from rpg_kernels.settings import scratch_limit
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "dequantize",
     "expand",
     "explain",
+    "finish_pruning",
     "flops",
     "freeze",
     "functional",
@@ -56,8 +58,10 @@ __all__ = [
     "nn",
     "param_groups",
     "prove",
+    "prune",
     "quantize",
     "reuse",
+    "rewind",
     "save",
     "scratch_limit",
     "summary",

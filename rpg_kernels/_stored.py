@@ -165,10 +165,11 @@ class StoredValues(Tensor):
         if func.namespace == _NAMESPACE:
             return _twin(func)(*_in_parts(func, args), **named)
         own = _OWN.get(func)
-        if own is not None:
+        if own is not None and isinstance(args[0], StoredValues):
             return own(*args, **named)
-        if func._schema.is_mutable:
-            raise RuntimeError(_not_changed(next(a for a in args if isinstance(a, StoredValues))))
+        for value in _written(func, args, named):
+            if isinstance(value, StoredValues):
+                raise RuntimeError(_not_changed(value))
         return func(*tree_map(_dense, list(args)), **tree_map(_dense, named))
 
 
@@ -189,6 +190,15 @@ def _not_changed(values: StoredValues) -> str:
 
 def _dense(value: object) -> object:
     return value.dense() if isinstance(value, StoredValues) else value
+
+
+def _written(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+    """The arguments that a function changes in place."""
+    if not func._schema.is_mutable:
+        return []
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(named)
+    written = (a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write)
+    return [given.get(name) for name in written]
 
 
 def _twin(func: Any) -> Any:

@@ -324,8 +324,9 @@ class BankState(nn.Module):
             self._take_scales(theirs)
         digits = self._buffers[DIGITS]
         assert digits is not None
-        if digits.is_meta and not self.weight.is_meta:
-            self._buffers[DIGITS] = torch.empty_like(digits, device=self.weight.device)
+        trained = next(self.parameters())  # ``weight`` may be what a hook computed before
+        if digits.is_meta and not trained.is_meta:
+            self._buffers[DIGITS] = torch.empty_like(digits, device=trained.device)
         self.write_map()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BankState:
@@ -333,6 +334,10 @@ class BankState(nn.Module):
         self.look_at_map()
         self._applied = fn
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        computed = self.__dict__.get("weight")
+        if isinstance(computed, Tensor):  # what a hook made of the values, until it does so again
+            with torch.no_grad():
+                self.__dict__["weight"] = fn(computed)
         self.write_map()
         if self._drawn is not None:
             self.watch_for_other_rules()
@@ -347,4 +352,7 @@ class BankState(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if isinstance(state.get("weight"), Tensor):
+            # Pruning computes it in a hook, with a graph behind it that no copy can have.
+            state["weight"] = state["weight"].detach()
         return {k: v for k, v in state.items() if k not in ("_steps", "_applied", "_loading")}

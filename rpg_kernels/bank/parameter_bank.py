@@ -219,8 +219,12 @@ class ParameterBank(BankState):
         return None
 
     def reset_parameters(self) -> None:
-        """Draw the bank anew from N(0, init_std²); write its map, which has no memory on meta."""
-        nn.init.normal_(self.weight, std=self.init_std)
+        """Draw the bank anew from N(0, init_std²); write its map, which has no memory on meta.
+
+        Of a pruned bank the original values; its mask stays.
+        """
+        weight = self._parameters.get("weight_orig")
+        nn.init.normal_(self.weight if weight is None else weight, std=self.init_std)
         self.write_map()
         self.watch_for_other_rules()
 

@@ -115,8 +115,13 @@ def initialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modul
     _module(model)
     unable, alive = [], []
     for name, module in model.named_modules():
-        if isinstance(module, ParameterBank) and module.table is not None:
-            unable.append(f"{name} (its table is data; load it with load_state_dict)")
+        if isinstance(module, ParameterBank):
+            data = {"table": module.table, "mask": module._buffers.get("weight_mask")}
+            unable += [
+                f"{name} (its {key} is data; load it with load_state_dict)"
+                for key, tensor in data.items()
+                if tensor is not None
+            ]
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         alive += [name for tensor in own if tensor.device.type != "meta"]
         if own and _reset_of(module) is None:

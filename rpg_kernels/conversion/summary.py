@@ -168,7 +168,8 @@ def summary(model: nn.Module) -> Summary:
         reads = names[id(vw.bank)]
         layers.append(_layer(name, module, reads, seen.get(key, ""), residuals.get(name)))
         seen.setdefault(key, name)
-    parameters = {id(b.weight) for b in banks.values()}
+    # Whatever they are called: pruning and parametrisations rename a bank's values.
+    parameters = {id(p) for b in banks.values() for p in b.parameters()}
     label = {key: f"{names[key]}: " if len(banks) > 1 else "" for key in banks}
     idle = {key: why for key, bank in banks.items() if (why := _idle(bank))}
     return Summary(

@@ -307,7 +307,7 @@ def test_costs_stand_beside_the_unshared_row() -> None:
     assert "| 500 ms | 1.00 |" in report.costs_table(own, timed)[2]
 
 
-@pytest.mark.parametrize("name", ["classification", "blocks"])
+@pytest.mark.parametrize("name", ["classification", "blocks", "quantisation"])
 def test_rows_can_be_built_and_have_the_paper_beside_them(name: str) -> None:
     experiment = running.load(name)
     names = [row.name for row in experiment.rows]
@@ -320,7 +320,7 @@ def test_rows_can_be_built_and_have_the_paper_beside_them(name: str) -> None:
         assert row.settings.get("laps", 1) <= weights / row.settings.get("dof", weights)
 
 
-@pytest.mark.parametrize("name", ["classification", "blocks"])
+@pytest.mark.parametrize("name", ["classification", "blocks", "quantisation"])
 def test_tiny_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     rows = [row.name for row in running.load(name).rows]

@@ -241,7 +241,7 @@ def bool_bytes(header: dict[str, Any], data: bytearray) -> None:
 
 
 FORGERIES: dict[str, tuple[Change, str]] = {
-    "format": (raw("rpg_format", "2"), r"format: got 2 \(of rpg-kernels .*\), wanted 1"),
+    "format": (raw("rpg_format", "3"), r"format: got 3 \(of rpg-kernels .*\), wanted 1"),
     "law": (generator(law=7), "law: got 7, wanted one of 1, 3"),
     "law as text": (generator(law="window"), "law: got 'window', wanted one of 1, 3"),
     "law of a table": (generator(law="table"), "cannot be read"),

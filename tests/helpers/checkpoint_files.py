@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import rpg_kernels as rpg
 
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+DTYPES |= {"I8": 1, "F8_E4M3": 1}
 
 
 class Net(nn.Module):

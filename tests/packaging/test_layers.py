@@ -45,6 +45,7 @@ MAY = {
     "flops": BACKENDS | {"ops"},
     "conversion": MODELS,
     "models": MODELS | {"models"},
+    "pruning": MODELS | {"pruning"},
     "checkpoint": MODELS | {"checkpoint"},
     "interop": MODELS | {"models", "interop"},
 }
