@@ -224,7 +224,8 @@ def test_the_reference(dtype: torch.dtype, batch: int) -> None:
     assert y.dtype == dtype
     if dtype == torch.float64:
         exact = rounded_rows(layer.x) @ weight(layer, values).T + layer.bias
-        torch.testing.assert_close(y, exact, equal_nan=True)
+        # A value of the bank is rounded to float32 when its code meets its scale.
+        torch.testing.assert_close(y, exact, equal_nan=True, rtol=1e-5, atol=1e-5)
         return
     ours = run(INT8, layer, values)
     torch.testing.assert_close(ours, y, equal_nan=True, **tolerance(dtype))
