@@ -223,7 +223,7 @@ class UnitLinearInt8 {
 
   // s [slots of the window, L] of a packed column; `next` is the window that is read after it.
   void multiply_window(const Int8Memory& memory, const UnitWindow& window, int64_t packed,
-                       int64_t lanes, float* s, const UnitWindow* next) const {
+                       int64_t lanes, float* s, [[maybe_unused]] const UnitWindow* next) const {
     const int64_t block = law_.granularity, rows = int64_t{window.octets} * kOctet;
     const auto [codes, scales] =
         window_codes(ring_, window.base, rows, memory.codes, memory.scales);

@@ -261,7 +261,7 @@ class UnitLinearInt8Few {
 
   template <int M>
   void multiply_window(const Int8FewMemory& memory, const UnitWindow& window,
-                       const int32_t (&first)[kMostFew]) const {
+                       [[maybe_unused]] const int32_t (&first)[kMostFew]) const {
     const int64_t block = law_.granularity, rows = int64_t{window.octets} * kOctet;
     const auto [codes, scales] =
         window_codes(ring_, window.base, rows, memory.codes, memory.scales);
