@@ -165,15 +165,17 @@ def test_state_dicts_hold_the_parts() -> None:
         assert same(state(other), before)
 
 
-@pytest.mark.parametrize("change", ["far", "below", "nan", "negative"])
+@pytest.mark.parametrize("change", ["far", "next", "below", "nan", "negative"])
 def test_state_dicts_with_impossible_parts_change_nothing(change: str) -> None:
     net = build()
     with torch.no_grad():
         bank_of(net).weight[::2] = 0
     rpg.quantize(rpg.compact(net))
     saved, before = state(net), state(net)
-    key = next(k for k in saved if k.endswith("places" if change in ("far", "below") else "scales"))
-    saved[key][1] = {"far": 10**6, "below": -2, "nan": float("nan"), "negative": -1.0}[change]
+    rows = len(saved[next(k for k in saved if k.endswith("codes"))])
+    places = {"far": 10**6, "next": rows, "below": -2}
+    key = next(k for k in saved if k.endswith("places" if change in places else "scales"))
+    saved[key][1] = {**places, "nan": float("nan"), "negative": -1.0}[change]
     with pytest.raises(RuntimeError, match=r"got .*wanted"):
         net.load_state_dict(saved)
     assert same(state(net), before)

@@ -137,7 +137,7 @@ class Triton(Backend):
     must_prove = True
 
     def unsupported(self, call: Call) -> str:
-        """See ``unsupported_kind`` and ``unsupported_weight``; banks are read as they are stored."""
+        """See ``unsupported_kind`` and ``unsupported_weight``; banks are read as stored."""
         kind = unsupported_kind(call.op, call.device, call.dtype)
         return kind or (unsupported_weight(call.placement) if call.placement else "")
 
