@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import rpg_kernels as rpg
 from benchmarks.paper.classification import DENSE, HALF, RPG, Classification, Recipe
@@ -139,7 +140,7 @@ class Pruning(Classification):
 
     def _flops(self, model: nn.Module) -> int:
         """Of one image, by torch's counter."""
-        with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.eval()(self._one())
         return int(counter.get_total_flops())
 
