@@ -141,7 +141,9 @@ def results_table(experiment: Experiment, runs: Sequence[Record]) -> list[str]:
         sizes = [own[0].get(k) if own else None for k in ("dof", "virtual_weights", "trainable")]
         cells = [row.name, *("" if size is None else f"{size:,}" for size in sizes)]
         for metric, found, columns in of_metric:
-            empty = "not finite" if own else NOT_RUN if row.settings else NO_COUNTERPART
+            has = any(metric.key in run for run in own)  # not every network has every number
+            none = NOT_RUN if row.settings else NO_COUNTERPART
+            empty = "not finite" if has else NO_COUNTERPART if own else none
             cells.append(_cell(found[row.name], metric) if row.name in found else empty)
             cells += [f"{row.paper[key]:g}" if key in row.paper else "" for key, _ in columns]
         table.append((*cells, str(len(own))))
