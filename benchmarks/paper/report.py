@@ -143,7 +143,7 @@ def results_table(experiment: Experiment, runs: Sequence[Record]) -> list[str]:
         for metric, found, columns in of_metric:
             has = any(metric.key in run for run in own)  # not every network has every number
             none = NOT_RUN if row.settings else NO_COUNTERPART
-            empty = "not finite" if has else NO_COUNTERPART if own else none
+            empty = "not finite" if has else "–" if own else none
             cells.append(_cell(found[row.name], metric) if row.name in found else empty)
             cells += [f"{row.paper[key]:g}" if key in row.paper else "" for key, _ in columns]
         table.append((*cells, str(len(own))))
