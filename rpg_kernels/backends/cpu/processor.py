@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 DOT_GAIN = 2.0  # of dot products: twice as many multiplications as instructions of fp32 have
+TILE_GAIN = 16.0  # of products of tiles (AMX)
 
 
 @lru_cache(maxsize=8)
@@ -24,7 +25,7 @@ def dense_gain(dtype: torch.dtype) -> float:
     if dtype == torch.float32:
         return 1.0
     if _has("_is_amx_fp16_supported" if dtype == torch.float16 else "_is_amx_tile_supported"):
-        return 16.0
+        return TILE_GAIN
     probe = f"_is_mkldnn_{'fp16' if dtype == torch.float16 else 'bf16'}_supported"
     able = getattr(torch.ops.mkldnn, probe, None) if torch.backends.mkldnn.is_available() else None
     if able is None or not able():

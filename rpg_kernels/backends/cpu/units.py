@@ -10,7 +10,7 @@ from torch import Tensor
 from rpg_kernels import native
 from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.cpu.lanes import PRODUCTS, Family
-from rpg_kernels.backends.cpu.processor import DOT_GAIN, dense_gain
+from rpg_kernels.backends.cpu.processor import DOT_GAIN, TILE_GAIN, dense_gain
 from rpg_kernels.backends.cpu.selection import elements_of_blocks, groups_with_rows
 from rpg_kernels.law.placement import Placement, parse
 from rpg_kernels.law.unit import OCTET, UnitLaw
@@ -28,6 +28,10 @@ PAIRS_GAIN = 1.5
 # weight does, to two hundredths; those of fewer cost more (docs/decisions.md).
 ROUNDED_READS = 3
 FORWARD = ("linear", "conv2d")
+# Where dense products in bfloat16 are those of tiles (AMX) the reference multiplies fast, but has to
+# unpack: up to so many rows of x, for each row that shares a product, these kernels are faster
+# forward; a bank gradient is also where more rows share, an input gradient always.
+TILED_BATCH, TILED_SHARED = 40, 8
 _MOST_LANES, _LEAST_LANES = 64, 16
 
 
@@ -95,6 +99,8 @@ class Units(Family):
         """Where rows share more than dense products in 16 bits are faster."""
         if batch <= SMALL_BATCH:
             return True
+        if dtype == torch.bfloat16 and dense_gain(dtype) == TILE_GAIN and native.multiplies_pairs():
+            return _faster_beside_tiles(op, batch, reads(placement))
         return reads(placement) >= least_reads(op, dtype, bank_dtype, placement)
 
     def multiplications(self, op: str, placement: str, stored: StoredValues | None = None) -> int:
@@ -105,6 +111,12 @@ class Units(Family):
         """How many rows share a product."""
         shared = reads(placement)
         return f"the product of a slot is shared by the rows that read it, {shared:.3g} on average"
+
+
+def _faster_beside_tiles(op: str, batch: int, shared: float) -> bool:
+    if op == "linear_input_grad" or batch <= TILED_BATCH * shared:
+        return True
+    return op == "linear_bank_grad" and shared >= TILED_SHARED
 
 
 UNITS = Units()
