@@ -28,10 +28,10 @@ PAIRS_GAIN = 1.5
 # weight does, to two hundredths; those of fewer cost more (docs/decisions.md).
 ROUNDED_READS = 3
 FORWARD = ("linear", "conv2d")
-# Where dense products in bfloat16 are those of tiles (AMX) the reference multiplies fast, but has to
-# unpack: up to so many rows of x, for each row that shares a product, these kernels are faster
-# forward; a bank gradient is also where more rows share, an input gradient always.
-TILED_BATCH, TILED_SHARED = 40, 8
+# Where dense products in bfloat16 are those of tiles (AMX) the reference multiplies fast, but has
+# to unpack. Where so many rows share a product these kernels are faster: forward up to so many rows
+# of x for each row that shares it, bank gradients also where more share, input gradients always.
+TILED_READS, TILED_BATCH, TILED_SHARED = 2, 40, 8
 _MOST_LANES, _LEAST_LANES = 64, 16
 
 
@@ -99,7 +99,7 @@ class Units(Family):
         """Where rows share more than dense products in 16 bits are faster."""
         if batch <= SMALL_BATCH:
             return True
-        if dtype == torch.bfloat16 and dense_gain(dtype) == TILE_GAIN and native.multiplies_pairs():
+        if dense_gain(dtype) == TILE_GAIN and _takes_pairs(dtype, bank_dtype):
             return _faster_beside_tiles(op, batch, reads(placement))
         return reads(placement) >= least_reads(op, dtype, bank_dtype, placement)
 
@@ -114,9 +114,17 @@ class Units(Family):
 
 
 def _faster_beside_tiles(op: str, batch: int, shared: float) -> bool:
+    if shared < TILED_READS:
+        return False
     if op == "linear_input_grad" or batch <= TILED_BATCH * shared:
         return True
     return op == "linear_bank_grad" and shared >= TILED_SHARED
+
+
+def _takes_pairs(dtype: torch.dtype, bank_dtype: torch.dtype | None) -> bool:
+    """Whether there is an instruction for products of such activations and such a bank."""
+    banks = (None, torch.bfloat16, torch.float32)
+    return dtype == torch.bfloat16 and bank_dtype in banks and native.multiplies_pairs()
 
 
 UNITS = Units()
@@ -134,8 +142,7 @@ def pairs(op: str, dtype: torch.dtype, bank_dtype: torch.dtype | None, placement
         bank_dtype: of the bank, or of its gradient; None is that of the activations.
         placement: of the weight.
     """
-    banks = (None, torch.bfloat16, torch.float32)
-    if dtype != torch.bfloat16 or bank_dtype not in banks or not native.multiplies_pairs():
+    if not _takes_pairs(dtype, bank_dtype):
         return False
     return op in FORWARD or reads(placement) >= ROUNDED_READS
 
