@@ -31,8 +31,12 @@ _NAMESPACE = "rpg_kernels"
 class StoredValues(Tensor):
     """Values ``[slots, granularity]`` in fewer bytes; never trained, never changed in place.
 
+    Nothing is checked here, since torch makes many of them; ``check_parts`` and the operators
+    check.
+
     Args:
         codes: int8 or float8_e4m3fn ``[rows, granularity]`` with scales, otherwise of ``dtype``.
+            Rows are the slots that are there.
         scales: float32 ``[rows]``, or None where codes are the values.
         places: int32 ``[slots]``: the row of a slot, or -1 where the slot is zeros; None where row
             and slot are the same.
@@ -93,13 +97,16 @@ class StoredValues(Tensor):
         return self.activations == INT8 and self.codes.dtype == torch.int8
 
     def read_blocks(self, slot: Tensor, out: Tensor) -> None:
-        """out ``[count, block]`` = blocks of the bank, int64 ``[count]``, rounded once to out's
-        dtype. Blocks are as long as slots, or an equal part of them; one is numbered as if the
-        bank were ``[slots * parts, block]``.
+        """out = blocks of the bank, rounded once to out's dtype.
+
+        Args:
+            slot: int64 ``[count]``: numbers of blocks. A block is a slot or one of its equal
+                pieces, and is numbered as if the bank were ``[slots * pieces, block]``.
+            out: ``[count, block]`` of a floating dtype, which is overwritten.
         """
         block = out.shape[1]
-        parts = self.codes.shape[1] // block
-        row, part = slot.div(parts, rounding_mode="floor"), slot % parts
+        pieces = self.codes.shape[1] // block
+        row, piece = slot.div(pieces, rounding_mode="floor"), slot % pieces
         absent = None
         if self.places is not None:
             row = self.places[row].long()
@@ -108,7 +115,7 @@ class StoredValues(Tensor):
                 out.zero_()
                 return
             row.clamp_(min=0)
-        codes = self.codes.view(-1, block)[row * parts + part]
+        codes = self.codes.view(-1, block)[row * pieces + piece]
         if self.scales is None:
             out.copy_(codes)
         else:
@@ -350,5 +357,9 @@ def check_parts(parts: Mapping[str, Tensor], shape: Sequence[int]) -> None:
 
 
 def check_activations(activations: str) -> str:
-    """One of ``ACTIVATIONS``."""
+    """What was given, where it is one of ``ACTIVATIONS``.
+
+    Raises:
+        ValueError: it is not.
+    """
     return _checks.choice("activations", activations, ACTIVATIONS)

@@ -89,9 +89,10 @@ inline const float* window_rows(const Ring& ring, int64_t first, int64_t count, 
 
 // Of a window of `count` slots, of which the bank has `present`: their lines, one after the other,
 // go to where those of all slots are, [count, floats] with lines `step` apart; others are zeros.
+// From the end, so that no line is written over before it has moved.
 inline void spread_lines(const Ring& ring, int64_t first, int64_t count, int64_t present,
                          int64_t step, int64_t floats, float* lines) {
-  for (int64_t k = count - 1; k >= present; --k) {  // then all that are left are where they belong
+  for (int64_t k = count - 1; k >= present; --k) {  // the first `present` lines are in place then
     float* line = lines + k * step;
     if (ring.has((first + k) % ring.slots)) {
       std::memcpy(line, lines + --present * step, sizeof(float) * floats);

@@ -58,7 +58,7 @@ struct SqueezeTable {
 };
 
 class Chosen {
-  static constexpr int kUnit =
+  static constexpr int kPadTo =
       kVector < 8 ? 8 : kVector;  // elements that `padded` is a multiple of
 
  public:
@@ -122,7 +122,7 @@ class Chosen {
   // Elements that a block takes in products of whole vectors and in squares of 8, and the most that
   // any takes.
   int padded(int64_t block) const {
-    return selection_.columns ? (count(block) + kUnit - 1) / kUnit * kUnit : block_;
+    return selection_.columns ? (count(block) + kPadTo - 1) / kPadTo * kPadTo : block_;
   }
   int pitch() const { return pitch_; }
 
@@ -228,8 +228,8 @@ class Chosen {
         values = picked(values, from);
         std::memcpy(out + before[v], &values, sizeof values);
       }
-      if (kept + kUnit <= block_) {
-        std::memset(out + kept, 0, sizeof(Element) * kUnit);
+      if (kept + kPadTo <= block_) {
+        std::memset(out + kept, 0, sizeof(Element) * kPadTo);
       } else {
         for (int e = kept; e < width; ++e) out[e] = 0;
       }

@@ -26,7 +26,8 @@ constexpr int kDotVector = 4;
 typedef Floats<kDotVector> DotVector;
 typedef FloatsOf<kDotVector>::integers DotIntegers;
 
-// kDotVector words of the bank; MASKED: those bits of them that `mask` has.
+// kDotVector words of the bank; MASKED: those bits of them that `mask` has. Zeros in x_b are not
+// enough, since the bank may hold infinities.
 template <bool MASKED>
 inline DotIntegers load_bank(const char* source, const int32_t* mask) {
   DotIntegers words, kept;
@@ -107,7 +108,8 @@ inline Floats<8> sum_eight(const Floats<LANES> (&x)[8]) {
 }
 
 // s [M, 8]: 8 slots times x_b [M, block] (of pairs: even elements first). MASKED: of those bits of
-// a slot's words alone that `mask` has; codes need none, since they are finite.
+// a slot's words alone that `mask` has. Codes need no mask: they are finite, and x_b has zeros
+// where a column is not chosen.
 template <int M, Form FORM, bool MASKED, class Slots>
 inline void dot_octet(const Slots& slots, const int32_t* mask, const float* x, int block,
                       float* s) {

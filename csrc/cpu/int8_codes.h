@@ -38,8 +38,9 @@ struct CodeWindow {
 };
 
 // Of `count` slots from `first` on, around the end of the ring: the bank's own where they lie in
-// one piece and a block is a slot, otherwise copied into `codes` and `scales`. What is behind the
-// last slot is any codes and scales.
+// one piece and a block is a slot, otherwise copied into `codes` and `scales`. Behind the last slot
+// are codes and scales of no meaning: a tile of AMX has 16 rows, and nothing reads the products of
+// those that are too many.
 inline CodeWindow window_codes(const CodeRing& ring, int64_t first, int64_t count, int8_t* codes,
                                float* scales) {
   const int64_t padded = padded_rows(count);
@@ -85,7 +86,7 @@ inline void turn_words(const int8_t* rows, int64_t block, int64_t lanes, uint32_
   }
 }
 
-// The same as floats [block, lanes].
+// out [block, lanes]: the same codes as floats, for processors that have no products of int8.
 inline void turn_codes(const int8_t* rows, int64_t block, int64_t lanes, float* out) {
   for (int64_t k = 0; k < block; ++k) {
     for (int64_t m = 0; m < lanes; ++m) out[k * lanes + m] = rows[m * block + k];

@@ -43,6 +43,7 @@ inline void add_bytes(Words& sum, const Words& not_signed, const Words& with_sig
 
 constexpr int32_t kTopBits = static_cast<int32_t>(0x80808080);
 
+// s [MR, NV vectors] of a panel of S. `first` is what sums begin with, -128 Σ x_b.
 template <int MR, int NV>
 inline void multiply_words(const int8_t* codes, int64_t block, const Words (&first)[NV],
                            const uint32_t* x, int64_t lanes, const float* scale, float* s) {
@@ -76,6 +77,7 @@ inline void multiply_words(const int8_t* codes, int64_t block, const Words (&fir
   }
 }
 
+// The same of all rows; MR slots and NV vectors of lanes have their sums in registers.
 template <int MR, int NV>
 inline void multiply_panel_of_words(const int8_t* codes, int64_t rows, int64_t block,
                                     const uint32_t* x, int64_t lanes, const float* scale,

@@ -19,7 +19,9 @@
 // With pairs (pairs.h) x_b is [block / 2, L] words and the window, where it is copied, [W, block /
 // 2]: half of these numbers. S and y are fp32.
 //
-// Slots that the bank does not have are left out of the window, and their lines of S are zeros.
+// Slots that the bank lacks are left out of the window before it is multiplied, so that products
+// shrink with the bank; lines of S are then spread to where the entries look for them, with zeros
+// between them.
 //
 // Multiplications: W block L for each unit, 1 / laps of the dense ones. Additions: R L, each with a
 // load from L2.
@@ -126,13 +128,13 @@ class UnitLinear {
     const int64_t stride = chosen_.elements(), row = tile * args_.lanes * stride;
     for (int64_t i = low; i < high; ++i) {
       const int64_t column = chosen_.column(i), first = row + chosen_.first_element(column);
-      const int64_t place = (i - low) * chosen_.pitch() * lanes_of(tile);
+      const int64_t offset = (i - low) * chosen_.pitch() * lanes_of(tile);
       if (args_.pairs) {
         pack_lane_pairs(x, first, stride, rows_of(tile), chosen_.count(column), lanes_of(tile),
-                        static_cast<uint32_t*>(memory.x) + place / 2);
+                        static_cast<uint32_t*>(memory.x) + offset / 2);
       } else {
         pack_lanes(x, first, stride, rows_of(tile), chosen_.count(column), lanes_of(tile),
-                   static_cast<float*>(memory.x) + place);
+                   static_cast<float*>(memory.x) + offset);
       }
     }
   }
@@ -205,19 +207,19 @@ class UnitLinear {
         if (first + g + 1 < high && !ring_.places) {
           next = ring_.slot(plan_.unit_of(group, chosen_.column(first + g + 1)).window.base);
         }
-        const int64_t place = (first + g - low) * chosen_.pitch() * lanes;
+        const int64_t offset = (first + g - low) * chosen_.pitch() * lanes;
         if (args_.pairs) {
           const PairFactor window =
               chosen_window(ring_, chosen_, column, planned.window.base, slots, rows,
                             static_cast<uint32_t*>(memory.window));
           multiply<false>(rows, static_cast<int>(lanes), window,
-                          static_cast<const uint32_t*>(memory.x) + place / 2, lanes,
+                          static_cast<const uint32_t*>(memory.x) + offset / 2, lanes,
                           (count_of + 1) / 2, products, lanes, next);
         } else {
           const Factor window = chosen_window(ring_, chosen_, column, planned.window.base, slots,
                                               rows, static_cast<float*>(memory.window));
           multiply<false>(rows, static_cast<int>(lanes), window,
-                          static_cast<const float*>(memory.x) + place, lanes, count_of, products,
+                          static_cast<const float*>(memory.x) + offset, lanes, count_of, products,
                           lanes, next);
         }
         spread_lines(ring_, planned.window.base, slots, rows, lanes, lanes, products);

@@ -9,13 +9,12 @@
 // The bank is read as it is stored, bfloat16 without a conversion in memory: of a word with two
 // elements, the even one is its lower half shifted up and the odd one its upper half, so x_b has
 // its even elements first. Codes of int8 become floats in registers, and a slot's scale is a factor
-// of its S. Slots that the bank does not have are left out, 8 of those that it has multiplied at a
-// time, and their S is zero.
+// of its S. Slots that the bank lacks have an S of zero; those that it has are multiplied 8 at a
+// time.
 //
-// S of 256 slots has 1 KB for a row of x; y [N] stays in L1 and L2. Per
-// weight read: block / V multiply-adds of V lanes and, for bfloat16, 3 / V instructions more, for
-// int8 2 block / V; per octet of rows: an entry, a load of S, a permutation, a sign and an
-// addition.
+// S of 256 slots has 1 KB for a row of x; y [N] stays in L1 and L2. Per weight read: block / V
+// multiply-adds of V lanes and, for bfloat16, 3 / V instructions more, for int8 2 block / V; per
+// octet of rows: an entry, a load of S, a permutation, a sign and an addition.
 //
 // Threads share the columns, and add up what they have in order.
 //
@@ -202,8 +201,8 @@ class UnitLinearFew {
     }
   }
 
-  // S of a window whose slots are codes. Those of x that a row lacks are zeros, and no code is
-  // infinite.
+  // S of a window whose slots are codes. A whole block is multiplied even where x ends before it or
+  // columns are not chosen: x has zeros there, and no code is infinite.
   template <int M>
   void dot_codes(const UnitWindow& window, const FewMemory& memory) const {
     const int block = law_.granularity;
@@ -240,7 +239,7 @@ class UnitLinearFew {
     const bool copied =
         !ring_.scales && !pairs && (ring_.dtype != Dtype::kFloat32 || valid < block);
     SlotsApart apart;
-    int64_t place[8];
+    int64_t target[8];  // in S
     float scale[8];
     int count = 0;
     for (int64_t k = 0, slot = window.base; k < slots; ++k) {
@@ -253,7 +252,7 @@ class UnitLinearFew {
           std::memset(row + valid, 0, sizeof(float) * (block - valid));
           apart.slot[count] = reinterpret_cast<const char*>(row);
         }
-        place[count++] = k / kOctet * kOctet * M + k % kOctet;
+        target[count++] = k / kOctet * kOctet * M + k % kOctet;
       }
       if (++slot == ring_.slots) slot = 0;
       if (count < 8 && (k + 1 < slots || !count)) continue;
@@ -265,7 +264,7 @@ class UnitLinearFew {
         dot_floats<M>(apart, pairs, memory, s);
       }
       for (int i = 0; i < count; ++i) {
-        for (int m = 0; m < M; ++m) memory.s[place[i] + m * 8] = scale[i] * s[m * 8 + i];
+        for (int m = 0; m < M; ++m) memory.s[target[i] + m * 8] = scale[i] * s[m * 8 + i];
       }
       count = 0;
     }

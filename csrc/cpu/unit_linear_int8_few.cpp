@@ -91,7 +91,8 @@ inline Pairs<8> sum_words(const Pairs<LANES> (&x)[8]) {
          RPG_SHUFFLE8(y[0], y[1], 1, 9, 3, 11, 5, 13, 7, 15);
 }
 
-// The same by dots of LANES words. `first` is -128 Σ x.
+// As multiply_plain, by dots of LANES words. `first` is -128 Σ x, which makes up for codes that are
+// unsigned here (int8_products.h).
 template <int LANES>
 inline void multiply_octet(const int8_t* codes, int64_t block, const int8_t* x, int32_t first,
                            const float* scale, float* s) {

@@ -13,7 +13,8 @@ struct EveryRow {
   int64_t operator()(int64_t n) const { return n; }
 };
 
-// y [rows, L] (+)= ± S[slot] of `count` columns, where L is NV vectors; of row_of(n) of the unit.
+// y [rows, L] (+)= ± S[slot] of `count` columns, where L is NV vectors. Row n of y is what row
+// row_of(n) of the unit adds up.
 template <int NV, class RowOf>
 void add_lines(const OctetEntry* const* entry, const float* const* s, int count, int64_t rows,
                const RowOf& row_of, const int32_t (*residues)[8], bool add, float* y) {

@@ -34,7 +34,7 @@ def round_slots(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     values = values.detach().float()
     top = _TOP[dtype]
     scales = values.abs().amax(dim=1) / top
-    # Of a slot whose scale is too small for float32, as of one of zeros, nothing is left.
+    # A slot whose scale is too small for float32 becomes zeros, as one of zeros is.
     inverse = torch.where(scales > 0, 1 / scales.double(), 0)
     codes = values.double().mul_(inverse.unsqueeze(1)).clamp_(-top, top)
     if dtype == torch.int8:
@@ -84,7 +84,8 @@ class Rounding:
 
     Args:
         form: one of ``FORMS``.
-        activations: what products will do with x once the bank is stored.
+        activations: one of ``ACTIVATIONS``: what products will do with x once the bank is stored.
+            Training leaves x as it is.
     """
 
     def __init__(self, form: str, activations: str) -> None:

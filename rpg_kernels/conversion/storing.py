@@ -33,10 +33,10 @@ def quantize(
     Norms, biases and layers that are not shared stay as they are.
 
     Args:
-        model: with rpg layers and their banks; one of the layers' banks may be compacted.
+        model: with rpg layers and their banks, which may be compacted.
         dtype: ``"int8"``, or ``"float8_e4m3fn"``, which CPUs read by the reference back end only.
         activations: ``"kept"``: products take x as it is. ``"int8"``: where a back end can, linear
-            layers round each row of x to int8 too, with a scale of its own, and multiply integers,
+            layers round each row of x to int8 too, with a step of its own, and multiply integers,
             which is faster and less exact (about 1 % of an output, as of any int8 product).
             Convolutions, lookups and gradients keep x.
         training: leave float values and round them whenever they are read; gradients pass straight
@@ -49,9 +49,9 @@ def quantize(
     Raises:
         TypeError: model is not an nn.Module.
         ValueError: the model has no bank; a bank is quantised already, or, for training, compacted;
-            it holds NaN or infinity, is on
-            meta, has a table, is pruned or parametrised (make that permanent first), or would not
-            become smaller; an unknown dtype. The model is unchanged.
+            it holds NaN or infinity, is on meta, has a table, is pruned or parametrised (make that
+            permanent first), or would not become smaller; an unknown dtype or ``activations``. The
+            model is unchanged.
 
     Example:
         >>> import rpg_kernels as rpg
@@ -190,6 +190,15 @@ def expand(model: Module) -> Module:
     Raises:
         TypeError: model is not an nn.Module.
         ValueError: no bank of the model is compacted.
+
+    Example:
+        >>> import rpg_kernels as rpg
+        >>> bank = rpg.ParameterBank(dof=2048)
+        >>> with torch.no_grad():
+        ...     _ = bank.weight[::2].zero_()
+        >>> layer = compact(rpg.nn.Linear(64, 64, bank=bank))
+        >>> tuple(expand(layer).virtual_weight.bank.weight.shape)
+        (32, 64)
     """
     banks = banks_in(model)
     if not any(
@@ -242,7 +251,7 @@ def _check_floats(name: str, bank: ParameterBank, *, quantised: bool) -> None:
     if prune.is_pruned(bank):
         raise ValueError(
             f"{what}: got a mask of torch.nn.utils.prune, wanted values only: "
-            "prune.remove(bank, 'weight') makes it permanent"
+            "rpg.finish_pruning(model) makes it permanent"
         )
     if is_parametrized(bank):
         raise ValueError(

@@ -23,7 +23,8 @@ class Use:
         name, layer: in the model.
         out, into: numbers of its channels; of a norm they are the same ones.
         positions: at which the weight is multiplied, all calls and images together.
-        gate: whether its output is what an activation or a sum sees, no norm coming after it.
+        gate: whether importance is measured at its output: not where a norm alone reads it, at
+            whose output it is measured then.
     """
 
     name: str

@@ -95,6 +95,9 @@ def prune_channels(
         True
         >>> net(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 10])
+
+    Source: Wang et al. (WACV 2023), coarse-grained pruning; Aflalo et al. (2020), the knapsack;
+    Molchanov et al. (CVPR 2019), importance.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}, wanted an nn.Module")

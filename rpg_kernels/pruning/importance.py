@@ -61,7 +61,7 @@ def _squared_norms(use: Use) -> Tensor:
 
 
 def taylor(model: nn.Module, graph: ChannelGraph, losses: Losses) -> dict[int, float]:
-    """By bundle: the sum over batches of (the sum over its channels of z · dL/dz)².
+    """By bundle, float: the sum over batches of (the sum over its channels of z · dL/dz)².
 
     z is a channel's output, of the norm where one comes after the layer. The inner sum, over images
     and positions, is the first-order change of the loss when the channel becomes zero; of a norm's

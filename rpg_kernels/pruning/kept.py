@@ -25,6 +25,9 @@ def kept_channels(model: nn.Module) -> Record:
         What ``keep_channels`` takes, and JSON: ``[offset, length]`` of neighbours, or
         ``{"chosen": [offset, length, offset, length, ...]}``.
 
+    Raises:
+        TypeError: model is not an nn.Module.
+
     Example:
         >>> import torch, rpg_kernels as rpg
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -51,7 +54,7 @@ def keep_channels(model: nn.Module, kept: Mapping[str, Any]) -> Undo:
         kept: what ``kept_channels`` of the other gave, or its JSON gives.
 
     Returns:
-        A function that makes the model whole again.
+        A function without arguments that makes the model whole again.
 
     Raises:
         TypeError, ValueError: the record is of other layers, or the model was pruned before. The

@@ -4,8 +4,9 @@ The paper prunes channels by the knapsack method of Aflalo et al., "Knapsack pru
 distillation" (2020): keep the bundles of the greatest sum of importance that the budget has room
 for, where a bundle costs what the whole network would save without it. Bundles are many and small
 beside the budget, so that taking them in the order of importance for each FLOP is about as good as
-the exact answer. Products are those of out-channels with in-channels and both become fewer, so that
-what remains is counted anew after each removal.
+the exact answer. That order is fixed once, by what each bundle costs in the whole network. What
+remains of the FLOPs is counted anew after each removal, since products are those of out-channels
+with in-channels, and both become fewer.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from rpg_kernels.backends.cpu.selection import is_part
 from rpg_kernels.backends.cpu.units import Units
 from rpg_kernels.law.placement import parse
 
-WAYS = ("products of 16 bits", "AVX512-VNNI", "AMX")  # to multiply int8, by number
+# To multiply int8, by the numbers of Int8Products in csrc/cpu/int8_linear.h.
+WAYS = ("what every processor has", "AVX512-VNNI", "AMX")
 
 
 class Int8Units(Units):
@@ -74,5 +75,6 @@ INT8 = Int8Units()
 
 
 def asked(bank: Tensor | None) -> bool:
-    """Whether linear layers of a bank shall round rows of x to int8."""
+    """Whether linear layers of a bank shall round rows of x to int8: where the bank is int8, and
+    was quantised with ``activations="int8"``."""
     return isinstance(bank, StoredValues) and bank.rounds_rows

@@ -21,10 +21,12 @@ def is_part(p: Placement) -> bool:
 
 @lru_cache(maxsize=4096)
 def selection(placement: str) -> Any:
-    """The native module's record of the selected rows and columns; None where all are.
+    """The native module's record of the selected rows and columns; None where all are selected.
+
+    Kept between calls, since making it goes over every index.
 
     Args:
-        placement: of the weight.
+        placement: of the weight, as JSON.
     """
     p = parse(placement)
     if not is_part(p):
@@ -44,7 +46,8 @@ def of_part(placement: str) -> tuple[Any, ...]:
 
 
 def groups_with_rows(p: Placement) -> Tensor:
-    """Numbers of the unit law's groups that have a selected row; of weights of one band."""
+    """Numbers of the unit law's groups that have a selected row, int64 ``[groups with rows]``,
+    ascending; of weights of one band."""
     law = p.law
     assert isinstance(law, UnitLaw)
     if p.selected_shape[0] == p.shape[0]:
@@ -55,8 +58,10 @@ def groups_with_rows(p: Placement) -> Tensor:
 
 
 def elements_of_blocks(p: Placement) -> Tensor:
-    """How many selected elements each block of a run has; some are not selected only where taps
-    have blocks of their own."""
+    """How many selected elements each block of a run has, int64 ``[run blocks]``.
+
+    Where taps share a block all of its elements are: parts of such weights are the reference's.
+    """
     m = p.matrix
     if p.selected_shape[1] == p.shape[1]:
         return (m.run - m.block * torch.arange(m.run_blocks)).clamp(max=m.block)
