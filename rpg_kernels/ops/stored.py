@@ -4,8 +4,8 @@
 ``StoredValues``: codes int8 or float8_e4m3fn ``[rows, granularity]`` (or the values themselves),
 scales float32 ``[rows]`` or None, places int32 ``[slots]`` or None, the dtype that they stand for,
 and what products do with activations. Nobody calls them by name: an operator that is given stored
-values becomes its twin below autograd, so that graphs hold plain tensors. No derivative is theirs:
-stored values are never trained, and what x needs is an operator of its own.
+values becomes its twin below autograd, so that graphs hold plain tensors. They have no derivatives:
+stored values are never trained, and the gradient of x is an operator of its own, which has a twin.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def _values(
     dtype: torch.dtype,
     activations: str,
 ) -> StoredValues:
-    """The parts, checked: kernels read wherever places point to.
+    """The parts as one tensor, after their kinds and lengths were checked.
+
+    What places hold is not looked at, which would cost a pass over all slots in every call; it is
+    checked where it comes from files and state dicts (``check_parts``). The compiled CPU kernels
+    take a place that is no row as a slot of zeros.
 
     Raises:
         TypeError, ValueError: parts that do not belong together.

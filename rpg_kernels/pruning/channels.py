@@ -184,7 +184,7 @@ def _bundles(
     budget = flops * before if isinstance(flops, float) else flops
     wanted = {bundle: scores.get(bundle, 0.0) for bundle in sorted(free)}
     try:
-        return knapsack.chosen(graph, wanted, before, budget, multiple)
+        return knapsack.to_remove(graph, wanted, before, budget, multiple)
     except knapsack.CannotBeMetError as error:
         least = f"at least {int(error.least)} of {before} FLOPs, which are left with the fewest"
         why = "; ".join(f"{name} meets {what}" for name, what in _fixed(graph).items())

@@ -50,7 +50,7 @@ def savings(graph: ChannelGraph, bundles: Iterable[int]) -> dict[int, float]:
     }
 
 
-def chosen(
+def to_remove(
     graph: ChannelGraph, importance: Mapping[int, float], total: float, budget: float, multiple: int
 ) -> set[int]:
     """The bundles to be removed.
