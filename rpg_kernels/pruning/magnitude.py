@@ -50,8 +50,8 @@ def prune(target: Target, amount: int | float, by: str = ELEMENT) -> Target:
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of range; the model has no
-            bank; values that are not finite, or that all have one magnitude; nothing would be
-            left at all, or of some bank. Nothing has changed then.
+            bank; values are not finite, or all have the same magnitude; nothing would be left at
+            all, or of some bank. Nothing has changed then.
 
     Example:
         >>> import rpg_kernels as rpg

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 FORWARD, TRAINING = "forward", "training"
-# What is stored of a weight: of ours the elements of the bank. A structured weight has few.
+# What the numbers are that are stored of a weight, of ours the elements of the bank. A structured
+# weight is a product of factors and has fewer numbers.
 KINDS = ("fp32", "bf16", "int8", "int4", "structured")
 # The most that a result may err, relative to the norm of the exact one: rounding to that kind makes
 # 1e-7, 3e-3, 1.2e-2 and 1e-1 of normal values; what is wrong makes about 1.
@@ -23,7 +24,7 @@ _CHECKED_ROWS, _PIECE = 16, 1024  # of a batch; of a weight, at once in float64
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of one shape that are ready to run.
+    """What a way makes of a problem: layers of one shape that are ready to run.
 
     Args:
         call: runs a layer at a batch: y ``[batch, N]`` of layer ``i`` (of training also dx), a

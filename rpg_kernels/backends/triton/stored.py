@@ -113,7 +113,7 @@ def read(
     """Values of a tile: fp32 where there are scales, otherwise of the bank's dtype.
 
     Args:
-        at: offsets of codes, of the tile's shape, found from ``block``.
+        at: int64 offsets of codes from bank_ptr, of the tile's shape, found from ``block``.
         block: see block_of; of the entries' shape, which over_tile brings to the tile's.
         wanted: what is to be read, booleans of the tile's shape or one that broadcasts to it; None
             is all. The rest is zero, and so is what was left out.
