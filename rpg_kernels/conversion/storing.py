@@ -129,7 +129,7 @@ def dequantize(model: Module) -> Module:
 def compact(model: Module) -> Module:
     """Leave out the slots that are wholly zero: of memory, of checkpoints and of products.
 
-    Outputs do not change. What is left is not trained; ``expand`` brings all slots back. Prune by
+    Products shrink in layers with laps whose activations are kept. Outputs do not change. What is left is not trained; ``expand`` brings all slots back. Prune by
     slot first (``rpg.prune(model, amount, by="slot")``): zeros that are scattered over all slots
     gain nothing here. A slot takes 4 bytes for its place.
 
