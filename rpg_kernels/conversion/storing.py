@@ -129,9 +129,10 @@ def dequantize(model: Module) -> Module:
 def compact(model: Module) -> Module:
     """Leave out the slots that are wholly zero: of memory, of checkpoints and of products.
 
-    Products shrink in layers with laps whose activations are kept. Outputs do not change. What is left is not trained; ``expand`` brings all slots back. Prune by
-    slot first (``rpg.prune(model, amount, by="slot")``): zeros that are scattered over all slots
-    gain nothing here. A slot takes 4 bytes for its place.
+    Products shrink in layers with laps whose activations are kept. Outputs do not change. What is
+    left is not trained; ``expand`` brings all slots back. Prune by slot first (``rpg.prune(model,
+    amount, by="slot")``): zeros that are scattered over all slots gain nothing here. A slot takes 4
+    bytes for its place.
 
     Args:
         model: with rpg layers and their banks, quantised or not.
