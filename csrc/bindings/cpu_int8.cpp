@@ -27,8 +27,8 @@ Int8LinearArgs int8_args(const LayerLaw& law, int64_t batch, int64_t columns, in
   require(batch >= 1 && batch <= INT64_MAX / 8 / law.rows / block, "batch: out of range");
   require(columns >= 1 && (columns - 1) / block + 1 == law.blocks, "columns: another K");
   require(threads >= 1, "threads: wanted at least 1");
-  const bool few = lanes >= 1 && lanes <= kFewLanes && batch <= lanes && block % 32 == 0;
-  require(!(lanes & (lanes - 1)) && (few || (lanes >= kLeastLanes && lanes <= kMostLanes)),
+  const bool fits_few = lanes >= 1 && lanes <= kFewLanes && batch <= lanes && block % 32 == 0;
+  require(!(lanes & (lanes - 1)) && (fits_few || (lanes >= kLeastLanes && lanes <= kMostLanes)),
           "lanes: wanted 16, 32 or 64, or up to 4 for no larger a batch and blocks of 32 or more");
   require(products >= 0 && products <= static_cast<int>(best_int8_products()),
           "products: wanted a way to multiply that the processor has");

@@ -212,7 +212,7 @@ UnitConv2dArgs unit_conv2d_args(const LayerLaw& law, const Int64Four& size, cons
   args.pairs = pairs;
   args.image = unit_image(law, size, stride, channels_last, kernel, by_tap, step, padding, dilation,
                           threads, lanes, selection);
-  if (selection) args.selection = selection->of(law.rows, args.image.run);
+  if (selection) args.selection = selection->checked(law.rows, args.image.run);
   const Image& g = args.image;
   require(rows >= 1 && rows <= g.out_height, "rows: wanted 1 to the height of the output");
   // At least what a phase of a tile has (cpu/unit_conv2d_tile.h).
@@ -234,7 +234,7 @@ UnitConv2dGradsArgs unit_conv2d_grads_args(const LayerLaw& law, const Int64Four&
   args.pairs = pairs;
   args.image = unit_image(law, size, stride, channels_last, kernel, by_tap, step, padding, dilation,
                           threads, lanes, selection);
-  if (selection) args.selection = selection->of(law.rows, args.image.run);
+  if (selection) args.selection = selection->checked(law.rows, args.image.run);
   const Image& g = args.image;
   require(rows >= 1 && rows <= g.height, "rows: wanted 1 to the height of x");
   check_pixels(rows + g.dilation[0] * (kernel[0] - 1), g.width + g.dilation[1] * (kernel[1] - 1),
@@ -385,7 +385,7 @@ template <class Family>
 Selection selection_of(const LayerLaw& law, int64_t columns, const SelectionLists* selection) {
   if (!selection) return {};
   require(Family::kSelects, "selection: wanted none, of units alone");
-  return selection->of(law.rows, columns);
+  return selection->checked(law.rows, columns);
 }
 
 template <class Family>

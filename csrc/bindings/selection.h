@@ -28,7 +28,7 @@ class SelectionLists {
   int64_t columns() const { return columns_ ? static_cast<int64_t>(columns_->size()) : shape_[1]; }
   int64_t all_columns() const { return shape_[1]; }
 
-  Selection of(int64_t rows, int64_t columns) const {
+  Selection checked(int64_t rows, int64_t columns) const {
     require(shape_[0] == rows && shape_[1] == columns, "selection: that of another weight");
     Selection out{};
     if (rows_) out.rows = rows_->data(), out.row_count = static_cast<int64_t>(rows_->size());

@@ -49,11 +49,11 @@ inline Vector picked(const Vector& x, const Order& order) {
 template <class Index>
 struct SqueezeTable {
   int lanes;
-  std::vector<Index> order;     // [blocks, block]: which element comes here, of the same vector
-  std::vector<uint8_t> before;  // [blocks, block / lanes]: how many of its block come before
+  std::vector<Index> order;        // [blocks, block]: which element comes here, of the same vector
+  std::vector<uint8_t> preceding;  // [blocks, block / lanes]: how many of its block come before
 
   int64_t bytes() const {
-    return static_cast<int64_t>(order.size() * sizeof(Index) + before.size());
+    return static_cast<int64_t>(order.size() * sizeof(Index) + preceding.size());
   }
 };
 
@@ -191,8 +191,8 @@ class Chosen {
     fill(halves_, kHalves, blocks);
     for (int64_t i = 0; i < selection_.column_count; ++i) {
       const int64_t column = selection_.columns[i], block = column / block_;
-      const int64_t before = floats_.before[column / kVector];
-      rank_[column] = static_cast<int32_t>(i - first_column_[block] - before);
+      const int64_t preceding = floats_.preceding[column / kVector];
+      rank_[column] = static_cast<int32_t>(i - first_column_[block] - preceding);
     }
   }
 
@@ -202,7 +202,7 @@ class Chosen {
     table.order.assign(blocks * block_, -1);
     int64_t i = 0;
     for (int64_t first = 0; first < blocks * block_; first += lanes) {
-      table.before.push_back(static_cast<uint8_t>(i - first_column_[first / block_]));
+      table.preceding.push_back(static_cast<uint8_t>(i - first_column_[first / block_]));
       for (int64_t k = first; i < selection_.column_count && selection_.columns[i] < first + lanes;
            ++i, ++k) {
         table.order[k] = static_cast<Index>(selection_.columns[i] - first);
@@ -218,15 +218,15 @@ class Chosen {
     constexpr int kLanes = sizeof(Vector) / sizeof(Element);
     const int vectors = block_ / kLanes, kept = count(block), width = padded(block);
     const Index* order = table.order.data() + block * block_;
-    const uint8_t* before = table.before.data() + block * vectors;
+    const uint8_t* preceding = table.preceding.data() + block * vectors;
     for (int64_t i = 0; i < slot_count; ++i, slots += block_, out += width) {
       for (int v = 0; v < vectors; ++v) {
         Vector values;
-        Order from;
+        Order sources;
         std::memcpy(&values, slots + v * kLanes, sizeof values);
-        std::memcpy(&from, order + v * kLanes, sizeof from);
-        values = picked(values, from);
-        std::memcpy(out + before[v], &values, sizeof values);
+        std::memcpy(&sources, order + v * kLanes, sizeof sources);
+        values = picked(values, sources);
+        std::memcpy(out + preceding[v], &values, sizeof values);
       }
       if (kept + kPadTo <= block_) {
         std::memset(out + kept, 0, sizeof(Element) * kPadTo);
@@ -238,7 +238,7 @@ class Chosen {
 
   Floats<kVector> spread_at(int64_t block, const float* values, int e) const {
     const int64_t column = block * block_ + e;
-    const Floats<kVector> found = load<kVector>(values + floats_.before[column / kVector]);
+    const Floats<kVector> found = load<kVector>(values + floats_.preceding[column / kVector]);
     return picked(found, load_words<kVector>(rank_.data() + column));
   }
 

@@ -13,12 +13,12 @@ constexpr int kChunk = 256;  // elements that are converted at once
 template <class T, class Signed>
 float largest(const void* source, int64_t count) {
   const Signed* bits = static_cast<const Signed*>(source);
-  Signed most = 0;
+  Signed top = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Signed magnitude = bits[i] & static_cast<Signed>(~T::kSign);
-    most = most < magnitude ? magnitude : most;
+    top = top < magnitude ? magnitude : top;
   }
-  return T::load(static_cast<typename T::Bits>(most));
+  return T::load(static_cast<typename T::Bits>(top));
 }
 
 // The nearest whole number of values below 2^22, ties to even: it is in the lowest bits of a sum
@@ -32,16 +32,16 @@ void round_some(const float* values, int count, float inverse, int8_t* codes) {
 }  // namespace
 
 RowRounding rounding_of(Dtype dtype, const void* x, int64_t count) {
-  float most = 0;
+  float top = 0;
   switch (dtype) {
-    case Dtype::kBfloat16: most = largest<Bfloat16, int16_t>(x, count); break;
-    case Dtype::kFloat16: most = largest<Float16, int16_t>(x, count); break;
-    default: most = largest<Float32, int32_t>(x, count);
+    case Dtype::kBfloat16: top = largest<Bfloat16, int16_t>(x, count); break;
+    case Dtype::kFloat16: top = largest<Float16, int16_t>(x, count); break;
+    default: top = largest<Float32, int32_t>(x, count);
   }
   constexpr uint32_t kInfinity = 0x7F800000;
-  if (as_bits(most) >= kInfinity) return {as_float(0x7FC00000), 0};
-  if (most < kSmallest) return {0, 0};
-  return {most / 127, 127 / most};
+  if (as_bits(top) >= kInfinity) return {as_float(0x7FC00000), 0};
+  if (top < kSmallest) return {0, 0};
+  return {top / 127, 127 / top};
 }
 
 void round_row(Dtype dtype, const void* x, int64_t count, const RowRounding& row, int64_t padded,

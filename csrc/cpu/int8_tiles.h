@@ -57,7 +57,7 @@ struct TileShapes {
 class ShapedTiles {
  public:
   ShapedTiles(int bytes, int lanes) {
-    __asm__ volatile("sttilecfg %0" : "=m"(before_));
+    __asm__ volatile("sttilecfg %0" : "=m"(earlier_));
     TileShapes shapes{};
     shapes.palette = 1;
     const int lane_bytes = 4 * (lanes < kTileLanes ? lanes : kTileLanes);
@@ -69,8 +69,8 @@ class ShapedTiles {
     __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
   }
   ~ShapedTiles() {
-    if (before_.palette) {
-      __asm__ volatile("ldtilecfg %0" : : "m"(before_));
+    if (earlier_.palette) {
+      __asm__ volatile("ldtilecfg %0" : : "m"(earlier_));
     } else {
       __asm__ volatile("tilerelease");
     }
@@ -79,7 +79,7 @@ class ShapedTiles {
   ShapedTiles& operator=(const ShapedTiles&) = delete;
 
  private:
-  TileShapes before_;
+  TileShapes earlier_;
 };
 
 // The tiles of B, [STEPS, NB], from words [up to 16 STEPS, lanes], `pitch` bytes apart.

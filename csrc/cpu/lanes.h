@@ -52,13 +52,14 @@ inline void write_some(Dtype dtype, const float* source, int count, void* target
   }
 }
 
+typedef uint16_t EightHalves __attribute__((vector_size(16)));
+
 // 8 elements as fp32, in a register: GCC makes two stores of a copy of 32 bytes in memory, and a
 // load of all of them must wait until both are written.
 inline Floats<8> load_eight(Dtype dtype, const void* source) {
   if (dtype == Dtype::kFloat32) return load<8>(static_cast<const float*>(source));
   if (dtype == Dtype::kBfloat16) {
-    typedef uint16_t Halves __attribute__((vector_size(16)));
-    Halves halves;
+    EightHalves halves;
     std::memcpy(&halves, source, sizeof halves);
     const auto bits = __builtin_convertvector(halves, FloatsOf<8>::integers) << 16;
     Floats<8> out;
@@ -73,12 +74,12 @@ inline Floats<8> load_eight(Dtype dtype, const void* source) {
 inline void store_eight(Dtype dtype, const Floats<8>& values, void* target) {
   if (dtype == Dtype::kFloat32) return store<8>(static_cast<float*>(target), values);
   if (dtype == Dtype::kBfloat16) {  // the bits of Bfloat16::store, without a copy in memory
-    typedef uint16_t Halves __attribute__((vector_size(16)));
     FloatsOf<8>::integers bits;
     std::memcpy(&bits, &values, sizeof bits);
     const auto whole = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     const auto is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
-    const Halves halves = __builtin_convertvector((is_nan & 0x7FC0) | (~is_nan & whole), Halves);
+    const EightHalves halves =
+        __builtin_convertvector((is_nan & 0x7FC0) | (~is_nan & whole), EightHalves);
     std::memcpy(target, &halves, sizeof halves);
     return;
   }

@@ -297,11 +297,11 @@ class UnitConv2d {
   void write(const UnitConvMemory& memory, uint32_t group, int64_t image, int64_t images,
              int64_t out_row) const {
     const int64_t channel = chosen_.first_row(first_octet(plan_.band, group));
-    const int64_t channels = chosen_.rows_of(plan_, group), all = chosen_.rows();
+    const int64_t channels = chosen_.rows_of(plan_, group), all_rows = chosen_.rows();
     const int64_t area = image_.out_height * image_.out_width, lanes = args_.lanes;
-    ImageView y{args_.dtype, args_.y, {all * area, area, image_.out_width, 1}};
+    ImageView y{args_.dtype, args_.y, {all_rows * area, area, image_.out_width, 1}};
     if (image_.channels_last)
-      y = {args_.dtype, args_.y, {all * area, 1, image_.out_width * all, all}};
+      y = {args_.dtype, args_.y, {all_rows * area, 1, image_.out_width * all_rows, all_rows}};
     const TilePart part{image,
                         images,
                         args_.lanes,

@@ -89,10 +89,10 @@ class LinearSource {
   int64_t lanes(int64_t tile) const { return lanes_for(rows_of(tile), args_.lanes); }
   void pack_dy(int64_t tile, int64_t octet, float* dy) const {
     const int64_t row = octet * kOctet;
-    const int64_t all = chosen_.rows();
-    const int64_t columns = std::min<int64_t>(all - row, kPackedOctets * kOctet);
-    pack_lanes({args_.dtype, args_.dy}, tile * args_.lanes * all + row, all, rows_of(tile), columns,
-               static_cast<int>(lanes(tile)), dy + row * lanes(tile));
+    const int64_t all_rows = chosen_.rows();
+    const int64_t columns = std::min<int64_t>(all_rows - row, kPackedOctets * kOctet);
+    pack_lanes({args_.dtype, args_.dy}, tile * args_.lanes * all_rows + row, all_rows,
+               rows_of(tile), columns, static_cast<int>(lanes(tile)), dy + row * lanes(tile));
     multiply_all(scales_.dy, columns * lanes(tile), dy + row * lanes(tile));
   }
 

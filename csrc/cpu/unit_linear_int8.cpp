@@ -138,9 +138,9 @@ class UnitLinearInt8 {
       const int64_t valid = std::min(args_.columns - column * block, block);
       for (int64_t m = 0; m < lanes; ++m) {
         const int64_t row = tile * args_.lanes + m;
-        const bool there = m < rows;
-        round_row(x.dtype, x.element(row * args_.columns + column * block), there ? valid : 0,
-                  {0, there ? inverses_[row] : 0}, block, memory.row + m * block);
+        const bool is_row = m < rows;
+        round_row(x.dtype, x.element(row * args_.columns + column * block), is_row ? valid : 0,
+                  {0, is_row ? inverses_[row] : 0}, block, memory.row + m * block);
       }
       if (plain()) {
         turn_codes(memory.row, block, lanes, reinterpret_cast<float*>(out));

@@ -218,14 +218,14 @@ class UnitLinearInt8Few {
   // -128 Σ x_b of each row.
   template <int M>
   void load_x(const Int8FewMemory& memory, int64_t column, int32_t (&first)[kMostFew]) const {
-    const int64_t block = law_.granularity, from = column * block;
-    const int64_t valid = std::min(args_.columns - from, block);
+    const int64_t block = law_.granularity, first_column = column * block;
+    const int64_t valid = std::min(args_.columns - first_column, block);
     const Activations x{args_.x_dtype, args_.x};
     for (int m = 0; m < M; ++m) {
       int8_t* target = memory.x + m * block;
-      const bool there = m < args_.batch;
-      round_row(x.dtype, x.element(m * args_.columns + from), there ? valid : 0,
-                there ? rounding_[m] : RowRounding{}, block, target);
+      const bool is_row = m < args_.batch;
+      round_row(x.dtype, x.element(m * args_.columns + first_column), is_row ? valid : 0,
+                is_row ? rounding_[m] : RowRounding{}, block, target);
       int32_t sum = 0;
       for (int64_t k = 0; k < block; ++k) sum += target[k];
       first[m] = -128 * sum;

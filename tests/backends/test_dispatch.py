@@ -18,6 +18,7 @@ from rpg_kernels import native, settings
 from rpg_kernels.backends import dispatch, registry
 from rpg_kernels.backends.call import OPERATORS, Call
 from rpg_kernels.doctor import environment
+from rpg_kernels.ops.stored import READERS
 
 
 @pytest.fixture
@@ -40,7 +41,9 @@ def test_every_operator_has_a_reference() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("rpg_kernels::")
     }
-    assert registered == {*OPERATORS, "linear_grads", "conv2d_grads"}  # which are two of them
+    twins = {f"{name}_stored" for name in READERS}  # which become operators of the reference too
+    both = {"linear_grads", "conv2d_grads"}  # which are two of them
+    assert registered == {*OPERATORS, *both, *twins}
     for name, file in OPERATORS.items():
         call = Call(name, torch.empty(0), forced="reference")
         assert dispatch.implementation(call) is getattr(MODULES[file], name)

@@ -133,8 +133,19 @@ class Layer:
             assert got.dtype == wanted, what
             assert got.isfinite().all(), what
             if got.numel():
-                brute.assert_accurate(got, exact, torchs.to(wanted), what)
+                other = self.in_order() if name == "y" and self.dtype == torch.float32 else torchs
+                less_exact = max((torchs, other), key=lambda y: float((y - exact).abs().max()))
+                brute.assert_accurate(got, exact, less_exact.to(wanted), what)
         return results
+
+    def in_order(self) -> Tensor:
+        """y with products that are added one after the other: torch's order, and with it torch's
+        error, depends on the processor."""
+        weight = (self.bank.float().flatten()[self.elements] * self.sign).mul(self.p.scale)
+        y = self.x.new_zeros(*self.x.shape[:-1], len(weight))
+        for k in range(weight.shape[1]):
+            y.addcmul_(self.x[..., k, None], weight[:, k])
+        return y if self.bias is None else y + self.bias
 
 
 def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:

@@ -22,7 +22,7 @@ import rpg_kernels as rpg
 from rpg_kernels import native
 from rpg_kernels._stored import StoredValues
 from rpg_kernels.backends.call import Call
-from rpg_kernels.backends.cpu import factored, lanes_linear, rules, unit_conv2d
+from rpg_kernels.backends.cpu import factored, lanes_linear, rules, units
 from rpg_kernels.backends.cpu.lanes import Family
 from rpg_kernels.backends.cpu.tiles import TILES
 from rpg_kernels.backends.cpu.units import UNITS
@@ -239,7 +239,7 @@ def test_multiplications(keep: float) -> None:
         of_octet = present.repeat_interleave(law.slots // slots).view(-1, 8).sum(1)
         counted = int((of_octet[read[:, 3]] * elements).sum())
         if isinstance(layer, Convolution):
-            assert unit_conv2d.multiplications(layer.spec, values) == counted
+            assert units.multiplications(layer.spec, values) == counted
         else:
             assert UNITS.multiplications("linear", layer.spec, values) == counted
 

@@ -133,7 +133,7 @@ def test_reads_and_multiplications(rows: int, laps: int, window: int | None) -> 
         elements = (columns - 64 * read[:, 0]).clamp(max=64)
         for name in lanes.PRODUCTS[:3]:
             assert UNITS.multiplications(name, p.to_json()) == 8 * int(elements.sum())
-        assert units.reads(p.to_json()) == pytest.approx(rows * p.matrix.blocks / (8 * len(read)))
+        assert units.reads(p.to_json()) == pytest.approx(rows * columns / (8 * int(elements.sum())))
 
 
 def test_explain_says_how_many_rows_share() -> None:
