@@ -235,7 +235,8 @@ class UnitLinearInt8 {
       scale_rows(rows, lanes, scales, s);
       return;
     }
-    const uint32_t* x = static_cast<const uint32_t*>(memory.x) + packed * block / 4 * lanes;
+    [[maybe_unused]] const uint32_t* x =
+        static_cast<const uint32_t*>(memory.x) + packed * block / 4 * lanes;
 #if defined(RPG_INT8_TILES)
     if (args_.products == Int8Products::kTiles) {
       const void* soon = next && !ring_.bank.places ? ring_.codes(next->base) : nullptr;

@@ -30,8 +30,10 @@ ROUNDED_READS = 3
 FORWARD = ("linear", "conv2d")
 # Where dense products in bfloat16 are those of tiles (AMX) the reference multiplies fast, but has
 # to unpack. Where so many rows share a product these kernels are faster: forward up to so many rows
-# of x for each row that shares it, bank gradients also where more share, input gradients always.
-TILED_READS, TILED_BATCH, TILED_SHARED = 2, 40, 8
+# of x for each row that shares it, on one thread and on several; bank gradients also where more
+# share, input gradients always.
+TILED_READS, TILED_SHARED = 2, 8
+TILED_BATCH = (40, 128)
 _MOST_LANES, _LEAST_LANES = 64, 16
 
 
@@ -116,7 +118,7 @@ class Units(Family):
 def _faster_beside_tiles(op: str, batch: int, shared: float) -> bool:
     if shared < TILED_READS:
         return False
-    if op == "linear_input_grad" or batch <= TILED_BATCH * shared:
+    if op == "linear_input_grad" or batch <= TILED_BATCH[native.threads() > 1] * shared:
         return True
     return op == "linear_bank_grad" and shared >= TILED_SHARED
 

@@ -119,6 +119,7 @@ def test_dispatch_follows(machine: Machine) -> None:
     for has, gain in ((set(), 1), (AVX512_BF16, 2), (AMX, 16), (set(), 1)):
         machine.be(has)
         machine.patch.setattr(native, "multiplies_pairs", lambda: True)
+        machine.patch.setattr(native, "threads", lambda: 1)
         for op in ("linear_input_grad", "linear_bank_grad"):
             assert rules.faster(op, BF16, 100, weight(None)) == (gain == 1)
             assert rules.faster(op, BF16, 100, weight(1)) == (gain == 1)

@@ -60,8 +60,9 @@ def test_beside_products_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     forward was faster than the reference with 64 rows of x, and slower with 256."""
     monkeypatch.setattr(units, "dense_gain", lambda dtype: units.TILE_GAIN)
 
-    def taken(op: str, laps: int, batch: int, pairs: bool = True) -> bool:
+    def taken(op: str, laps: int, batch: int, pairs: bool = True, threads: int = 1) -> bool:
         rules._family.cache_clear()
+        monkeypatch.setattr(native, "threads", lambda: threads)
         monkeypatch.setattr(native, "multiplies_pairs", lambda: pairs)
         spec = ParameterBank(100_000, 64, laps=laps).place((1024, 1024)).spec
         return rules.faster(op, torch.bfloat16, batch, spec)
@@ -69,6 +70,8 @@ def test_beside_products_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken("linear", 4, 64)
     assert not taken("linear", 4, 256)
     assert not taken("linear", 4, 64, pairs=False)
+    assert taken("linear", 4, 512, threads=2)
+    assert not taken("linear", 4, 1024, threads=2)
     assert taken("linear", 9, 256)
     assert not taken("linear", 9, 1024)
     for laps, batch in ((2, 4096), (4, 256), (9, 1024)):
